@@ -1,0 +1,134 @@
+"""A package run by onnxruntime, with past and present of the KV cache in the same memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qwenport import import_extra
+from qwenport.engines.errors import SessionError
+from qwenport.engines.lowering import for_onnxruntime
+from qwenport.engines.session import CachedSession, Float32, Int64
+from qwenport.exporter import Package
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxRuntimeSession(CachedSession):
+    """`Session` over a package.
+
+    On the CPU everything is computed in fp32 whatever the package's dtype; on CUDA in the package's.
+    The cache is allocated once, zeroed, and bound as past and as present: TensorScatter then writes the
+    new slots in place.
+    """
+
+    def __init__(
+        self,
+        package: Package,
+        *,
+        max_batch: int = 1,
+        capacity: int | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        """Load the package.
+
+        Args:
+            package: what to run.
+            max_batch: rows, at most the package's.
+            capacity: cache slots a row, at most the package's max_seq_len (the default).
+            device: "cpu" or "cuda".
+            threads: CPU threads of an operator; onnxruntime's own choice by default.
+
+        Raises:
+            MissingExtraError: onnxruntime is not installed.
+            SessionError: more rows or slots than the package has, or the device is not available.
+        """
+        capacity = package.max_seq_len if capacity is None else capacity
+        if capacity > package.max_seq_len:
+            raise SessionError(
+                f"capacity {capacity} is beyond the package's max_seq_len {package.max_seq_len}"
+            )
+        if max_batch > package.max_batch:
+            raise SessionError(f"{max_batch} rows, but the package was made for {package.max_batch}")
+        config = package.config
+        super().__init__(max_batch=max_batch, capacity=capacity, vocab_size=config.vocab_size)
+        self._ort = import_extra("onnxruntime", "cpu", "to run packages")
+        self.device = device
+        dtype = "fp32" if device == "cpu" else package.dtype
+        self._session = self._load(package, threads)
+        # zeros, not uninitialised memory: a masked slot still multiplies, and 0 x NaN is NaN
+        bits = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}[dtype]
+        shape = (max_batch, config.num_key_value_heads, capacity, config.head_dim)
+        self._element = {"fp32": 1, "fp16": 10, "bf16": 16}[dtype]  # onnx.TensorProto's numbers
+        self._cache: dict[str, Any] = {
+            f"{layer}.{part}": self._allocate(np.zeros(shape, dtype=bits))
+            for layer in range(config.num_hidden_layers)
+            for part in ("key", "value")
+        }
+        self._row_shape = list(shape[1:])
+        self._bound_rows = 0
+        self._binding: Any = None
+
+    def _load(self, package: Package, threads: int | None) -> Any:
+        import onnx_ir as ir
+
+        ort = self._ort
+        provider = PROVIDERS.get(self.device)
+        if provider is None or provider not in ort.get_available_providers():
+            raise SessionError(
+                f"onnxruntime here has no {self.device} provider; "
+                "for CUDA install qwenport[gpu] in place of qwenport[cpu]"
+            )
+        model = for_onnxruntime(ir.load(package.model), on_cpu=self.device == "cpu")
+        options = ort.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        for key, value in {
+            "session.model_external_initializers_file_folder_path": str(package.path),
+            # a large model's fp32 vocabulary matrix exceeds the default limit and would be made each step
+            "optimization.constant_folding_max_output_size_in_bytes": str(1 << 62),
+        }.items():
+            options.add_session_config_entry(key, value)
+        proto = ir.to_proto(model)
+        return ort.InferenceSession(proto.SerializeToString(), options, providers=[provider])
+
+    def _allocate(self, zeros: Any) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
+
+    def cache_addresses(self) -> dict[str, tuple[int, int]]:
+        """Binding name ("past_key_values.0.key", "present.0.key") -> (address, bytes) of its memory."""
+        size = self.max_batch * int(np.prod(self._row_shape)) * (4 if self._element == 1 else 2)
+        return {
+            f"{prefix}.{name}": (value.data_ptr(), size)
+            for name, value in self._cache.items()
+            for prefix in ("past_key_values", "present")
+        }
+
+    def _bind_cache(self, rows: int) -> None:
+        """Bind the first `rows` rows of every cache as past and as present."""
+        self._binding = self._session.io_binding()
+        shape = [rows, *self._row_shape]
+        for name, value in self._cache.items():
+            memory = (self.device, 0, self._element, shape, value.data_ptr())
+            self._binding.bind_input(f"past_key_values.{name}", *memory)
+            self._binding.bind_output(f"present.{name}", *memory)
+        self._bound_rows = rows
+
+    def _step(self, feeds: dict[str, Int64]) -> Float32:
+        rows = len(feeds["input_ids"])
+        if rows != self._bound_rows:
+            self._bind_cache(rows)
+        for name, array in feeds.items():
+            self._binding.bind_cpu_input(name, array)
+        self._binding.bind_output("logits", "cpu")
+        self._session.run_with_iobinding(self._binding)
+        names = self._binding.get_outputs()
+        logits: Float32 = names[self._logits_index()].numpy()
+        return logits
+
+    def _logits_index(self) -> int:
+        """bind_output appends: the logits come after the caches, where they were bound last."""
+        return len(self._cache)

@@ -1,0 +1,163 @@
+"""Sessions: a model with its KV cache, fed token by token.
+
+`Session` is the protocol that everything above it uses. `CachedSession` does what every implementation
+needs: padding, positions, cache slots, active span and capacity. An implementation runs one step.
+
+Rows are right-padded. A pad token's key and value land in slots that no query attends to before a real
+token overwrites them, so a ragged batch needs no padding mask. A row with nothing to do in a step replays
+its last token into that token's own slot, which changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwenport.engines.errors import CapacityError, SessionError
+
+SPAN_MULTIPLE = 64  # the active part of the cache is rounded up to this many slots
+
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+
+
+class Session(Protocol):
+    """A model with a KV cache of `max_batch` rows of `capacity` slots."""
+
+    max_batch: int
+    capacity: int
+    vocab_size: int
+
+    @property
+    def lengths(self) -> Int64:
+        """int64 [max_batch]: how many tokens each row holds."""
+        ...
+
+    def prefill(
+        self, tokens: Sequence[Sequence[int]], *, all_logits: bool = False
+    ) -> list[Float32]:
+        """Append tokens[b] to row b; call again to continue (chunked prefill). Rows may be empty.
+
+        Returns:
+            For each row fp32 [1, vocab], the logits after its last token, or with `all_logits`
+            [len(tokens[b]), vocab]. [0, vocab] for an empty row.
+
+        Raises:
+            CapacityError: a row would pass the capacity; nothing was written.
+            SessionError: too many rows, or a token id outside the vocabulary.
+        """
+        ...
+
+    def decode(self, token_ids: Sequence[int | None]) -> Float32:
+        """Append one token a row (None: leave the row alone); return fp32 [rows, vocab].
+
+        A row left alone has zeros. Raises as `prefill` does.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        ...
+
+
+class CachedSession:
+    """The bookkeeping of a session over a preallocated cache; subclasses implement `_step`."""
+
+    def __init__(self, *, max_batch: int, capacity: int, vocab_size: int) -> None:
+        if max_batch < 1 or capacity < 1:
+            raise SessionError(f"a session needs a row and a slot, not {max_batch} x {capacity}")
+        self.max_batch, self.capacity, self.vocab_size = max_batch, capacity, vocab_size
+        self._lengths = np.zeros(max_batch, dtype=np.int64)
+        self._last_token = np.zeros(max_batch, dtype=np.int64)
+
+    @property
+    def lengths(self) -> Int64:
+        """int64 [max_batch]: how many tokens each row holds."""
+        return self._lengths.copy()
+
+    def reset(self) -> None:
+        """Forget all tokens. The cache keeps its memory; old values are never attended to."""
+        self._lengths[:] = 0
+        self._last_token[:] = 0
+
+    def prefill(
+        self, tokens: Sequence[Sequence[int]], *, all_logits: bool = False
+    ) -> list[Float32]:
+        """See `Session.prefill`."""
+        rows = [np.asarray(row, dtype=np.int64).reshape(-1) for row in tokens]
+        self._check(rows)
+        results: list[list[Float32]] = [[] for _ in rows]
+        done = np.zeros(len(rows), dtype=np.int64)
+        remaining = np.array([len(row) for row in rows], dtype=np.int64)
+        while remaining.any():
+            active = remaining > 0
+            starts = np.where(active, self._lengths[: len(rows)], self._replay_slots(len(rows)))
+            # Padding, too, needs slots: one step is as wide as the fullest row has room for.
+            width = int(min(remaining.max(), self.capacity - starts.max()))
+            taken = np.minimum(remaining, width)
+            ids = np.zeros((len(rows), width), dtype=np.int64)
+            for b, row in enumerate(rows):
+                ids[b, : taken[b]] = row[done[b] : done[b] + taken[b]]
+                if not active[b]:
+                    ids[b, 0] = self._last_token[b]
+            finishing = active & (taken == remaining)
+            logits = self._run(ids, starts, taken, all_logits)
+            for b, row in enumerate(rows):
+                if active[b]:
+                    if all_logits:
+                        results[b].append(logits[b, : taken[b]])
+                    elif finishing[b]:
+                        results[b].append(logits[b, :1])
+                    self._last_token[b] = row[done[b] + taken[b] - 1]
+                    self._lengths[b] += taken[b]
+            done += taken
+            remaining -= taken
+        empty = np.zeros((0, self.vocab_size), dtype=np.float32)
+        return [np.concatenate(parts) if parts else empty for parts in results]
+
+    def decode(self, token_ids: Sequence[int | None]) -> Float32:
+        """See `Session.decode`."""
+        rows = self.prefill([[] if token is None else [token] for token in token_ids])
+        zeros = np.zeros((1, self.vocab_size), dtype=np.float32)
+        return np.concatenate([row if len(row) else zeros for row in rows])
+
+    def _check(self, rows: list[Int64]) -> None:
+        if not 1 <= len(rows) <= self.max_batch:
+            raise SessionError(f"{len(rows)} rows given to a session of {self.max_batch}")
+        for b, row in enumerate(rows):
+            if len(row) and not (0 <= row.min() and row.max() < self.vocab_size):
+                raise SessionError(
+                    f"row {b} has a token id outside the vocabulary of {self.vocab_size}"
+                )
+            if self._lengths[b] + len(row) > self.capacity:
+                raise CapacityError(
+                    f"row {b} holds {self._lengths[b]} tokens and is given {len(row)} more; "
+                    f"the cache has {self.capacity} slots"
+                )
+
+    def _replay_slots(self, rows: int) -> Int64:
+        return np.maximum(self._lengths[:rows] - 1, 0)
+
+    def _run(self, ids: Int64, starts: Int64, taken: Int64, all_logits: bool) -> Float32:
+        width = ids.shape[1]
+        span = -(-int(starts.max() + width) // SPAN_MULTIPLE) * SPAN_MULTIPLE
+        if all_logits:
+            wanted = np.broadcast_to(np.arange(width, dtype=np.int64), ids.shape)
+        else:
+            wanted = np.maximum(taken - 1, 0)[:, None]
+        return self._step(
+            {
+                "input_ids": ids,
+                "position_ids": starts[:, None] + np.arange(width, dtype=np.int64),
+                "write_indices": starts,
+                "key_positions": np.arange(min(span, self.capacity), dtype=np.int64),
+                "logits_indices": np.ascontiguousarray(wanted),
+            }
+        )
+
+    def _step(self, feeds: dict[str, Int64]) -> Float32:
+        """Run the model once; return logits fp32 [rows, n, vocab]."""
+        raise NotImplementedError(f"{type(self).__name__} does not run steps")

@@ -1,0 +1,156 @@
+"""The decoder that is traced: three small modules, whose parameter names are the checkpoint's.
+
+    Prologue   token ids -> hidden states, attention mask, rotary tables in the model's dtype
+    DecoderLayer   one block over the KV cache; traced once, stamped N times
+    Epilogue   hidden states of the wanted positions -> fp32 logits
+
+Shapes: B batch, S tokens in this step, C cache capacity, N active span of the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qwenport import plugins
+from qwenport.exporter.config import ModelConfig
+
+
+@torch.library.custom_op("qwenport::tensor_scatter", mutates_args=())
+def tensor_scatter(
+    past: torch.Tensor, update: torch.Tensor, write_indices: torch.Tensor
+) -> torch.Tensor:
+    """ai.onnx TensorScatter-24 along axis 2: slots write_indices[b].. of row b become `update`.
+
+    Args:
+        past: [B, heads, C, head_dim].
+        update: [B, heads, S, head_dim], dtype of past.
+        write_indices: int64 [B].
+
+    Returns:
+        A new tensor of past's shape; in an engine it has past's address.
+    """
+    slots = write_indices[:, None] + torch.arange(update.shape[2], device=update.device)
+    index = slots[:, None, :, None].expand(update.shape)
+    return past.scatter(2, index, update)
+
+
+@tensor_scatter.register_fake
+def _(past: torch.Tensor, update: torch.Tensor, write_indices: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(past)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over a KV cache that holds keys already rotated."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos_cache: torch.Tensor,
+        sin_cache: torch.Tensor,
+        position_ids: torch.Tensor,
+        mask: torch.Tensor,
+        write_indices: torch.Tensor,
+        past_key: torch.Tensor,
+        past_value: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch, seq, _ = x.shape
+        rotate = plugins.rotary_embedding.rotary_embedding
+
+        q = self.q_proj(x).view(batch, seq, self.heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(batch, seq, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(batch, seq, self.kv_heads, self.head_dim).transpose(1, 2)
+        q = rotate(q, cos_cache, sin_cache, position_ids)
+        k = rotate(k, cos_cache, sin_cache, position_ids)
+
+        present_key = tensor_scatter(past_key, k, write_indices)
+        present_value = tensor_scatter(past_value, v, write_indices)
+        # A step costs what the cache holds, not what it could hold.
+        span = mask.shape[-1]
+        y = functional.scaled_dot_product_attention(
+            q,
+            present_key[:, :, :span],
+            present_value[:, :, :span],
+            attn_mask=mask,
+            scale=self.head_dim**-0.5,
+            enable_gqa=True,
+        )
+        y = y.transpose(1, 2).reshape(batch, seq, self.heads * self.head_dim)
+        return self.o_proj(y), present_key, present_value
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP with residuals. forward returns (hidden, present_key, present_value)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, hidden: torch.Tensor, *attention_inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        y, present_key, present_value = self.self_attn(self.input_layernorm(hidden), *attention_inputs)
+        hidden = hidden + y
+        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return hidden, present_key, present_value
+
+
+class Prologue(nn.Module):
+    """Embedding, causal mask over the cache (true = attend), rotary tables cast once."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        key_positions: torch.Tensor,
+        cos_table: torch.Tensor,
+        sin_table: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        dtype = self.embed_tokens.weight.dtype
+        mask = key_positions <= position_ids.unsqueeze(1).unsqueeze(-1)
+        return self.embed_tokens(input_ids), mask, cos_table.to(dtype), sin_table.to(dtype)
+
+
+class Epilogue(nn.Module):
+    """Final norm and vocabulary projection of the positions in logits_indices [B, n]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, hidden: torch.Tensor, logits_indices: torch.Tensor) -> torch.Tensor:
+        rows = logits_indices.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        return self.lm_head(self.norm(hidden.gather(1, rows))).to(torch.float32)

@@ -1,0 +1,321 @@
+"""The package: what `export` writes and everything later reads.
+
+    model.onnx       the graph, opset 24, weights by reference
+    qwenport.json    the manifest
+    rope.safetensors cos and sin tables, fp32
+    weights/         the checkpoint's safetensors files (links), or files of the package's own
+    config.json, tokenizer and generation files, as in the checkpoint
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenport import __version__
+from qwenport.exporter.checkpoint import (
+    Checkpoint,
+    open_checkpoint,
+    read_safetensors_header,
+)
+from qwenport.exporter.config import ModelConfig, parse_config, read_config_json
+from qwenport.exporter.directory import atomic_directory, sha256
+from qwenport.exporter.errors import CheckpointError, ExportError, PackageError
+
+FORMAT, FORMAT_VERSION = "qwenport-package", 1
+MODEL, MANIFEST, ROPE = "model.onnx", "qwenport.json", "rope.safetensors"
+DTYPES = ("bf16", "fp16", "fp32")
+DEFAULT_MAX_BATCH = 8
+
+# Files that travel with the model unchanged, where the checkpoint has them.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A verified package directory."""
+
+    path: Path
+    manifest: dict[str, Any]
+    config: ModelConfig
+
+    @property
+    def model(self) -> Path:
+        """The ONNX file."""
+        return self.path / MODEL
+
+    @property
+    def dtype(self) -> str:
+        """dtype of weights, activations and KV cache: "bf16", "fp16" or "fp32"."""
+        dtype: str = self.manifest["dtype"]
+        return dtype
+
+    @property
+    def max_seq_len(self) -> int:
+        """Positions that the rope tables reach: the largest cache capacity."""
+        length: int = self.manifest["max_seq_len"]
+        return length
+
+    @property
+    def max_batch(self) -> int:
+        """Rows that the package was exported for."""
+        batch: int = self.manifest["max_batch"]
+        return batch
+
+
+def export(
+    checkpoint_path: Path,
+    package_path: Path,
+    *,
+    dtype: str | None = None,
+    max_seq_len: int | None = None,
+    max_batch: int = DEFAULT_MAX_BATCH,
+    rope_scaling: str | None = None,
+    weights: str = "link",
+    progress: Any = lambda what, done, total: None,
+) -> Package:
+    """Write the package of a checkpoint.
+
+    Args:
+        checkpoint_path: Hugging Face checkpoint directory; only read.
+        package_path: directory to create; must not exist.
+        dtype: "bf16", "fp16" or "fp32"; the checkpoint's own by default.
+        max_seq_len: positions to support; all that the rope settings allow by default.
+        max_batch: rows that sessions and engines may use.
+        rope_scaling: "KIND:FACTOR" for a checkpoint without rope scaling.
+        weights: "link" (by reference) or "copy" (a package that can be moved).
+        progress: called with (what, done, total).
+
+    Raises:
+        ConfigError, CheckpointError: see `open_checkpoint`.
+        ExportError: the request cannot be met. Nothing is left at package_path.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if weights not in ("link", "copy"):
+        raise ExportError(f"weights must be 'link' or 'copy', not {weights!r}")
+    if max_batch < 1:
+        raise ExportError(f"max batch must be at least 1, not {max_batch}")
+    checkpoint = open_checkpoint(checkpoint_path, rope_scaling)
+    dtype = dtype or checkpoint.dtype
+    max_seq_len = _checked_length(checkpoint.config, max_seq_len)
+    with atomic_directory(package_path) as scratch:
+        _write(checkpoint, scratch, dtype, max_seq_len, max_batch, rope_scaling, weights, progress)
+    return load_package(package_path)
+
+
+def _checked_length(config: ModelConfig, asked: int | None) -> int:
+    if asked is None:
+        return config.max_context
+    if not 1 <= asked <= config.max_context:
+        raise ExportError(
+            f"max sequence length {asked} is outside 1..{config.max_context}, what the rope settings "
+            f"({config.rope.kind}) allow" + ("; --rope-scaling extends it" if asked > 0 else "")
+        )
+    return asked
+
+
+def _write(
+    checkpoint: Checkpoint,
+    scratch: Path,
+    dtype: str,
+    max_seq_len: int,
+    max_batch: int,
+    rope_scaling: str | None,
+    weights: str,
+    progress: Any,
+) -> None:
+    # torch and the IR are imported here: reading a package needs neither
+    import onnx_ir as ir
+
+    from qwenport.exporter.graph import COS_TABLE, OPSET, SIN_TABLE, build_graph
+    from qwenport.exporter.weights import external_tensor, place_weights
+
+    config = checkpoint.config
+    entries = place_weights(checkpoint, scratch, dtype, weights, progress)
+    tables = _write_rope_tables(config, scratch / ROPE, max_seq_len)
+
+    def tensor(name: str) -> ir.TensorProtocol:
+        if name in (COS_TABLE, SIN_TABLE):
+            return tables[name]
+        return external_tensor(name, entries[name])
+
+    used: set[str] = set()
+
+    def recorded(name: str) -> ir.TensorProtocol:
+        used.add(name)
+        return tensor(name)
+
+    layers = config.num_hidden_layers
+    model = build_graph(
+        config, dtype, recorded, lambda index: progress("writing the graph", index + 1, layers)
+    )
+    unused = sorted(entries.keys() - used)
+    if unused:
+        raise ExportError(f"no operator uses tensor {unused[0]} ({len(unused)} unused in all)")
+    ir.save(model, scratch / MODEL)
+    for name in COMPANIONS:
+        if (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, scratch / name)
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "qwenport_version": __version__,
+        "model": dataclasses.asdict(config),
+        "dtype": dtype,
+        "max_seq_len": max_seq_len,
+        "max_batch": max_batch,
+        "rope_scaling": rope_scaling,
+        "opset": OPSET,
+        "ops": {f"{f.domain}.{f.name}": model.opset_imports[f.domain] for f in model.functions.values()},
+        "bindings": {
+            "inputs": [_binding(value) for value in model.graph.inputs],
+            "outputs": [_binding(value) for value in model.graph.outputs],
+        },
+        "weights": {
+            "mode": "convert" if dtype != checkpoint.dtype else weights,
+            "tensors": len(entries),
+            "bytes": sum(entry.length for entry in entries.values()),
+            "files": _weight_files(scratch),
+        },
+        "source": {
+            "dtype": checkpoint.dtype,
+            "config_sha256": sha256(checkpoint.path / "config.json"),
+            "files": [
+                {"name": f.name, "bytes": f.size, "header_sha256": f.header_sha256}
+                for f in checkpoint.files
+            ],
+        },
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(scratch.iterdir())
+            if path.is_file()
+        },
+    }
+    write_json(scratch / MANIFEST, manifest)
+
+
+def _write_rope_tables(config: ModelConfig, target: Path, length: int) -> dict[str, Any]:
+    import onnx_ir as ir
+    import torch
+
+    from qwenport.exporter.graph import COS_TABLE, SIN_TABLE
+    from qwenport.exporter.rope import rope_tables
+    from qwenport.exporter.weights import plan_safetensors, safetensors_header
+
+    cos, sin = rope_tables(config.rope, length)
+    shapes = {COS_TABLE: tuple(cos.shape), SIN_TABLE: tuple(sin.shape)}
+    entries = plan_safetensors(target.name, "F32", shapes)
+    with target.open("wb") as writer:
+        writer.write(safetensors_header(entries.values()))
+        for table in (cos, sin):
+            writer.write(table.contiguous().view(torch.uint8).numpy().data)
+    return {
+        name: ir.ExternalTensor(
+            target.name,
+            entry.offset,
+            entry.length,
+            ir.DataType.FLOAT,
+            shape=ir.Shape(entry.shape),
+            name=name,
+        )
+        for name, entry in entries.items()
+    }
+
+
+def _binding(value: Any) -> dict[str, Any]:
+    shape = [size if isinstance(size, int) else str(size) for size in value.shape]
+    return {"name": value.name, "dtype": value.dtype.name.lower(), "shape": shape}
+
+
+def _weight_files(package: Path) -> dict[str, dict[str, Any]]:
+    files = {}
+    for path in sorted((package / "weights").iterdir()):
+        file, _ = read_safetensors_header(path)
+        files[f"weights/{path.name}"] = {"bytes": file.size, "header_sha256": file.header_sha256}
+    return files
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a manifest: indented, with a final newline."""
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_manifest(path: Path, format_name: str, format_version: int, remedy: str) -> dict[str, Any]:
+    """Read `path`/qwenport.json and check its format and version.
+
+    Raises:
+        PackageError: not such a directory, not JSON, another format or version.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        raise PackageError(f"{path}: no {MANIFEST}; not a {format_name.replace('-', ' ')}")
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found, version = manifest["format"], manifest["format_version"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise PackageError(f"{file}: not a manifest ({type(error).__name__}: {error})") from error
+    if found != format_name:
+        raise PackageError(f"{path}: holds a {found}, expected a {format_name}")
+    if version != format_version:
+        raise PackageError(
+            f"{path}: {format_name} format version {version}, this Qwenport reads {format_version}; {remedy}"
+        )
+    return manifest
+
+
+def check_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Hold files against the sizes and hashes that a manifest records.
+
+    Raises:
+        PackageError: a file is missing or was changed.
+    """
+    for name, recorded in files.items():
+        file = path / name
+        if not file.is_file():
+            raise PackageError(f"{path}: {name} is missing")
+        if file.stat().st_size != recorded["bytes"] or sha256(file) != recorded["sha256"]:
+            raise PackageError(f"{path}: {name} does not match the manifest; it was changed")
+
+
+def load_package(path: Path) -> Package:
+    """Open a package directory and check it against its manifest.
+
+    Weight files are checked by size and header hash; their values are not read.
+
+    Raises:
+        PackageError: not a package, another format version, or files that do not match the manifest.
+    """
+    if not path.is_dir():
+        raise PackageError(f"{path}: no such package directory")
+    manifest = read_manifest(path, FORMAT, FORMAT_VERSION, "export the checkpoint again")
+    try:
+        check_files(path, manifest["files"])
+        for name, recorded in manifest["weights"]["files"].items():
+            if not (path / name).is_file():
+                raise PackageError(f"{path}: {name} is missing")
+            file, _ = read_safetensors_header(path / name)
+            if (file.size, file.header_sha256) != (recorded["bytes"], recorded["header_sha256"]):
+                raise PackageError(f"{path}: {name} does not match the manifest; it was changed")
+        config = parse_config(read_config_json(path), manifest["rope_scaling"])
+    except CheckpointError as error:
+        raise PackageError(str(error)) from error
+    except KeyError as error:
+        raise PackageError(f"{path / MANIFEST}: lacks {error}") from error
+    return Package(path, manifest, config)

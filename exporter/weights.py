@@ -1,0 +1,184 @@
+"""Weights in a package: referenced where they lie, copied whole, or converted one tensor at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from qwenport.exporter.checkpoint import DTYPE_BYTES, DTYPE_NAMES, Checkpoint, TensorEntry
+from qwenport.exporter.errors import ExportError
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, units done, units in all)."""
+
+FOLDER = "weights"
+CHUNK_BYTES = 1 << 24
+
+_SAFETENSORS = {name: key for key, name in DTYPE_NAMES.items()}
+_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_IR = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
+_FICLONE = 0x40049409  # linux/fs.h: share the extents of a file, copy on write
+
+
+def place_weights(
+    checkpoint: Checkpoint, package: Path, dtype: str, mode: str, progress: Progress
+) -> dict[str, TensorEntry]:
+    """Put the checkpoint's weights under `package`/weights and return where each tensor is.
+
+    Args:
+        checkpoint: the source; never written to.
+        package: directory being written.
+        dtype: dtype that the package's tensors are to have.
+        mode: "link" (by reference, no bytes written) or "copy". A dtype change always writes.
+        progress: told of bytes done.
+
+    Raises:
+        ExportError: links are not possible there, a value does not fit `dtype`, the disk is too small.
+    """
+    folder = package / FOLDER
+    folder.mkdir()
+    if dtype != checkpoint.dtype:
+        return _convert(checkpoint, folder / "model.safetensors", dtype, progress)
+    if mode == "copy":
+        _require_space(folder, sum(file.size for file in checkpoint.files))
+    total = sum(file.size for file in checkpoint.files)
+    done = 0
+    for file in checkpoint.files:
+        target = folder / file.name
+        if mode == "link":
+            _link(file.path, target)
+        else:
+            for count in _copy(file.path, target):
+                done += count
+                progress("copying weights", done, total)
+    return checkpoint.tensors
+
+
+def external_tensor(name: str, entry: TensorEntry) -> ir.ExternalTensor:
+    """The ONNX tensor of a safetensors entry in a package: a location, an offset and a length."""
+    return ir.ExternalTensor(
+        f"{FOLDER}/{entry.file}",
+        entry.offset,
+        entry.length,
+        _IR[DTYPE_NAMES[entry.dtype]],
+        shape=ir.Shape(entry.shape),
+        name=name,
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    """Reflink where the file system can, else hard link: onnxruntime refuses symbolic links."""
+    if _reflink(source, target):
+        return
+    try:
+        os.link(source, target)
+    except OSError as error:
+        reason = (
+            "it is on another file system"
+            if error.errno == errno.EXDEV
+            else (error.strerror or str(error)).lower()
+        )
+        raise ExportError(
+            f"cannot reference {source} from the package: {reason}; "
+            "use --weights copy, or write the package beside the checkpoint"
+        ) from error
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not a Unix: no reflinks
+        return False
+    with source.open("rb") as original, target.open("wb") as clone:
+        try:
+            fcntl.ioctl(clone.fileno(), _FICLONE, original.fileno())
+            return True
+        except OSError:  # the file system has none: the caller hard-links
+            pass
+    target.unlink()
+    return False
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ExportError(
+            f"not enough disk space for the weights: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+        )
+
+
+def _copy(source: Path, target: Path) -> Iterable[int]:
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while chunk := reader.read(CHUNK_BYTES):
+            writer.write(chunk)
+            yield len(chunk)
+
+
+def _convert(
+    checkpoint: Checkpoint, target: Path, dtype: str, progress: Progress
+) -> dict[str, TensorEntry]:
+    """Write all tensors in another dtype into one safetensors file, a chunk in memory at a time."""
+    entries = plan_safetensors(
+        target.name, _SAFETENSORS[dtype], {t.name: t.shape for t in checkpoint.tensors.values()}
+    )
+    _require_space(target.parent, sum(entry.length for entry in entries.values()))
+    total, done = checkpoint.weight_bytes, 0
+    with target.open("wb") as writer:
+        writer.write(safetensors_header(entries.values()))
+        for name in entries:
+            source = checkpoint.tensors[name]
+            with (checkpoint.path / source.file).open("rb") as reader:
+                reader.seek(source.offset)
+                for start in range(0, source.length, CHUNK_BYTES):
+                    chunk = bytearray(reader.read(min(CHUNK_BYTES, source.length - start)))
+                    values = torch.frombuffer(chunk, dtype=_TORCH[DTYPE_NAMES[source.dtype]])
+                    converted = values.to(_TORCH[dtype])
+                    if dtype == "fp16" and not torch.equal(values.isfinite(), converted.isfinite()):
+                        raise ExportError(
+                            f"tensor {name} has values beyond fp16's largest number (65504); use bf16 or fp32"
+                        )
+                    writer.write(converted.view(torch.uint8).numpy().data)
+                    done += len(chunk)
+                    progress(f"converting weights to {dtype}", done, total)
+    return entries
+
+
+def plan_safetensors(
+    file: str, dtype: str, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, TensorEntry]:
+    """Lay tensors of one dtype out in a safetensors file of that name."""
+    sizes = {name: DTYPE_BYTES[dtype] for name in shapes}
+    for name, shape in shapes.items():
+        for size in shape:
+            sizes[name] *= size
+    header = safetensors_header(
+        [TensorEntry(name, file, dtype, shape, 0, sizes[name]) for name, shape in shapes.items()]
+    )
+    offset, entries = len(header), {}
+    for name, shape in shapes.items():
+        entries[name] = TensorEntry(name, file, dtype, shape, offset, sizes[name])
+        offset += sizes[name]
+    return entries
+
+
+def safetensors_header(entries: Iterable[TensorEntry]) -> bytes:
+    """The 8-byte length and JSON header of a file that holds these tensors in this order."""
+    header, begin = {}, 0
+    for entry in entries:
+        end = begin + entry.length
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data starts 8-byte aligned
+    return len(text).to_bytes(8, "little") + text
