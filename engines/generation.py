@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenport import QwenportError
+from qwenport.engines.errors import CapacityError
 from qwenport.engines.sampling import Sampler, SamplingError, SamplingParams
 
 if TYPE_CHECKING:
@@ -151,8 +152,6 @@ def generate(
     longest = max(map(len, checked), default=0)
     chunk = longest if prefill_chunk is None else _index("prefill_chunk", prefill_chunk, 1)
     if longest > session.capacity:
-        from qwenport.engines.session import CapacityError
-
         b = next(b for b, prompt in enumerate(checked) if len(prompt) == longest)
         raise CapacityError(
             f"prompt {b} has {longest} tokens, the session holds {session.capacity} a row"
@@ -188,7 +187,7 @@ class StreamDecoder:
     """Text of a growing token sequence, piece by piece.
 
     The concatenation of all ``push`` results and of ``flush`` is ``decode`` of all ids, if decoding
-    is a concatenation of the tokens' bytes (byte-level BPE, as Qwen2.5's and Llama-3's). A character
+    is a concatenation of the tokens' bytes (byte-level BPE, as in Qwen2.5 and Llama-3). A character
     split over tokens is emitted once it is complete, so U+FFFD appears only for bytes that no
     further token can make valid. A tokenizer that treats the first token of a text differently (a
     leading space) is served as well, as at least one emitted token stays in the window.

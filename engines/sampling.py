@@ -173,7 +173,6 @@ def portable_exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
     ``r = (x - k * LN2_HI) - k * LN2_LO``, Horner's rule ``p = p * r + 1 / n!`` from n = 13 down to
     0 beginning with ``p = 1 / 13!`` (each a correctly rounded double), and ``ldexp(p, k)``, all in
     double, each operation rounded. The error is below 1.5 ulp of the true value (tested).
-
     Takes float64 of any shape, no element above 0, no NaN; returns float64 in [0, 1].
     """
     small = x < _EXP_MIN

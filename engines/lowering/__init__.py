@@ -3,7 +3,20 @@
 A pass changes one thing, is one class with one `call`, and has its own test.
 """
 
+from qwenport.engines.lowering.attention import DecomposeAttention
+from qwenport.engines.lowering.capacity import StaticCapacity
+from qwenport.engines.lowering.checks import check_graph, check_network
 from qwenport.engines.lowering.float32 import ComputeInFloat32
-from qwenport.engines.lowering.targets import for_onnxruntime
+from qwenport.engines.lowering.rope_tables import FoldRopeTables
+from qwenport.engines.lowering.targets import for_onnxruntime, for_tensorrt
 
-__all__ = ["ComputeInFloat32", "for_onnxruntime"]
+__all__ = [
+    "ComputeInFloat32",
+    "DecomposeAttention",
+    "FoldRopeTables",
+    "StaticCapacity",
+    "check_graph",
+    "check_network",
+    "for_onnxruntime",
+    "for_tensorrt",
+]

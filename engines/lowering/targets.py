@@ -5,7 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import Sequential
 
+from qwenport.engines.lowering.attention import DecomposeAttention
+from qwenport.engines.lowering.capacity import StaticCapacity
 from qwenport.engines.lowering.float32 import ComputeInFloat32
+from qwenport.engines.lowering.rope_tables import FoldRopeTables
 
 
 def for_onnxruntime(model: ir.Model, *, on_cpu: bool) -> ir.Model:
@@ -13,3 +16,18 @@ def for_onnxruntime(model: ir.Model, *, on_cpu: bool) -> ir.Model:
     if on_cpu:
         return Sequential(ComputeInFloat32())(model).model
     return model
+
+
+def for_tensorrt(model: ir.Model, *, dtype: str, capacity: int, kv_heads: int) -> ir.Model:
+    """Lower a package's graph for TensorRT or TensorRT-RTX. Changes `model`.
+
+    Args:
+        model: the package's graph.
+        dtype: the package's; fused attention exists for "bf16" and "fp16".
+        capacity: cache slots of the engine.
+        kv_heads: the model's num_key_value_heads.
+    """
+    passes = [StaticCapacity(capacity), FoldRopeTables(capacity)]
+    if dtype == "fp32":
+        passes.append(DecomposeAttention(kv_heads))
+    return Sequential(*passes)(model).model

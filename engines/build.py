@@ -1,0 +1,282 @@
+"""package -> engine directory: lower, parse, check, build, all or nothing.
+
+    engine.plan     the TensorRT plan
+    qwenport.json   the manifest: bindings, profile, GPUs, TensorRT flavour and version, hashes
+    config.json, tokenizer and generation files, as in the package
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qwenport import __version__
+from qwenport.engines.engine import FORMAT, FORMAT_VERSION, PLAN, Engine, load_engine
+from qwenport.engines.errors import BuildError
+from qwenport.engines.lowering import check_graph, check_network, for_tensorrt
+from qwenport.engines.targets import flavour_of, load_tensorrt, parse_gpus
+from qwenport.exporter import (
+    COMPANIONS,
+    MANIFEST,
+    Package,
+    atomic_directory,
+    load_package,
+    sha256,
+    write_json,
+)
+
+Progress = Callable[[str, int, int], None]
+
+# One step of a session: longer prompts are prefilled in pieces, so that activations stay bounded.
+MAX_STEP_TOKENS = 2048
+MAX_STEP_LOGITS = 64  # positions whose logits one step returns; generation needs one
+TYPICAL_SPAN = 1024  # the span that the builder tunes decoding for
+
+
+def build(
+    package_path: Path,
+    engine_path: Path,
+    *,
+    target: str,
+    gpus: str | None = None,
+    max_seq_len: int | None = None,
+    max_batch: int | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Engine:
+    """Build the engine of a package.
+
+    Args:
+        package_path: what `export` wrote.
+        engine_path: directory to create; must not exist.
+        target: "tensorrt-rtx" (builds anywhere) or "tensorrt" (on the GPU it is for).
+        gpus: "sm86,sm89"; see `parse_gpus` for the default.
+        max_seq_len: cache slots, at most (and by default) the package's.
+        max_batch: rows, at most (and by default) the package's.
+        progress: called with (what, done, total).
+
+    Raises:
+        PackageError, MissingExtraError, LoweringError, BuildError: nothing is left at engine_path.
+    """
+    flavour = flavour_of(target)
+    package = load_package(package_path)
+    architectures = parse_gpus(gpus, flavour, package.dtype)
+    capacity = _limit("max sequence length", max_seq_len, package.max_seq_len)
+    batch = _limit("max batch", max_batch, package.max_batch)
+    trt = load_tensorrt(flavour, "to build engines")
+    with atomic_directory(engine_path) as scratch:
+        lowered = _write_lowered(package, scratch / "lowered", capacity)
+        profile = profile_shapes(package, capacity, batch)
+        built = _build_plan(trt, lowered, scratch / PLAN, architectures, profile, progress)
+        shutil.rmtree(scratch / "lowered")
+        for name in COMPANIONS:
+            if (package.path / name).is_file():
+                shutil.copyfile(package.path / name, scratch / name)
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "qwenport_version": __version__,
+            "flavour": flavour.name,
+            "tensorrt_version": trt.__version__,
+            "gpus": list(architectures),
+            "model": package.manifest["model"],
+            "dtype": package.dtype,
+            "max_seq_len": capacity,
+            "max_batch": batch,
+            "rope_scaling": package.manifest["rope_scaling"],
+            "profile": profile,
+            "bindings": _with_capacity(package.manifest["bindings"], capacity),
+            "aliases": {
+                f"present.{layer}.{part}": f"past_key_values.{layer}.{part}"
+                for layer in range(package.config.num_hidden_layers)
+                for part in ("key", "value")
+            },
+            "layers": built["layers"],
+            "package": {
+                "manifest_sha256": sha256(package.path / MANIFEST),
+                "source": package.manifest["source"],
+                "dtype": package.dtype,
+                "weight_bytes": package.manifest["weights"]["bytes"],
+                "max_seq_len": package.max_seq_len,
+            },
+            "files": {
+                path.name: (
+                    {"bytes": path.stat().st_size, "sha256": built["sha256"]}
+                    if path.name == PLAN
+                    else {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                )
+                for path in sorted(scratch.iterdir())
+            },
+        }
+        write_json(scratch / MANIFEST, manifest)
+    return load_engine(engine_path)
+
+
+def _limit(what: str, asked: int | None, most: int) -> int:
+    if asked is None:
+        return most
+    if not 1 <= asked <= most:
+        raise BuildError(f"{what} {asked} is outside 1..{most}, what the package was exported for")
+    return asked
+
+
+def profile_shapes(package: Package, capacity: int, batch: int) -> dict[str, dict[str, list[int]]]:
+    """One dynamic profile, tuned for decoding one token: input name -> its min, opt and max shape."""
+    config = package.config
+    tokens = min(MAX_STEP_TOKENS, capacity)
+    heads, head_dim = config.num_key_value_heads, config.head_dim
+
+    def shapes(*least: int, opt: list[int], most: list[int]) -> dict[str, list[int]]:
+        return {"min": list(least), "opt": opt, "max": most}
+
+    profile = {
+        "input_ids": shapes(1, 1, opt=[1, 1], most=[batch, tokens]),
+        "position_ids": shapes(1, 1, opt=[1, 1], most=[batch, tokens]),
+        "write_indices": shapes(1, opt=[1], most=[batch]),
+        "key_positions": shapes(1, opt=[min(TYPICAL_SPAN, capacity)], most=[capacity]),
+        "logits_indices": shapes(1, 1, opt=[1, 1], most=[batch, min(MAX_STEP_LOGITS, tokens)]),
+    }
+    cache = [heads, capacity, head_dim]
+    for layer in range(config.num_hidden_layers):
+        for part in ("key", "value"):
+            profile[f"past_key_values.{layer}.{part}"] = shapes(
+                1, *cache, opt=[1, *cache], most=[batch, *cache]
+            )
+    return profile
+
+
+def _with_capacity(bindings: dict[str, Any], capacity: int) -> dict[str, Any]:
+    return {
+        side: [
+            {**b, "shape": [capacity if size == "capacity" else size for size in b["shape"]]}
+            for b in values
+        ]
+        for side, values in bindings.items()
+    }
+
+
+def _write_lowered(package: Package, folder: Path, capacity: int) -> Path:
+    """Write the lowered model where the parser finds the weights: beside a link to them."""
+    import onnx_ir as ir
+
+    model = for_tensorrt(
+        ir.load(package.model),
+        dtype=package.dtype,
+        capacity=capacity,
+        kv_heads=package.config.num_key_value_heads,
+    )
+    check_graph(model)
+    folder.mkdir()
+    os.symlink(os.path.abspath(package.path / "weights"), folder / "weights")
+    path = folder / "model.onnx"
+    ir.save(model, path)
+    return path
+
+
+def _build_plan(
+    trt: Any,
+    model: Path,
+    plan: Path,
+    gpus: tuple[str, ...],
+    profile: dict[str, dict[str, list[int]]],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Parse, check and build; stream the plan to disk as it is made. Returns its hash and layer count."""
+    from polygraphy.backend.trt import (
+        CreateConfig,
+        PostprocessConfig,
+        Profile,
+        network_from_onnx_path,
+    )
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
+
+    shapes = Profile()
+    for name, ranges in profile.items():
+        shapes.add(name, min=ranges["min"], opt=ranges["opt"], max=ranges["max"])
+
+    def choose_gpus(builder: Any, network: Any, config: Any) -> None:
+        if not hasattr(trt, "ComputeCapability"):
+            return  # tensorrt builds for the GPU at hand
+        config.num_compute_capabilities = len(gpus)
+        for index, gpu in enumerate(gpus):
+            config.set_compute_capability(getattr(trt.ComputeCapability, gpu.upper()), index)
+
+    monitor = _monitor(trt, progress)
+    complaints: list[str] = []
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        try:
+            builder, network, parser = network_from_onnx_path(str(model), strongly_typed=True)
+            check_network(network, trt)
+            create = CreateConfig(profiles=[shapes], progress_monitor=monitor)
+            config = PostprocessConfig(create, choose_gpus)(builder, network)
+            writer = _plan_writer(trt, plan)
+            done = builder.build_serialized_network_to_stream(network, config, writer)
+        except PolygraphyException as error:
+            complaints.append(str(error).strip().splitlines()[-1])
+            done = False
+        if monitor.interrupted is not None:
+            raise monitor.interrupted
+        if not done:
+            reason = complaints[0] if complaints else "see TensorRT's messages above"
+            raise BuildError(f"TensorRT could not build the engine: {reason}")
+        writer.close()
+        layers = network.num_layers
+        del parser
+    return {"sha256": writer.hexdigest(), "layers": layers}
+
+
+def _plan_writer(trt: Any, path: Path) -> Any:
+    class PlanWriter(trt.IStreamWriter):  # type: ignore[misc]
+        """Writes and hashes the plan as TensorRT makes it."""
+
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.stream = path.open("wb")
+            self.hash = hashlib.sha256()
+
+        def write(self, data: Any) -> int:
+            self.hash.update(data)
+            return self.stream.write(data)
+
+        def close(self) -> None:
+            self.stream.close()
+
+        def hexdigest(self) -> str:
+            return self.hash.hexdigest()
+
+    return PlanWriter()
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Passes TensorRT's outermost phases on; stops the build at the first exception (Ctrl-C)."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.interrupted: BaseException | None = None
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self.steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self.steps and self.interrupted is None:
+                self.tell(phase_name, step + 1)
+            return self.interrupted is None
+
+        def phase_finish(self, phase_name: str) -> None:
+            if phase_name in self.steps and self.interrupted is None:
+                self.tell(phase_name, self.steps[phase_name])
+
+        def tell(self, phase_name: str, done: int) -> None:
+            try:
+                progress(f"TensorRT: {phase_name}", done, self.steps[phase_name])
+            except BaseException as error:  # must not cross into C++
+                self.interrupted = error
+
+    return Monitor()

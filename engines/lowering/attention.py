@@ -1,0 +1,71 @@
+"""Attention as primitive operators, for dtypes in which a target has no fused kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+
+class DecomposeAttention(InPlacePass):
+    """Attention(q, k, v, mask) -> MatMul, Where, Softmax, MatMul over grouped heads.
+
+    q [B, H, S, D] becomes [B, G, H/G, S, D] against k, v [B, G, 1, N, D]; nothing is repeated in memory.
+    """
+
+    def __init__(self, kv_heads: int) -> None:
+        super().__init__()
+        self.kv_heads = kv_heads
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Change `model` in place."""
+        modified = False
+        for node in [*model.graph]:
+            if node.op_type == "Attention" and node.domain == "":
+                self._replace(model.graph, node)
+                modified = True
+        return PassResult(model, modified)
+
+    def _replace(self, graph: ir.Graph, node: ir.Node) -> None:
+        q, k, v, mask = node.inputs
+        (result,) = node.outputs
+        assert q is not None and k is not None and v is not None and q.dtype is not None
+        dtype = q.dtype
+        nodes: list[ir.Node] = []
+
+        def op(kind: str, *inputs: ir.Value | None, **attributes: object) -> ir.Value:
+            made = ir.node(kind, inputs, attributes=attributes, name=f"{node.name}.{kind}_{len(nodes)}")
+            made.outputs[0].name = made.name
+            nodes.append(made)
+            return made.outputs[0]
+
+        def constant(name: str, array: np.ndarray) -> ir.Value:
+            if name not in graph.initializers:
+                tensor = ir.tensor(array, dtype=dtype if array.dtype == np.float32 else None, name=name)
+                graph.initializers[name] = ir.Value(
+                    name=name,
+                    type=ir.TensorType(tensor.dtype),
+                    shape=ir.Shape(array.shape),
+                    const_value=tensor,
+                )
+            return graph.initializers[name]
+
+        # Only an fp32 target comes here, so the lowest fp32 number masks.
+        two = constant("attention.axis_2", np.array([2], dtype=np.int64))
+        scale = node.attributes["scale"].as_float()
+        sizes = op("Shape", q)
+        batch, tail = op("Shape", q, start=0, end=1), op("Shape", q, start=2)
+        groups = constant("attention.groups", np.array([self.kv_heads, -1], dtype=np.int64))
+        grouped = op("Reshape", q, op("Concat", batch, groups, tail, axis=0))
+        keys = op("Transpose", op("Unsqueeze", k, two), perm=[0, 1, 2, 4, 3])
+        scaled = op("Mul", grouped, constant("attention.scale", np.array(scale, dtype=np.float32)))
+        scores = op("MatMul", scaled, keys)
+        lowest = constant("attention.masked", np.array(np.finfo(np.float32).min, dtype=np.float32))
+        masked = op("Where", op("Unsqueeze", mask, two), scores, lowest)
+        weights = op("Softmax", masked, axis=-1)
+        mixed = op("MatMul", weights, op("Unsqueeze", v, two))
+        output = op("Reshape", mixed, sizes)
+        output.name, output.type, output.shape = result.name, result.type, result.shape
+        graph.insert_before(node, nodes)
+        result.replace_all_uses_with(output)
+        graph.remove(node, safe=True)

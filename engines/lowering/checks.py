@@ -1,0 +1,87 @@
+"""What TensorRT's parser would drop or misread, found before and after it parses.
+
+The parser reports a dropped input as a warning and builds an engine that attends to garbage. Here every
+such thing is an error that names the node.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+from qwenport.engines.errors import LoweringError
+
+ATTENTION_INPUTS = 4  # q, k, v, mask
+
+
+def check_graph(model: ir.Model) -> None:
+    """Refuse ONNX nodes that TensorRT's parser is known to misread.
+
+    Raises:
+        LoweringError: Attention without an explicit mask, with `is_causal` (upper-left aligned: wrong
+            over a cache), or with inputs or outputs that the parser drops (past_key, past_value,
+            nonpad_kv_seqlen); an operator of a domain nobody defines.
+    """
+    functions = {(f.domain, f.name) for f in model.functions.values()}
+    for node in model.graph:
+        if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) not in functions:
+            raise LoweringError(
+                f"{node.name}: {node.domain}.{node.op_type} has neither a function body nor a plugin"
+            )
+        if node.op_type != "Attention":
+            continue
+        if len(node.inputs) < ATTENTION_INPUTS or node.inputs[3] is None:
+            raise LoweringError(f"{node.name}: Attention without an explicit mask")
+        if any(value is not None for value in node.inputs[ATTENTION_INPUTS:]):
+            raise LoweringError(
+                f"{node.name}: TensorRT's parser drops Attention's inputs after the mask"
+            )
+        if "is_causal" in node.attributes and node.attributes["is_causal"].as_int():
+            raise LoweringError(f"{node.name}: is_causal is aligned upper-left, wrong over a cache")
+        if len(node.outputs) != 1:
+            raise LoweringError(f"{node.name}: TensorRT's Attention has one output")
+
+
+def check_network(network: Any, trt: Any) -> None:
+    """Refuse a parsed network in which something was lost.
+
+    Args:
+        network: an INetworkDefinition.
+        trt: the module it comes from (tensorrt or tensorrt_rtx).
+
+    Raises:
+        LoweringError: an input that no layer reads, an attention without mask, or a `present` output that
+            does not share its `past_key_values` input's memory.
+    """
+    read: set[str] = set()
+    updated: dict[str, str] = {}
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        names = [layer.get_input(i) for i in range(layer.num_inputs)]
+        read.update(tensor.name for tensor in names if tensor is not None)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer
+            attention = layer.attention
+            if attention.mask is None or _is_causal(attention, trt):
+                raise LoweringError(f"{layer.name}: parsed without its explicit mask")
+        elif layer.type == trt.LayerType.KV_CACHE_UPDATE:
+            updated[layer.get_output(0).name] = layer.get_input(0).name
+    for index in range(network.num_inputs):
+        name = network.get_input(index).name
+        if name not in read:
+            raise LoweringError(f"network input {name} is read by no layer: the parser dropped it")
+    for index in range(network.num_outputs):
+        name = network.get_output(index).name
+        if not name.startswith("present."):
+            continue
+        past = "past_key_values." + name.removeprefix("present.")
+        if updated.get(name) != past:
+            raise LoweringError(f"network output {name} is not an in-place update of {past}")
+
+
+def _is_causal(attention: Any, trt: Any) -> bool:
+    kind = getattr(attention, "causal_kind", None)
+    if kind is None:
+        return bool(getattr(attention, "causal", False))
+    return bool(kind != trt.CausalMaskKind.NONE)

@@ -1,0 +1,60 @@
+"""Rope tables in the model's dtype and no longer than the cache.
+
+The package keeps them in fp32 for every position, followed by a Cast. An engine needs as many rows as its
+cache has slots, and a Cast left to the builder is kept in the engine in both dtypes or run each step.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+_NUMPY = {
+    ir.DataType.FLOAT: np.float32,
+    ir.DataType.FLOAT16: np.float16,
+    ir.DataType.BFLOAT16: ml_dtypes.bfloat16,
+}
+
+
+class FoldRopeTables(InPlacePass):
+    """Cut every RotaryEmbedding's tables to `rows` rows and cast them (to nearest even) here."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Change `model` in place."""
+        folded: dict[ir.Value, ir.Value] = {}
+        for node in model.graph:
+            if node.op_type != "RotaryEmbedding":
+                continue
+            for index in (1, 2):
+                table = node.inputs[index]
+                assert table is not None
+                if table not in folded:
+                    folded[table] = self._fold(table)
+                node.replace_input_with(index, folded[table])
+        for table, constant in folded.items():
+            model.graph.initializers[constant.name or ""] = constant
+            producer = table.producer()
+            if producer is not None:
+                (source,) = producer.inputs
+                model.graph.remove(producer, safe=True)
+                table = source  # type: ignore[assignment]
+            if not table.uses():
+                del model.graph.initializers[table.name or ""]
+        return PassResult(model, bool(folded))
+
+    def _fold(self, table: ir.Value) -> ir.Value:
+        producer = table.producer()
+        source = table if producer is None else producer.inputs[0]
+        assert source is not None and source.const_value is not None and table.dtype is not None
+        rows = source.const_value.numpy()[: self.rows].astype(_NUMPY[table.dtype])
+        name = f"{source.name}.folded"
+        tensor = ir.Tensor(rows, dtype=table.dtype, name=name)
+        return ir.Value(
+            name=name, type=ir.TensorType(table.dtype), shape=ir.Shape(rows.shape), const_value=tensor
+        )
