@@ -1,5 +1,7 @@
 """package -> engine -> session. Lowering per target, the builder, and the sessions that run either."""
 
+from qwenport.engines.build import build
+from qwenport.engines.engine import Engine, is_engine, load_engine
 from qwenport.engines.errors import (
     BuildError,
     CapacityError,
@@ -7,15 +9,34 @@ from qwenport.engines.errors import (
     LoweringError,
     SessionError,
 )
+from qwenport.engines.generation import GenerationResult, StreamDecoder, generate
 from qwenport.engines.onnxruntime_session import OnnxRuntimeSession
+from qwenport.engines.open import open_session
+from qwenport.engines.sampling import Sampler, SamplingParams
 from qwenport.engines.session import Session
+from qwenport.engines.targets import FLAVOURS, RTX_GPUS, TENSORRT_GPUS
+from qwenport.engines.tensorrt_session import TensorRTSession
 
 __all__ = [
+    "FLAVOURS",
+    "RTX_GPUS",
+    "TENSORRT_GPUS",
     "BuildError",
     "CapacityError",
+    "Engine",
     "EngineError",
+    "GenerationResult",
     "LoweringError",
     "OnnxRuntimeSession",
+    "Sampler",
+    "SamplingParams",
     "Session",
     "SessionError",
+    "StreamDecoder",
+    "TensorRTSession",
+    "build",
+    "generate",
+    "is_engine",
+    "load_engine",
+    "open_session",
 ]

@@ -8,16 +8,18 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qwenport import __version__
 from qwenport.engines.engine import FORMAT, FORMAT_VERSION, PLAN, Engine, load_engine
 from qwenport.engines.errors import BuildError
-from qwenport.engines.lowering import check_graph, check_network, for_tensorrt
+from qwenport.engines.lowering import check_graph, check_messages, check_network, for_tensorrt
 from qwenport.engines.targets import flavour_of, load_tensorrt, parse_gpus
 from qwenport.exporter import (
     COMPANIONS,
@@ -192,7 +194,6 @@ def _build_plan(
         network_from_onnx_path,
     )
     from polygraphy.exception import PolygraphyException
-    from polygraphy.logger import G_LOGGER
 
     shapes = Profile()
     for name, ranges in profile.items():
@@ -206,27 +207,55 @@ def _build_plan(
             config.set_compute_capability(getattr(trt.ComputeCapability, gpu.upper()), index)
 
     monitor = _monitor(trt, progress)
-    complaints: list[str] = []
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+    with _tensorrt_messages() as messages:
         try:
             builder, network, parser = network_from_onnx_path(str(model), strongly_typed=True)
+            check_messages(messages)
             check_network(network, trt)
             create = CreateConfig(profiles=[shapes], progress_monitor=monitor)
             config = PostprocessConfig(create, choose_gpus)(builder, network)
             writer = _plan_writer(trt, plan)
-            done = builder.build_serialized_network_to_stream(network, config, writer)
-        except PolygraphyException as error:
-            complaints.append(str(error).strip().splitlines()[-1])
-            done = False
+            built = builder.build_serialized_network_to_stream(network, config, writer)
+        except PolygraphyException:
+            built = False
         if monitor.interrupted is not None:
             raise monitor.interrupted
-        if not done:
-            reason = complaints[0] if complaints else "see TensorRT's messages above"
-            raise BuildError(f"TensorRT could not build the engine: {reason}")
+        if not built:
+            raise BuildError(f"TensorRT could not build the engine: {_first_error(messages)}")
         writer.close()
         layers = network.num_layers
-        del parser
+        del parser  # it owns the weights that the network refers to
     return {"sha256": writer.hexdigest(), "layers": layers}
+
+
+@contextmanager
+def _tensorrt_messages() -> Iterator[list[str]]:
+    """Collect TensorRT's warnings and errors, which Polygraphy would print."""
+    from polygraphy.logger import G_LOGGER
+
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger, collector = logging.getLogger("Polygraphy"), Collector(logging.WARNING)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(collector)
+    G_LOGGER.use_python_logging_system = True
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.WARNING):
+            yield messages
+    finally:
+        G_LOGGER.use_python_logging_system = False
+        logger.removeHandler(collector)
+        logger.propagate = propagate
+
+
+def _first_error(messages: list[str]) -> str:
+    """The first message that is an error, without the complaint that this machine has no GPU."""
+    errors = [m for m in messages if m.startswith("[E]") and "catchCudaError" not in m]
+    return " ".join(errors[0].removeprefix("[E]").split()) if errors else "it gave no reason"
 
 
 def _plan_writer(trt: Any, path: Path) -> Any:

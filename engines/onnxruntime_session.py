@@ -12,6 +12,8 @@ from qwenport.engines.lowering import for_onnxruntime
 from qwenport.engines.session import CachedSession, Float32, Int64
 from qwenport.exporter import Package
 
+# Attention scores take heads x tokens x span numbers, so a long prompt runs in pieces.
+MAX_STEP_TOKENS = 512
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -53,7 +55,13 @@ class OnnxRuntimeSession(CachedSession):
         if max_batch > package.max_batch:
             raise SessionError(f"{max_batch} rows, but the package was made for {package.max_batch}")
         config = package.config
-        super().__init__(max_batch=max_batch, capacity=capacity, vocab_size=config.vocab_size)
+        super().__init__(
+            max_batch=max_batch,
+            capacity=capacity,
+            vocab_size=config.vocab_size,
+            max_step_tokens=MAX_STEP_TOKENS,
+            max_step_logits=MAX_STEP_TOKENS,
+        )
         self._ort = import_extra("onnxruntime", "cpu", "to run packages")
         self.device = device
         dtype = "fp32" if device == "cpu" else package.dtype
@@ -125,10 +133,6 @@ class OnnxRuntimeSession(CachedSession):
             self._binding.bind_cpu_input(name, array)
         self._binding.bind_output("logits", "cpu")
         self._session.run_with_iobinding(self._binding)
-        names = self._binding.get_outputs()
-        logits: Float32 = names[self._logits_index()].numpy()
+        # outputs come in the order in which they were first bound: the caches, then the logits
+        logits: Float32 = self._binding.get_outputs()[len(self._cache)].numpy()
         return logits
-
-    def _logits_index(self) -> int:
-        """bind_output appends: the logits come after the caches, where they were bound last."""
-        return len(self._cache)

@@ -64,12 +64,25 @@ class Session(Protocol):
 
 
 class CachedSession:
-    """The bookkeeping of a session over a preallocated cache; subclasses implement `_step`."""
+    """The bookkeeping of a session over a preallocated cache; subclasses implement `_step`.
 
-    def __init__(self, *, max_batch: int, capacity: int, vocab_size: int) -> None:
+    A step takes at most `max_step_tokens` tokens a row and returns the logits of at most
+    `max_step_logits` of them; longer prompts run in several steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch: int,
+        capacity: int,
+        vocab_size: int,
+        max_step_tokens: int,
+        max_step_logits: int,
+    ) -> None:
         if max_batch < 1 or capacity < 1:
             raise SessionError(f"a session needs a row and a slot, not {max_batch} x {capacity}")
         self.max_batch, self.capacity, self.vocab_size = max_batch, capacity, vocab_size
+        self.max_step_tokens, self.max_step_logits = max_step_tokens, max_step_logits
         self._lengths = np.zeros(max_batch, dtype=np.int64)
         self._last_token = np.zeros(max_batch, dtype=np.int64)
 
@@ -89,6 +102,7 @@ class CachedSession:
         """See `Session.prefill`."""
         rows = [np.asarray(row, dtype=np.int64).reshape(-1) for row in tokens]
         self._check(rows)
+        widest = min(self.max_step_tokens, self.max_step_logits if all_logits else self.capacity)
         results: list[list[Float32]] = [[] for _ in rows]
         done = np.zeros(len(rows), dtype=np.int64)
         remaining = np.array([len(row) for row in rows], dtype=np.int64)
@@ -96,7 +110,7 @@ class CachedSession:
             active = remaining > 0
             starts = np.where(active, self._lengths[: len(rows)], self._replay_slots(len(rows)))
             # Padding, too, needs slots: one step is as wide as the fullest row has room for.
-            width = int(min(remaining.max(), self.capacity - starts.max()))
+            width = int(min(remaining.max(), self.capacity - starts.max(), widest))
             taken = np.minimum(remaining, width)
             ids = np.zeros((len(rows), width), dtype=np.int64)
             for b, row in enumerate(rows):

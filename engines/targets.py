@@ -17,8 +17,8 @@ from qwenport.engines.errors import BuildError
 RTX_GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 TENSORRT_GPUS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "sm121")
 
-# fused attention for bf16 needs tensor cores that know it
-NO_BF16 = ("sm75",)
+# TensorRT-RTX on Turing: no fused attention in bf16, no matrix product in fp32
+FP16_ONLY = ("sm75",)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def load_tensorrt(flavour: Flavour, purpose: str) -> Any:
     if "polygraphy.config" not in sys.modules:
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if wanted else "0"
     import polygraphy.config
+    from polygraphy.logger import G_LOGGER
 
+    G_LOGGER.colors = False
     if wanted != polygraphy.config.USE_TENSORRT_RTX:
         raise BuildError("one process can use one TensorRT flavour; start another for the other")
     return module
@@ -80,7 +82,7 @@ def parse_gpus(text: str | None, flavour: Flavour, dtype: str) -> tuple[str, ...
     """
     if text is None:
         return (
-            tuple(gpu for gpu in flavour.gpus if not (dtype == "bf16" and gpu in NO_BF16))
+            tuple(gpu for gpu in flavour.gpus if dtype == "fp16" or gpu not in FP16_ONLY)
             if flavour.module == "tensorrt_rtx"
             else (current_gpu(),)
         )
@@ -92,8 +94,8 @@ def parse_gpus(text: str | None, flavour: Flavour, dtype: str) -> tuple[str, ...
             raise BuildError(
                 f"{flavour.name} has no kernels for {gpu}; it serves {', '.join(flavour.gpus)}"
             )
-        if dtype == "bf16" and gpu in NO_BF16:
-            raise BuildError(f"{gpu} has no fused attention in bf16; export with --dtype fp16 for it")
+        if dtype != "fp16" and gpu in FP16_ONLY:
+            raise BuildError(f"{gpu} has no kernels for {dtype}; export with --dtype fp16 for it")
         if gpus.count(gpu) > 1:
             raise BuildError(f"{gpu} is named twice")
     if flavour.module == "tensorrt" and gpus != (current_gpu(),):

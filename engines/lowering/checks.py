@@ -43,6 +43,17 @@ def check_graph(model: ir.Model) -> None:
             raise LoweringError(f"{node.name}: TensorRT's Attention has one output")
 
 
+def check_messages(messages: list[str]) -> None:
+    """Refuse a network whose parser warned that it dropped a node's input.
+
+    Raises:
+        LoweringError: with the parser's own words.
+    """
+    for message in messages:
+        if "unused input" in message.lower():
+            raise LoweringError(f"TensorRT's parser dropped an input: {message.strip()}")
+
+
 def check_network(network: Any, trt: Any) -> None:
     """Refuse a parsed network in which something was lost.
 
@@ -63,7 +74,7 @@ def check_network(network: Any, trt: Any) -> None:
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer
             attention = layer.attention
-            if attention.mask is None or _is_causal(attention, trt):
+            if attention.mask is None or attention.causal:
                 raise LoweringError(f"{layer.name}: parsed without its explicit mask")
         elif layer.type == trt.LayerType.KV_CACHE_UPDATE:
             updated[layer.get_output(0).name] = layer.get_input(0).name
@@ -78,10 +89,3 @@ def check_network(network: Any, trt: Any) -> None:
         past = "past_key_values." + name.removeprefix("present.")
         if updated.get(name) != past:
             raise LoweringError(f"network output {name} is not an in-place update of {past}")
-
-
-def _is_causal(attention: Any, trt: Any) -> bool:
-    kind = getattr(attention, "causal_kind", None)
-    if kind is None:
-        return bool(getattr(attention, "causal", False))
-    return bool(kind != trt.CausalMaskKind.NONE)

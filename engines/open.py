@@ -1,0 +1,34 @@
+"""One way to run either artefact: a package on onnxruntime, an engine on TensorRT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwenport.engines.engine import is_engine, load_engine
+from qwenport.engines.onnxruntime_session import OnnxRuntimeSession
+from qwenport.engines.session import CachedSession
+from qwenport.engines.tensorrt_session import TensorRTSession
+from qwenport.exporter import load_package
+
+
+def open_session(
+    target: Path, *, max_batch: int = 1, capacity: int | None = None, device: str = "cpu"
+) -> CachedSession:
+    """Open a session on a package or an engine directory.
+
+    Args:
+        target: what `export` or `build` wrote.
+        max_batch: rows.
+        capacity: cache slots a row; the target's max_seq_len by default.
+        device: where a package runs, "cpu" or "cuda". Engines run on their GPU.
+
+    Raises:
+        PackageError, EngineError: the directory is not what it claims, or cannot run here.
+        MissingExtraError: onnxruntime or the engine's TensorRT is not installed.
+        SessionError: more rows or slots than the target has.
+    """
+    if is_engine(target):
+        return TensorRTSession(load_engine(target), max_batch=max_batch, capacity=capacity)
+    return OnnxRuntimeSession(
+        load_package(target), max_batch=max_batch, capacity=capacity, device=device
+    )
