@@ -53,7 +53,9 @@ class OnnxRuntimeSession(CachedSession):
                 f"capacity {capacity} is beyond the package's max_seq_len {package.max_seq_len}"
             )
         if max_batch > package.max_batch:
-            raise SessionError(f"{max_batch} rows, but the package was made for {package.max_batch}")
+            raise SessionError(
+                f"{max_batch} rows, but the package was made for {package.max_batch}"
+            )
         config = package.config
         super().__init__(
             max_batch=max_batch,

@@ -4,8 +4,8 @@
 needs: padding, positions, cache slots, active span and capacity. An implementation runs one step.
 
 Rows are right-padded. A pad token's key and value land in slots that no query attends to before a real
-token overwrites them, so a ragged batch needs no padding mask. A row with nothing to do in a step replays
-its last token into that token's own slot, which changes nothing.
+token overwrites them, so a ragged batch needs no padding mask. A row with nothing to do in a step is all
+padding; if it is full, it replays its last token into that token's own slot.
 """
 
 from __future__ import annotations
@@ -108,14 +108,14 @@ class CachedSession:
         remaining = np.array([len(row) for row in rows], dtype=np.int64)
         while remaining.any():
             active = remaining > 0
-            starts = np.where(active, self._lengths[: len(rows)], self._replay_slots(len(rows)))
+            starts = np.minimum(self._lengths[: len(rows)], self.capacity - 1)
             # Padding, too, needs slots: one step is as wide as the fullest row has room for.
             width = int(min(remaining.max(), self.capacity - starts.max(), widest))
             taken = np.minimum(remaining, width)
             ids = np.zeros((len(rows), width), dtype=np.int64)
             for b, row in enumerate(rows):
                 ids[b, : taken[b]] = row[done[b] : done[b] + taken[b]]
-                if not active[b]:
+                if self._lengths[b] == self.capacity:
                     ids[b, 0] = self._last_token[b]
             finishing = active & (taken == remaining)
             logits = self._run(ids, starts, taken, all_logits)
@@ -142,7 +142,7 @@ class CachedSession:
         if not 1 <= len(rows) <= self.max_batch:
             raise SessionError(f"{len(rows)} rows given to a session of {self.max_batch}")
         for b, row in enumerate(rows):
-            if len(row) and not (0 <= row.min() and row.max() < self.vocab_size):
+            if len(row) and not (row.min() >= 0 and row.max() < self.vocab_size):
                 raise SessionError(
                     f"row {b} has a token id outside the vocabulary of {self.vocab_size}"
                 )
@@ -151,9 +151,6 @@ class CachedSession:
                     f"row {b} holds {self._lengths[b]} tokens and is given {len(row)} more; "
                     f"the cache has {self.capacity} slots"
                 )
-
-    def _replay_slots(self, rows: int) -> Int64:
-        return np.maximum(self._lengths[:rows] - 1, 0)
 
     def _run(self, ids: Int64, starts: Int64, taken: Int64, all_logits: bool) -> Float32:
         width = ids.shape[1]

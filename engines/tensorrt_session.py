@@ -68,9 +68,13 @@ class TensorRTSession(CachedSession):
         self._runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
         self._engine = self._runtime.deserialize_cuda_engine(engine.plan.read_bytes())
         if self._engine is None:
-            raise EngineError(f"{engine.path}: TensorRT refused the plan; build it again on this version")
+            raise EngineError(
+                f"{engine.path}: TensorRT refused the plan; build it again on this version"
+            )
         self._context = self._engine.create_execution_context()
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[manifest["dtype"]]
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
+            manifest["dtype"]
+        ]
         self._row_shape = (model["num_key_value_heads"], manifest["max_seq_len"], model["head_dim"])
         # zeros, not uninitialised memory: a masked slot still multiplies, and 0 x NaN is NaN
         self._cache = {
@@ -100,13 +104,15 @@ class TensorRTSession(CachedSession):
             self._bound_rows = rows
         # kept alive until the stream is done with them
         inputs = {
-            name: torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+            name: torch.from_numpy(np.array(array)).to(self._device)
             for name, array in feeds.items()
         }
         for name, tensor in inputs.items():
             self._set_shape(name, tuple(tensor.shape))
             self._context.set_tensor_address(name, tensor.data_ptr())
-        logits = torch.empty((rows, wanted, self.vocab_size), dtype=torch.float32, device=self._device)
+        logits = torch.empty(
+            (rows, wanted, self.vocab_size), dtype=torch.float32, device=self._device
+        )
         self._context.set_tensor_address("logits", logits.data_ptr())
         stream = torch.cuda.current_stream(self._device).cuda_stream if logits.is_cuda else 0
         if not self._context.execute_async_v3(stream):

@@ -126,7 +126,9 @@ def _read_headers(path: Path) -> tuple[tuple[WeightFile, ...], dict[str, TensorE
         weight_map = None
         names = [SINGLE_FILE]
     else:
-        pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        pickled = sorted(
+            p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
+        )
         if pickled:
             raise CheckpointError(
                 f"{path}: only pickled weights ({pickled[0]}); loading those can run code, so they are "
@@ -150,9 +152,13 @@ def _read_headers(path: Path) -> tuple[tuple[WeightFile, ...], dict[str, TensorE
     if weight_map is not None:
         for tensor, shard in weight_map.items():
             if tensor not in tensors or tensors[tensor].file != shard:
-                raise CheckpointError(f"{INDEX_FILE} puts tensor {tensor} in {shard}; it is not there")
+                raise CheckpointError(
+                    f"{INDEX_FILE} puts tensor {tensor} in {shard}; it is not there"
+                )
         for tensor in tensors.keys() - weight_map.keys():
-            raise CheckpointError(f"tensor {tensor} is in {tensors[tensor].file} but not in {INDEX_FILE}")
+            raise CheckpointError(
+                f"tensor {tensor} is in {tensors[tensor].file} but not in {INDEX_FILE}"
+            )
     return tuple(files), tensors
 
 
@@ -166,7 +172,9 @@ def _read_index(index: Path) -> dict[str, str]:
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
             raise CheckpointError(f"{index}: {tensor} points outside the checkpoint: {shard!r}")
         if not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: {tensor} is in {shard!r}, which is not a safetensors file")
+            raise CheckpointError(
+                f"{index}: {tensor} is in {shard!r}, which is not a safetensors file"
+            )
     return dict(items)
 
 
@@ -195,7 +203,9 @@ def read_safetensors_header(file: Path) -> tuple[WeightFile, list[TensorEntry]]:
     end = 8 + length
     for entry in sorted(entries, key=lambda e: (e.offset, e.length)):
         if entry.offset != end:
-            raise CheckpointError(f"{file}: corrupt safetensors header (a gap or overlap at {entry.name})")
+            raise CheckpointError(
+                f"{file}: corrupt safetensors header (a gap or overlap at {entry.name})"
+            )
         end += entry.length
     if end != size:
         raise CheckpointError(
@@ -213,13 +223,17 @@ def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
         if not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError("a shape or offset is not a natural number")
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: corrupt safetensors header at tensor {name} ({error})") from error
+        raise CheckpointError(
+            f"{file}: corrupt safetensors header at tensor {name} ({error})"
+        ) from error
     if dtype not in DTYPE_BYTES:
         raise CheckpointError(
             f"{file}: tensor {name} has dtype {dtype}; supported: {', '.join(DTYPE_BYTES)}"
         )
     if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise CheckpointError(f"{file}: corrupt safetensors header: {name} does not fill its byte range")
+        raise CheckpointError(
+            f"{file}: corrupt safetensors header: {name} does not fill its byte range"
+        )
     return TensorEntry(name, file.name, dtype, shape, data_start + begin, end - begin)
 
 
@@ -252,7 +266,9 @@ def _compare(expected: dict[str, tuple[int, ...]], tensors: dict[str, TensorEntr
     missing = [name for name in expected if name not in tensors]
     extra = sorted(tensors.keys() - expected.keys())
     if missing:
-        raise CheckpointError(f"the checkpoint lacks {_name_some(missing)}, which its config.json implies")
+        raise CheckpointError(
+            f"the checkpoint lacks {_name_some(missing)}, which its config.json implies"
+        )
     if extra:
         raise CheckpointError(
             f"the checkpoint has {_name_some(extra)}, which its config.json does not account for"

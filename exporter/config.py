@@ -71,7 +71,13 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Bytes of KV cache that one token occupies over all layers."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_element
+        return (
+            2
+            * self.num_hidden_layers
+            * self.num_key_value_heads
+            * self.head_dim
+            * bytes_per_element
+        )
 
 
 def read_config_json(checkpoint: Path) -> dict[str, Any]:
@@ -82,7 +88,9 @@ def read_config_json(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{checkpoint}: no config.json; is this a Hugging Face checkpoint directory?")
+        raise ConfigError(
+            f"{checkpoint}: no config.json; is this a Hugging Face checkpoint directory?"
+        )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -109,7 +117,9 @@ def parse_config(raw: dict[str, Any], rope_scaling: str | None = None) -> ModelC
             f"model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}"
         )
     if "auto_map" in raw:
-        raise ConfigError("config.json asks for code of its own (auto_map); Qwenport runs no remote code")
+        raise ConfigError(
+            "config.json asks for code of its own (auto_map); Qwenport runs no remote code"
+        )
     activation = fields.take("hidden_act", str)
     if activation not in ("silu", "swish"):
         raise ConfigError(f"hidden_act {activation!r} is not supported; supported: silu")

@@ -117,7 +117,9 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden: torch.Tensor, *attention_inputs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        y, present_key, present_value = self.self_attn(self.input_layernorm(hidden), *attention_inputs)
+        y, present_key, present_value = self.self_attn(
+            self.input_layernorm(hidden), *attention_inputs
+        )
         hidden = hidden + y
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return hidden, present_key, present_value

@@ -25,7 +25,9 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         raise ExportError(f"{target} exists already; choose another name or remove it")
     if not target.parent.is_dir():
         raise ExportError(f"{target.parent}: no such directory to write {target.name} in")
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    scratch = Path(
+        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    )
     try:
         scratch.chmod(0o755)
         yield scratch

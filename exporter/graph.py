@@ -55,7 +55,7 @@ def build_graph(
     inputs = [input_ids, position_ids, write_indices, key_positions, logits_indices]
 
     tables = [builder.initializer(tensor(name)) for name in (COS_TABLE, SIN_TABLE)]
-    table_shape = tuple(int(size) for size in tensor(COS_TABLE).shape)  # type: ignore[call-overload]
+    table_shape = tuple(tensor(COS_TABLE).shape.numpy())
     prologue, layer, epilogue = _trace_parts(config, TORCH_DTYPES[dtype], table_shape)
     hidden, mask, cos, sin = tracing.emit(
         prologue,
@@ -70,7 +70,12 @@ def build_graph(
         "model",
     )
     outputs: list[ir.Value] = []
-    cache_shape: list[int | str] = ["batch", config.num_key_value_heads, "capacity", config.head_dim]
+    cache_shape: list[int | str] = [
+        "batch",
+        config.num_key_value_heads,
+        "capacity",
+        config.head_dim,
+    ]
     for index in range(config.num_hidden_layers):
         past = [
             graph_input(f"past_key_values.{index}.{part}", float_type, cache_shape)
@@ -129,7 +134,9 @@ def _trace_parts(
         return torch.empty(shape, dtype=torch.int64)
 
     def cache() -> torch.Tensor:
-        return torch.empty(BATCH, config.num_key_value_heads, CAPACITY, config.head_dim, dtype=dtype)
+        return torch.empty(
+            BATCH, config.num_key_value_heads, CAPACITY, config.head_dim, dtype=dtype
+        )
 
     def table(element: torch.dtype) -> torch.Tensor:
         return torch.empty(table_shape, dtype=element)

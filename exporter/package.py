@@ -1,10 +1,10 @@
 """The package: what `export` writes and everything later reads.
 
-    model.onnx       the graph, opset 24, weights by reference
-    qwenport.json    the manifest
-    rope.safetensors cos and sin tables, fp32
-    weights/         the checkpoint's safetensors files (links), or files of the package's own
-    config.json, tokenizer and generation files, as in the checkpoint
+model.onnx       the graph, opset 24, weights by reference
+qwenport.json    the manifest
+rope.safetensors cos and sin tables, fp32
+weights/         the checkpoint's safetensors files (links), or files of the package's own
+config.json, tokenizer and generation files, as in the checkpoint
 """
 
 from __future__ import annotations
@@ -183,7 +183,9 @@ def _write(
         "max_batch": max_batch,
         "rope_scaling": rope_scaling,
         "opset": OPSET,
-        "ops": {f"{f.domain}.{f.name}": model.opset_imports[f.domain] for f in model.functions.values()},
+        "ops": {
+            f"{f.domain}.{f.name}": model.opset_imports[f.domain] for f in model.functions.values()
+        },
         "bindings": {
             "inputs": [_binding(value) for value in model.graph.inputs],
             "outputs": [_binding(value) for value in model.graph.outputs],

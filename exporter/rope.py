@@ -111,7 +111,9 @@ def parse_rope(
     if unknown:
         raise ConfigError(f"rope type {kind!r} does not know {', '.join(unknown)}")
 
-    rope = _build(kind, theta, head_dim, max_position_embeddings, original_max_position_embeddings, settings)
+    rope = _build(
+        kind, theta, head_dim, max_position_embeddings, original_max_position_embeddings, settings
+    )
     if kind == "yarn" or (kind == "dynamic" and override is None):
         # The model card's yarn form leaves max_position_embeddings at the original length.
         context = max(context, int(rope.factor * rope.original_max_position_embeddings))
@@ -174,9 +176,13 @@ def _build(
 ) -> RopeConfig:
     original = max_positions
     if kind in ("yarn", "llama3", "longrope"):
-        original = outer_original or settings.get("original_max_position_embeddings") or max_positions
+        original = (
+            outer_original or settings.get("original_max_position_embeddings") or max_positions
+        )
         if isinstance(original, bool) or not isinstance(original, int) or original <= 0:
-            raise ConfigError(f"original_max_position_embeddings must be positive, found {original!r}")
+            raise ConfigError(
+                f"original_max_position_embeddings must be positive, found {original!r}"
+            )
     values: dict[str, Any] = {}
     if kind != "default":
         factor = settings.get("factor")
@@ -193,7 +199,9 @@ def _build(
             values[key] = _number(settings[key], key, above=0)
     if "truncate" in settings:
         if not isinstance(settings["truncate"], bool):
-            raise ConfigError(f"rope settings: truncate must be true or false, found {settings['truncate']!r}")
+            raise ConfigError(
+                f"rope settings: truncate must be true or false, found {settings['truncate']!r}"
+            )
         values["truncate"] = settings["truncate"]
     if kind == "llama3":
         for key in ("low_freq_factor", "high_freq_factor"):
@@ -239,12 +247,16 @@ def inverse_frequencies(rope: RopeConfig, length: int) -> tuple[torch.Tensor, fl
         inv_freq = inv_freq / rope.factor
     elif rope.kind == "yarn":
         extrapolated = 1 - _yarn_ramp(rope)
-        inv_freq = (1.0 / (rope.factor * wavelengths)) * (1 - extrapolated) + inv_freq * extrapolated
+        inv_freq = (1.0 / (rope.factor * wavelengths)) * (
+            1 - extrapolated
+        ) + inv_freq * extrapolated
     elif rope.kind == "llama3":
         inv_freq = _llama3(rope, inv_freq)
     elif rope.kind == "longrope":
         is_long = length > rope.original_max_position_embeddings
-        factors = torch.tensor(rope.long_factor if is_long else rope.short_factor, dtype=torch.float32)
+        factors = torch.tensor(
+            rope.long_factor if is_long else rope.short_factor, dtype=torch.float32
+        )
         inv_freq = 1.0 / (factors * wavelengths)
     return inv_freq, _attention_scaling(rope)
 
@@ -291,7 +303,9 @@ def _attention_scaling(rope: RopeConfig) -> float:
     if rope.kind == "longrope":
         if rope.factor <= 1.0:
             return 1.0
-        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position_embeddings))
+        return math.sqrt(
+            1 + math.log(rope.factor) / math.log(rope.original_max_position_embeddings)
+        )
 
     def mscale(weight: float) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0

@@ -45,7 +45,9 @@ def trace(
     """
     if len({id(tensor) for tensor in inputs}) != len(inputs):
         # torch.export would take two inputs for one: cos for sin, key for value.
-        raise TracingError(f"{type(module).__name__}: every example input must be a tensor of its own")
+        raise TracingError(
+            f"{type(module).__name__}: every example input must be a tensor of its own"
+        )
     positional = tuple(dynamic_shapes)
     takes_varargs = any(p.kind is p.VAR_POSITIONAL for p in _parameters_of(module.forward))
     shapes: Any = (positional[0], positional[1:]) if takes_varargs else positional
@@ -156,9 +158,7 @@ class _Emitter:
         for node in self.traced.program.graph.nodes:
             if node.op == "placeholder":
                 is_weight = node.name in signature.inputs_to_parameters
-                self.values[node] = (
-                    self.parameters[next(weights)] if is_weight else next(supplied)
-                )
+                self.values[node] = self.parameters[next(weights)] if is_weight else next(supplied)
             elif node.op == "output":
                 outputs = [self.values[value] for value in node.args[0]]
             else:
@@ -248,6 +248,7 @@ def _transpose(e: _Emitter, node: torch.fx.Node) -> ir.Value:
 
 def _slice(e: _Emitter, node: torch.fx.Node) -> ir.Value | None:
     x, axis, start, end, step = (*node.args, 1)[:5]
+    assert isinstance(axis, int)
     if start in (None, 0) and (end, step) == (2**63 - 1, 1):
         return e.value(x)  # [:]
     if start not in (None, 0) or step != 1 or not isinstance(end, torch.fx.Node):
@@ -318,7 +319,8 @@ def _gather(e: _Emitter, node: torch.fx.Node) -> ir.Value:
 
 def _unsqueeze(e: _Emitter, node: torch.fx.Node) -> ir.Value:
     x, axis = node.args
-    return e.op(node, "Unsqueeze", [e.value(x), e.builder.constant([axis])])  # type: ignore[list-item]
+    assert isinstance(axis, int)
+    return e.op(node, "Unsqueeze", [e.value(x), e.builder.constant([axis])])
 
 
 def _cast(e: _Emitter, node: torch.fx.Node) -> ir.Value:

@@ -154,7 +154,7 @@ def plan_safetensors(
     file: str, dtype: str, shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, TensorEntry]:
     """Lay tensors of one dtype out in a safetensors file of that name."""
-    sizes = {name: DTYPE_BYTES[dtype] for name in shapes}
+    sizes = dict.fromkeys(shapes, DTYPE_BYTES[dtype])
     for name, shape in shapes.items():
         for size in shape:
             sizes[name] *= size

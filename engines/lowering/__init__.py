@@ -5,7 +5,7 @@ A pass changes one thing, is one class with one `call`, and has its own test.
 
 from qwenport.engines.lowering.attention import DecomposeAttention
 from qwenport.engines.lowering.capacity import StaticCapacity
-from qwenport.engines.lowering.checks import check_graph, check_messages, check_network
+from qwenport.engines.lowering.checks import check_graph, check_network
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.rope_tables import FoldRopeTables
 from qwenport.engines.lowering.targets import for_onnxruntime, for_tensorrt
@@ -16,7 +16,6 @@ __all__ = [
     "FoldRopeTables",
     "StaticCapacity",
     "check_graph",
-    "check_messages",
     "check_network",
     "for_onnxruntime",
     "for_tensorrt",

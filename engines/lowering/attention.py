@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
@@ -33,15 +35,19 @@ class DecomposeAttention(InPlacePass):
         dtype = q.dtype
         nodes: list[ir.Node] = []
 
-        def op(kind: str, *inputs: ir.Value | None, **attributes: object) -> ir.Value:
-            made = ir.node(kind, inputs, attributes=attributes, name=f"{node.name}.{kind}_{len(nodes)}")
+        def op(kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+            made = ir.node(
+                kind, inputs, attributes=attributes, name=f"{node.name}.{kind}_{len(nodes)}"
+            )
             made.outputs[0].name = made.name
             nodes.append(made)
             return made.outputs[0]
 
         def constant(name: str, array: np.ndarray) -> ir.Value:
             if name not in graph.initializers:
-                tensor = ir.tensor(array, dtype=dtype if array.dtype == np.float32 else None, name=name)
+                tensor = ir.tensor(
+                    array, dtype=dtype if array.dtype == np.float32 else None, name=name
+                )
                 graph.initializers[name] = ir.Value(
                     name=name,
                     type=ir.TensorType(tensor.dtype),
@@ -67,5 +73,5 @@ class DecomposeAttention(InPlacePass):
         output = op("Reshape", mixed, sizes)
         output.name, output.type, output.shape = result.name, result.type, result.shape
         graph.insert_before(node, nodes)
-        result.replace_all_uses_with(output)
+        result.replace_all_uses_with(output, replace_graph_outputs=True)
         graph.remove(node, safe=True)

@@ -43,17 +43,6 @@ def check_graph(model: ir.Model) -> None:
             raise LoweringError(f"{node.name}: TensorRT's Attention has one output")
 
 
-def check_messages(messages: list[str]) -> None:
-    """Refuse a network whose parser warned that it dropped a node's input.
-
-    Raises:
-        LoweringError: with the parser's own words.
-    """
-    for message in messages:
-        if "unused input" in message.lower():
-            raise LoweringError(f"TensorRT's parser dropped an input: {message.strip()}")
-
-
 def check_network(network: Any, trt: Any) -> None:
     """Refuse a parsed network in which something was lost.
 

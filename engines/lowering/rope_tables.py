@@ -41,11 +41,12 @@ class FoldRopeTables(InPlacePass):
             model.graph.initializers[constant.name or ""] = constant
             producer = table.producer()
             if producer is not None:
-                (source,) = producer.inputs
+                source = producer.inputs[0]
                 model.graph.remove(producer, safe=True)
-                table = source  # type: ignore[assignment]
-            if not table.uses():
-                del model.graph.initializers[table.name or ""]
+            else:
+                source = table
+            if source is not None and not source.uses():
+                del model.graph.initializers[source.name or ""]
         return PassResult(model, bool(folded))
 
     def _fold(self, table: ir.Value) -> ir.Value:
@@ -56,5 +57,8 @@ class FoldRopeTables(InPlacePass):
         name = f"{source.name}.folded"
         tensor = ir.Tensor(rows, dtype=table.dtype, name=name)
         return ir.Value(
-            name=name, type=ir.TensorType(table.dtype), shape=ir.Shape(rows.shape), const_value=tensor
+            name=name,
+            type=ir.TensorType(table.dtype),
+            shape=ir.Shape(rows.shape),
+            const_value=tensor,
         )

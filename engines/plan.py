@@ -1,0 +1,150 @@
+"""A lowered ONNX model -> engine.plan: TensorRT driven through Polygraphy's loaders.
+
+The plan is written to disk as it is made, so that it is never whole in this process's memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qwenport.engines.errors import BuildError
+from qwenport.engines.lowering import check_network
+
+Progress = Callable[[str, int, int], None]
+
+
+def build_plan(
+    trt: Any,
+    model: Path,
+    plan: Path,
+    gpus: tuple[str, ...],
+    profile: dict[str, dict[str, list[int]]],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Parse, check and build; stream the plan to disk as it is made. Returns its hash and layer count."""
+    from polygraphy.backend.trt import (
+        CreateConfig,
+        PostprocessConfig,
+        Profile,
+        network_from_onnx_path,
+    )
+    from polygraphy.exception import PolygraphyException
+
+    shapes = Profile()
+    for name, ranges in profile.items():
+        shapes.add(name, min=ranges["min"], opt=ranges["opt"], max=ranges["max"])
+
+    def choose_gpus(builder: Any, network: Any, config: Any) -> None:
+        if not hasattr(trt, "ComputeCapability"):
+            return  # tensorrt builds for the GPU at hand
+        config.num_compute_capabilities = len(gpus)
+        for index, gpu in enumerate(gpus):
+            config.set_compute_capability(getattr(trt.ComputeCapability, gpu.upper()), index)
+
+    monitor = _monitor(trt, progress)
+    with _tensorrt_messages() as messages:
+        try:
+            builder, network, parser = network_from_onnx_path(str(model), strongly_typed=True)
+            check_network(network, trt)
+            create = CreateConfig(profiles=[shapes], progress_monitor=monitor)
+            config = PostprocessConfig(create, choose_gpus)(builder, network)
+            writer = _plan_writer(trt, plan)
+            built = builder.build_serialized_network_to_stream(network, config, writer)
+        except PolygraphyException:
+            built = False
+        if monitor.interrupted is not None:
+            raise monitor.interrupted
+        if not built:
+            raise BuildError(f"TensorRT could not build the engine: {_first_error(messages)}")
+        writer.close()
+        layers = network.num_layers
+        del parser  # it owns the weights that the network refers to
+    return {"sha256": writer.hexdigest(), "layers": layers}
+
+
+@contextmanager
+def _tensorrt_messages() -> Iterator[list[str]]:
+    """Collect TensorRT's warnings and errors, which Polygraphy would print."""
+    from polygraphy.logger import G_LOGGER
+
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger, collector = logging.getLogger("Polygraphy"), Collector(logging.WARNING)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(collector)
+    G_LOGGER.use_python_logging_system = True
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.WARNING):
+            yield messages
+    finally:
+        G_LOGGER.use_python_logging_system = False
+        logger.removeHandler(collector)
+        logger.propagate = propagate
+
+
+def _first_error(messages: list[str]) -> str:
+    """The first message that is an error, without the complaint that this machine has no GPU."""
+    errors = [m for m in messages if m.startswith("[E]") and "catchCudaError" not in m]
+    return " ".join(errors[0].removeprefix("[E]").split()) if errors else "it gave no reason"
+
+
+def _plan_writer(trt: Any, path: Path) -> Any:
+    class PlanWriter(trt.IStreamWriter):
+        """Writes and hashes the plan as TensorRT makes it."""
+
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.stream = path.open("wb")
+            self.hash = hashlib.sha256()
+
+        def write(self, data: Any) -> int:
+            self.hash.update(data)
+            return self.stream.write(data)
+
+        def close(self) -> None:
+            self.stream.close()
+
+        def hexdigest(self) -> str:
+            return self.hash.hexdigest()
+
+    return PlanWriter()
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        """Passes TensorRT's outermost phases on; stops the build at the first exception (Ctrl-C)."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.interrupted: BaseException | None = None
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self.steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self.steps and self.interrupted is None:
+                self.tell(phase_name, step + 1)
+            return self.interrupted is None
+
+        def phase_finish(self, phase_name: str) -> None:
+            if phase_name in self.steps and self.interrupted is None:
+                self.tell(phase_name, self.steps[phase_name])
+
+        def tell(self, phase_name: str, done: int) -> None:
+            try:
+                progress(f"TensorRT: {phase_name}", done, self.steps[phase_name])
+            except BaseException as error:  # must not cross into C++
+                self.interrupted = error
+
+    return Monitor()

@@ -1,0 +1,181 @@
+"""Engines built without a GPU: what is in the directory, and what happens when a build cannot be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenport import engines, exporter
+from qwenport.engines.targets import FLAVOURS, RTX_GPUS, parse_gpus
+
+RTX = FLAVOURS["tensorrt-rtx"]
+
+
+@given(
+    st.lists(st.sampled_from(RTX_GPUS), min_size=1, unique=True), st.sampled_from(exporter.DTYPES)
+)
+def test_gpu_lists_are_taken_as_written_unless_a_gpu_lacks_the_dtype(gpus, dtype):
+    text = ",".join(gpu.upper() for gpu in gpus)
+    if "sm75" in gpus and dtype != "fp16":
+        with pytest.raises(engines.BuildError, match="sm75 has no kernels"):
+            parse_gpus(text, RTX, dtype)
+    else:
+        assert parse_gpus(text, RTX, dtype) == tuple(gpus)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("sm999", "no such GPU architecture: 'sm999'"),
+        ("", "no such GPU architecture"),
+        ("sm86,,sm89", "no such GPU architecture"),
+        ("sm90", "tensorrt-rtx has no kernels for sm90"),
+        ("sm86,sm86", "named twice"),
+    ],
+)
+def test_gpus_that_cannot_be_served_are_named(text, complaint):
+    with pytest.raises(engines.BuildError, match=complaint):
+        parse_gpus(text, RTX, "fp16")
+
+
+@pytest.mark.parametrize("dtype", exporter.DTYPES)
+def test_an_engine_directory_says_what_it_holds(engine_of, package_of, dtype):
+    engine, package = engine_of(dtype), package_of(dtype)
+    manifest = json.loads((engine.path / "qwenport.json").read_text())
+    assert manifest == engine.manifest
+    assert manifest["gpus"] == [g for g in RTX_GPUS if g != "sm75" or dtype == "fp16"]
+    assert manifest["flavour"] == "tensorrt-rtx"
+    assert manifest["max_batch"] == 3
+    assert manifest["files"]["engine.plan"] == {
+        "bytes": engine.plan.stat().st_size,
+        "sha256": exporter.sha256(engine.plan),
+    }
+    names = {b["name"] for b in manifest["bindings"]["inputs"]}
+    assert names == set(manifest["profile"])
+    assert all("capacity" not in b["shape"] for b in manifest["bindings"]["outputs"])
+    assert {path.name for path in engine.path.iterdir()} == {
+        "engine.plan",
+        "qwenport.json",
+        *(name for name in exporter.COMPANIONS if (package.path / name).is_file()),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])  # fp32 has no fused attention
+def test_a_decoder_layer_is_at_most_160_tensorrt_layers(engine_of, package_of, dtype):
+    layers = package_of(dtype).config.num_hidden_layers
+    assert engine_of(dtype).manifest["layers"] / layers <= 160
+
+
+def test_an_engine_holds_each_weight_once(engine_of, package_of):
+    """Code and tables cost something on a model this small: half its size again, not twice."""
+    weights = package_of("bf16").manifest["weights"]["bytes"]
+    assert weights < engine_of("bf16").plan.stat().st_size < 1.7 * weights
+
+
+def test_a_package_is_the_same_after_a_build(engine_of, package_of):
+    engine_of("bf16")
+    exporter.load_package(package_of("bf16").path)  # every file is hashed
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"max_seq_len": 513}, "max sequence length 513"),
+        ({"max_seq_len": 0}, "max sequence length 0"),
+        ({"max_batch": 9}, "max batch 9"),
+        ({"gpus": "sm42"}, "no such GPU"),
+        ({"target": "tpu"}, "target 'tpu'"),
+    ],
+)
+def test_a_refused_build_leaves_nothing(package_of, tmp_path, options, complaint):
+    options = {"target": "tensorrt-rtx", **options}
+    with pytest.raises(engines.BuildError, match=complaint):
+        engines.build(package_of("bf16").path, tmp_path / "engine", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_build_that_tensorrt_refuses_gives_its_reason_and_leaves_nothing(
+    package_of, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("qwenport.engines.targets.FP16_ONLY", ())
+    with pytest.raises(engines.BuildError, match="Turing"):
+        engines.build(
+            package_of("fp32").path, tmp_path / "engine", target="tensorrt-rtx", gpus="sm75"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_build_stops_and_leaves_nothing(package_of, tmp_path):
+    def interrupt(what: str, done: int, total: int) -> None:
+        assert what.startswith("TensorRT: ")
+        assert 0 < done <= total
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engines.build(
+            package_of("bf16").path, tmp_path / "engine", target="tensorrt-rtx", progress=interrupt
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_exists_is_left_alone(package_of, tmp_path):
+    (tmp_path / "engine").mkdir()
+    with pytest.raises(exporter.ExportError, match="exists already"):
+        engines.build(package_of("bf16").path, tmp_path / "engine", target="tensorrt-rtx")
+    assert not list((tmp_path / "engine").iterdir())
+
+
+def test_a_missing_tensorrt_is_named_with_its_extra(package_of, tmp_path, monkeypatch):
+    import sys
+
+    from qwenport import MissingExtraError
+
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(MissingExtraError, match=r"qwenport\[rtx\]"):
+        engines.build(package_of("bf16").path, tmp_path / "engine", target="tensorrt-rtx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def copied_engine(engine_of, tmp_path):
+    import shutil
+
+    shutil.copytree(engine_of("bf16").path, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def edit_manifest(path, **changes):
+    manifest = json.loads((path / "qwenport.json").read_text())
+    (path / "qwenport.json").write_text(json.dumps(manifest | changes))
+
+
+def test_a_changed_plan_is_noticed(copied_engine):
+    with (copied_engine / "engine.plan").open("r+b") as plan:
+        plan.seek(5000)
+        byte = plan.read(1)
+        plan.seek(5000)
+        plan.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(engines.EngineError, match=r"engine\.plan does not match the manifest"):
+        engines.load_engine(copied_engine)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"format_version": 99}, "format version 99.*build the engine again"),
+        ({"format": "something-else"}, "holds a something-else"),
+    ],
+)
+def test_a_manifest_of_another_kind_is_refused(copied_engine, changes, complaint):
+    edit_manifest(copied_engine, **changes)
+    with pytest.raises(engines.EngineError, match=complaint):
+        engines.load_engine(copied_engine)
+
+
+def test_a_missing_file_is_named(copied_engine):
+    (copied_engine / "tokenizer.json").unlink()
+    with pytest.raises(engines.EngineError, match=r"tokenizer\.json is missing"):
+        engines.load_engine(copied_engine)
