@@ -1,16 +1,22 @@
 """The command line: a group whose commands are imported only when one is invoked.
 
 Exit codes: 0 done, 1 a parity check failed (or a bug, with its traceback), 2 an error the user
-can act on, in one line, 130 interrupted, 141 the reader of our output went away.
+can act on, in one line, 130 interrupted, 141 the reader of our output went away, 143 terminated.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
 import click
 
@@ -29,6 +35,26 @@ COMMANDS = {
     "inspect": ("qwenport.commands.inspect", "Show what a checkpoint, package or engine holds."),
     "doctor": ("qwenport.commands.doctor", "Show what is installed and which targets work here."),
     "demo": ("qwenport.commands.demo", "Run the whole path on a small checkpoint."),
+}
+
+# Errors that a file system gives for reasons of its own.
+SYSTEM_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
+
+# Libraries are to speak through their exceptions, and only local files are opened.
+QUIET_ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "critical",
 }
 
 
@@ -57,14 +83,41 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="qwenport")
 def cli() -> None:
     """One checkpoint directory in, an ONNX package or a TensorRT engine out, with proof that it
-    computes what PyTorch computes."""
+    computes what PyTorch computes.
+
+    \b
+    From a checkpoint to text:
+      qwenport export CHECKPOINT PACKAGE
+      qwenport validate PACKAGE --reference CHECKPOINT
+      qwenport generate PACKAGE --prompt "Once upon a time"
+      qwenport build PACKAGE ENGINE_DIR --target tensorrt-rtx
+
+    Results go to stdout; progress, notes and errors to stderr. Exit codes: 0 done, 1 parity does
+    not hold, 2 an error that the message explains.
+    """
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line on `args` (default: the process's own) and return the exit code."""
+    """Run the command line on `args` (default: the process's own) and return the exit code.
+
+    A signal to terminate raises SystemExit where the main thread is, so that what a killed command
+    has written is removed as after Ctrl-C.
+    """
     if "_QWENPORT_COMPLETE" in os.environ:
         cli.main(prog_name="qwenport")  # the shell asks for completions; click answers and exits
     arguments = list(sys.argv[1:] if args is None else args)
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a model may write what a terminal cannot show
+    with _exit_on_signals(), warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     # click's own `main` turns a broken pipe and several errors into exit code 1, which here
     # means that parity failed.
     try:
@@ -73,9 +126,11 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
-    except click.ClickException as error:
-        error.show()
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()  # the help
         return EXIT_ERROR
+    except click.ClickException as error:
+        return _fail(_explain(error))
     except QwenportError as error:
         return _fail(str(error))
     except (KeyboardInterrupt, click.Abort):
@@ -86,11 +141,52 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        message = _system_error(error)
+        if message is None:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        return _fail(f"the disk is full{where}: free some space or write somewhere else")
+        return _fail(message)
     return 0
+
+
+def _explain(error: click.ClickException) -> str:
+    """What click complains about; for a usage error followed by the usage."""
+    message = error.format_message()
+    context = getattr(error, "ctx", None)
+    return message if context is None else f"{message} ({context.get_usage()})"
+
+
+def _system_error(error: OSError) -> str | None:
+    """The message for an error of the system that is not our mistake; None if it may be."""
+    where = f" {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        while_writing = f" while writing{where}" if where else ""
+        return f"the disk is full{while_writing}: free some space or write somewhere else"
+    if error.errno in SYSTEM_ERRORS:
+        return f"{error.strerror}:{where}" if where else str(error.strerror)
+    return None
+
+
+@contextlib.contextmanager
+def _exit_on_signals() -> Iterator[None]:
+    """Turn SIGTERM, and SIGHUP unless it is ignored (nohup), into SystemExit(128 + number)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # cleaning up is not to be interrupted
+        raise SystemExit(128 + number)
+
+    numbers = [signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(message: str) -> int:

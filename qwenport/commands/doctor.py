@@ -221,9 +221,19 @@ def _nvcc_version() -> str | None:
     return match[1] if match else None
 
 
-@click.command(help="Show what is installed, which targets work here, and how to get the rest.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def command(as_json: bool) -> None:
+    """Show what is installed, which targets work here, and how to get the rest.
+
+    Nothing is changed and nothing is fetched. Each thing that is missing is listed with the command,
+    or the sentence, that remedies it.
+
+    \b
+    Examples:
+      qwenport doctor
+      qwenport doctor --json
+    """
     facts = collect()
     judged = targets(facts)
     if as_json:

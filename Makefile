@@ -1,0 +1,52 @@
+# `make demo` needs Python 3.11 or newer and nothing else. constraints.txt is for 3.11.
+
+VENV := .venv
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+FOLDERS := exporter plugins engines validate
+
+# The second variable is newer pip's name for the first where the build backend is concerned.
+INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	$(VENV)/bin/pip install --quiet -c constraints.txt
+PYTEST := $(VENV)/bin/pytest -n 2
+
+.PHONY: help demo test test-all lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
+		| while IFS='|' read -r name text; do printf '  %-9s %s\n' "$$name" "$$text"; done
+
+demo: $(VENV)/.installed  ## install what is needed and run the demo
+	$(VENV)/bin/qwenport demo
+
+test: lint  ## lint and run the fast tests
+	$(PYTEST) -m "not slow"
+
+test-all: test  ## lint and run every test
+	$(PYTEST) -m slow
+
+# mypy does not follow setuptools' package-dir, so it is shown links laid out as the packages are
+# imported; build/typing/qwenport/exporter/x.py in its output is exporter/x.py.
+lint: $(VENV)/.installed-dev  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	rm -rf build/typing && mkdir -p build/typing/qwenport
+	ln -s $(addprefix ../../../,$(wildcard qwenport/*) $(FOLDERS)) build/typing/qwenport
+	$(VENV)/bin/mypy build/typing/qwenport
+
+clean:  ## remove build products and caches, not the virtual environment
+	rm -rf build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo 'error: Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/pip pyproject.toml constraints.txt
+	@echo 'Installing into $(VENV): PyTorch and TensorRT are large, this takes minutes the first time.'
+	$(INSTALL) -e '.[cpu,rtx]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/bin/pip pyproject.toml constraints.txt
+	@echo 'Installing into $(VENV): PyTorch and TensorRT are large, this takes minutes the first time.'
+	$(INSTALL) -e '.[dev]'
+	touch $@ $(VENV)/.installed

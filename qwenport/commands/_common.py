@@ -1,0 +1,115 @@
+"""What the commands share: options, notes, readable numbers, and what kind of directory a target is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import click
+
+from qwenport import QwenportError
+
+Kind = Literal["checkpoint", "package", "engine"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+KINDS: dict[str, Kind] = {"qwenport-package": "package", "qwenport-engine": "engine"}
+
+PATH = click.Path(path_type=Path)
+
+
+def output_options(command: Function) -> Function:
+    """Add --quiet and --json, for commands that do long work or whose results programs read."""
+    command = click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
+    )(command)
+    return click.option("-q", "--quiet", is_flag=True, help="No progress bars and no notes.")(
+        command
+    )
+
+
+def limits(subject: str, default_batch: int | None = None) -> Callable[[Function], Function]:
+    """Add --max-seq-len and --max-batch. Without `default_batch` both defaults are `subject`'s."""
+
+    def add(command: Function) -> Function:
+        command = click.option(
+            "--max-batch",
+            type=click.IntRange(min=1),
+            metavar="N",
+            default=default_batch,
+            help="Texts that can be run at once.",
+            show_default=f"{subject}'s" if default_batch is None else True,
+        )(command)
+        return click.option(
+            "--max-seq-len",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Positions, prompt and answer together.",
+            show_default=f"all that {subject} allows",
+        )(command)
+
+    return add
+
+
+def note(text: str | None, quiet: bool) -> None:
+    """Print a note on stderr, unless there is none to make or nobody wants it."""
+    if text and not quiet:
+        click.echo(f"note: {text}", err=True)
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Print a result for programs."""
+    click.echo(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: "5.5 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def bytes_of(directory: Path) -> int:
+    """Bytes of all files under a directory, a hard-linked file counted like any other."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def kind_of(target: Path) -> Kind:
+    """What a directory holds. Its contents are not checked: whoever opens it does that.
+
+    Raises:
+        QwenportError: no such directory, or none of the three kinds.
+    """
+    from qwenport.exporter import MANIFEST
+
+    if not target.exists():
+        raise QwenportError(f"{target}: no such directory")
+    if not target.is_dir():
+        raise QwenportError(f"{target}: not a directory")
+    if (target / MANIFEST).is_file():
+        try:
+            return KINDS[json.loads((target / MANIFEST).read_text(encoding="utf-8"))["format"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise QwenportError(f"{target / MANIFEST}: not a manifest of Qwenport's") from error
+    if (target / "config.json").is_file():
+        return "checkpoint"
+    raise QwenportError(
+        f"{target}: neither a package nor an engine (no {MANIFEST}), nor a checkpoint (no config.json)"
+    )
+
+
+def runnable_kind(target: Path) -> Literal["package", "engine"]:
+    """`kind_of` a target that is to be run: a checkpoint is refused with the remedy.
+
+    Raises:
+        QwenportError: as `kind_of`, or a checkpoint.
+    """
+    kind = kind_of(target)
+    if kind == "checkpoint":
+        raise QwenportError(
+            f"{target} is a checkpoint; export it first: qwenport export {target} PACKAGE"
+        )
+    return kind

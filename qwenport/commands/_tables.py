@@ -1,0 +1,84 @@
+"""The tables of `qwenport inspect`, at most 80 columns wide."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+CACHE = re.compile(r"^(past_key_values|present)\.\d+\.(?:key|value)$")
+NUMBERS = ("in all", "a layer", "memory", "context")
+
+
+def show(facts: dict[str, Any]) -> None:
+    """Print what the facts hold: bindings, operators, GPUs."""
+    console = Console(highlight=False)
+    if "bindings" in facts:
+        console.print(_bindings(facts["bindings"], facts.get("profile", {})))
+    if "operators" in facts:
+        console.print(_operators(facts["operators"]))
+    console.print(_gpus(facts))
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in NUMBERS else "left")
+    return table
+
+
+def _bindings(bindings: dict[str, Any], profile: dict[str, Any]) -> Table:
+    """One row a binding, and one for the caches of all layers. An engine's sizes are ranges."""
+    table = _table("Bindings", "", "name", "dtype", "shape")
+    for side, values in bindings.items():
+        caches = [value for value in values if CACHE.match(value["name"])]
+        for value in values:
+            if value in caches[1:]:
+                continue
+            name = value["name"]
+            if value in caches:
+                name = f"{name.partition('.')[0]}.* ({len(caches)})"
+            ranges = profile.get(value["name"])
+            shape = _ranges(ranges["min"], ranges["max"]) if ranges else value["shape"]
+            table.add_row(side[:-1], name, value["dtype"], " x ".join(map(str, shape)))
+    return table
+
+
+def _ranges(least: list[int], most: list[int]) -> list[str]:
+    pairs = zip(least, most, strict=True)
+    return [str(low) if low == high else f"{low}..{high}" for low, high in pairs]
+
+
+def _operators(operators: dict[str, Any]) -> Table:
+    alike = "" if operators["layers_alike"] else " (the first; the layers differ)"
+    title = (
+        f"Operators: {operators['nodes']}, {operators['nodes_per_layer']} a decoder layer{alike}"
+    )
+    table = _table(title, "", "in all", "a layer")
+    for name, count in operators["total"].items():
+        table.add_row(name, str(count), str(operators["per_layer"].get(name, "")))
+    return table
+
+
+def _gpus(facts: dict[str, Any]) -> Table:
+    usable = f"{facts['usable_gpu_memory']:.0%}"
+    what = "the engine" if facts["kind"] == "engine" else "the weights"
+    table = _table(
+        f"GPUs, and the context of one text that fits {usable} of their memory beside {what}",
+        *("", "--gpu", "memory", "tensorrt-rtx", "tensorrt", "context"),
+    )
+    for gpu in facts["gpus"]:
+        table.add_row(
+            gpu["name"],
+            gpu["architecture"],
+            f"{gpu['memory_bytes'] / 2**30:.0f} GiB",
+            *(
+                "yes" if target in gpu["targets"] else "-"
+                for target in ("tensorrt-rtx", "tensorrt")
+            ),
+            "all" if gpu["fits"] else str(gpu["max_context"] or "none"),
+        )
+    return table

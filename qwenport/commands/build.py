@@ -1,0 +1,93 @@
+"""`qwenport build`: a package becomes an engine directory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qwenport.commands._common import PATH, limits, output_options, print_json, size
+from qwenport.commands._progress import progress_bar
+
+if TYPE_CHECKING:
+    from qwenport.engines import Engine
+
+
+@click.command()
+@click.argument("package", type=PATH)
+@click.argument("engine_dir", type=PATH)
+@click.option(
+    "--target",
+    type=click.Choice(["tensorrt-rtx", "tensorrt"]),
+    required=True,
+    help="tensorrt-rtx builds anywhere, without a GPU; tensorrt on the GPU that the engine is for.",
+)
+@click.option(
+    "--gpu",
+    "gpus",
+    metavar="sm86,sm89",
+    help="Architectures that the engine is to run on, comma-separated.",
+    show_default="tensorrt-rtx: all that can run the model; tensorrt: the GPU at hand",
+)
+@limits("the package")
+@output_options
+def command(
+    package: Path,
+    engine_dir: Path,
+    target: str,
+    gpus: str | None,
+    max_seq_len: int | None,
+    max_batch: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Build the TensorRT engine of PACKAGE, which `qwenport export` wrote.
+
+    ENGINE_DIR is created and must not exist. It holds the plan, a manifest and the tokenizer; what
+    TensorRT would drop or misread in the graph fails the build and is named.
+
+    \b
+    Examples:
+      qwenport build qwen.package qwen.engine --target tensorrt-rtx
+      qwenport build qwen.package qwen.engine --target tensorrt-rtx --gpu sm86,sm89,sm120
+      qwenport build qwen.package small.engine --target tensorrt --max-seq-len 4096 --max-batch 1
+    """
+    from qwenport import engines
+
+    start = time.perf_counter()
+    with progress_bar("reading the package", quiet) as progress:
+        engine = engines.build(
+            package,
+            engine_dir,
+            target=target,
+            gpus=gpus,
+            max_seq_len=max_seq_len,
+            max_batch=max_batch,
+            progress=progress,
+        )
+    report = _report(engine, time.perf_counter() - start)
+    if as_json:
+        print_json(report)
+        return
+    click.echo(
+        f"{engine_dir}: {report['flavour']} {report['tensorrt_version']} for "
+        f"{', '.join(report['gpus'])}; {report['dtype']}, {report['max_seq_len']} positions, "
+        f"batch {report['max_batch']}\n"
+        f"plan: {size(report['plan_bytes'])} from {size(report['weight_bytes'])} of weights, "
+        f"{report['network_layers']} layers, built in {report['seconds']:.1f} s"
+    )
+
+
+def _report(engine: Engine, seconds: float) -> dict[str, Any]:
+    manifest = engine.manifest
+    same = ("flavour", "tensorrt_version", "gpus", "dtype", "max_seq_len", "max_batch")
+    return {
+        "engine": str(engine.path),
+        **{key: manifest[key] for key in same},
+        "plan_bytes": engine.plan.stat().st_size,
+        "weight_bytes": manifest["package"]["weight_bytes"],
+        "network_layers": manifest["layers"],
+        "seconds": round(seconds, 3),
+    }

@@ -1,0 +1,183 @@
+"""`qwenport demo`: every step on the small checkpoint of the repository, as the commands one would type."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+import qwenport
+from qwenport import QwenportError
+from qwenport.commands._common import PATH, bytes_of, size
+
+EXIT_NO_PARITY, EXIT_ERROR = 1, 2
+GPUS = "sm86,sm89,sm120"
+PROMPT = "Once upon a time"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo. `makes` is the directory that it writes, `needs` what it reads."""
+
+    name: str
+    arguments: tuple[str, ...]
+    needs: Path
+    makes: Path | None = None
+
+
+@dataclass
+class Outcome:
+    """What became of a step."""
+
+    step: Step
+    result: str
+    exit_code: int = 0
+    seconds: float | None = None
+    bytes: int | None = None
+
+
+@click.command()
+@click.option(
+    "--out",
+    type=PATH,
+    metavar="DIR",
+    help="Keep the package, the engine and the report here; DIR must not exist.",
+    show_default="a temporary directory, removed at the end",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress bars and no notes.")
+def command(out: Path | None, quiet: bool) -> None:
+    """Take the small Qwen2.5 checkpoint of the repository from export to text. No GPU is needed.
+
+    Each step prints the command it stands for, and a table sums them up. Exit codes: 0 all steps
+    done, 1 parity does not hold, 2 a step failed, for instance for a missing extra.
+
+    \b
+    Examples:
+      qwenport demo
+      qwenport demo --out demo/
+    """
+    checkpoint = _bundled_checkpoint()
+    with _working_directory(out) as directory:
+        outcomes = [_run(step) for step in steps(checkpoint, directory, quiet)]
+    _summarise(outcomes)
+    if out is not None:
+        click.echo(f"kept in {out}")
+    _conclude(outcomes)
+
+
+def steps(checkpoint: Path, out: Path, quiet: bool) -> list[Step]:
+    """The commands, in order."""
+    package, engine = out / "tiny.package", out / "tiny.engine"
+    source, made, built = str(checkpoint), str(package), str(engine)
+    silent = ("--quiet",) if quiet else ()
+    weights = () if _can_link(checkpoint, out) else ("--weights", "copy")
+    report = ("--report", str(out / "parity"))
+    rtx = ("--target", "tensorrt-rtx", "--gpu", GPUS)
+    text = ("--prompt", PROMPT, "--temperature", "0.7", "--seed", "1")
+    return [
+        Step("export", ("export", source, made, *weights, *silent), checkpoint, package),
+        Step("inspect", ("inspect", made, "--brief"), package),
+        Step("validate", ("validate", made, "--reference", source, *report, *silent), package),
+        Step("build", ("build", made, built, *rtx, *silent), package, engine),
+        Step("inspect", ("inspect", built, "--brief"), engine),
+        Step("generate", ("generate", made, *text, *silent), package),
+    ]
+
+
+def _bundled_checkpoint() -> Path:
+    checkpoint = Path(qwenport.__file__).resolve().parent.parent / "examples" / "tiny-qwen2.5"
+    if not checkpoint.is_dir():
+        raise QwenportError(
+            "demo runs on examples/tiny-qwen2.5, which only a source checkout has: "
+            "clone the repository and run `make demo`"
+        )
+    return checkpoint
+
+
+@contextmanager
+def _working_directory(out: Path | None) -> Iterator[Path]:
+    """`out`, made and kept unless it stays empty; or a temporary directory that is removed."""
+    if out is None:
+        directory = Path(tempfile.mkdtemp(prefix="qwenport-demo-"))
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+        return
+    if out.exists():
+        raise QwenportError(f"{out} exists already; choose another name or remove it")
+    if not out.absolute().parent.is_dir():
+        raise QwenportError(f"{out.absolute().parent}: no such directory to write {out.name} in")
+    out.mkdir()
+    try:
+        yield out
+    finally:
+        if not any(out.iterdir()):
+            out.rmdir()
+
+
+def _can_link(checkpoint: Path, out: Path) -> bool:
+    """Whether `export --weights link` works between the two: not across file systems."""
+    probe = out / ".probe"
+    try:
+        os.link(checkpoint / "model.safetensors", probe)
+    except OSError:
+        return False
+    probe.unlink()
+    return True
+
+
+def _run(step: Step) -> Outcome:
+    """Run a step in this process, as the command line would."""
+    if not step.needs.exists():
+        return Outcome(step, f"skipped: there is no {step.needs.name}")
+    from qwenport.cli import cli
+
+    click.secho(f"\n$ qwenport {shlex.join(step.arguments)}", bold=True)
+    start = time.perf_counter()
+    outcome = Outcome(step, "done")
+    parent = click.get_current_context().find_root()
+    name, *arguments = step.arguments
+    chosen = cli.get_command(parent, name)
+    assert chosen is not None
+    try:
+        with chosen.make_context(name, arguments, parent=parent) as context:
+            chosen.invoke(context)
+    except click.exceptions.Exit as exit_:
+        if exit_.exit_code not in (0, EXIT_NO_PARITY):
+            raise  # interrupted
+        outcome.exit_code = exit_.exit_code
+        outcome.result = "done" if exit_.exit_code == 0 else "parity does not hold"
+    except QwenportError as error:
+        outcome.exit_code, outcome.result = EXIT_ERROR, str(error)
+        click.echo(f"failed: {error}")
+    outcome.seconds = time.perf_counter() - start
+    if step.makes is not None and step.makes.exists():
+        outcome.bytes = bytes_of(step.makes)
+    return outcome
+
+
+def _summarise(outcomes: list[Outcome]) -> None:
+    click.echo("\nstep      result                 seconds      bytes")
+    for outcome in outcomes:
+        result = "failed" if outcome.exit_code == EXIT_ERROR else outcome.result
+        seconds = "" if outcome.seconds is None else f"{outcome.seconds:.1f}"
+        written = "" if outcome.bytes is None else size(outcome.bytes)
+        click.echo(f"{outcome.step.name:<9} {result:<22} {seconds:>7} {written:>10}".rstrip())
+
+
+def _conclude(outcomes: list[Outcome]) -> None:
+    """Leave with the worst exit code, and with the first error as the command line's own."""
+    failed = [outcome for outcome in outcomes if outcome.exit_code == EXIT_ERROR]
+    if failed:
+        raise QwenportError(f"{failed[0].step.name}: {failed[0].result}")
+    if any(outcome.exit_code for outcome in outcomes):
+        raise click.exceptions.Exit(EXIT_NO_PARITY)

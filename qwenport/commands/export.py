@@ -1,0 +1,135 @@
+"""`qwenport export`: a checkpoint becomes a package."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qwenport.commands._common import (
+    PATH,
+    bytes_of,
+    limits,
+    note,
+    output_options,
+    print_json,
+    size,
+)
+from qwenport.commands._progress import progress_bar
+
+if TYPE_CHECKING:
+    from qwenport.exporter import Package
+
+DEFAULT_MAX_BATCH = 8  # the exporter's, which is not imported to print the help
+
+
+@click.command()
+@click.argument("checkpoint", type=PATH)
+@click.argument("package", type=PATH)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    help="Of weights, activations and KV cache.",
+    show_default="the checkpoint's",
+)
+@limits("the checkpoint", DEFAULT_MAX_BATCH)
+@click.option(
+    "--rope-scaling",
+    metavar="KIND:FACTOR",
+    help="Extend the context of a checkpoint that does not scale its positions: yarn, linear or "
+    "dynamic, and by how much.",
+    show_default="what config.json says",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["link", "copy"]),
+    default="link",
+    help="link: refer to the checkpoint's files (hard links, no bytes written). "
+    "copy: a package that can be moved.",
+)
+@output_options
+def command(
+    checkpoint: Path,
+    package: Path,
+    dtype: str | None,
+    max_seq_len: int | None,
+    max_batch: int,
+    rope_scaling: str | None,
+    weights: str,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Write the checkpoint directory CHECKPOINT (Hugging Face layout, safetensors) as an ONNX package.
+
+    PACKAGE is created and must not exist. It holds model.onnx, a manifest, the tokenizer, and the
+    weights by reference; the checkpoint itself is never written to.
+
+    \b
+    Examples:
+      qwenport export Qwen2.5-0.5B-Instruct qwen.package
+      qwenport export Qwen2.5-7B-Instruct long.package --rope-scaling yarn:4
+      qwenport export Llama-3.1-8B small.package --dtype fp16 --max-seq-len 8192
+    """
+    from qwenport.exporter import export
+
+    start = time.perf_counter()
+    with progress_bar("tracing the model", quiet) as progress:
+        written = export(
+            checkpoint,
+            package,
+            dtype=dtype,
+            max_seq_len=max_seq_len,
+            max_batch=max_batch,
+            rope_scaling=rope_scaling,
+            weights=weights,
+            progress=progress,
+        )
+    report = _report(written, time.perf_counter() - start)
+    for text in report["notes"]:
+        note(text, quiet)
+    if as_json:
+        print_json(report)
+        return
+    weight_bytes, mode = size(report["weight_bytes"]), report["weights"]
+    click.echo(
+        f"{package}: {report['model_type']}, {report['layers']} layers, {report['dtype']}, "
+        f"{report['max_seq_len']} positions, batch {report['max_batch']}\n"
+        f"weights: {weight_bytes} {_MODES[mode]}; {size(report['bytes_written'])} written "
+        f"in {report['seconds']:.1f} s"
+    )
+
+
+_MODES = {"link": "by reference", "copy": "copied", "convert": "converted"}
+
+
+def _report(package: Package, seconds: float) -> dict[str, Any]:
+    weights = package.manifest["weights"]
+    linked = sum(file["bytes"] for file in weights["files"].values())
+    return {
+        "package": str(package.path),
+        "model_type": package.config.model_type,
+        "layers": package.config.num_hidden_layers,
+        "dtype": package.dtype,
+        "max_seq_len": package.max_seq_len,
+        "max_batch": package.max_batch,
+        "weights": weights["mode"],
+        "weight_bytes": weights["bytes"],
+        "bytes_written": bytes_of(package.path) - (linked if weights["mode"] == "link" else 0),
+        "seconds": round(seconds, 3),
+        "notes": notes_on(package),
+    }
+
+
+def notes_on(package: Package) -> list[str]:
+    """What someone who uses the package should know about its context length."""
+    config, length = package.config, package.max_seq_len
+    notes = [config.context_note] if config.context_note else []
+    rope = config.rope
+    if rope.depends_on_length and length > rope.original_max_position_embeddings:
+        notes.append(
+            f"rope type {rope.kind!r} changes with the length of the text; this package has its "
+            f"frequencies for {length} positions, also for shorter texts"
+        )
+    return notes

@@ -1,0 +1,249 @@
+"""`qwenport generate`: text from a package or an engine, printed as it is made."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qwenport import QwenportError
+from qwenport.commands._common import PATH, note, output_options, print_json, runnable_kind
+from qwenport.commands._progress import progress_bar
+
+if TYPE_CHECKING:
+    from qwenport.commands._text import Tokenizer
+    from qwenport.engines import Session
+    from qwenport.engines.sampling import SamplingParams
+
+EXIT_INTERRUPTED = 130
+CAPACITY_MULTIPLE = 64  # the cache is allocated in steps of this many slots
+
+
+@click.command()
+@click.argument("target", type=PATH)
+@click.option(
+    "--prompt", required=True, metavar="TEXT", help="Text to continue; - reads it from stdin."
+)
+@click.option(
+    "--chat", is_flag=True, help="Send the prompt as a user's turn, in the chat template."
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), metavar="N", default=128, help="Stop after N."
+)
+@click.option(
+    "--temperature",
+    type=float,
+    default=0.0,
+    help="0 takes the most likely token every time; above it tokens are drawn at random, the more "
+    "freely the higher it is.",
+)
+@click.option(
+    "--top-k", type=int, default=0, help="Draw from the K most likely tokens; 0 is no limit."
+)
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
+    help="Draw from the most likely tokens that together have this probability.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    help="Above 1, tokens seen before become less likely.",
+)
+@click.option(
+    "--seed", type=int, help="The same seed draws the same tokens.", show_default="a new one"
+)
+@output_options
+def command(
+    target: Path,
+    prompt: str,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Continue a text with TARGET, a package (on ONNX Runtime) or an engine directory (on its GPU).
+
+    The new text goes to stdout as it is made, a line about speed to stderr. Generation ends at the
+    model's end-of-text token, after --max-new-tokens, or at the end of the context.
+
+    \b
+    Examples:
+      qwenport generate qwen.package --prompt "Once upon a time"
+      qwenport generate qwen.engine --chat --prompt "Why is the sky blue?" --temperature 0.7
+      qwenport generate qwen.package --prompt - --json < question.txt
+    """
+    kind = runnable_kind(target)
+    from qwenport.engines.sampling import SamplingParams
+
+    if temperature and seed is None:
+        seed = secrets.randbits(32)
+    params = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
+    if params.greedy and (params.top_k or params.top_p < 1 or seed is not None):
+        note("--top-k, --top-p and --seed do nothing without --temperature", quiet)
+    text = _text_of(prompt)
+
+    start = time.perf_counter()
+    with progress_bar("loading the model", quiet or as_json):
+        tokenizer, ids, session = _prepare(target, kind, text, chat, max_new_tokens)
+    run = Run(tokenizer, ids, stream=not as_json, load_seconds=time.perf_counter() - start)
+    run.generate(session, params, max_new_tokens, target)
+    if as_json:
+        print_json(run.report(params))
+    else:
+        note_on_end = f"the context of {session.capacity} positions is full"
+        note(note_on_end if run.finish_reason == "capacity" else None, quiet)
+        if not quiet:
+            click.echo(run.summary(params), err=True)
+    if run.finish_reason == "interrupted":
+        raise click.exceptions.Exit(EXIT_INTERRUPTED)
+
+
+def _text_of(prompt: str) -> str:
+    """The prompt itself; for "-" all of stdin, without the newline that ends its last line."""
+    try:
+        text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+        text.encode()  # arguments that were not UTF-8 arrive as lone surrogates
+    except UnicodeError as error:
+        raise QwenportError(f"the prompt is not valid UTF-8: {error}") from error
+    return text
+
+
+def _prepare(
+    target: Path, kind: str, prompt: str, chat: bool, max_new_tokens: int
+) -> tuple[Tokenizer, list[int], Session]:
+    """Load what generation needs; of a package's cache no more than that."""
+    from qwenport.commands._text import Tokenizer
+    from qwenport.engines import open_session
+    from qwenport.exporter import load_package
+
+    session: Session | None = None
+    if kind == "engine":  # its cache is of one size
+        session = open_session(target)
+        longest = session.capacity
+    else:
+        longest = load_package(target).max_seq_len
+    tokenizer = Tokenizer(target)
+    ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)
+    if not ids:
+        raise QwenportError("the prompt is empty")
+    if len(ids) > longest:
+        raise QwenportError(f"the prompt has {len(ids)} tokens; {target} has room for {longest}")
+    if session is None:
+        wanted = -(-(len(ids) + max_new_tokens) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+        session = open_session(target, capacity=min(longest, wanted))
+    return tokenizer, ids, session
+
+
+@dataclass
+class Run:
+    """One generation: what came out, and when."""
+
+    tokenizer: Tokenizer
+    prompt_ids: list[int]
+    stream: bool
+    load_seconds: float
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "interrupted"
+    stop_id: int | None = None
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    def generate(
+        self, session: Session, params: SamplingParams, max_new_tokens: int, target: Path
+    ) -> None:
+        """Run to the end, or to Ctrl-C; what was generated until then is printed and kept."""
+        from qwenport.commands._text import stop_ids
+        from qwenport.engines.generation import StreamDecoder, generate
+
+        decoder = StreamDecoder(self.tokenizer)
+        stops = stop_ids(target)
+        start = last = time.perf_counter()
+
+        def on_token(row: int, token: int) -> None:
+            nonlocal last
+            last = time.perf_counter()
+            if not self.token_ids:
+                self.prompt_seconds = last - start
+            self.token_ids.append(token)
+            if self.stream:
+                _write(decoder.push(token))
+
+        try:
+            (result,) = generate(
+                session,
+                [self.prompt_ids],
+                params=params,
+                max_new_tokens=max_new_tokens,
+                stop_ids=stops,
+                on_token=on_token,
+            )
+            self.finish_reason, self.stop_id = result.finish_reason, result.stop_id
+        except KeyboardInterrupt:
+            pass
+        finally:
+            if self.stream and self.token_ids:
+                _write(decoder.flush() + "\n")
+        self.decode_seconds = max(0.0, last - start - self.prompt_seconds)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed of the tokens after the first, which comes out of the prompt's own step."""
+        steps = len(self.token_ids) - 1
+        return steps / self.decode_seconds if steps > 0 and self.decode_seconds > 0 else None
+
+    def summary(self, params: SamplingParams) -> str:
+        """One line for stderr."""
+        speed = self.tokens_per_second
+        parts = [
+            f"{len(self.token_ids)} tokens" + (f", {speed:.1f} tokens/s" if speed else ""),
+            f"prompt of {len(self.prompt_ids)} in {self.prompt_seconds:.2f} s",
+            f"ended by {_ENDINGS[self.finish_reason]}",
+        ]
+        if not params.greedy:
+            parts.append(f"seed {params.seed}")
+        return f"[{'; '.join(parts)}]"
+
+    def report(self, params: SamplingParams) -> dict[str, Any]:
+        """The JSON object of --json."""
+        speed = self.tokens_per_second
+        return {
+            "text": self.tokenizer.decode(self.token_ids),
+            "token_ids": self.token_ids,
+            "prompt_token_ids": self.prompt_ids,
+            "finish_reason": self.finish_reason,
+            "stop_id": self.stop_id,
+            "seed": None if params.greedy else params.seed,
+            "seconds": {
+                "load": round(self.load_seconds, 4),
+                "prompt": round(self.prompt_seconds, 4),
+                "decode": round(self.decode_seconds, 4),
+            },
+            "tokens_per_second": None if speed is None else round(speed, 2),
+        }
+
+
+_ENDINGS = {
+    "stop": "the model's stop token",
+    "length": "--max-new-tokens",
+    "capacity": "the end of the context",
+    "interrupted": "Ctrl-C",
+}
+
+
+def _write(text: str) -> None:
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()

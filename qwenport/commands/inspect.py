@@ -1,0 +1,213 @@
+"""`qwenport inspect`: what a checkpoint, a package or an engine holds, and which GPUs it fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qwenport.commands._common import PATH, kind_of, note, print_json, size
+from qwenport.commands._gpus import USABLE, fits
+
+if TYPE_CHECKING:
+    from qwenport.exporter import ModelConfig
+
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+@click.command()
+@click.argument("target", type=PATH)
+@click.option("--brief", is_flag=True, help="Leave out bindings, operators and GPUs.")
+@click.option("-q", "--quiet", is_flag=True, help="No notes.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def command(target: Path, brief: bool, quiet: bool, as_json: bool) -> None:
+    """Show what TARGET holds: a checkpoint, a package or an engine directory.
+
+    The model, its bindings and operators, the bytes of its weights and of its KV cache, and which
+    GPUs have the memory for them. Files are held against the manifest first; no GPU is needed.
+
+    \b
+    Examples:
+      qwenport inspect Qwen2.5-0.5B-Instruct
+      qwenport inspect qwen.package
+      qwenport inspect qwen.engine --json
+    """
+    from qwenport.commands import _tables
+
+    kind = kind_of(target)
+    describe = {"checkpoint": checkpoint, "package": package, "engine": engine}[kind]
+    facts = {"kind": kind, "path": str(target), **describe(target)}
+    if as_json:
+        print_json(facts)
+        return
+    for text in facts["notes"]:
+        note(text, quiet)
+    for line in headline(facts):
+        click.echo(line)
+    if not brief:
+        _tables.show(facts)
+
+
+def checkpoint(path: Path) -> dict[str, Any]:
+    """Facts about a checkpoint, with what its package would need."""
+    from qwenport.exporter import open_checkpoint
+
+    opened = open_checkpoint(path)
+    config = opened.config
+    return {
+        "model": dataclasses.asdict(config),
+        "dtype": opened.dtype,
+        "max_seq_len": config.max_context,
+        "weights": {"bytes": opened.weight_bytes, "tensors": len(opened.tensors)},
+        "notes": [config.context_note] if config.context_note else [],
+        **memory(config, opened.dtype, config.max_context, opened.weight_bytes),
+    }
+
+
+def package(path: Path) -> dict[str, Any]:
+    """Facts about a package."""
+    from qwenport.commands.export import notes_on
+    from qwenport.exporter import load_package
+
+    opened = load_package(path)
+    manifest = opened.manifest
+    weight_bytes = manifest["weights"]["bytes"]
+    return {
+        "model": dataclasses.asdict(opened.config),
+        "dtype": opened.dtype,
+        "max_seq_len": opened.max_seq_len,
+        "max_batch": opened.max_batch,
+        "qwenport_version": manifest["qwenport_version"],
+        "opset": manifest["opset"],
+        "weights": {key: manifest["weights"][key] for key in ("bytes", "tensors", "mode")},
+        "notes": notes_on(opened),
+        "bindings": manifest["bindings"],
+        "operators": operators(opened.model),
+        **memory(opened.config, opened.dtype, opened.max_seq_len, weight_bytes),
+    }
+
+
+def engine(path: Path) -> dict[str, Any]:
+    """Facts about an engine directory."""
+    from qwenport.engines import load_engine
+    from qwenport.exporter import parse_config, read_config_json
+
+    opened = load_engine(path)
+    manifest = opened.manifest
+    config = parse_config(read_config_json(path), manifest["rope_scaling"])
+    plan_bytes = opened.plan.stat().st_size
+    same = ("dtype", "max_seq_len", "max_batch", "qwenport_version", "flavour", "tensorrt_version")
+    return {
+        "model": dataclasses.asdict(config),
+        **{key: manifest[key] for key in same},
+        "architectures": manifest["gpus"],
+        "weights": {"bytes": manifest["package"]["weight_bytes"]},
+        "plan": {"bytes": plan_bytes, "layers": manifest["layers"]},
+        "notes": [],
+        "bindings": manifest["bindings"],
+        "profile": manifest["profile"],
+        **memory(config, manifest["dtype"], manifest["max_seq_len"], plan_bytes, manifest),
+    }
+
+
+def operators(model: Path) -> dict[str, Any]:
+    """Node counts by operator, in all and in each decoder layer; the weights are not opened.
+
+    `per_layer` counts the first decoder layer, `layers_alike` says whether it speaks for all.
+    """
+    import onnx
+
+    graph = onnx.load(model, load_external_data=False).graph
+    total: Counter[str] = Counter()
+    layers: dict[int, Counter[str]] = {}
+    for node in graph.node:
+        name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        total[name] += 1
+        if match := LAYER.match(node.name):
+            layers.setdefault(int(match[1]), Counter())[name] += 1
+    first = layers.get(0, Counter())
+    return {
+        "nodes": sum(total.values()),
+        "nodes_per_layer": sum(first.values()),
+        "layers_alike": all(counts == first for counts in layers.values()),
+        "total": dict(total.most_common()),
+        "per_layer": dict(first.most_common()),
+    }
+
+
+def memory(
+    config: ModelConfig,
+    dtype: str,
+    max_seq_len: int,
+    resident: int,
+    engine_manifest: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """KV cache and GPUs. `resident` bytes lie on the GPU whatever is generated.
+
+    An engine runs by its own TensorRT on the GPUs it was built for, and its cache is of one size.
+    """
+    per_token = config.kv_bytes_per_token(ELEMENT_BYTES[dtype])
+    gpus = []
+    for fit in fits(resident, per_token, max_seq_len):
+        context, targets = fit.context, targets_of(fit.gpu.architecture, dtype)
+        if engine_manifest is not None:
+            if fit.gpu.architecture not in engine_manifest["gpus"]:
+                continue
+            context, targets = context if fit.full else 0, [engine_manifest["flavour"]]
+        gpus.append(
+            {
+                "name": fit.gpu.name,
+                "architecture": fit.gpu.architecture,
+                "memory_bytes": fit.gpu.memory_bytes,
+                "targets": targets,
+                "fits": fit.full,
+                "max_context": context,
+            }
+        )
+    return {
+        "kv_cache": {"bytes_per_token": per_token, "bytes_per_text": per_token * max_seq_len},
+        "usable_gpu_memory": USABLE,
+        "gpus": gpus,
+    }
+
+
+def targets_of(architecture: str, dtype: str) -> list[str]:
+    """The TensorRT targets that serve an architecture in a dtype."""
+    from qwenport.engines.targets import FLAVOURS, FP16_ONLY
+
+    if dtype != "fp16" and architecture in FP16_ONLY:
+        return []
+    return [name for name, flavour in FLAVOURS.items() if architecture in flavour.gpus]
+
+
+def headline(facts: dict[str, Any]) -> list[str]:
+    """The first lines: what it is, and what it takes."""
+    model, kv = facts["model"], facts["kv_cache"]
+    lines = [
+        f"{facts['path']}: {facts['kind']}, {model['model_type']}",
+        f"model     {model['num_hidden_layers']} layers, hidden size {model['hidden_size']}, "
+        f"{model['num_attention_heads']} heads ({model['num_key_value_heads']} for keys and values) "
+        f"of {model['head_dim']}, vocabulary {model['vocab_size']}",
+        f"runs      {facts['dtype']}, {facts['max_seq_len']} positions "
+        f"(rope {model['rope']['kind']})"
+        + (f", batch {facts['max_batch']}" if "max_batch" in facts else ""),
+    ]
+    weights = f"weights   {size(facts['weights']['bytes'])}"
+    if "tensors" in facts["weights"]:
+        weights += f" in {facts['weights']['tensors']} tensors"
+    lines.append(weights)
+    if "plan" in facts:
+        lines.append(
+            f"engine    {size(facts['plan']['bytes'])}, {facts['plan']['layers']} layers, by "
+            f"{facts['flavour']} {facts['tensorrt_version']} for {', '.join(facts['architectures'])}"
+        )
+    lines.append(
+        f"KV cache  {size(kv['bytes_per_token'])} a token, "
+        f"{size(kv['bytes_per_text'])} a text of {facts['max_seq_len']}"
+    )
+    return lines

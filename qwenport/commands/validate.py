@@ -1,0 +1,91 @@
+"""`qwenport validate`: does a package or an engine compute what PyTorch computes?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qwenport import QwenportError
+from qwenport.commands._common import PATH, output_options, print_json, runnable_kind
+from qwenport.commands._progress import progress_bar
+
+if TYPE_CHECKING:
+    from qwenport.validate import Report
+
+EXIT_NO_PARITY = 1
+
+
+@click.command()
+@click.argument("target", type=PATH)
+@click.option(
+    "--reference",
+    type=PATH,
+    required=True,
+    metavar="CHECKPOINT",
+    help="The checkpoint that TARGET was made from; transformers runs it.",
+)
+@click.option(
+    "--report",
+    "report_dir",
+    type=PATH,
+    metavar="DIR",
+    help="Also write report.json and report.md into this directory.",
+    show_default="no files",
+)
+@output_options
+def command(
+    target: Path, reference: Path, report_dir: Path | None, quiet: bool, as_json: bool
+) -> None:
+    """Compare TARGET, a package or an engine directory, with transformers on its checkpoint.
+
+    Prompts are run through both in several ways (at once, token by token, in chunks, in a ragged
+    batch, at the end of the context) and the logits are compared. Exit codes: 0 parity holds, 1 it
+    does not, 2 the two cannot be compared.
+
+    \b
+    Examples:
+      qwenport validate qwen.package --reference Qwen2.5-0.5B-Instruct
+      qwenport validate qwen.package --reference Qwen2.5-0.5B-Instruct --report parity/
+    """
+    runnable_kind(target)
+    if report_dir is not None and report_dir.exists() and not report_dir.is_dir():
+        raise QwenportError(f"--report {report_dir}: not a directory")
+    from qwenport.validate import validate
+
+    with progress_bar("loading", quiet) as progress:
+        report = validate(target, reference, progress=progress)
+    if report_dir is not None:
+        report.write(report_dir)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        for line in lines_of(report):
+            click.echo(line)
+    if not report.passed:
+        raise click.exceptions.Exit(EXIT_NO_PARITY)
+
+
+def lines_of(report: Report) -> list[str]:
+    """One line a scenario with what failed under it, then the verdict."""
+    width = max(len(scenario.name) for scenario in report.scenarios)
+    lines = []
+    for scenario in report.scenarios:
+        status = scenario.status.upper() if scenario.status == "failed" else scenario.status
+        line = f"{status:<8} {scenario.name:<{width}}"
+        if scenario.metrics is not None:
+            line += (
+                f"  rel-L2 {scenario.metrics.rel_l2:.1e}, {scenario.metrics.positions} positions"
+            )
+        elif scenario.status == "not run":
+            line += f"  {scenario.reason}"
+        lines.append(line.rstrip())
+        lines += [f"{'':<8}   {failure}" for failure in scenario.failures]
+    counts = {
+        status: sum(scenario.status == status for scenario in report.scenarios)
+        for status in ("passed", "failed", "not run")
+    }
+    verdict = "parity holds" if report.passed else "parity does NOT hold"
+    told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    return [*lines, f"{verdict}: {told}"]
