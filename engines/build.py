@@ -67,7 +67,14 @@ def build(
     with atomic_directory(engine_path) as scratch:
         lowered = _write_lowered(package, scratch / "lowered", capacity)
         profile = profile_shapes(package, capacity, batch)
-        built = build_plan(trt, lowered, scratch / PLAN, architectures, profile, progress)
+        built = build_plan(
+            trt,
+            lowered,
+            scratch / PLAN,
+            architectures if flavour.builds_anywhere else (),
+            profile,
+            progress,
+        )
         shutil.rmtree(scratch / "lowered")
         for name in COMPANIONS:
             if (package.path / name).is_file():

@@ -26,7 +26,23 @@ def build_plan(
     profile: dict[str, dict[str, list[int]]],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Parse, check and build; stream the plan to disk as it is made. Returns its hash and layer count."""
+    """Parse, check and build.
+
+    Args:
+        trt: the TensorRT module, as `load_tensorrt` returned it.
+        model: lowered ONNX file, its external data beside it.
+        plan: file to write.
+        gpus: architectures to build for; empty for the GPU at hand.
+        profile: input name -> its "min", "opt" and "max" shape.
+        progress: called with (what, done, total).
+
+    Returns:
+        "sha256" of the plan and "layers", how many the parsed network has.
+
+    Raises:
+        LoweringError: something was lost in parsing.
+        BuildError: TensorRT refused the model; its first error is the message.
+    """
     from polygraphy.backend.trt import (
         CreateConfig,
         PostprocessConfig,
@@ -40,9 +56,8 @@ def build_plan(
         shapes.add(name, min=ranges["min"], opt=ranges["opt"], max=ranges["max"])
 
     def choose_gpus(builder: Any, network: Any, config: Any) -> None:
-        if not hasattr(trt, "ComputeCapability"):
-            return  # tensorrt builds for the GPU at hand
-        config.num_compute_capabilities = len(gpus)
+        if gpus:
+            config.num_compute_capabilities = len(gpus)
         for index, gpu in enumerate(gpus):
             config.set_compute_capability(getattr(trt.ComputeCapability, gpu.upper()), index)
 

@@ -23,17 +23,18 @@ FP16_ONLY = ("sm75",)
 
 @dataclass(frozen=True)
 class Flavour:
-    """One of NVIDIA's two TensorRT packages."""
+    """One of NVIDIA's two TensorRT packages: its Python module, the extra that installs it, its GPUs."""
 
     name: str
     module: str
     extra: str
     gpus: tuple[str, ...]
+    builds_anywhere: bool
 
 
 FLAVOURS = {
-    "tensorrt-rtx": Flavour("tensorrt-rtx", "tensorrt_rtx", "rtx", RTX_GPUS),
-    "tensorrt": Flavour("tensorrt", "tensorrt", "gpu", TENSORRT_GPUS),
+    "tensorrt-rtx": Flavour("tensorrt-rtx", "tensorrt_rtx", "rtx", RTX_GPUS, True),
+    "tensorrt": Flavour("tensorrt", "tensorrt", "gpu", TENSORRT_GPUS, False),
 }
 
 
@@ -83,7 +84,7 @@ def parse_gpus(text: str | None, flavour: Flavour, dtype: str) -> tuple[str, ...
     if text is None:
         return (
             tuple(gpu for gpu in flavour.gpus if dtype == "fp16" or gpu not in FP16_ONLY)
-            if flavour.module == "tensorrt_rtx"
+            if flavour.builds_anywhere
             else (current_gpu(),)
         )
     gpus = tuple(part.strip().lower() for part in text.split(","))
@@ -98,7 +99,7 @@ def parse_gpus(text: str | None, flavour: Flavour, dtype: str) -> tuple[str, ...
             raise BuildError(f"{gpu} has no kernels for {dtype}; export with --dtype fp16 for it")
         if gpus.count(gpu) > 1:
             raise BuildError(f"{gpu} is named twice")
-    if flavour.module == "tensorrt" and gpus != (current_gpu(),):
+    if not flavour.builds_anywhere and gpus != (current_gpu(),):
         raise BuildError(f"tensorrt builds for the GPU at hand ({current_gpu()}) only")
     return gpus
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from qwenport.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -28,23 +28,21 @@ def test_there_is_something_to_run():
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if examples(p)], ids=lambda page: page.relative_to(ROOT).as_posix()
 )
-def test_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path):
+def test_a_page_runs_from_top_to_bottom(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
     for kind, text in examples(page):
         if kind == "python":
-            run([sys.executable, "-c", text], tmp_path)
+            exec(compile(text, f"{page.name}, an example", "exec"), {})
             continue
         for line in text.splitlines():
             if line.startswith("$ qwenport "):
-                command = shlex.split(line.removeprefix("$ qwenport "))
-                run([sys.executable, "-m", "qwenport", *command], tmp_path)
+                code = main(shlex.split(line.removeprefix("$ qwenport ")))
+                assert code == 0, f"{line}\n{capsys.readouterr().err}"
             elif line.startswith("$ "):
                 assert line.startswith(("$ make ", "$ git ", "$ pip ", "$ cd ")), line
-
-
-def run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
