@@ -14,11 +14,12 @@ from qwenport.engines.onnxruntime_session import OnnxRuntimeSession
 from qwenport.engines.open import open_session
 from qwenport.engines.sampling import Sampler, SamplingParams
 from qwenport.engines.session import Session
-from qwenport.engines.targets import FLAVOURS, RTX_GPUS, TENSORRT_GPUS
+from qwenport.engines.targets import FLAVOURS, FP16_ONLY, RTX_GPUS, TENSORRT_GPUS
 from qwenport.engines.tensorrt_session import TensorRTSession
 
 __all__ = [
     "FLAVOURS",
+    "FP16_ONLY",
     "RTX_GPUS",
     "TENSORRT_GPUS",
     "BuildError",

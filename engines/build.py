@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenport import __version__
-from qwenport.engines.engine import FORMAT, FORMAT_VERSION, PLAN, Engine, load_engine
+from qwenport.engines.engine import FORMAT, FORMAT_VERSION, PLAN, Engine
 from qwenport.engines.errors import BuildError
 from qwenport.engines.lowering import check_graph, for_tensorrt
 from qwenport.engines.plan import Progress, build_plan
@@ -63,7 +63,7 @@ def build(
     architectures = parse_gpus(gpus, flavour, package.dtype)
     capacity = _limit("max sequence length", max_seq_len, package.max_seq_len)
     batch = _limit("max batch", max_batch, package.max_batch)
-    trt = load_tensorrt(flavour, "to build engines")
+    trt = load_tensorrt(flavour, "build engines")
     with atomic_directory(engine_path) as scratch:
         lowered = _write_lowered(package, scratch / "lowered", capacity)
         profile = profile_shapes(package, capacity, batch)
@@ -116,7 +116,7 @@ def build(
             },
         }
         write_json(scratch / MANIFEST, manifest)
-    return load_engine(engine_path)
+    return Engine(engine_path, manifest)
 
 
 def _limit(what: str, asked: int | None, most: int) -> int:

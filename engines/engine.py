@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,12 @@ class Engine:
 
 
 def is_engine(path: Path) -> bool:
-    """Whether a directory holds an engine (rather than a package)."""
-    return (path / PLAN).exists()
+    """Whether a directory's manifest says that it holds an engine."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
 def load_engine(path: Path) -> Engine:

@@ -64,7 +64,7 @@ class OnnxRuntimeSession(CachedSession):
             max_step_tokens=MAX_STEP_TOKENS,
             max_step_logits=MAX_STEP_TOKENS,
         )
-        self._ort = import_extra("onnxruntime", "cpu", "to run packages")
+        self._ort = import_extra("onnxruntime", "cpu", "run packages")
         self.device = device
         dtype = "fp32" if device == "cpu" else package.dtype
         self._session = self._load(package, threads)

@@ -62,21 +62,23 @@ def build_plan(
             config.set_compute_capability(getattr(trt.ComputeCapability, gpu.upper()), index)
 
     monitor = _monitor(trt, progress)
+    writer = _plan_writer(trt, plan)
     with _tensorrt_messages() as messages:
         try:
             builder, network, parser = network_from_onnx_path(str(model), strongly_typed=True)
             check_network(network, trt)
             create = CreateConfig(profiles=[shapes], progress_monitor=monitor)
             config = PostprocessConfig(create, choose_gpus)(builder, network)
-            writer = _plan_writer(trt, plan)
             built = builder.build_serialized_network_to_stream(network, config, writer)
         except PolygraphyException:
             built = False
-        if monitor.interrupted is not None:
-            raise monitor.interrupted
+        finally:
+            writer.close()
+        for failure in (monitor.failure, writer.failure):
+            if failure is not None:
+                raise failure
         if not built:
             raise BuildError(f"TensorRT could not build the engine: {_first_error(messages)}")
-        writer.close()
         layers = network.num_layers
         del parser  # it owns the weights that the network refers to
     return {"sha256": writer.hexdigest(), "layers": layers}
@@ -114,16 +116,22 @@ def _first_error(messages: list[str]) -> str:
 
 def _plan_writer(trt: Any, path: Path) -> Any:
     class PlanWriter(trt.IStreamWriter):
-        """Writes and hashes the plan as TensorRT makes it."""
+        """Writes and hashes the plan as TensorRT makes it; keeps the first exception (disk full)."""
 
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
             self.stream = path.open("wb")
             self.hash = hashlib.sha256()
+            self.failure: BaseException | None = None
 
         def write(self, data: Any) -> int:
-            self.hash.update(data)
-            return self.stream.write(data)
+            try:
+                if self.failure is None:
+                    self.hash.update(data)
+                    return self.stream.write(data)
+            except BaseException as error:  # must not cross into C++, where it would be lost
+                self.failure = error
+            return 0
 
         def close(self) -> None:
             self.stream.close()
@@ -141,25 +149,25 @@ def _monitor(trt: Any, progress: Progress) -> Any:
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}
-            self.interrupted: BaseException | None = None
+            self.failure: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if parent_phase is None:
                 self.steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in self.steps and self.interrupted is None:
+            if phase_name in self.steps and self.failure is None:
                 self.tell(phase_name, step + 1)
-            return self.interrupted is None
+            return self.failure is None
 
         def phase_finish(self, phase_name: str) -> None:
-            if phase_name in self.steps and self.interrupted is None:
+            if phase_name in self.steps and self.failure is None:
                 self.tell(phase_name, self.steps[phase_name])
 
         def tell(self, phase_name: str, done: int) -> None:
             try:
                 progress(f"TensorRT: {phase_name}", done, self.steps[phase_name])
             except BaseException as error:  # must not cross into C++
-                self.interrupted = error
+                self.failure = error
 
     return Monitor()

@@ -62,7 +62,7 @@ class TensorRTSession(CachedSession):
         )
         if tensorrt is None:
             check_gpu(engine)
-            tensorrt = load_tensorrt(FLAVOURS[manifest["flavour"]], "to run this engine")
+            tensorrt = load_tensorrt(FLAVOURS[manifest["flavour"]], "run this engine")
         check_version(engine, tensorrt.__version__)
         self._trt, self._device = tensorrt, torch.device(device)
         self._runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))

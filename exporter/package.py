@@ -116,8 +116,10 @@ def export(
     dtype = dtype or checkpoint.dtype
     max_seq_len = _checked_length(checkpoint.config, max_seq_len)
     with atomic_directory(package_path) as scratch:
-        _write(checkpoint, scratch, dtype, max_seq_len, max_batch, rope_scaling, weights, progress)
-    return load_package(package_path)
+        manifest = _write(
+            checkpoint, scratch, dtype, max_seq_len, max_batch, rope_scaling, weights, progress
+        )
+    return Package(package_path, manifest, checkpoint.config)
 
 
 def _checked_length(config: ModelConfig, asked: int | None) -> int:
@@ -140,7 +142,7 @@ def _write(
     rope_scaling: str | None,
     weights: str,
     progress: Any,
-) -> None:
+) -> dict[str, Any]:
     # torch and the IR are imported here: reading a package needs neither
     import onnx_ir as ir
 
@@ -211,6 +213,7 @@ def _write(
         },
     }
     write_json(scratch / MANIFEST, manifest)
+    return manifest
 
 
 def _write_rope_tables(config: ModelConfig, target: Path, length: int) -> dict[str, Any]:

@@ -306,9 +306,11 @@ def _attention(e: _Emitter, node: torch.fx.Node) -> ir.Value:
 def _expand(e: _Emitter, node: torch.fx.Node) -> ir.Value:
     """ONNX Expand broadcasts both ways: 1 keeps an axis."""
     x, sizes = node.args
-    if not all(isinstance(size, int) for size in sizes):  # type: ignore[union-attr]
-        raise TracingError(f"{e.scope}: expand to a dynamic size")
-    kept = [1 if size == -1 else size for size in sizes]  # type: ignore[union-attr]
+    kept = []
+    for size in sizes:  # type: ignore[union-attr]
+        if not isinstance(size, int):
+            raise TracingError(f"{e.scope}: expand to a dynamic size")
+        kept.append(1 if size == -1 else size)
     return e.op(node, "Expand", [e.value(x), e.builder.constant(kept)])
 
 

@@ -157,7 +157,8 @@ def _explain(error: click.ClickException) -> str:
 
 def _system_error(error: OSError) -> str | None:
     """The message for an error of the system that is not our mistake; None if it may be."""
-    where = f" {error.filename}" if error.filename else ""
+    file = error.filename2 or error.filename  # of two, the second is the one written to
+    where = f" {file}" if file else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         while_writing = f" while writing{where}" if where else ""
         return f"the disk is full{while_writing}: free some space or write somewhere else"

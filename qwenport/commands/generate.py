@@ -96,7 +96,7 @@ def command(
     text = _text_of(prompt)
 
     start = time.perf_counter()
-    with progress_bar("loading the model", quiet or as_json):
+    with progress_bar("loading the model", quiet):
         tokenizer, ids, session = _prepare(target, kind, text, chat, max_new_tokens)
     run = Run(tokenizer, ids, stream=not as_json, load_seconds=time.perf_counter() - start)
     run.generate(session, params, max_new_tokens, target)

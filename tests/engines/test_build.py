@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -121,6 +123,35 @@ def test_an_interrupted_build_stops_and_leaves_nothing(package_of, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_that_cannot_be_written_fails_the_build_and_leaves_nothing(
+    package_of, tmp_path, monkeypatch
+):
+    """An exception inside TensorRT's callback once left a damaged engine behind."""
+    real_open = Path.open
+
+    class FullDisk:
+        def __init__(self, stream):
+            self.stream, self.room = stream, 100_000
+
+        def write(self, data):
+            self.room -= len(data)
+            if self.room < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.stream.write(data)
+
+        def close(self):
+            self.stream.close()
+
+    def opened(path, mode="r", *args, **kwargs):
+        stream = real_open(path, mode, *args, **kwargs)
+        return FullDisk(stream) if path.name == "engine.plan" and "w" in mode else stream
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(OSError, match="No space left"):
+        engines.build(package_of("bf16").path, tmp_path / "engine", target="tensorrt-rtx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_output_that_exists_is_left_alone(package_of, tmp_path):
     (tmp_path / "engine").mkdir()
     with pytest.raises(exporter.ExportError, match="exists already"):
@@ -175,7 +206,8 @@ def test_a_manifest_of_another_kind_is_refused(copied_engine, changes, complaint
         engines.load_engine(copied_engine)
 
 
-def test_a_missing_file_is_named(copied_engine):
-    (copied_engine / "tokenizer.json").unlink()
-    with pytest.raises(engines.EngineError, match=r"tokenizer\.json is missing"):
-        engines.load_engine(copied_engine)
+@pytest.mark.parametrize("name", ["tokenizer.json", "engine.plan"])
+def test_a_missing_file_is_named(copied_engine, name):
+    (copied_engine / name).unlink()
+    with pytest.raises(engines.EngineError, match=f"{name} is missing"):
+        engines.open_session(copied_engine)

@@ -1,0 +1,159 @@
+"""The files of the tiny checkpoint: its config, its tokenizer, and how they are written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedModel
+
+VOCAB_SIZE = 2048
+CONTEXT = 512
+END_OF_TEXT, IM_START, IM_END = SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+BOS_ID, _, EOS_ID = range(VOCAB_SIZE - len(SPECIAL), VOCAB_SIZE)
+
+# The pre-tokenizer expression of Qwen2: contractions, words, single digits, punctuation, space.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Field for field the spelling of the published Qwen2.5 files, which predates transformers 5.
+CONFIG: dict[str, object] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": BOS_ID,
+    "eos_token_id": EOS_ID,
+    "hidden_act": "silu",
+    "hidden_size": 192,
+    "initializer_range": 0.02,
+    "intermediate_size": 640,
+    "max_position_embeddings": CONTEXT,
+    "max_window_layers": 5,
+    "model_type": "qwen2",
+    "num_attention_heads": 6,
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 50000.0,
+    "sliding_window": CONTEXT,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": VOCAB_SIZE,
+}
+
+
+def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """Byte-level BPE as Qwen2 has it; as there, special tokens follow the ordinary vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(
+        add_prefix_space=False, trim_offsets=False, use_regex=False
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - len(SPECIAL),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    special = re.compile("|".join(map(re.escape, SPECIAL)))
+    plain = (piece for text in texts for piece in special.split(text))
+    tokenizer.train_from_iterator(plain, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    if tokenizer.get_vocab_size() != VOCAB_SIZE:
+        raise SystemExit(f"{tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}: add text")
+    return tokenizer
+
+
+def json_files(tokenizer: Tokenizer) -> dict[str, dict[str, object]]:
+    """The content of each JSON file by its name, except tokenizer.json."""
+    added = {
+        str(tokenizer.token_to_id(token)): {
+            "content": token,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
+        for token in SPECIAL
+    }
+    return {
+        "config.json": CONFIG,
+        "generation_config.json": {
+            "bos_token_id": BOS_ID,
+            "do_sample": True,
+            "eos_token_id": [EOS_ID, BOS_ID],
+            "pad_token_id": BOS_ID,
+            "temperature": 0.7,
+            "top_k": 20,
+            "top_p": 0.8,
+        },
+        "tokenizer_config.json": {
+            "add_bos_token": False,
+            "add_prefix_space": False,
+            "added_tokens_decoder": added,
+            "additional_special_tokens": [IM_START, IM_END],
+            "bos_token": None,
+            "chat_template": CHAT_TEMPLATE,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": IM_END,
+            "errors": "replace",
+            "model_max_length": CONTEXT,
+            "pad_token": END_OF_TEXT,
+            "split_special_tokens": False,
+            "tokenizer_class": "Qwen2Tokenizer",
+            "unk_token": None,
+        },
+    }
+
+
+def write_checkpoint(model: PreTrainedModel, tokenizer: Tokenizer, out: Path) -> None:
+    """Write into a temporary folder first; then each file appears in `out` by one rename."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        tensors = {
+            name: tensor.to(torch.bfloat16).contiguous()
+            for name, tensor in model.state_dict().items()
+            if name != "lm_head.weight"  # tied to the embedding
+        }
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        tokenizer.save(str(folder / "tokenizer.json"))
+        for name, content in json_files(tokenizer).items():
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
+        for path in folder.iterdir():
+            path.chmod(0o644)
+            copied = Path(shutil.copy(path, out / f".{path.name}.new"))  # may cross file systems
+            copied.replace(out / path.name)

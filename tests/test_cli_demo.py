@@ -1,0 +1,56 @@
+"""`qwenport demo`: the whole path, and what it says where a part is missing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import qwenport
+from qwenport import cli
+from qwenport.commands import demo
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_demo_runs_every_step_and_sums_up(tmp_path: Path, capsys: Capture) -> None:
+    assert cli.main(["demo", "--out", str(tmp_path / "kept")]) == 0
+    out, _ = capsys.readouterr()
+    table = out.partition("seconds      bytes\n")[2].splitlines()
+    names = ["export", "inspect", "validate", "build", "inspect", "generate"]
+    assert [line.split()[:2] for line in table[:6]] == [[name, "done"] for name in names]
+    assert sum(line.startswith("$ qwenport ") for line in out.splitlines()) == 6
+    kept = sorted(path.name for path in (tmp_path / "kept").iterdir())
+    assert kept == ["parity", "tiny.engine", "tiny.package"]
+
+
+def test_demo_without_tensorrt_rtx_names_the_extra_and_goes_on(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    every = demo.steps
+    monkeypatch.setattr(demo, "steps", lambda *a: [s for s in every(*a) if s.name != "validate"])
+    assert cli.main(["demo"]) == 2
+    out, err = capsys.readouterr()
+    (error,) = [line for line in err.splitlines() if "error:" in line]
+    assert error.startswith("error: build: tensorrt-rtx is not installed")
+    assert error.endswith("pip install 'qwenport[rtx]'")
+    results = [line.split()[1] for line in out.split("bytes\n")[1].splitlines()]
+    assert results == ["done", "done", "failed", "skipped:", "done"]
+
+
+def test_demo_outside_a_source_checkout_says_so(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(qwenport, "__file__", str(tmp_path / "qwenport" / "__init__.py"))
+    assert cli.main(["demo"]) == 2
+    out, err = capsys.readouterr()
+    assert "source checkout" in err and err.count("\n") == 1 and out == ""
+
+
+def test_demo_does_not_write_over_anything(tmp_path: Path, capsys: Capture) -> None:
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert cli.main(["demo", "--out", str(tmp_path / "no" / "such")]) == 2
+    assert "no such directory" in capsys.readouterr().err

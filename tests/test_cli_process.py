@@ -1,0 +1,176 @@
+"""What only a process of its own shows: signals, streams, and how light the start is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from qwenport import cli
+
+TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-qwen2.5"
+QWENPORT = [sys.executable, "-m", "qwenport"]
+PATIENCE = 60.0  # seconds
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package without stop tokens, made by a process whose output is looked at too."""
+    folder = tmp_path_factory.mktemp("process")
+    checkpoint = Path(shutil.copytree(TINY, folder / "tiny"))
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": []}')
+    command = [*QWENPORT, "export", str(checkpoint), str(folder / "package"), "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
+    assert json.loads(run.stdout)["model_type"] == "qwen2"
+    assert run.stderr == ""
+    return folder / "package"
+
+
+def start(*arguments: object, folder: Path) -> subprocess.Popen[str]:
+    command = [*QWENPORT, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True)
+
+
+def wait_until(true: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [
+        (signal.SIGTERM, 143, ""),
+        (signal.SIGHUP, 129, ""),
+        (signal.SIGINT, cli.EXIT_INTERRUPTED, "error: interrupted\n"),
+    ],
+)
+def test_a_signal_during_export_leaves_nothing(
+    number: signal.Signals, code: int, message: str, tmp_path: Path
+) -> None:
+    with start(
+        "export", shutil.copytree(TINY, tmp_path / "tiny"), "out", folder=tmp_path
+    ) as process:
+        wait_until(lambda: list(tmp_path.glob("*.partial/weights/*")), process)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (code, message)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_sigterm_during_a_build_leaves_nothing(package: Path, tmp_path: Path) -> None:
+    options = ("--target", "tensorrt-rtx")
+    with start("build", package, "out", *options, folder=tmp_path) as process:
+        wait_until(lambda: list(tmp_path.iterdir()), process)
+        process.terminate()
+        _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (143, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nohup_keeps_an_export_alive(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start("inspect", TINY, "--json", folder=tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with process:
+        process.send_signal(signal.SIGHUP)
+        out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0 and json.loads(out)["kind"] == "checkpoint"
+
+
+def read_some(stream: IO[str], count: int) -> str:
+    return "".join(stream.read(1) for _ in range(count))
+
+
+def test_text_arrives_while_it_is_made_and_ctrl_c_keeps_it(package: Path, tmp_path: Path) -> None:
+    options = ("--prompt", "Once upon a time", "--max-new-tokens", 500)
+    with start("generate", package, *options, folder=tmp_path) as process:
+        assert process.stdout is not None
+        first = read_some(process.stdout, 3)
+        assert process.poll() is None, "the text came all at once"
+        process.send_signal(signal.SIGINT)
+        rest, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == cli.EXIT_INTERRUPTED
+    assert rest.endswith("\n") and rest.count("\n") >= 1 and first
+    assert "ended by Ctrl-C" in err and "Traceback" not in err and "error:" not in err
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_ends_generation_quietly(package: Path, tmp_path: Path) -> None:
+    options = ("--prompt", "Once upon a time", "--max-new-tokens", 500)
+    with start("generate", package, *options, folder=tmp_path) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait(timeout=PATIENCE) == cli.EXIT_BROKEN_PIPE
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(
+            ["validate", "package", "--reference", "tiny", "--json"], marks=pytest.mark.slow
+        ),
+        ["generate", "package", "--prompt", "Once", "--max-new-tokens", "3", "--json"],
+        ["build", "package", "engine", "--target", "tensorrt-rtx", "--gpu", "sm86", "--json"],
+        ["inspect", "package", "--json"],
+    ],
+)
+def test_json_is_all_of_stdout_and_no_library_writes_to_stderr(
+    arguments: list[str], package: Path
+) -> None:
+    run = subprocess.run(
+        [*QWENPORT, *arguments], cwd=package.parent, capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert isinstance(json.loads(run.stdout), dict)
+
+
+@pytest.mark.slow
+def test_text_that_the_locale_cannot_show_does_not_end_generation(package: Path) -> None:
+    options = ["--prompt", "Once", "--temperature", "100", "--seed", "3", "--max-new-tokens", "60"]
+    run = subprocess.run(
+        [*QWENPORT, "generate", "package", *options],
+        cwd=package.parent,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert run.returncode == 0
+    assert run.stdout.isascii()
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_imports_nothing_heavy(name: str) -> None:
+    program = (
+        "import sys; from qwenport import cli; code = cli.main(sys.argv[1:]);"
+        "print(*sys.modules, sep='\\n', file=sys.stderr); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", program, name, "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TINY)
+    imported = set(run.stderr.split())
+    assert f"qwenport.commands.{name}" in imported
+    assert not imported & {
+        "numpy",
+        "onnx",
+        "onnx_ir",
+        "onnxruntime",
+        "rich",
+        "torch",
+        "transformers",
+    }
