@@ -1,0 +1,214 @@
+"""The one metric function against plain arithmetic, the bounds, and the report."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwenport.validate import Check, Report, ScenarioResult, ValidationError
+from qwenport.validate.metrics import BLOCK, Metrics, compare
+from qwenport.validate.thresholds import (
+    FP32_REL_L2,
+    FP32_REL_L2_LEAST,
+    HALF_KL_MEAN,
+    fp32_thresholds,
+    half_thresholds,
+)
+
+
+def expected(candidate: np.ndarray, reference: np.ndarray, near_tie: float) -> dict[str, float]:
+    """The metrics in Python floats, one number at a time."""
+    c, r = candidate.tolist(), reference.tolist()
+    pairs = [
+        (x, y) for row_c, row_r in zip(c, r, strict=True) for x, y in zip(row_c, row_r, strict=True)
+    ]
+    norm = math.sqrt(math.fsum(y * y for _, y in pairs))
+    cosines, divergences, same, margins = [], [], [], []
+    for row_c, row_r in zip(c, r, strict=True):
+        size = math.hypot(*row_c) * math.hypot(*row_r)
+        dot = math.fsum(x * y for x, y in zip(row_c, row_r, strict=True))
+        cosines.append(dot / size)
+        log_c, log_r = (
+            [x - max(row) - math.log(math.fsum(math.exp(y - max(row)) for y in row)) for x in row]
+            for row in (row_c, row_r)
+        )
+        divergences.append(
+            math.fsum(math.exp(q) * (q - p) for p, q in zip(log_c, log_r, strict=True))
+        )
+        same.append(row_c.index(max(row_c)) == row_r.index(max(row_r)))
+        second, first = sorted(row_r)[-2:]
+        margins.append(first - second)
+    clear = [s for s, m in zip(same, margins, strict=True) if m >= near_tie]
+    return {
+        "max_abs": max(abs(x - y) for x, y in pairs),
+        "mean_abs": math.fsum(abs(x - y) for x, y in pairs) / len(pairs),
+        "rel_l2": math.sqrt(math.fsum((x - y) ** 2 for x, y in pairs)) / norm,
+        "kl_mean": math.fsum(divergences) / len(divergences),
+        "cosine_p5": _percentile(cosines, 5),
+        "kl_p99": _percentile(divergences, 99),
+        "top1": sum(same) / len(same),
+        "top1_clear": sum(clear) / len(clear) if clear else 1.0,
+        "near_ties": len(same) - len(clear),
+        "smallest_margin": min(margins),
+    }
+
+
+def _percentile(values: list[float], percent: float) -> float:
+    """Linear between the two nearest ranks."""
+    ranked = sorted(values)
+    place = (len(ranked) - 1) * percent / 100
+    below = int(place)
+    above = min(below + 1, len(ranked) - 1)
+    return ranked[below] + (ranked[above] - ranked[below]) * (place - below)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    positions=st.integers(1, 2 * BLOCK + 3),
+    vocab=st.integers(2, 40),
+    size=st.floats(0.1, 30),
+    noise=st.sampled_from([0.0, 1e-4, 0.3, 5.0]),
+    near_tie=st.sampled_from([0.0, 0.5, 100.0]),
+)
+def test_metrics_equal_plain_arithmetic(
+    seed: int, positions: int, vocab: int, size: float, noise: float, near_tie: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    reference = (rng.standard_normal((positions, vocab)) * size).astype(np.float32)
+    candidate = reference + (rng.standard_normal((positions, vocab)) * noise).astype(np.float32)
+    found = compare(candidate, reference, near_tie_margin=near_tie)
+    for name, value in expected(candidate, reference, near_tie).items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-9, abs=1e-13), name
+    assert (found.positions, found.vocab, found.nonfinite) == (positions, vocab, 0)
+    worst = found.worst_position
+    one = compare(candidate[worst : worst + 1], reference[worst : worst + 1], near_tie_margin=0)
+    assert one.rel_l2 == pytest.approx(found.worst_rel_l2, rel=1e-9)
+    assert found.worst_rel_l2 >= found.rel_l2 * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("position", [0, BLOCK, BLOCK + 2])
+def test_one_logit_that_is_not_finite_fails_every_check(bad: float, position: int) -> None:
+    reference = np.random.default_rng(0).standard_normal((BLOCK + 3, 7)).astype(np.float32)
+    candidate = reference.copy()
+    candidate[position, 3] = bad
+    metrics = compare(candidate, reference, near_tie_margin=0.0)
+    assert metrics.nonfinite == 1
+    assert metrics.worst_position == metrics.first_disagreement == position
+    for value in (metrics.rel_l2, metrics.max_abs, metrics.cosine_p5, metrics.kl_mean):
+        assert math.isnan(value)
+        assert not Check("x", value, "<=", 1e9).passed
+        assert not Check("x", value, ">=", -1e9).passed
+    assert metrics.top1 < 1
+
+
+def test_all_zero_logits_have_no_distance_from_each_other_and_any_from_others() -> None:
+    zeros, ones = np.zeros((1, 4), np.float32), np.ones((1, 4), np.float32)
+    same = compare(zeros, zeros, near_tie_margin=0.0)
+    assert (same.rel_l2, same.cosine_p5) == (0.0, 1.0)
+    other = compare(ones, zeros, near_tie_margin=0.0)
+    assert (other.rel_l2, other.cosine_p5) == (math.inf, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reference"),
+    [
+        (np.zeros((2, 3)), np.zeros((3, 3))),
+        (np.zeros((0, 3)), np.zeros((0, 3))),
+        (np.zeros(3), np.zeros(3)),
+        (np.zeros((1, 3)), np.array([[0, np.nan, 0]])),
+        (np.zeros((1, 3)), np.array([[0, np.inf, 0]])),
+    ],
+)
+def test_what_cannot_be_compared_is_an_error(candidate: np.ndarray, reference: np.ndarray) -> None:
+    with pytest.raises(ValidationError):
+        compare(candidate.astype(np.float32), reference.astype(np.float32), near_tie_margin=0.0)
+
+
+def test_fp32_bound_follows_the_models_own_rounding_between_its_limits() -> None:
+    def bound(own: float) -> float:
+        return fp32_thresholds(own, greedy=False).rel_l2
+
+    assert bound(0.0) == FP32_REL_L2_LEAST
+    assert bound(2.4e-7) == pytest.approx(2.4e-6)
+    assert bound(1.5e-6) == bound(2e-6) == FP32_REL_L2
+    assert bound(1e-5) == pytest.approx(5e-5)
+    owns = np.geomspace(1e-9, 1e-2, 200)
+    assert all(bound(a) <= bound(b) for a, b in itertools.pairwise(owns))
+
+
+def test_greedy_in_fp32_excuses_no_near_tie() -> None:
+    assert fp32_thresholds(0.0, greedy=True).near_tie_margin == 0
+    assert fp32_thresholds(0.0, greedy=False).near_tie_margin > 0
+
+
+def test_half_precision_is_bound_by_transformers_own_error_in_it() -> None:
+    own = replace(_metrics(), rel_l2=0.01, kl_mean=1e-3)
+    assert half_thresholds(own).rel_l2 == pytest.approx(0.0125)
+    assert half_thresholds(own).kl_mean == pytest.approx(1.5625e-3)
+    assert half_thresholds(replace(own, kl_mean=1e-9)).kl_mean == HALF_KL_MEAN
+
+
+def _report(*scenarios: ScenarioResult) -> Report:
+    return Report(
+        target="package",
+        reference="checkpoint",
+        target_kind="package",
+        target_dtype="bf16",
+        reference_weights="fp32",
+        prompts="none",
+        own_rounding=1e-7,
+        cache_slots=1,
+        max_seq_len=1,
+        scenarios=scenarios,
+        environment={},
+        hashes={},
+    )
+
+
+def _metrics() -> Metrics:
+    return compare(np.ones((1, 3), np.float32), np.ones((1, 3), np.float32), near_tie_margin=0.0)
+
+
+def test_a_report_in_which_nothing_was_compared_does_not_pass() -> None:
+    skipped = ScenarioResult("decode", "s", "not run", reason="why")
+    tables = ScenarioResult("rope tables", "s", "passed", (Check("rows", 1, "==", 1),))
+    assert not _report().passed
+    assert not _report(skipped, tables).passed
+    assert _report(skipped, tables, ScenarioResult("prefill", "s", "passed", (), _metrics())).passed
+
+
+def test_a_failure_names_scenario_metric_value_bound_and_place(tmp_path: Path) -> None:
+    check = Check("rel-L2", 0.5, "<=", 1e-5, "worst at row 0 position 3")
+    report = _report(
+        ScenarioResult("prefill", "s", "passed", (), _metrics()),
+        ScenarioResult("decode", "s", "failed", (check, Check("n", 0, "==", 0)), _metrics()),
+    )
+    assert report.failures == ("decode: rel-L2 0.5, must be <= 1e-05 (worst at row 0 position 3)",)
+    report.write(tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "FAILED" in text and report.failures[0] in text
+
+
+def test_json_is_strict_where_numbers_are_not_finite(tmp_path: Path) -> None:
+    check = Check("rel-L2", math.nan, "<=", math.inf)
+    report = _report(ScenarioResult("prefill", "s", "failed", (check,), None))
+    report.write(tmp_path)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    text = (tmp_path / "report.json").read_text(encoding="utf-8")
+    data = json.loads(text, parse_constant=refuse)
+    assert data["schema_version"] == 1 and data["passed"] is False
+    (found,) = data["scenarios"][0]["checks"]
+    assert (found["value"], found["bound"], found["passed"]) == ("NaN", "Infinity", False)

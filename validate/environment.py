@@ -1,0 +1,41 @@
+"""Where a report was made: versions, processor, date. No names of people, machines or paths."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from qwenport import __version__
+
+DISTRIBUTIONS = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "onnx-ir", "numpy")
+ENGINE_DISTRIBUTIONS = ("tensorrt", "tensorrt-rtx")
+
+
+def describe_environment(target_kind: str) -> dict[str, str]:
+    """Name -> value of everything that a result could depend on."""
+    names = DISTRIBUTIONS + (ENGINE_DISTRIBUTIONS if target_kind == "engine" else ())
+    facts = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "qwenport": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+    }
+    for name in names:
+        try:
+            facts[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return facts
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

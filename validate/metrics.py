@@ -1,0 +1,181 @@
+"""How far two sets of logits are apart: one function, used by every gate.
+
+The arithmetic is float64, a block of positions at a time, so that a vocabulary of 150,000 needs little memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwenport.validate.errors import ValidationError
+
+BLOCK = 16  # positions compared at once: 16 x 152,064 logits in float64 are 19 MB
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Distance of a candidate's logits from the reference's, over `positions` rows of `vocab` logits.
+
+    Attributes:
+        nonfinite: NaN and infinite logits of the candidate. If there is one, every distance is NaN.
+        max_abs, mean_abs: of |candidate - reference|.
+        rel_l2: ||candidate - reference|| / ||reference||, all positions as one vector.
+        worst_rel_l2, worst_position: the position with the largest rel-L2 of its own, and that value.
+        cosine_p5: 5th percentile, over positions, of the cosine similarity.
+        kl_mean, kl_p99: KL(reference || candidate) in nats, over positions.
+        top1: share of positions with the same most likely token.
+        top1_clear: the same, without near-ties; 1 where every position is one.
+        near_ties: positions where the reference's two best logits are closer than the margin given.
+        smallest_margin: the smallest distance between the reference's two best logits.
+        first_disagreement: the first position with another most likely token, or None.
+        first_disagreement_margin: the reference's margin there.
+    """
+
+    positions: int
+    vocab: int
+    nonfinite: int
+    max_abs: float
+    mean_abs: float
+    rel_l2: float
+    worst_rel_l2: float
+    worst_position: int
+    cosine_p5: float
+    kl_mean: float
+    kl_p99: float
+    top1: float
+    top1_clear: float
+    near_ties: int
+    smallest_margin: float
+    first_disagreement: int | None
+    first_disagreement_margin: float | None
+
+
+def compare(candidate: Float32, reference: Float32, *, near_tie_margin: float) -> Metrics:
+    """Measure how far `candidate` is from `reference`.
+
+    Args:
+        candidate: logits [positions, vocab].
+        reference: logits of the same shape, finite.
+        near_tie_margin: in logits; see `Metrics.near_ties`.
+
+    Raises:
+        ValidationError: shapes differ, there is nothing to compare, or the reference itself is not finite.
+    """
+    if candidate.shape != reference.shape or candidate.ndim != 2 or not candidate.size:
+        raise ValidationError(
+            f"logits of shapes {candidate.shape} and {reference.shape} cannot be compared"
+        )
+    if not np.isfinite(reference).all():
+        raise ValidationError(
+            "transformers itself computes NaN or infinite logits here; there is nothing to compare with"
+        )
+    blocks = [
+        _Block.of(candidate[start : start + BLOCK], reference[start : start + BLOCK])
+        for start in range(0, len(reference), BLOCK)
+    ]
+    rows = _Block(
+        *(np.concatenate(parts) for parts in zip(*map(_Block.fields, blocks), strict=True))
+    )
+    count, vocab = reference.shape
+    margins = rows.margin
+    clear = margins >= near_tie_margin
+    differs = np.flatnonzero(~rows.same)
+    first = int(differs[0]) if len(differs) else None
+    own = _ratio(rows.difference, rows.norm)
+    worst = int(np.argmax(np.where(np.isnan(own), np.inf, own)))
+    return Metrics(
+        positions=count,
+        vocab=vocab,
+        nonfinite=int(rows.nonfinite.sum()),
+        max_abs=float(rows.max_abs.max()),
+        mean_abs=float(rows.sum_abs.sum() / (count * vocab)),
+        rel_l2=float(_ratio(np.sqrt(np.sum(rows.difference**2)), np.sqrt(np.sum(rows.norm**2)))),
+        worst_rel_l2=float(own[worst]),
+        worst_position=worst,
+        cosine_p5=float(np.percentile(rows.cosine, 5)),
+        kl_mean=float(rows.kl.mean()),
+        kl_p99=float(np.percentile(rows.kl, 99)),
+        top1=float(rows.same.mean()),
+        top1_clear=float(rows.same[clear].mean()) if clear.any() else 1.0,
+        near_ties=int(count - clear.sum()),
+        smallest_margin=float(margins.min()),
+        first_disagreement=first,
+        first_disagreement_margin=None if first is None else float(margins[first]),
+    )
+
+
+def _ratio(numerator: Float64, denominator: Float64) -> Float64:
+    """numerator / denominator; 0 / 0 is 0, x / 0 infinite."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio: Float64 = np.where(
+            (numerator == 0) & (denominator == 0), 0.0, np.divide(numerator, denominator)
+        )
+    return ratio
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One number a position, float64 [n] (`same`: bool)."""
+
+    nonfinite: Float64
+    max_abs: Float64
+    sum_abs: Float64
+    difference: Float64  # L2 norm of candidate - reference
+    norm: Float64  # of the reference
+    cosine: Float64
+    kl: Float64
+    same: NDArray[np.bool_]
+    margin: Float64
+
+    def fields(self) -> tuple[NDArray[np.generic], ...]:
+        return tuple(vars(self).values())
+
+    @classmethod
+    def of(cls, candidate: Float32, reference: Float32) -> _Block:
+        finite = np.isfinite(candidate)
+        broken: NDArray[np.bool_] = ~np.all(finite, axis=1)
+        # One bad logit spoils its whole position: no metric may look good beside it.
+        c = np.where(broken[:, None], np.nan, candidate.astype(np.float64))
+        r = reference.astype(np.float64)
+        absolute = np.abs(c - r)
+        norm, other = np.linalg.norm(r, axis=1), np.linalg.norm(c, axis=1)
+        dot = np.sum(c * r, axis=1)
+        both_zero = (norm == 0) & (other == 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            cosine = np.where(
+                both_zero, 1.0, np.where(norm * other == 0, 0.0, dot / (norm * other))
+            )
+        log_r, log_c = _log_softmax(r), _log_softmax(c)
+        kl = np.sum(np.exp(log_r) * (log_r - log_c), axis=1)
+        return cls(
+            nonfinite=np.sum(~finite, axis=1),
+            max_abs=absolute.max(axis=1),
+            sum_abs=absolute.sum(axis=1),
+            difference=np.linalg.norm(c - r, axis=1),
+            norm=norm,
+            cosine=cosine,
+            kl=np.where(np.isnan(kl), kl, np.maximum(kl, 0.0)),  # rounding alone goes below 0
+            same=(np.argmax(c, axis=1) == np.argmax(r, axis=1)) & ~broken,
+            margin=_margin(r),
+        )
+
+
+def _log_softmax(x: Float64) -> Float64:
+    shifted = x - x.max(axis=1, keepdims=True)
+    result: Float64 = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+def _margin(x: Float64) -> Float64:
+    """Distance of the two largest logits of each row; infinite for a vocabulary of one."""
+    if x.shape[1] == 1:
+        return np.full(len(x), np.inf)
+    best = np.partition(x, -2, axis=1)[:, -2:]
+    margin: Float64 = best[:, 1] - best[:, 0]
+    return margin

@@ -1,0 +1,137 @@
+"""What is judged: a package or an engine directory, reduced to what the scenarios need to know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenport.exporter import (
+    MANIFEST,
+    ConfigError,
+    ModelConfig,
+    Package,
+    load_package,
+    open_checkpoint,
+    parse_config,
+    read_config_json,
+    sha256,
+)
+from qwenport.validate.errors import ValidationError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A verified package or engine directory.
+
+    Attributes:
+        kind: "package" or "engine".
+        dtype: of weights: "bf16", "fp16" or "fp32".
+        compute_dtype: what the session computes in; onnxruntime on the CPU computes in fp32 always.
+        device: where it runs.
+        capacity: cache slots at most.
+        rope_length: positions that the rope tables were made for.
+        rope_scaling: "KIND:FACTOR" that the export added to the checkpoint's config, or None.
+        source: the checkpoint it was made from: dtype, config_sha256, files with header_sha256.
+        package: the package itself, None for an engine.
+    """
+
+    path: Path
+    kind: str
+    dtype: str
+    compute_dtype: str
+    device: str
+    config: ModelConfig
+    capacity: int
+    max_batch: int
+    rope_length: int
+    rope_scaling: str | None
+    source: dict[str, Any]
+    package: Package | None
+
+    def hashes(self) -> dict[str, str]:
+        """What exactly was judged: the manifest, which holds the hashes of the rest, and the source."""
+        hashes = {
+            "manifest": sha256(self.path / MANIFEST),
+            "source config.json": self.source["config_sha256"],
+        }
+        for file in self.source["files"]:
+            hashes[f"source {file['name']} header"] = file["header_sha256"]
+        return hashes
+
+
+def open_target(path: Path, device: str = "cpu") -> Target:
+    """Open what is to be judged; `device` ("cpu" or "cuda") is where a package would run.
+
+    Raises:
+        PackageError, EngineError: damaged, changed, or of another format version.
+        ValidationError: neither a package nor an engine.
+    """
+    from qwenport.engines import is_engine
+
+    if is_engine(path):
+        return _engine(path)
+    if not (path / MANIFEST).is_file():
+        raise ValidationError(f"{path}: neither a package nor an engine (no {MANIFEST})")
+    package = load_package(path)
+    return Target(
+        path=path,
+        kind="package",
+        dtype=package.dtype,
+        compute_dtype="fp32" if device == "cpu" else package.dtype,
+        device=device,
+        config=package.config,
+        capacity=package.max_seq_len,
+        max_batch=package.max_batch,
+        rope_length=package.max_seq_len,
+        rope_scaling=package.manifest["rope_scaling"],
+        source=package.manifest["source"],
+        package=package,
+    )
+
+
+def _engine(path: Path) -> Target:
+    from qwenport.engines import load_engine
+
+    manifest = load_engine(path).manifest
+    try:
+        return Target(
+            path=path,
+            kind="engine",
+            dtype=manifest["dtype"],
+            compute_dtype=manifest["dtype"],
+            device="cuda",
+            config=parse_config(read_config_json(path), manifest["rope_scaling"]),
+            capacity=manifest["max_seq_len"],
+            max_batch=manifest["max_batch"],
+            rope_length=manifest["package"]["max_seq_len"],
+            rope_scaling=manifest["rope_scaling"],
+            source=manifest["package"]["source"],
+            package=None,
+        )
+    except (KeyError, ConfigError) as error:
+        raise ValidationError(f"{path}: not an engine that can be judged ({error})") from error
+
+
+def check_source(target: Target, checkpoint_path: Path) -> None:
+    """Hold the reference checkpoint against the one that the target was made from.
+
+    Names, sizes and headers of the weight files are compared, not their values: other values under
+    the same headers are for the scenarios to find.
+
+    Raises:
+        ConfigError, CheckpointError: not a checkpoint.
+        ValidationError: another checkpoint; says what differs.
+    """
+    checkpoint = open_checkpoint(checkpoint_path, target.rope_scaling)
+    made_from = f"{target.path} was not made from {checkpoint_path}"
+    if sha256(checkpoint_path / "config.json") != target.source["config_sha256"]:
+        raise ValidationError(f"{made_from}: config.json differs")
+    recorded = {f["name"]: (f["bytes"], f["header_sha256"]) for f in target.source["files"]}
+    found = {f.name: (f.size, f.header_sha256) for f in checkpoint.files}
+    if recorded.keys() != found.keys():
+        odd = sorted(recorded.keys() ^ found.keys())
+        raise ValidationError(f"{made_from}: only one of them has {odd[0]}")
+    for name, identity in recorded.items():
+        if found[name] != identity:
+            raise ValidationError(f"{made_from}: {name} has another header or size")
