@@ -17,8 +17,7 @@ from qwenport.commands._progress import progress_bar
 
 if TYPE_CHECKING:
     from qwenport.commands._text import Tokenizer
-    from qwenport.engines import Session
-    from qwenport.engines.sampling import SamplingParams
+    from qwenport.engines import SamplingParams, Session
 
 EXIT_INTERRUPTED = 130
 CAPACITY_MULTIPLE = 64  # the cache is allocated in steps of this many slots
@@ -86,7 +85,7 @@ def command(
       qwenport generate qwen.package --prompt - --json < question.txt
     """
     kind = runnable_kind(target)
-    from qwenport.engines.sampling import SamplingParams
+    from qwenport.engines import SamplingParams
 
     if temperature and seed is None:
         seed = secrets.randbits(32)
@@ -166,7 +165,7 @@ class Run:
     ) -> None:
         """Run to the end, or to Ctrl-C; what was generated until then is printed and kept."""
         from qwenport.commands._text import stop_ids
-        from qwenport.engines.generation import StreamDecoder, generate
+        from qwenport.engines import StreamDecoder, generate
 
         decoder = StreamDecoder(self.tokenizer)
         stops = stop_ids(target)

@@ -178,7 +178,7 @@ def memory(
 
 def targets_of(architecture: str, dtype: str) -> list[str]:
     """The TensorRT targets that serve an architecture in a dtype."""
-    from qwenport.engines.targets import FLAVOURS, FP16_ONLY
+    from qwenport.engines import FLAVOURS, FP16_ONLY
 
     if dtype != "fp16" and architecture in FP16_ONLY:
         return []
