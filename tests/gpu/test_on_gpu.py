@@ -1,0 +1,64 @@
+"""What only a GPU can show: engines of either flavour, and packages on onnxruntime's CUDA provider.
+
+Each case is a process of its own, since one process uses one TensorRT flavour.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny-qwen2.5"
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and there is none here"
+)
+
+
+def qwenport(*arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "qwenport", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "module"), [("tensorrt-rtx", "tensorrt_rtx"), ("tensorrt", "tensorrt")]
+)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_an_engine_has_parity_and_writes_what_its_package_writes(target, module, dtype, tmp_path):
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed")
+    package, engine = tmp_path / "package", tmp_path / "engine"
+    qwenport("export", CHECKPOINT, package, "--dtype", dtype)
+    major, minor = torch.cuda.get_device_capability(0)
+    qwenport("build", package, engine, "--target", target, "--gpu", f"sm{major}{minor}")
+    report = json.loads(qwenport("validate", engine, "--reference", CHECKPOINT, "--json"))
+    assert report["passed"]
+    if dtype == "fp32":
+        words = ("--prompt", "Once upon a time", "--max-new-tokens", 40, "--json")
+        ours, theirs = (json.loads(qwenport("generate", t, *words)) for t in (engine, package))
+        assert ours["token_ids"] == theirs["token_ids"]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_a_package_has_parity_on_the_cuda_provider(dtype, tmp_path):
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime here has no CUDA provider")
+    from qwenport import exporter, validate
+
+    package = exporter.export(CHECKPOINT, tmp_path / "package", dtype=dtype)
+    report = validate.validate(package.path, CHECKPOINT, device="cuda")
+    assert report.passed, report.failures
