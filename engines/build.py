@@ -22,6 +22,7 @@ from qwenport.exporter import (
     COMPANIONS,
     MANIFEST,
     Package,
+    as_json,
     atomic_directory,
     load_package,
     sha256,
@@ -116,7 +117,7 @@ def build(
             },
         }
         write_json(scratch / MANIFEST, manifest)
-    return Engine(engine_path, manifest)
+    return Engine(engine_path, as_json(manifest))
 
 
 def _limit(what: str, asked: int | None, most: int) -> int:

@@ -49,6 +49,8 @@ def load_engine(path: Path) -> Engine:
         check_files(path, manifest["files"])
     except PackageError as error:
         raise EngineError(str(error)) from error
-    except KeyError as error:
-        raise EngineError(f"{path / MANIFEST}: lacks {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EngineError(
+            f"{path / MANIFEST}: damaged ({type(error).__name__}: {error})"
+        ) from error
     return Engine(path, manifest)

@@ -13,17 +13,20 @@ from qwenport.exporter.errors import (
     PackageError,
     TracingError,
 )
+from qwenport.exporter.manifest import (
+    MANIFEST,
+    as_json,
+    check_files,
+    read_manifest,
+    write_json,
+)
 from qwenport.exporter.package import (
     COMPANIONS,
     DEFAULT_MAX_BATCH,
     DTYPES,
-    MANIFEST,
     Package,
-    check_files,
     export,
     load_package,
-    read_manifest,
-    write_json,
 )
 from qwenport.exporter.rope import RopeConfig, inverse_frequencies, rope_tables
 
@@ -41,6 +44,7 @@ __all__ = [
     "PackageError",
     "RopeConfig",
     "TracingError",
+    "as_json",
     "atomic_directory",
     "check_files",
     "export",

@@ -119,6 +119,10 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _read_headers(path: Path) -> tuple[tuple[WeightFile, ...], dict[str, TensorEntry]]:
     index, single = path / INDEX_FILE, path / SINGLE_FILE
+    if index.is_file() and single.is_file():
+        raise CheckpointError(
+            f"{path}: has both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is not meant"
+        )
     if index.is_file():
         weight_map = _read_index(index)
         names = sorted(set(weight_map.values()))
@@ -166,7 +170,7 @@ def _read_index(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         items = dict(weight_map).items()
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a safetensors index ({error})") from error
     for tensor, shard in items:
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
@@ -196,7 +200,7 @@ def read_safetensors_header(file: Path) -> tuple[WeightFile, list[TensorEntry]]:
         header = json.loads(header_bytes)
         if not isinstance(header, dict):
             raise ValueError("the header is not an object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: corrupt safetensors header ({error})") from error
     header.pop("__metadata__", None)
     entries = [_entry(file, name, fields, 8 + length) for name, fields in header.items()]
@@ -226,7 +230,7 @@ def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
         raise CheckpointError(
             f"{file}: corrupt safetensors header at tensor {name} ({error})"
         ) from error
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(
             f"{file}: tensor {name} has dtype {dtype}; supported: {', '.join(DTYPE_BYTES)}"
         )

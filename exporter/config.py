@@ -93,7 +93,7 @@ def read_config_json(checkpoint: Path) -> dict[str, Any]:
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
@@ -126,7 +126,12 @@ def parse_config(raw: dict[str, Any], rope_scaling: str | None = None) -> ModelC
 
     hidden_size = fields.positive("hidden_size")
     heads = fields.positive("num_attention_heads")
-    kv_heads = fields.positive("num_key_value_heads", default=heads)
+    # Llama's default is one key/value head a query head; Qwen2's is a number that fits no real model.
+    kv_heads = (
+        fields.positive("num_key_value_heads", default=heads)
+        if model_type == "llama"
+        else fields.positive("num_key_value_heads")
+    )
     if heads % kv_heads:
         raise ConfigError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
@@ -146,8 +151,8 @@ def parse_config(raw: dict[str, Any], rope_scaling: str | None = None) -> ModelC
     _refuse_sliding_window(fields, layers)
     qkv_bias, output_bias, mlp_bias = _biases(fields, model_type)
     eps = fields.take("rms_norm_eps", (int, float))
-    if not eps > 0:
-        raise ConfigError(f"rms_norm_eps must be positive, found {eps}")
+    if not 0 < eps < 1:
+        raise ConfigError(f"rms_norm_eps must be between 0 and 1, found {eps}")
     if fields.take("pretraining_tp", int, default=1) != 1:
         raise ConfigError("pretraining_tp other than 1 is not supported")
     if fields.take("partial_rotary_factor", (int, float), default=1.0) != 1:
@@ -243,10 +248,10 @@ def _limit_by_dual_chunk(fields: _Fields, max_context: int) -> tuple[int, str | 
 
 
 def _dtype(raw: dict[str, Any]) -> str | None:
-    spelled = {raw[key] for key in ("torch_dtype", "dtype") if raw.get(key) is not None}
+    spelled = {str(raw[key]) for key in ("torch_dtype", "dtype") if raw.get(key) is not None}
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     if len(spelled) > 1:
-        raise ConfigError(f"torch_dtype and dtype disagree: {', '.join(sorted(map(str, spelled)))}")
+        raise ConfigError(f"torch_dtype and dtype disagree: {', '.join(sorted(spelled))}")
     if not spelled:
         return None
     (name,) = spelled

@@ -10,7 +10,6 @@ config.json, tokenizer and generation files, as in the checkpoint
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,18 @@ from qwenport.exporter.checkpoint import (
 )
 from qwenport.exporter.config import ModelConfig, parse_config, read_config_json
 from qwenport.exporter.directory import atomic_directory, sha256
-from qwenport.exporter.errors import CheckpointError, ExportError, PackageError
+from qwenport.exporter.errors import CheckpointError, ConfigError, ExportError, PackageError
+from qwenport.exporter.manifest import (
+    MANIFEST,
+    as_json,
+    check_files,
+    check_weight_files,
+    read_manifest,
+    write_json,
+)
 
 FORMAT, FORMAT_VERSION = "qwenport-package", 1
-MODEL, MANIFEST, ROPE = "model.onnx", "qwenport.json", "rope.safetensors"
+MODEL, ROPE = "model.onnx", "rope.safetensors"
 DTYPES = ("bf16", "fp16", "fp32")
 DEFAULT_MAX_BATCH = 8
 
@@ -119,7 +126,7 @@ def export(
         manifest = _write(
             checkpoint, scratch, dtype, max_seq_len, max_batch, rope_scaling, weights, progress
         )
-    return Package(package_path, manifest, checkpoint.config)
+    return Package(package_path, as_json(manifest), checkpoint.config)
 
 
 def _checked_length(config: ModelConfig, asked: int | None) -> int:
@@ -257,48 +264,6 @@ def _weight_files(package: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write a manifest: indented, with a final newline."""
-    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_manifest(path: Path, format_name: str, format_version: int, remedy: str) -> dict[str, Any]:
-    """Read `path`/qwenport.json and check its format and version.
-
-    Raises:
-        PackageError: not such a directory, not JSON, another format or version.
-    """
-    file = path / MANIFEST
-    if not file.is_file():
-        raise PackageError(f"{path}: no {MANIFEST}; not a {format_name.replace('-', ' ')}")
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        found, version = manifest["format"], manifest["format_version"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise PackageError(f"{file}: not a manifest ({type(error).__name__}: {error})") from error
-    if found != format_name:
-        raise PackageError(f"{path}: holds a {found}, expected a {format_name}")
-    if version != format_version:
-        raise PackageError(
-            f"{path}: {format_name} format version {version}, this Qwenport reads {format_version}; {remedy}"
-        )
-    return manifest
-
-
-def check_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Hold files against the sizes and hashes that a manifest records.
-
-    Raises:
-        PackageError: a file is missing or was changed.
-    """
-    for name, recorded in files.items():
-        file = path / name
-        if not file.is_file():
-            raise PackageError(f"{path}: {name} is missing")
-        if file.stat().st_size != recorded["bytes"] or sha256(file) != recorded["sha256"]:
-            raise PackageError(f"{path}: {name} does not match the manifest; it was changed")
-
-
 def load_package(path: Path) -> Package:
     """Open a package directory and check it against its manifest.
 
@@ -312,15 +277,15 @@ def load_package(path: Path) -> Package:
     manifest = read_manifest(path, FORMAT, FORMAT_VERSION, "export the checkpoint again")
     try:
         check_files(path, manifest["files"])
-        for name, recorded in manifest["weights"]["files"].items():
-            if not (path / name).is_file():
-                raise PackageError(f"{path}: {name} is missing")
-            file, _ = read_safetensors_header(path / name)
-            if (file.size, file.header_sha256) != (recorded["bytes"], recorded["header_sha256"]):
-                raise PackageError(f"{path}: {name} does not match the manifest; it was changed")
+        check_weight_files(path, manifest["weights"]["files"])
         config = parse_config(read_config_json(path), manifest["rope_scaling"])
-    except CheckpointError as error:
-        raise PackageError(str(error)) from error
-    except KeyError as error:
-        raise PackageError(f"{path / MANIFEST}: lacks {error}") from error
+        same = manifest["model"] == as_json(dataclasses.asdict(config))
+    except (CheckpointError, ConfigError) as error:
+        raise PackageError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PackageError(
+            f"{path / MANIFEST}: damaged ({type(error).__name__}: {error})"
+        ) from error
+    if not same:
+        raise PackageError(f"{path}: {MANIFEST} describes another model than config.json")
     return Package(path, manifest, config)

@@ -15,6 +15,7 @@ from qwenport.exporter.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+DEFAULT_THETA = 10000.0  # transformers', for configs from before rope_theta existed
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 OVERRIDE_KINDS = ("linear", "dynamic", "yarn")  # the others need more than one factor
 
@@ -93,7 +94,8 @@ def parse_rope(
         ConfigError: an unknown kind, a missing or unknown parameter, spellings that disagree.
     """
     settings = _one_spelling(rope_theta, rope_scaling, rope_parameters)
-    theta = _number(settings.pop("rope_theta", None) or 10000.0, "rope_theta", above=1)
+    theta = settings.pop("rope_theta", None)
+    theta = _number(DEFAULT_THETA if theta is None else theta, "rope_theta", above=1)
     kind = settings.pop("rope_type", "default")
     if kind not in KINDS:
         raise ConfigError(f"rope type {kind!r} is not supported; supported: {', '.join(KINDS)}")
@@ -176,9 +178,8 @@ def _build(
 ) -> RopeConfig:
     original = max_positions
     if kind in ("yarn", "llama3", "longrope"):
-        original = (
-            outer_original or settings.get("original_max_position_embeddings") or max_positions
-        )
+        original = settings.get("original_max_position_embeddings", max_positions)
+        original = original if outer_original is None else outer_original
         if isinstance(original, bool) or not isinstance(original, int) or original <= 0:
             raise ConfigError(
                 f"original_max_position_embeddings must be positive, found {original!r}"

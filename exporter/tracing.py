@@ -57,7 +57,9 @@ def trace(
         raise TracingError(f"torch.export failed on {type(module).__name__}: {error}") from error
     signature = program.graph_signature
     placeholders = [n.name for n in program.graph.nodes if n.op == "placeholder"]
-    by_placeholder = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    if signature.buffers:
+        raise TracingError(f"{type(module).__name__} has a buffer: {signature.buffers[0]}")
+    by_placeholder = signature.inputs_to_parameters
     parameters = tuple(by_placeholder[p] for p in placeholders if p in by_placeholder)
     return Trace(program, parameters, len(inputs))
 
@@ -169,7 +171,12 @@ class _Emitter:
         handler = HANDLERS.get(str(node.target))
         if handler is None:
             raise TracingError(f"{self.scope}: no ONNX translation for {node.target}")
-        result = handler(self, node)
+        try:
+            result = handler(self, node)
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise TracingError(
+                f"{self.scope}: {node.target} is used in a way that is not translated ({error!r})"
+            ) from error
         if result is not None:
             self.values[node] = result
 

@@ -140,9 +140,10 @@ def _convert(
                     chunk = bytearray(reader.read(min(CHUNK_BYTES, source.length - start)))
                     values = torch.frombuffer(chunk, dtype=_TORCH[DTYPE_NAMES[source.dtype]])
                     converted = values.to(_TORCH[dtype])
-                    if dtype == "fp16" and not torch.equal(values.isfinite(), converted.isfinite()):
+                    if not torch.equal(values.isfinite(), converted.isfinite()):
                         raise ExportError(
-                            f"tensor {name} has values beyond fp16's largest number (65504); use bf16 or fp32"
+                            f"tensor {name} has values beyond {dtype}'s largest number "
+                            f"({torch.finfo(_TORCH[dtype]).max:g}); choose another --dtype"
                         )
                     writer.write(converted.view(torch.uint8).numpy().data)
                     done += len(chunk)

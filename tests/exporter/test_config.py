@@ -1,0 +1,420 @@
+"""config.json: what is accepted means what transformers means by it; the rest is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import (
+    MINI,
+    PUBLISHED,
+    mini,
+    published_spelling,
+    tensor_shapes,
+    transformers_config,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwenport.exporter import ConfigError, ModelConfig, parse_config, read_config_json
+from qwenport.exporter.checkpoint import expected_tensors
+
+SUPPORTED = {name: raw for name, raw in PUBLISHED.items() if raw["model_type"] in MINI}
+UNSUPPORTED = sorted(PUBLISHED.keys() - SUPPORTED.keys())
+
+FAMILIES = pytest.mark.parametrize("family", sorted(MINI))
+
+
+def assert_means_the_same(config: ModelConfig, theirs: Any) -> None:
+    """Hold every number against transformers' config object."""
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    qwen2 = theirs.model_type == "qwen2"
+    expected = {
+        "model_type": theirs.model_type,
+        "vocab_size": theirs.vocab_size,
+        "hidden_size": theirs.hidden_size,
+        "intermediate_size": theirs.intermediate_size,
+        "num_hidden_layers": theirs.num_hidden_layers,
+        "num_attention_heads": theirs.num_attention_heads,
+        "num_key_value_heads": theirs.num_key_value_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": theirs.rms_norm_eps,
+        "qkv_bias": qwen2 or theirs.attention_bias,
+        "output_bias": not qwen2 and theirs.attention_bias,
+        "mlp_bias": not qwen2 and theirs.mlp_bias,
+        "tie_word_embeddings": theirs.tie_word_embeddings,
+        "max_position_embeddings": theirs.max_position_embeddings,
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert theirs.hidden_act == "silu"
+    assert "sliding_attention" not in (getattr(theirs, "layer_types", None) or ())
+    assert config.rope.head_dim == head_dim
+    assert config.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert config.rope.kind == theirs.rope_parameters["rope_type"]
+
+
+# --- what is published
+
+
+@pytest.mark.parametrize("name", sorted(SUPPORTED))
+def test_a_published_config_parses_to_transformers_numbers(name: str) -> None:
+    raw = SUPPORTED[name]
+    config = parse_config(copy.deepcopy(raw))
+    assert_means_the_same(config, transformers_config(raw))
+    assert config.dtype == "bf16"
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_published_moe_config_is_refused_for_its_model_type(name: str) -> None:
+    with pytest.raises(ConfigError, match=PUBLISHED[name]["model_type"]):
+        parse_config(copy.deepcopy(PUBLISHED[name]))
+
+
+def test_moe_configs_are_among_the_published_ones() -> None:
+    assert {PUBLISHED[name]["model_type"] for name in UNSUPPORTED} == {"qwen2_moe", "qwen3_moe"}
+
+
+@pytest.mark.parametrize("name", sorted(SUPPORTED))
+def test_a_published_config_allows_the_context_that_its_card_states(name: str) -> None:
+    raw = SUPPORTED[name]
+    config = parse_config(copy.deepcopy(raw))
+    chunks = raw.get("dual_chunk_attention_config")
+    scaling = raw.get("rope_scaling") or {}
+    if chunks:
+        expected = chunks["chunk_size"] - chunks["local_size"]
+        assert config.context_note
+    elif scaling.get("type") == "yarn":
+        expected = int(scaling["factor"] * scaling["original_max_position_embeddings"])
+    else:
+        expected = raw["max_position_embeddings"]
+    assert config.max_context == expected
+
+
+def test_dual_chunk_attention_does_not_raise_a_smaller_context() -> None:
+    chunks = {"chunk_size": 512, "local_size": 128, "original_max_position_embeddings": 512}
+    config = parse_config(mini("qwen2", dual_chunk_attention_config=chunks))
+    assert config.max_context == MINI["qwen2"]["max_position_embeddings"]
+
+
+def test_kv_bytes_of_a_token_count_keys_and_values_of_every_layer() -> None:
+    config = parse_config(mini("llama", num_hidden_layers=3, num_key_value_heads=2, head_dim=8))
+    assert config.kv_bytes_per_token(2) == 2 * 3 * 2 * 8 * 2
+
+
+# --- against transformers
+
+
+@st.composite
+def drawn_configs(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of transformers' config classes, any sizes that are a model."""
+    family = draw(st.sampled_from(sorted(MINI)))
+    kv_heads = draw(st.integers(1, 4))
+    heads = kv_heads * draw(st.integers(1, 4))
+    head_dim = 2 * draw(st.integers(1, 16))
+    layers = draw(st.integers(1, 3))
+    keywords: dict[str, Any] = {
+        "vocab_size": draw(st.integers(3, 99)),
+        "intermediate_size": draw(st.integers(1, 99)),
+        "hidden_size": heads * head_dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5, 3e-5])),
+        "tie_word_embeddings": draw(st.booleans()),
+        "max_position_embeddings": draw(st.integers(1, 10**6)),
+        "initializer_range": 0.03,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": draw(st.floats(2, 1e8, allow_nan=False)),
+        },
+    }
+    if family == "llama":
+        keywords |= {
+            "attention_bias": draw(st.booleans()),
+            "mlp_bias": draw(st.booleans()),
+            "head_dim": draw(st.sampled_from([None, 2, 24, 64])),
+        }
+    else:
+        keywords |= {
+            "sliding_window": draw(st.sampled_from([None, 7, 4096])),
+            "max_window_layers": draw(st.integers(0, 4)),
+        }
+        if draw(st.booleans()):
+            keywords["head_dim"] = draw(st.sampled_from([2, 24, 64]))
+    return {"model_type": family, **keywords}
+
+
+def saved_by_transformers(keywords: dict[str, Any]) -> dict[str, Any]:
+    from transformers import LlamaConfig, Qwen2Config
+
+    keywords = copy.deepcopy(keywords)
+    kind = {"qwen2": Qwen2Config, "llama": LlamaConfig}[keywords.pop("model_type")]
+    with tempfile.TemporaryDirectory() as folder:
+        kind(**keywords).save_pretrained(folder)
+        return read_config_json(Path(folder))
+
+
+@given(drawn_configs())
+def test_what_transformers_saves_parses_to_its_numbers(keywords: dict[str, Any]) -> None:
+    raw = saved_by_transformers(keywords)
+    config = parse_config(copy.deepcopy(raw))
+    assert_means_the_same(config, transformers_config(raw))
+    assert config.max_context == keywords["max_position_embeddings"]
+
+
+@given(drawn_configs())
+def test_both_spellings_of_a_config_parse_to_the_same(keywords: dict[str, Any]) -> None:
+    raw = saved_by_transformers(keywords)
+    assert parse_config(published_spelling(raw)) == parse_config(raw)
+
+
+@settings(max_examples=15)
+@given(drawn_configs())
+def test_the_tensors_asked_for_are_those_that_transformers_has(keywords: dict[str, Any]) -> None:
+    raw = saved_by_transformers(keywords)
+    assert expected_tensors(parse_config(copy.deepcopy(raw))) == tensor_shapes(raw)
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        (family, key)
+        for family in sorted(MINI)
+        for key in sorted(MINI[family].keys() - {"model_type"})
+    ],
+)
+def test_a_config_with_a_key_left_out_parses_as_transformers_or_not_at_all(
+    family: str, key: str
+) -> None:
+    raw = mini(family, **{key: ...})
+    try:
+        config = parse_config(copy.deepcopy(raw))
+    except ConfigError:
+        return
+    assert_means_the_same(config, transformers_config(raw))
+
+
+@FAMILIES
+@pytest.mark.parametrize(
+    "key",
+    [
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "rms_norm_eps",
+        "vocab_size",
+        "model_type",
+    ],
+)
+def test_a_missing_size_is_named(family: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        parse_config(mini(family, **{key: ...}))
+
+
+# --- every field that changes the mathematics
+
+
+@FAMILIES
+def test_an_unknown_key_is_refused_by_name(family: str) -> None:
+    with pytest.raises(ConfigError, match="logit_softcapping"):
+        parse_config(mini(family, logit_softcapping=30.0))
+
+
+@FAMILIES
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu2", "", None, 3])
+def test_another_activation_is_refused(family: str, activation: object) -> None:
+    with pytest.raises(ConfigError, match="hidden_act"):
+        parse_config(mini(family, hidden_act=activation))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+        ("partial_rotary_factor", 0.5),
+        ("pretraining_tp", 2),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("layer_types", ["full_attention", "chunked_attention"]),
+        ("is_encoder_decoder", True),
+        ("add_cross_attention", True),
+        ("num_experts", 8),
+        ("rope_scaling", {"type": "mrope", "mrope_section": [1, 1, 2]}),
+        ("rope_scaling", {"type": "su", "factor": 2.0}),
+        ("rope_scaling", {"factor": 2.0}),
+        ("rope_scaling", "yarn"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 1.0e4, "mrope_section": [2]}),
+    ],
+)
+@FAMILIES
+def test_a_setting_that_changes_the_maths_is_refused(family: str, key: str, value: object) -> None:
+    raw = mini(family, **{key: value})
+    if key == "rope_parameters":
+        raw = mini(family, rope_theta=..., rope_scaling=..., rope_parameters=value)
+    with pytest.raises(ConfigError):
+        parse_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quantization_config", None),
+        ("partial_rotary_factor", 1.0),
+        ("layer_types", ["full_attention", "full_attention"]),
+        ("rope_scaling", None),
+        ("head_dim", None),
+    ],
+)
+@FAMILIES
+def test_a_setting_at_its_neutral_value_changes_nothing(
+    family: str, key: str, value: object
+) -> None:
+    base = mini(family, head_dim=...)
+    assert parse_config({**base, key: value}) == parse_config(base)
+
+
+@given(
+    use=st.booleans(),
+    window=st.sampled_from([None, 1, 16, 64, 4096]),
+    first=st.sampled_from([..., 0, 1, 2, 3, 28]),
+)
+def test_a_sliding_window_is_refused_where_transformers_would_use_it(
+    use: bool, window: int | None, first: Any
+) -> None:
+    raw = mini("qwen2", use_sliding_window=use, sliding_window=window, max_window_layers=first)
+    theirs = transformers_config(raw)
+    slides = "sliding_attention" in theirs.layer_types
+    short = window is not None and window < raw["max_position_embeddings"]
+    if slides and short:
+        with pytest.raises(ConfigError, match="sliding"):
+            parse_config(raw)
+    elif not use:
+        assert parse_config(raw) == parse_config(mini("qwen2"))
+
+
+@given(attention=st.booleans(), mlp=st.booleans())
+def test_llama_bias_switches_are_honoured(attention: bool, mlp: bool) -> None:
+    raw = mini("llama", attention_bias=attention, mlp_bias=mlp)
+    config = parse_config(raw)
+    assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (attention, attention, mlp)
+    assert expected_tensors(config) == tensor_shapes(raw)
+
+
+def test_qwen2_always_has_biases_on_q_k_v_and_nowhere_else() -> None:
+    config = parse_config(mini("qwen2"))
+    assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (True, False, False)
+
+
+@FAMILIES
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings_are_read_not_assumed(family: str, tied: bool) -> None:
+    assert parse_config(mini(family, tie_word_embeddings=tied)).tie_word_embeddings is tied
+
+
+@FAMILIES
+def test_head_dim_is_taken_as_stated_or_else_derived(family: str) -> None:
+    raw = mini(family)
+    stated = parse_config({**raw, "head_dim": 20})
+    assert stated.head_dim == stated.rope.head_dim == 20
+    derived = parse_config(mini(family, head_dim=...))
+    assert derived.head_dim == raw["hidden_size"] // raw["num_attention_heads"]
+
+
+@FAMILIES
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": 3},
+        {"head_dim": 15},
+        {"vocab_size": 0},
+        {"vocab_size": -48},
+        {"vocab_size": "48"},
+        {"vocab_size": 48.5},
+        {"num_hidden_layers": True},
+        {"num_hidden_layers": None},
+        {"rms_norm_eps": "1e-6"},
+        {"rms_norm_eps": -1e-6},
+        {"rms_norm_eps": float("nan")},
+        {"rms_norm_eps": float("inf")},
+        {"tie_word_embeddings": "false"},
+        {"rope_theta": 0},
+        {"rope_theta": float("nan")},
+        {"rope_theta": "10000"},
+        {"model_type": None},
+        {"model_type": ["qwen2"]},
+        {"torch_dtype": "float64"},
+        {"torch_dtype": "int8"},
+        {"torch_dtype": []},
+        {"torch_dtype": {}},
+        {"layer_types": ["full_attention"]},
+        {"layer_types": "full_attention"},
+    ],
+    ids=str,
+)
+def test_a_value_that_makes_no_model_is_refused(family: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        parse_config(mini(family, **changes))
+
+
+@pytest.mark.parametrize(
+    ("stated", "dtype"),
+    [("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32"), (None, None), (..., None)],
+)
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+def test_the_stated_dtype_is_read_in_either_spelling(key: str, stated: Any, dtype: Any) -> None:
+    raw = mini("qwen2", torch_dtype=...)
+    if stated is not ...:
+        raw[key] = stated
+    assert parse_config(raw).dtype == dtype
+
+
+@given(
+    raw=st.builds(
+        lambda family, changes: {**mini(family), **changes},
+        st.sampled_from(sorted(MINI)),
+        st.dictionaries(
+            st.sampled_from(sorted({*MINI["qwen2"], *MINI["llama"], "layer_types"})),
+            st.recursive(
+                st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                lambda inner: (
+                    st.lists(inner, max_size=2)
+                    | st.dictionaries(
+                        st.sampled_from(["type", "rope_type", "factor", "x"]), inner, max_size=2
+                    )
+                ),
+                max_leaves=4,
+            ),
+            min_size=1,
+            max_size=3,
+        ),
+    )
+)
+def test_nonsense_is_refused_with_a_config_error_and_nothing_else(raw: dict[str, Any]) -> None:
+    try:
+        config = parse_config(raw)
+    except ConfigError:
+        return
+    json.dumps(config.num_hidden_layers)
+    assert config.head_dim > 0 and config.max_context > 0
+
+
+# --- config.json itself
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'"qwen2"', b"\xff\xfe{}", b"[" * 100_000]
+)
+def test_a_broken_config_json_is_a_config_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_config_json(tmp_path)
+
+
+def test_a_missing_config_json_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_config_json(tmp_path)
