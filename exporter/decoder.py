@@ -16,8 +16,10 @@ from torch.nn import functional
 from qwenport import plugins
 from qwenport.exporter.config import ModelConfig
 
+_LIBRARY = torch.library.Library("qwenport", "FRAGMENT")
+_LIBRARY.define("tensor_scatter(Tensor past, Tensor update, Tensor write_indices) -> Tensor")
 
-@torch.library.custom_op("qwenport::tensor_scatter", mutates_args=())
+
 def tensor_scatter(
     past: torch.Tensor, update: torch.Tensor, write_indices: torch.Tensor
 ) -> torch.Tensor:
@@ -31,14 +33,17 @@ def tensor_scatter(
     Returns:
         A new tensor of past's shape; in an engine it has past's address.
     """
+    result: torch.Tensor = torch.ops.qwenport.tensor_scatter.default(past, update, write_indices)
+    return result
+
+
+def _scatter(past: torch.Tensor, update: torch.Tensor, write_indices: torch.Tensor) -> torch.Tensor:
     slots = write_indices[:, None] + torch.arange(update.shape[2], device=update.device)
     index = slots[:, None, :, None].expand(update.shape)
     return past.scatter(2, index, update)
 
 
-@tensor_scatter.register_fake
-def _(past: torch.Tensor, update: torch.Tensor, write_indices: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(past)
+_LIBRARY.impl("tensor_scatter", _scatter, "CompositeExplicitAutograd")
 
 
 class Attention(nn.Module):

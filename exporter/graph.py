@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 
 from qwenport import plugins
-from qwenport.exporter import tracing
+from qwenport.exporter import emission, tracing
 from qwenport.exporter.config import ModelConfig
 from qwenport.exporter.decoder import DecoderLayer, Epilogue, Prologue
 
@@ -36,8 +36,8 @@ def build_graph(
     Raises:
         TracingError: the decoder uses an operator without translation (a defect here).
     """
-    builder = tracing.GraphBuilder()
-    float_type = tracing.IR_DTYPES[TORCH_DTYPES[dtype]]
+    builder = emission.GraphBuilder()
+    float_type = emission.IR_DTYPES[TORCH_DTYPES[dtype]]
 
     def weights(traced: tracing.Trace, prefix: str) -> dict[str, ir.Value]:
         names = {name: _checkpoint_name(config, prefix + name) for name in traced.parameters}
@@ -57,7 +57,7 @@ def build_graph(
     tables = [builder.initializer(tensor(name)) for name in (COS_TABLE, SIN_TABLE)]
     table_shape = tuple(tensor(COS_TABLE).shape.numpy())
     prologue, layer, epilogue = _trace_parts(config, TORCH_DTYPES[dtype], table_shape)
-    hidden, mask, cos, sin = tracing.emit(
+    hidden, mask, cos, sin = emission.emit(
         prologue,
         builder,
         [
@@ -83,7 +83,7 @@ def build_graph(
         ]
         inputs += past
         prefix = f"model.layers.{index}"
-        hidden, *present = tracing.emit(
+        hidden, *present = emission.emit(
             layer,
             builder,
             [hidden, cos, sin, position_ids, mask, write_indices, *past],
@@ -95,12 +95,11 @@ def build_graph(
             value.shape = ir.Shape(cache_shape)
         outputs += present
         progress(index)
-    (logits,) = tracing.emit(
+    (logits,) = emission.emit(
         epilogue, builder, [hidden, logits_indices], weights(epilogue, "model."), "model"
     )
     logits.name, logits.shape = "logits", ir.Shape(["batch", "n", config.vocab_size])
 
-    _name_dimensions(builder.nodes)
     graph = ir.Graph(
         inputs,
         [logits, *outputs],
@@ -120,80 +119,43 @@ def _checkpoint_name(config: ModelConfig, name: str) -> str:
     return name
 
 
-# Example sizes of the dynamic axes: distinct, so that none is taken for another.
-BATCH, SEQ, SPAN, CAPACITY, WANTED = 2, 3, 5, 7, 4
-
-
 def _trace_parts(
     config: ModelConfig, dtype: torch.dtype, table_shape: tuple[int, ...]
 ) -> tuple[tracing.Trace, tracing.Trace, tracing.Trace]:
-    batch, seq = torch.export.Dim("batch"), torch.export.Dim("seq")
-    span, capacity, wanted = (torch.export.Dim(name) for name in ("span", "capacity", "n"))
+    """Trace the three modules. A name in a shape is a dynamic axis."""
 
-    def integers(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int64)
-
-    def cache() -> torch.Tensor:
-        return torch.empty(
-            BATCH, config.num_key_value_heads, CAPACITY, config.head_dim, dtype=dtype
+    def traced(
+        module: torch.nn.Module, *inputs: tuple[torch.dtype, tuple[int | str, ...]]
+    ) -> tracing.Trace:
+        return tracing.trace(
+            module.to(dtype),
+            [torch.empty([1 if isinstance(n, str) else n for n in s], dtype=t) for t, s in inputs],
+            [{i: n for i, n in enumerate(s) if isinstance(n, str)} for _, s in inputs],
         )
 
-    def table(element: torch.dtype) -> torch.Tensor:
-        return torch.empty(table_shape, dtype=element)
-
-    def states() -> torch.Tensor:
-        return torch.empty(BATCH, SEQ, config.hidden_size, dtype=dtype)
-
-    tokens = {0: batch, 1: seq}
+    tokens = (torch.int64, ("batch", "seq"))
+    states = (dtype, ("batch", "seq", config.hidden_size))
+    cache = (dtype, ("batch", config.num_key_value_heads, "capacity", config.head_dim))
+    mask = (torch.bool, ("batch", 1, "seq", "span"))
     with torch.device("meta"):
-        prologue = tracing.trace(
-            Prologue(config).to(dtype),
-            [
-                integers(BATCH, SEQ),
-                integers(BATCH, SEQ),
-                integers(SPAN),
-                table(torch.float32),
-                table(torch.float32),
-            ],
-            [tokens, tokens, {0: span}, {}, {}],
+        prologue = traced(
+            Prologue(config),
+            tokens,
+            tokens,
+            (torch.int64, ("span",)),
+            (torch.float32, table_shape),
+            (torch.float32, table_shape),
         )
-        layer = tracing.trace(
-            DecoderLayer(config).to(dtype),
-            [
-                states(),
-                table(dtype),
-                table(dtype),
-                integers(BATCH, SEQ),
-                torch.empty(BATCH, 1, SEQ, SPAN, dtype=torch.bool),
-                integers(BATCH),
-                cache(),
-                cache(),
-            ],
-            [
-                tokens,
-                {},
-                {},
-                tokens,
-                {0: batch, 2: seq, 3: span},
-                {0: batch},
-                {0: batch, 2: capacity},
-                {0: batch, 2: capacity},
-            ],
+        layer = traced(
+            DecoderLayer(config),
+            states,
+            (dtype, table_shape),
+            (dtype, table_shape),
+            tokens,
+            mask,
+            (torch.int64, ("batch",)),
+            cache,
+            cache,
         )
-        epilogue = tracing.trace(
-            Epilogue(config).to(dtype),
-            [states(), integers(BATCH, WANTED)],
-            [tokens, {0: batch, 1: wanted}],
-        )
+        epilogue = traced(Epilogue(config), states, (torch.int64, ("batch", "n")))
     return prologue, layer, epilogue
-
-
-def _name_dimensions(nodes: list[ir.Node]) -> None:
-    """torch's symbols (s12, ...) mean nothing to a reader: drop inferred shapes that hold one."""
-    for node in nodes:
-        for value in node.outputs:
-            if value.shape is not None and any(
-                not isinstance(size, int) and str(size)[:1] == "s" and str(size)[1:].isdigit()
-                for size in value.shape
-            ):
-                value.shape = None

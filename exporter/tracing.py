@@ -1,384 +1,240 @@
-"""torch module -> ONNX nodes: `trace` on the meta device once, `emit` as often as the module occurs.
+"""A torch module, run on the meta device, as a list of calls: `trace` once, then stamp it with `emission.emit`.
 
-The translation is a closed table: an operator that is not in it is an error, never approximated.
+The module runs twice, with different sizes for its dynamic axes. A number that differs between the runs is a
+dynamic size and gets its axis's name; one that is neither constant nor the size of an axis is an error. So is
+a tensor of unknown origin: nothing a module does can be missed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
 import torch
+from torch.overrides import TorchFunctionMode
 
 from qwenport.exporter.errors import TracingError
 
-IR_DTYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.int64: ir.DataType.INT64,
-    torch.bool: ir.DataType.BOOL,
-}
+Shape = tuple[int | str, ...]
+
+# Sizes of the dynamic axes in the two runs are taken from here. The meta device allocates nothing.
+_FIRST_SIZES = (1009, 1013, 1019, 1021, 1031, 1033)
+_SECOND_SIZES = (1109, 1117, 1123, 1129, 1151, 1153)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The tensor of this number: inputs first, then parameters, then results in order."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Sym:
+    """The size of a dynamic axis."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """x[start:stop:step] along one axis."""
+
+    start: Any
+    stop: Any
+    step: Any
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """dtype and shape of a traced tensor; a name in the shape is a dynamic axis."""
+
+    dtype: torch.dtype
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Call:
+    """One torch function call with a tensor as result. `scope` is the submodule it happened in."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Ref
+    scope: str
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A traced module: its operator graph and the names of its parameters, in input order."""
+    """A traced module. `types[i]` belongs to Ref(i)."""
 
-    program: torch.export.ExportedProgram
-    parameters: tuple[str, ...]
+    calls: tuple[Call, ...]
+    types: tuple[TensorType, ...]
     num_inputs: int
+    parameters: tuple[str, ...]
+    outputs: tuple[Ref, ...]
 
 
 def trace(
     module: torch.nn.Module,
     inputs: Sequence[torch.Tensor],
-    dynamic_shapes: Sequence[dict[int, Any]],
+    dynamic_axes: Sequence[dict[int, str]],
 ) -> Trace:
-    """Trace `module` on meta tensors; `dynamic_shapes` names each input's dynamic axes.
-
-    Raises:
-        TracingError: torch specialised an axis that was to stay dynamic, or could not trace.
-    """
-    if len({id(tensor) for tensor in inputs}) != len(inputs):
-        # torch.export would take two inputs for one: cos for sin, key for value.
-        raise TracingError(
-            f"{type(module).__name__}: every example input must be a tensor of its own"
-        )
-    positional = tuple(dynamic_shapes)
-    takes_varargs = any(p.kind is p.VAR_POSITIONAL for p in _parameters_of(module.forward))
-    shapes: Any = (positional[0], positional[1:]) if takes_varargs else positional
-    try:
-        program = torch.export.export(module, tuple(inputs), dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # torch raises many kinds; each means: not traceable as asked
-        raise TracingError(f"torch.export failed on {type(module).__name__}: {error}") from error
-    signature = program.graph_signature
-    placeholders = [n.name for n in program.graph.nodes if n.op == "placeholder"]
-    if signature.buffers:
-        raise TracingError(f"{type(module).__name__} has a buffer: {signature.buffers[0]}")
-    by_placeholder = signature.inputs_to_parameters
-    parameters = tuple(by_placeholder[p] for p in placeholders if p in by_placeholder)
-    return Trace(program, parameters, len(inputs))
-
-
-def _parameters_of(function: Callable[..., Any]) -> list[Any]:
-    import inspect
-
-    return list(inspect.signature(function).parameters.values())
-
-
-@dataclass
-class GraphBuilder:
-    """An ONNX graph under construction: nodes, and initializers that are made once and shared."""
-
-    nodes: list[ir.Node] = field(default_factory=list)
-    initializers: dict[str, ir.Value] = field(default_factory=dict)
-    sizes: dict[tuple[ir.Value, int], ir.Value] = field(default_factory=dict)
-    names: dict[str, int] = field(default_factory=dict)
-
-    def add(
-        self,
-        op_type: str,
-        inputs: Sequence[ir.Value | None],
-        name: str,
-        *,
-        dtype: ir.DataType,
-        shape: ir.Shape | None,
-        domain: str = "",
-        attributes: dict[str, Any] | None = None,
-    ) -> ir.Value:
-        """Append a one-output node and return its output, named as the node.
-
-        A name that is taken gets a number: name, name_2, name_3.
-        """
-        count = self.names[name] = self.names.get(name, 0) + 1
-        if count > 1:
-            name = f"{name}_{count}"
-        node = ir.node(op_type, inputs, domain=domain, attributes=attributes, name=name)
-        (value,) = node.outputs
-        value.name, value.type, value.shape = name, ir.TensorType(dtype), shape
-        self.nodes.append(node)
-        return value
-
-    def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """Return the value of an initializer, made on first use."""
-        name = tensor.name
-        assert name is not None
-        if name not in self.initializers:
-            self.initializers[name] = ir.Value(
-                name=name,
-                type=ir.TensorType(tensor.dtype),
-                shape=tensor.shape,  # type: ignore[arg-type]
-                const_value=tensor,
-            )
-        return self.initializers[name]
-
-    def constant(self, values: Sequence[int]) -> ir.Value:
-        """Return a shared int64 vector."""
-        name = "const_" + "_".join(str(v).replace("-", "m") for v in values)
-        return self.initializer(ir.tensor(np.array(values, dtype=np.int64), name=name))
-
-
-def emit(
-    traced: Trace,
-    builder: GraphBuilder,
-    inputs: Sequence[ir.Value],
-    parameters: dict[str, ir.Value],
-    scope: str,
-) -> list[ir.Value]:
-    """Write one copy of a traced module into `builder`.
+    """Trace `module` on the meta device.
 
     Args:
-        inputs: the module's inputs, in order.
-        parameters: parameter name -> its initializer's value.
-        scope: prefix of every node and value name, e.g. "model.layers.3".
-
-    Returns:
-        The module's outputs.
+        module: its parameters on the meta device; buffers are not supported.
+        inputs: example inputs, of which dtype and static sizes count.
+        dynamic_axes: for each input, axis -> name; axes of one name have one size.
 
     Raises:
-        TracingError: an operator without translation.
+        TracingError: what the module computes depends on a dynamic size in another way than by having it,
+            or a tensor appears that is neither input, parameter nor result.
     """
-    return _Emitter(traced, builder, parameters, scope).run(inputs)
-
-
-class _Emitter:
-    def __init__(
-        self, traced: Trace, builder: GraphBuilder, parameters: dict[str, ir.Value], scope: str
-    ) -> None:
-        self.traced, self.builder, self.parameters, self.scope = traced, builder, parameters, scope
-        self.values: dict[torch.fx.Node, ir.Value] = {}
-
-    def run(self, inputs: Sequence[ir.Value]) -> list[ir.Value]:
-        supplied = iter(inputs)
-        weights = iter(self.traced.parameters)
-        outputs: list[ir.Value] = []
-        signature = self.traced.program.graph_signature
-        for node in self.traced.program.graph.nodes:
-            if node.op == "placeholder":
-                is_weight = node.name in signature.inputs_to_parameters
-                self.values[node] = self.parameters[next(weights)] if is_weight else next(supplied)
-            elif node.op == "output":
-                outputs = [self.values[value] for value in node.args[0]]
-            else:
-                self._call(node)
-        return outputs
-
-    def _call(self, node: torch.fx.Node) -> None:
-        handler = HANDLERS.get(str(node.target))
-        if handler is None:
-            raise TracingError(f"{self.scope}: no ONNX translation for {node.target}")
-        try:
-            result = handler(self, node)
-        except (AssertionError, KeyError, TypeError, ValueError) as error:
-            raise TracingError(
-                f"{self.scope}: {node.target} is used in a way that is not translated ({error!r})"
-            ) from error
-        if result is not None:
-            self.values[node] = result
-
-    def op(
-        self,
-        node: torch.fx.Node,
-        op_type: str,
-        inputs: Sequence[ir.Value | None],
-        *,
-        like: ir.Value | None = None,
-        **attributes: Any,
-    ) -> ir.Value:
-        """Append an ONNX node for an fx node. Its dtype and shape are the fx node's, or `like`'s dtype."""
-        domain = attributes.pop("domain", "")
-        if like is None:
-            meta = node.meta["val"]
-            dtype, shape = IR_DTYPES[meta.dtype], _shape(meta)
-        else:
-            dtype, shape = _dtype_of(like), None
-        name = f"{self.scope}.{_module_path(node)}{op_type}"
-        return self.builder.add(
-            op_type, inputs, name, dtype=dtype, shape=shape, domain=domain, attributes=attributes
-        )
-
-    def value(self, argument: Any) -> ir.Value:
-        if not isinstance(argument, torch.fx.Node) or argument not in self.values:
-            raise TracingError(f"{self.scope}: expected a tensor, found {argument!r}")
-        return self.values[argument]
-
-
-def _dtype_of(value: ir.Value) -> ir.DataType:
-    assert value.dtype is not None
-    return value.dtype
-
-
-def _shape(meta: torch.Tensor) -> ir.Shape:
-    return ir.Shape([size if isinstance(size, int) else str(size) for size in meta.shape])
-
-
-def _module_path(node: torch.fx.Node) -> str:
-    """Where in the module the operator stands, e.g. "self_attn.q_proj."."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values() if path]
-    return f"{paths[-1]}." if paths else ""
-
-
-def _linear(e: _Emitter, node: torch.fx.Node) -> ir.Value:
-    x, weight, bias = (*node.args, None)[:3]
-    transposed = e.op(node, "Transpose", [e.value(weight)], like=e.value(weight), perm=[1, 0])
-    product = e.op(node, "MatMul", [e.value(x), transposed])
-    return product if bias is None else e.op(node, "Add", [product, e.value(bias)])
-
-
-def _reshape(e: _Emitter, node: torch.fx.Node) -> ir.Value:
-    """Symbolic sizes must stay in their place (ONNX: 0 copies that axis)."""
-    x = node.args[0]
-    assert isinstance(x, torch.fx.Node)
-    before, after = x.meta["val"].shape, node.meta["val"].shape
-    sizes = []
-    for axis, size in enumerate(after):
-        if isinstance(size, int):
-            sizes.append(size)
-        elif axis < len(before) and str(before[axis]) == str(size):
-            sizes.append(0)
-        else:
-            raise TracingError(f"{e.scope}: a reshape moves a dynamic axis: {before} -> {after}")
-    return e.op(node, "Reshape", [e.value(x), e.builder.constant(sizes)])
-
-
-def _transpose(e: _Emitter, node: torch.fx.Node) -> ir.Value:
-    x, first, second = node.args
-    axes = list(range(node.meta["val"].dim()))
-    axes[first], axes[second] = axes[second], axes[first]  # type: ignore[index]
-    return e.op(node, "Transpose", [e.value(x)], perm=axes)
-
-
-def _slice(e: _Emitter, node: torch.fx.Node) -> ir.Value | None:
-    x, axis, start, end, step = (*node.args, 1)[:5]
-    assert isinstance(axis, int)
-    if start in (None, 0) and (end, step) == (2**63 - 1, 1):
-        return e.value(x)  # [:]
-    if start not in (None, 0) or step != 1 or not isinstance(end, torch.fx.Node):
-        raise TracingError(f"{e.scope}: only slices [:n] are translated")
-    constants = e.builder.constant([0]), e.value(end), e.builder.constant([axis])
-    return e.op(node, "Slice", [e.value(x), *constants])
-
-
-def _sym_size(e: _Emitter, node: torch.fx.Node) -> ir.Value | None:
-    """A size as a one-element vector; made once per tensor and axis for the whole graph."""
-    x, axis = node.args
-    assert isinstance(axis, int)
-    if all(str(user.target) not in ("aten.slice.Tensor",) for user in node.users):
-        return None  # reshapes copy the axis instead
-    tensor = e.value(x)
-    key = (tensor, axis)
-    if key not in e.builder.sizes:
-        e.builder.sizes[key] = e.builder.add(
-            "Shape",
-            [tensor],
-            f"{tensor.name}.Shape_{axis}",
-            dtype=ir.DataType.INT64,
-            shape=ir.Shape([1]),
-            attributes={"start": axis, "end": axis + 1},
-        )
-    return e.builder.sizes[key]
-
-
-def _silu(e: _Emitter, node: torch.fx.Node) -> ir.Value:
-    x = e.value(node.args[0])
-    return e.op(node, "Mul", [x, e.op(node, "Sigmoid", [x])])
-
-
-def _rms_norm(e: _Emitter, node: torch.fx.Node) -> ir.Value:
-    x, normalized_shape, weight, eps = node.args
-    assert len(normalized_shape) == 1  # type: ignore[arg-type]
-    return e.op(
-        node,
-        "RMSNormalization",
-        [e.value(x), e.value(weight)],
-        axis=-1,
-        epsilon=float(eps),  # type: ignore[arg-type]
-        stash_type=int(ir.DataType.FLOAT),  # mean of squares in fp32, as transformers
+    names = list(dict.fromkeys(name for axes in dynamic_axes for name in axes.values()))
+    if len(names) > len(_FIRST_SIZES):
+        raise TracingError(f"at most {len(_FIRST_SIZES)} dynamic axes, not {len(names)}")
+    first, second = (
+        _record(module, inputs, dynamic_axes, dict(zip(names, sizes, strict=False)))
+        for sizes in (_FIRST_SIZES, _SECOND_SIZES)
+    )
+    kind = type(module).__name__
+    if [(c.function, c.scope) for c in first.calls] != [
+        (c.function, c.scope) for c in second.calls
+    ]:
+        raise TracingError(f"{kind}: which operators run depends on a dynamic size")
+    merge = _Merge(
+        dict(zip(zip(_FIRST_SIZES, _SECOND_SIZES, strict=True), names, strict=False)), kind
+    )
+    return Trace(
+        calls=tuple(
+            Call(a.function, merge(a.args, b.args), merge(a.kwargs, b.kwargs), a.result, a.scope)
+            for a, b in zip(first.calls, second.calls, strict=True)
+        ),
+        types=tuple(
+            TensorType(
+                a.dtype, tuple(s.name if isinstance(s, Sym) else s for s in merge(a.shape, b.shape))
+            )
+            for a, b in zip(first.types, second.types, strict=True)
+        ),
+        num_inputs=len(inputs),
+        parameters=first.parameters,
+        outputs=merge(first.outputs, second.outputs),
     )
 
 
-def _attention(e: _Emitter, node: torch.fx.Node) -> ir.Value:
-    q, k, v, mask, *rest = node.args
-    if any(rest) or mask is None or node.kwargs.get("enable_gqa") is not True:
-        raise TracingError(f"{e.scope}: attention must have an explicit mask and grouped heads")
-    inputs = [e.value(argument) for argument in (q, k, v, mask)]
-    return e.op(node, "Attention", inputs, scale=float(node.kwargs["scale"]))  # type: ignore[arg-type]
+def _record(
+    module: torch.nn.Module,
+    inputs: Sequence[torch.Tensor],
+    dynamic_axes: Sequence[dict[int, str]],
+    sizes: dict[str, int],
+) -> Trace:
+    """Run the module once; sizes in the result are numbers."""
+    tensors = [
+        torch.empty(
+            [sizes[axes[i]] if i in axes else size for i, size in enumerate(example.shape)],
+            dtype=example.dtype,
+            device="meta",
+        )
+        for example, axes in zip(inputs, dynamic_axes, strict=True)
+    ]
+    parameters = dict(module.named_parameters())
+    recorder = _Recorder([*tensors, *parameters.values()])
+    handles = [
+        handle
+        for name, part in module.named_modules()
+        if name
+        for handle in (
+            part.register_forward_pre_hook(lambda *_, name=name: recorder.scopes.append(name)),
+            part.register_forward_hook(lambda *_: recorder.leave()),
+        )
+    ]
+    try:
+        with torch.no_grad(), recorder:
+            outputs = module(*tensors)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if isinstance(outputs, torch.Tensor):
+        outputs = (outputs,)
+    return Trace(
+        tuple(recorder.calls),
+        tuple(TensorType(t.dtype, tuple(t.shape)) for t in recorder.tensors),
+        len(tensors),
+        tuple(parameters),
+        tuple(recorder.encode(output) for output in outputs),
+    )
 
 
-def _expand(e: _Emitter, node: torch.fx.Node) -> ir.Value:
-    """ONNX Expand broadcasts both ways: 1 keeps an axis."""
-    x, sizes = node.args
-    kept = []
-    for size in sizes:  # type: ignore[union-attr]
-        if not isinstance(size, int):
-            raise TracingError(f"{e.scope}: expand to a dynamic size")
-        kept.append(1 if size == -1 else size)
-    return e.op(node, "Expand", [e.value(x), e.builder.constant(kept)])
+class _Recorder(TorchFunctionMode):
+    """Sees every torch function the module calls, before torch takes it apart."""
+
+    def __init__(self, known: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.tensors = list(known)  # kept alive, so that an id stays one tensor's
+        self.refs = {id(tensor): Ref(i) for i, tensor in enumerate(known)}
+        self.calls: list[Call] = []
+        self.scopes: list[str] = [""]
+
+    def leave(self) -> None:
+        self.scopes.pop()
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor):
+            if id(result) not in self.refs:  # x.to(its own dtype) is x
+                encoded = self.encode(args), {k: self.encode(v) for k, v in kwargs.items()}
+                ref = Ref(len(self.tensors))
+                self.tensors.append(result)
+                self.refs[id(result)] = ref
+                self.calls.append(Call(func, *encoded, ref, self.scopes[-1]))
+        elif isinstance(result, list | tuple) and any(isinstance(r, torch.Tensor) for r in result):
+            raise TracingError(f"{name_of(func)} returns several tensors; that is not translated")
+        return result
+
+    def encode(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self.refs:
+                raise TracingError(
+                    f"a tensor of shape {list(value.shape)} is neither input, parameter nor result"
+                )
+            return self.refs[id(value)]
+        if isinstance(value, list | tuple):
+            return tuple(self.encode(item) for item in value)
+        if isinstance(value, slice):
+            return Span(self.encode(value.start), self.encode(value.stop), self.encode(value.step))
+        return value
 
 
-def _gather(e: _Emitter, node: torch.fx.Node) -> ir.Value:
-    x, axis, index = node.args
-    return e.op(node, "GatherElements", [e.value(x), e.value(index)], axis=axis)
+@dataclass(frozen=True)
+class _Merge:
+    """Puts two runs together: equal numbers stay, sizes of one axis become its name."""
+
+    names: dict[tuple[int, int], str]
+    kind: str
+
+    def __call__(self, a: Any, b: Any) -> Any:
+        if isinstance(a, tuple):
+            return tuple(self(x, y) for x, y in zip(a, b, strict=True))
+        if isinstance(a, dict):
+            return {key: self(value, b[key]) for key, value in a.items()}
+        if isinstance(a, Span):
+            return Span(self(a.start, b.start), self(a.stop, b.stop), self(a.step, b.step))
+        if a == b:
+            return a
+        if (a, b) in self.names:
+            return Sym(self.names[a, b])
+        raise TracingError(f"{self.kind}: a number is computed from a dynamic size ({a} and {b})")
 
 
-def _unsqueeze(e: _Emitter, node: torch.fx.Node) -> ir.Value:
-    x, axis = node.args
-    assert isinstance(axis, int)
-    return e.op(node, "Unsqueeze", [e.value(x), e.builder.constant([axis])])
-
-
-def _cast(e: _Emitter, node: torch.fx.Node) -> ir.Value:
-    x = e.value(node.args[0])
-    to = IR_DTYPES[node.meta["val"].dtype]
-    return x if x.dtype == to else e.op(node, "Cast", [x], to=int(to))
-
-
-def _embedding(e: _Emitter, node: torch.fx.Node) -> ir.Value:
-    weight, ids = node.args[:2]
-    return e.op(node, "Gather", [e.value(weight), e.value(ids)], axis=0)
-
-
-def _binary(op_type: str) -> Callable[[_Emitter, torch.fx.Node], ir.Value]:
-    def handler(e: _Emitter, node: torch.fx.Node) -> ir.Value:
-        if node.kwargs:
-            raise TracingError(f"{e.scope}: {node.target} with {dict(node.kwargs)}")
-        return e.op(node, op_type, [e.value(argument) for argument in node.args])
-
-    return handler
-
-
-def _rotary(e: _Emitter, node: torch.fx.Node) -> ir.Value:
-    inputs = [e.value(argument) for argument in node.args]
-    return e.op(node, "RotaryEmbedding", inputs, domain="qwenport")
-
-
-HANDLERS: dict[str, Callable[[_Emitter, torch.fx.Node], ir.Value | None]] = {
-    "aten.linear.default": _linear,
-    "aten.view.default": _reshape,
-    "aten.reshape.default": _reshape,
-    "aten.transpose.int": _transpose,
-    "aten.slice.Tensor": _slice,
-    "aten.sym_size.int": _sym_size,
-    "aten.silu.default": _silu,
-    "aten.rms_norm.default": _rms_norm,
-    "aten.scaled_dot_product_attention.default": _attention,
-    "aten.expand.default": _expand,
-    "aten.gather.default": _gather,
-    "aten.unsqueeze.default": _unsqueeze,
-    "aten.to.dtype": _cast,
-    "aten.embedding.default": _embedding,
-    # states what the fake tensors already carry; computes nothing
-    "aten._assert_tensor_metadata.default": lambda e, node: None,
-    "aten.le.Tensor": _binary("LessOrEqual"),
-    "aten.add.Tensor": _binary("Add"),
-    "aten.mul.Tensor": _binary("Mul"),
-    "qwenport.rotary_embedding.default": _rotary,
-    "qwenport.tensor_scatter.default": lambda e, node: e.op(
-        node, "TensorScatter", [e.value(a) for a in node.args], axis=2, mode="linear"
-    ),
-}
+def name_of(function: Callable[..., Any]) -> str:
+    """A torch function's name for a message."""
+    return str(getattr(function, "__qualname__", function)).replace("TensorBase", "Tensor")

@@ -1,0 +1,311 @@
+"""A traced module -> ONNX nodes, as often as the module occurs.
+
+The translation is a closed table: an operator that is not in it is an error, never approximated. A handler has
+the signature of the torch function it translates, so an argument it does not know is an error too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch.nn import functional
+
+import qwenport.exporter.decoder  # noqa: F401 - defines the operators of the table below
+from qwenport.exporter.errors import TracingError
+from qwenport.exporter.tracing import Call, Ref, Span, Sym, TensorType, Trace, name_of
+
+IR_DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.int64: ir.DataType.INT64,
+    torch.bool: ir.DataType.BOOL,
+}
+
+
+@dataclass
+class GraphBuilder:
+    """An ONNX graph under construction: nodes, and initializers that are made once and shared."""
+
+    nodes: list[ir.Node] = field(default_factory=list)
+    initializers: dict[str, ir.Value] = field(default_factory=dict)
+    sizes: dict[tuple[ir.Value, int], ir.Value] = field(default_factory=dict)
+    names: dict[str, int] = field(default_factory=dict)
+
+    def add(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        *,
+        dtype: ir.DataType,
+        shape: ir.Shape | None,
+        domain: str = "",
+        attributes: dict[str, Any] | None = None,
+    ) -> ir.Value:
+        """Append a one-output node and return its output, named as the node.
+
+        A name that is taken gets a number: name, name_2, name_3.
+        """
+        count = self.names[name] = self.names.get(name, 0) + 1
+        if count > 1:
+            name = f"{name}_{count}"
+        node = ir.node(op_type, inputs, domain=domain, attributes=attributes, name=name)
+        (value,) = node.outputs
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), shape
+        self.nodes.append(node)
+        return value
+
+    def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        """Return the value of an initializer, made on first use."""
+        name = tensor.name
+        assert name is not None
+        if name not in self.initializers:
+            self.initializers[name] = ir.Value(
+                name=name,
+                type=ir.TensorType(tensor.dtype),
+                shape=tensor.shape,  # type: ignore[arg-type]
+                const_value=tensor,
+            )
+        return self.initializers[name]
+
+    def constant(self, values: Sequence[int]) -> ir.Value:
+        """Return a shared int64 vector."""
+        name = "const_" + "_".join(str(v).replace("-", "m") for v in values)
+        return self.initializer(ir.tensor(np.array(values, dtype=np.int64), name=name))
+
+    def size(self, tensor: ir.Value, axis: int) -> ir.Value:
+        """Return a size as a one-element vector, made once for each tensor and axis."""
+        key = (tensor, axis)
+        if key not in self.sizes:
+            self.sizes[key] = self.add(
+                "Shape",
+                [tensor],
+                f"{tensor.name}.Shape_{axis}",
+                dtype=ir.DataType.INT64,
+                shape=ir.Shape([1]),
+                attributes={"start": axis, "end": axis + 1},
+            )
+        return self.sizes[key]
+
+
+def emit(
+    traced: Trace,
+    builder: GraphBuilder,
+    inputs: Sequence[ir.Value],
+    parameters: dict[str, ir.Value],
+    scope: str,
+) -> list[ir.Value]:
+    """Write one copy of a traced module into `builder`.
+
+    Args:
+        traced: the module.
+        builder: the graph.
+        inputs: the module's inputs, in order.
+        parameters: parameter name -> its initializer's value.
+        scope: prefix of every node and value name, e.g. "model.layers.3".
+
+    Returns:
+        The module's outputs.
+
+    Raises:
+        TracingError: an operator, or a use of one, without translation.
+    """
+    emitter = _Emitter(traced, builder, scope)
+    emitter.values = [*inputs, *(parameters[name] for name in traced.parameters)]
+    for call in traced.calls:
+        emitter.values.append(emitter.translate(call))
+    return [emitter.values[ref.index] for ref in traced.outputs]
+
+
+class _Emitter:
+    """What handlers work with while one copy is written."""
+
+    def __init__(self, traced: Trace, builder: GraphBuilder, scope: str) -> None:
+        self.traced, self.builder, self.scope = traced, builder, scope
+        self.values: list[ir.Value] = []
+        self.call: Call
+
+    def translate(self, call: Call) -> ir.Value:
+        handler = HANDLERS.get(call.function)
+        if handler is None:
+            raise TracingError(f"{self.scope}: no ONNX translation for {name_of(call.function)}")
+        self.call = call
+        try:
+            return handler(self, *call.args, **call.kwargs)
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise TracingError(
+                f"{self.scope}: {name_of(call.function)} is used in a way that is not translated "
+                f"({error})"
+            ) from error
+
+    def type_of(self, ref: Ref) -> TensorType:
+        return self.traced.types[ref.index]
+
+    def op(
+        self, op_type: str, *inputs: Ref | ir.Value, like: Ref | None = None, **attributes: Any
+    ) -> ir.Value:
+        """Append a node. It has the call's dtype and shape, or `like`'s dtype and no stated shape."""
+        if not all(isinstance(i, Ref | ir.Value) for i in inputs):
+            raise ValueError(f"{op_type} needs tensors")
+        kind = self.type_of(like or self.call.result)
+        path = f"{self.call.scope}." if self.call.scope else ""
+        return self.builder.add(
+            op_type,
+            [self.values[i.index] if isinstance(i, Ref) else i for i in inputs],
+            f"{self.scope}.{path}{op_type}",
+            dtype=IR_DTYPES[kind.dtype],
+            shape=None if like else ir.Shape(kind.shape),
+            domain=attributes.pop("domain", ""),
+            attributes=attributes,
+        )
+
+    def size(self, size: Sym) -> ir.Value:
+        """The size of a dynamic axis, from the first tensor that has it."""
+        for index, kind in enumerate(self.traced.types):
+            if size.name in kind.shape:
+                return self.builder.size(self.values[index], kind.shape.index(size.name))
+        raise AssertionError(size)
+
+
+def _linear(e: _Emitter, x: Ref, weight: Ref, bias: Ref | None = None) -> ir.Value:
+    product = e.op("MatMul", x, e.op("Transpose", weight, like=weight, perm=[1, 0]))
+    return product if bias is None else e.op("Add", product, bias)
+
+
+def _reshape(e: _Emitter, x: Ref, *sizes: Any) -> ir.Value:
+    """Dynamic sizes must stay in their place (ONNX: 0 copies that axis)."""
+    before = e.type_of(x).shape
+    flat = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple) else sizes
+    target = []
+    for axis, size in enumerate(flat):
+        if isinstance(size, Sym):
+            if axis >= len(before) or before[axis] != size.name:
+                raise ValueError(f"a reshape moves the dynamic axis {size.name}")
+            size = 0
+        elif size == 0:
+            raise ValueError("a reshape to an empty tensor")
+        target.append(size)
+    return e.op("Reshape", x, e.builder.constant(target))
+
+
+def _transpose(e: _Emitter, x: Ref, dim0: int, dim1: int) -> ir.Value:
+    axes = list(range(len(e.type_of(x).shape)))
+    axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
+    return e.op("Transpose", x, perm=axes)
+
+
+def _slice(e: _Emitter, x: Ref, index: Any) -> ir.Value:
+    """x[:, ..., :n] along one axis, n a dynamic size."""
+    spans = index if isinstance(index, tuple) else (index,)
+    if not all(isinstance(span, Span) for span in spans):
+        raise ValueError("only slices are translated")
+    cut = [(axis, span) for axis, span in enumerate(spans) if span != Span(None, None, None)]
+    if len(cut) != 1:
+        raise ValueError("one axis can be sliced")
+    ((axis, span),) = cut
+    if span.start not in (None, 0) or span.step not in (None, 1) or not isinstance(span.stop, Sym):
+        raise ValueError("only slices [:n] are translated")
+    constant = e.builder.constant
+    return e.op("Slice", x, constant([0]), e.size(span.stop), constant([axis]))
+
+
+def _silu(e: _Emitter, x: Ref, inplace: bool = False) -> ir.Value:
+    assert not inplace
+    return e.op("Mul", x, e.op("Sigmoid", x))
+
+
+def _rms_norm(
+    e: _Emitter, x: Ref, normalized_shape: tuple[int, ...], weight: Ref, eps: float
+) -> ir.Value:
+    assert len(normalized_shape) == 1, "over more than one axis"
+    return e.op(
+        "RMSNormalization",
+        x,
+        weight,
+        axis=-1,
+        epsilon=float(eps),
+        stash_type=int(ir.DataType.FLOAT),  # mean of squares in fp32, as transformers
+    )
+
+
+def _attention(
+    e: _Emitter, q: Ref, k: Ref, v: Ref, attn_mask: Ref, *, scale: float, enable_gqa: bool
+) -> ir.Value:
+    assert isinstance(attn_mask, Ref) and enable_gqa is True
+    return e.op("Attention", q, k, v, attn_mask, scale=float(scale))
+
+
+def _expand(e: _Emitter, x: Ref, *sizes: Any) -> ir.Value:
+    """ONNX Expand broadcasts both ways: 1 keeps an axis."""
+    assert all(isinstance(size, int) for size in sizes), "to a dynamic size"
+    return e.op("Expand", x, e.builder.constant([1 if size == -1 else size for size in sizes]))
+
+
+def _gather(e: _Emitter, x: Ref, dim: int, index: Ref) -> ir.Value:
+    return e.op("GatherElements", x, index, axis=dim)
+
+
+def _unsqueeze(e: _Emitter, x: Ref, dim: int) -> ir.Value:
+    return e.op("Unsqueeze", x, e.builder.constant([dim]))
+
+
+def _cast(e: _Emitter, x: Ref, dtype: torch.dtype) -> ir.Value:
+    return e.op("Cast", x, to=int(IR_DTYPES[dtype]))
+
+
+def _embedding(
+    e: _Emitter,
+    ids: Ref,
+    weight: Ref,
+    padding_idx: None = None,
+    max_norm: None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> ir.Value:
+    assert max_norm is None, "max_norm rescales rows"
+    return e.op("Gather", weight, ids, axis=0)
+
+
+def _binary(op_type: str) -> Callable[..., ir.Value]:
+    def handler(e: _Emitter, a: Ref, b: Ref) -> ir.Value:
+        assert isinstance(a, Ref) and isinstance(b, Ref), "with a number"
+        return e.op(op_type, a, b)
+
+    return handler
+
+
+def _rotary(e: _Emitter, x: Ref, cos: Ref, sin: Ref, position_ids: Ref) -> ir.Value:
+    return e.op("RotaryEmbedding", x, cos, sin, position_ids, domain="qwenport")
+
+
+def _tensor_scatter(e: _Emitter, past: Ref, update: Ref, write_indices: Ref) -> ir.Value:
+    return e.op("TensorScatter", past, update, write_indices, axis=2, mode="linear")
+
+
+HANDLERS: dict[Any, Callable[..., ir.Value]] = {
+    functional.linear: _linear,
+    functional.silu: _silu,
+    functional.rms_norm: _rms_norm,
+    functional.embedding: _embedding,
+    functional.scaled_dot_product_attention: _attention,
+    torch.Tensor.view: _reshape,
+    torch.Tensor.reshape: _reshape,
+    torch.Tensor.transpose: _transpose,
+    torch.Tensor.unsqueeze: _unsqueeze,
+    torch.Tensor.expand: _expand,
+    torch.Tensor.gather: _gather,
+    torch.Tensor.to: _cast,
+    torch.Tensor.__getitem__: _slice,
+    torch.Tensor.add: _binary("Add"),
+    torch.Tensor.mul: _binary("Mul"),
+    torch.Tensor.le: _binary("LessOrEqual"),
+    torch.ops.qwenport.rotary_embedding.default: _rotary,
+    torch.ops.qwenport.tensor_scatter.default: _tensor_scatter,
+}

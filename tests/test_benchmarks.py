@@ -1,0 +1,147 @@
+"""The benchmarks run from end to end on a tiny shape, and measure what they say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+KEYS = {
+    "schema",
+    "benchmark",
+    "date",
+    "quick",
+    "settings",
+    "machine",
+    "versions",
+    "runs",
+    "summary",
+    "bars",
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("benchmarks")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a module of the benchmarks, which are scripts and no package."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def module(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "measured"),
+    [
+        ("export", ("seconds", "peak_rss_bytes", "written_bytes")),
+        ("build", ("seconds", "plan_bytes", "layers")),
+        ("decode", ("decode_tokens_per_second", "prefill_tokens_per_second")),
+    ],
+)
+def test_quick_run_writes_its_json(name: str, measured: tuple[str, ...], work: Path) -> None:
+    output = work / f"{name}.json"
+    script = BENCHMARKS / f"{name}.py"
+    run = subprocess.run(
+        [sys.executable, script, "--quick", "--work", work / "work", "--output", output],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    text = output.read_text(encoding="utf-8")
+    data = json.loads(text)
+    assert data.keys() >= KEYS
+    assert (data["benchmark"], data["quick"], data["bars"]) == (name, True, [])
+    (ours,) = data["summary"]
+    assert ours["error"] is None
+    assert all(ours[key] > 0 for key in measured)
+    assert str(BENCHMARKS.parent) not in text
+
+
+@pytest.mark.parametrize("name", ["export", "build", "decode", "shapes", "peers"])
+def test_help_says_what_a_script_does(name: str) -> None:
+    run = subprocess.run(
+        [sys.executable, BENCHMARKS / f"{name}.py", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.startswith("Usage: ")
+
+
+@pytest.mark.parametrize(
+    ("shape", "files", "parameters"),
+    [
+        ("qwen2.5-0.5b-instruct", 1, 494_032_768),
+        ("qwen2.5-7b-instruct", 4, 7_615_616_512),
+        ("qwen2.5-72b-instruct", 37, 72_706_203_648),
+        ("llama-3.1-8b-instruct", 4, 8_030_261_248),
+        ("llama-3.1-405b-instruct", 191, 405_853_388_800),
+    ],
+)
+def test_sparse_checkpoints_have_the_published_size_and_shards(
+    shape: str, files: int, parameters: int, load: Any, tmp_path: Path
+) -> None:
+    directory = load("shapes").make_checkpoint(shape, tmp_path / shape, sparse=True)
+    shards = [path.stat() for path in directory.glob("*.safetensors")]
+    assert len(shards) == files
+    assert 0 < sum(shard.st_size for shard in shards) - 2 * parameters < 1e6  # the headers
+    assert sum(shard.st_blocks * 512 for shard in shards) < 1e7
+
+
+def test_tiny_checkpoint_is_one_that_we_export(load: Any, tmp_path: Path) -> None:
+    from qwenport.exporter import open_checkpoint
+
+    directory = load("shapes").make_checkpoint("tiny", tmp_path / "tiny", sparse=False)
+    assert open_checkpoint(directory).dtype == "bf16"
+
+
+def test_measure_reports_memory_time_result_and_error(load: Any, tmp_path: Path) -> None:
+    measure = load("measure").measure
+    hold = "import time; x = bytearray(200 << 20); time.sleep(0.2); print('{\"x\": 1}')"
+    run = measure([sys.executable, "-c", hold], tmp_path / "hold.log")
+    assert (run.code, run.error, run.result) == (0, None, {"x": 1})
+    assert run.seconds > 0.2
+    assert 200 << 20 < run.peak_rss < 2000 << 20
+    failed = measure([sys.executable, "-c", "raise SystemExit('no such luck')"], tmp_path / "log")
+    assert (failed.code, failed.error, failed.result) == (1, "no such luck", {})
+
+
+def test_links_to_the_checkpoint_are_not_counted_as_written(load: Any, tmp_path: Path) -> None:
+    source, output = tmp_path / "checkpoint", tmp_path / "package"
+    (source / "deep").mkdir(parents=True)
+    (output / "weights").mkdir(parents=True)
+    (source / "model.safetensors").write_bytes(bytes(1 << 20))
+    os.link(source / "model.safetensors", output / "weights" / "model.safetensors")
+    (output / "model.onnx").write_bytes(bytes(1 << 16))
+    assert load("measure").written_bytes(output, source) == 1 << 16
+
+
+def test_bars_hold_on_their_side_of_the_bound(load: Any) -> None:
+    bar = load("report").Bar
+    assert bar("x", 1.0, 1.0, "at most", "GB").holds
+    assert bar("x", 1.1, 1.0, "at most", "GB").holds is False
+    assert bar("x", 1.1, 1.0, "at least", "x").holds
+    assert bar("x", None, 1.0, "at least", "x").holds is None
+
+
+def test_requirements_pin_everything_and_name_no_index() -> None:
+    for file in (BENCHMARKS / "requirements").glob("*.txt"):
+        lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+        assert lines
+        assert all(line.count("==") == 1 and "/" not in line for line in lines), file.name
