@@ -153,6 +153,8 @@ def _record(
     try:
         with torch.no_grad(), recorder:
             outputs = module(*tensors)
+    except RuntimeError as error:  # torch: the sizes do not fit one another
+        raise TracingError(f"{type(module).__name__} does not run with {sizes}: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
