@@ -1,0 +1,83 @@
+"""How each contender exports a checkpoint, and models made once for the other benchmarks."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from measure import ROOT, child_environment, measure
+from peers import Peer, ensure
+from report import Report
+
+Command = Callable[[Path], list[str | Path]]
+"""Output directory -> command line."""
+
+
+def make_shape(shape: str, work: Path, sparse: bool) -> Path:
+    """The checkpoint of a shape, made in a child: it needs torch, and we are to stay small."""
+    directory = work / "checkpoints" / shape
+    script = ROOT / "benchmarks" / "shapes.py"
+    flags = ["--sparse"] if sparse else []
+    if not (directory / "config.json").is_file():
+        done = measure(
+            [sys.executable, script, shape, directory, *flags], work / "logs" / f"{shape}.log"
+        )
+        if done.code:
+            raise click.ClickException(f"cannot make the {shape} checkpoint: {done.error}")
+    return directory
+
+
+def ours(checkpoint: Path, *options: str) -> Command:
+    """`qwenport export`."""
+    start: list[str | Path] = [sys.executable, "-m", "qwenport", "export", "--quiet", *options]
+    return lambda output: [*start, checkpoint, output]
+
+
+def genai(peer: Peer, checkpoint: Path, work: Path, precision: str, provider: str) -> Command:
+    """onnxruntime-genai's model builder."""
+    builder: list[str | Path] = [peer.python, "-m", "onnxruntime_genai.models.builder"]
+    kind = ["-p", precision, "-e", provider]
+    cache = work / "hugging-face"
+    return lambda output: [*builder, "-i", checkpoint, "-o", output, *kind, "-c", cache]
+
+
+def optimum(peer: Peer, checkpoint: Path, *options: str) -> Command:
+    """optimum-onnx's exporter."""
+    program: list[str | Path] = [peer.command("optimum-cli"), "export", "onnx"]
+    task = ["--task", "text-generation-with-past"]
+    return lambda output: [*program, "--model", checkpoint, *task, *options, output]
+
+
+def export_commands(
+    report: Report, checkpoint: Path, work: Path, peers: bool
+) -> dict[str, tuple[Command, bool]]:
+    """Contender -> its command and whether it is ours. Installs the peers."""
+    found: dict[str, tuple[Command, bool]] = {"qwenport": (ours(checkpoint), True)}
+    if peers:
+        builder, exporter = ensure("genai", work), ensure("optimum", work)
+        report.add_versions("genai", builder.python)
+        report.add_versions("optimum", exporter.python)
+        for precision in ("fp16", "bf16"):
+            name = f"onnxruntime-genai {precision} cuda"
+            found[name] = (genai(builder, checkpoint, work, precision, "cuda"), False)
+        found["optimum-onnx fp32"] = (optimum(exporter, checkpoint), False)  # its default
+        found["optimum-onnx fp16"] = (optimum(exporter, checkpoint, "--dtype", "fp16"), False)
+    return found
+
+
+def make_model(name: str, command: Command, work: Path, own: bool) -> Path | str:
+    """Run an exporter once and keep what it wrote; its last words where it failed."""
+    directory = work / "models" / name
+    done_mark = directory.with_name(f"{name}.done")  # a shape's name has dots
+    if done_mark.is_file() and not own:
+        return directory
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    done = measure(command(directory), work / "logs" / f"{name}.log", child_environment(own))
+    if done.code:
+        return done.error or "failed"
+    done_mark.touch()
+    return directory
