@@ -119,12 +119,13 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _read_headers(path: Path) -> tuple[tuple[WeightFile, ...], dict[str, TensorEntry]]:
     index, single = path / INDEX_FILE, path / SINGLE_FILE
-    if index.is_file() and single.is_file():
-        raise CheckpointError(
-            f"{path}: has both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is not meant"
-        )
     if index.is_file():
         weight_map = _read_index(index)
+        if single.is_file() and SINGLE_FILE not in weight_map.values():
+            raise CheckpointError(
+                f"{path}: has both {SINGLE_FILE} and shards that {INDEX_FILE} names; "
+                "remove the one that is not meant"
+            )
         names = sorted(set(weight_map.values()))
     elif single.is_file():
         weight_map = None

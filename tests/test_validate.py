@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,15 @@ from faults import seed, wrong_last_rope_row
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from qwenport.exporter import MANIFEST, export, load_package, write_json
+from qwenport.exporter import (
+    MANIFEST,
+    as_json,
+    export,
+    load_package,
+    parse_config,
+    read_config_json,
+    write_json,
+)
 from qwenport.validate import Report, ValidationError, validate
 from qwenport.validate.prompts import make_prompts
 from qwenport.validate.reference import Reference
@@ -193,7 +201,8 @@ def test_yarn_asked_for_on_a_plain_checkpoint_passes_beyond_the_cache_that_is_fi
     assert "2047" in wrong_end.failures[0]
 
     manifest = json.loads((made.path / MANIFEST).read_text(encoding="utf-8"))
-    write_json(made.path / MANIFEST, {**manifest, "rope_scaling": "yarn:5"})
+    claims = as_json(asdict(parse_config(read_config_json(made.path), "yarn:5")))
+    write_json(made.path / MANIFEST, {**manifest, "rope_scaling": "yarn:5", "model": claims})
     other_factor = validate(made.path, source)
     assert not other_factor.passed
     assert status(other_factor)["rope tables"] == status(other_factor)["prefill"] == "failed"
