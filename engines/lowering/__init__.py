@@ -7,6 +7,7 @@ from qwenport.engines.lowering.attention import DecomposeAttention
 from qwenport.engines.lowering.capacity import StaticCapacity
 from qwenport.engines.lowering.checks import check_graph, check_network
 from qwenport.engines.lowering.float32 import ComputeInFloat32
+from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
 from qwenport.engines.lowering.rope_tables import FoldRopeTables
 from qwenport.engines.lowering.targets import for_onnxruntime, for_tensorrt
 
@@ -14,6 +15,7 @@ __all__ = [
     "ComputeInFloat32",
     "DecomposeAttention",
     "FoldRopeTables",
+    "FuseTransposedMatMul",
     "StaticCapacity",
     "check_graph",
     "check_network",

@@ -16,7 +16,9 @@ from qwenport.engines.lowering import (
     ComputeInFloat32,
     DecomposeAttention,
     FoldRopeTables,
+    FuseTransposedMatMul,
     StaticCapacity,
+    for_onnxruntime,
     for_tensorrt,
 )
 from qwenport.exporter import rope_tables
@@ -45,6 +47,53 @@ def test_compute_in_float32_leaves_half_precision_only_in_weights_and_looked_up_
 def test_compute_in_float32_does_nothing_to_an_fp32_package(package_of):
     model = ir.load(package_of("fp32").model)
     assert not ComputeInFloat32()(model).modified
+
+
+def matmul_model(weight: np.ndarray, perm: list[int]) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        [
+            helper.make_node("Transpose", ["w"], ["t"], perm=perm),
+            helper.make_node("MatMul", ["x", "t"], ["y"], name="product"),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", "s", "k"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+
+
+@settings(max_examples=15)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 33), st.integers(1, 33)),
+    st.integers(0, 2**32 - 1),
+)
+def test_a_fused_product_equals_numpy_with_the_weight_as_it_lies(sizes, seed):
+    batch, seq, inner, outer = sizes
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((outer, inner), dtype=np.float32)
+    x = rng.standard_normal((batch, seq, inner), dtype=np.float32)
+    model = ir.from_proto(matmul_model(weight, [1, 0]))
+    assert FuseTransposedMatMul()(model).modified
+    assert [(node.domain, node.op_type) for node in model.graph] == [
+        ("com.microsoft", "FusedMatMul")
+    ]
+    np.testing.assert_allclose(
+        run(ir.to_proto(model), {"x": x}), x @ weight.T, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_transpose_that_exchanges_nothing_is_not_fused():
+    model = ir.from_proto(matmul_model(np.eye(3, dtype=np.float32), [0, 1]))
+    assert not FuseTransposedMatMul()(model).modified
+    assert [node.op_type for node in model.graph] == ["Transpose", "MatMul"]
+
+
+def test_onnxruntime_is_given_no_transposed_weight(package_of):
+    model = for_onnxruntime(ir.load(package_of("bf16").model), on_cpu=True)
+    for node in model.graph:
+        if node.op_type == "Transpose":
+            assert len(node.attributes["perm"].as_ints()) == 4  # heads, not weights
 
 
 def test_static_capacity_names_every_cache_and_nothing_else(package_of):
