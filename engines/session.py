@@ -10,6 +10,7 @@ padding; if it is full, it replays its last token into that token's own slot.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -63,7 +64,7 @@ class Session(Protocol):
         ...
 
 
-class CachedSession:
+class CachedSession(ABC):
     """The bookkeeping of a session over a preallocated cache; subclasses implement `_step`.
 
     A step takes at most `max_step_tokens` tokens a row and returns the logits of at most
@@ -169,6 +170,6 @@ class CachedSession:
             }
         )
 
+    @abstractmethod
     def _step(self, feeds: dict[str, Int64]) -> Float32:
         """Run the model once; return logits fp32 [rows, n, vocab]."""
-        raise NotImplementedError(f"{type(self).__name__} does not run steps")

@@ -25,7 +25,7 @@ def build_graph(
     tensor: Callable[[str], ir.TensorProtocol],
     progress: Callable[[int], None] = lambda layer: None,
 ) -> ir.Model:
-    """Build the model of DESIGN's bindings table.
+    """Build the model; docs/architecture.md has the table of its inputs and outputs.
 
     Args:
         config: the model.
