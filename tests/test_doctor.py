@@ -75,8 +75,16 @@ def test_gpu_older_than_turing_does_not_run_engines_but_runs_onnxruntime() -> No
     assert verdict["onnxruntime (CUDA)"].runs
 
 
-def test_compute_capability_10_is_newer_than_9() -> None:
-    assert judged(machine("tensorrt", gpu="10.0"))["tensorrt"].runs
+@pytest.mark.parametrize(
+    ("gpu", "rtx", "tensorrt"),
+    [("7.5", True, False), ("8.9", True, True), ("9.0", False, True), ("10.0", False, True)],
+)
+def test_a_target_runs_on_the_gpus_that_its_builds_serve(
+    gpu: str, rtx: bool, tensorrt: bool
+) -> None:
+    verdict = judged(machine("tensorrt", "tensorrt-rtx", gpu=gpu))
+    assert (verdict["tensorrt-rtx"].runs, verdict["tensorrt"].runs) == (rtx, tensorrt)
+    assert verdict["tensorrt-rtx"].builds
 
 
 def test_remedy_for_cuda_removes_the_cpu_onnxruntime_first() -> None:
@@ -135,4 +143,4 @@ def test_onnxruntime_that_cannot_load_counts_as_no_provider(
 def test_this_machine_can_be_described() -> None:
     facts = doctor.collect()
     assert facts.has("torch")
-    assert len(targets(facts)) == 5
+    assert len(targets(facts)) == 4

@@ -94,7 +94,6 @@ PACKAGES = (
 )
 
 NO_GPU = ("NVIDIA GPU", "run on a machine with one and its driver")
-OLD_GPU = ("newer GPU", "TensorRT needs compute capability 7.5 or newer")
 
 
 def collect() -> Facts:
@@ -116,16 +115,25 @@ def collect() -> Facts:
 
 def targets(facts: Facts) -> tuple[Target, ...]:
     """Judge every target by `facts`."""
+    from qwenport.engines import FLAVOURS
+
     no_gpu = () if facts.gpus else (NO_GPU,)
-    turing = any(float(gpu.compute_capability) >= 7.5 for gpu in facts.gpus)
-    no_turing = () if turing else ((OLD_GPU,) if facts.gpus else no_gpu)
+    names = {"sm" + gpu.compute_capability.replace(".", "") for gpu in facts.gpus}
+
+    def unserved(target: str) -> tuple[tuple[str, str], ...]:
+        """Nothing, if a GPU here is one that the target has kernels for."""
+        served = FLAVOURS[target].gpus
+        if names & set(served):
+            return ()
+        return ((f"GPU for {target}", f"it serves {', '.join(served)}"),) if names else no_gpu
 
     cpu = "CPUExecutionProvider" in facts.onnxruntime_providers
     cuda = "CUDAExecutionProvider" in facts.onnxruntime_providers
     # Both distributions install the module `onnxruntime`, and the one installed last wins.
     swap = "pip uninstall -y onnxruntime && " if facts.has("onnxruntime") else ""
     rtx, tensorrt = facts.has("tensorrt-rtx"), facts.has("tensorrt")
-    no_tensorrt = () if tensorrt else (("tensorrt", GPU),)
+    no_rtx_gpu, no_tensorrt_gpu = unserved("tensorrt-rtx"), unserved("tensorrt")
+    whole = tensorrt and not no_tensorrt_gpu
     return (
         Target("onnxruntime (CPU)", None, cpu, () if cpu else (("onnxruntime", CPU),)),
         Target(
@@ -137,17 +145,14 @@ def targets(facts: Facts) -> tuple[Target, ...]:
         Target(
             "tensorrt-rtx",
             rtx,
-            rtx and turing,
-            (() if rtx else (("tensorrt-rtx", RTX),)) + no_turing,
+            rtx and not no_rtx_gpu,
+            (() if rtx else (("tensorrt-rtx", RTX),)) + no_rtx_gpu,
         ),
-        Target("tensorrt", tensorrt and turing, tensorrt and turing, no_tensorrt + no_turing),
         Target(
-            "tensorrt plugin library",
-            facts.nvcc is not None,
-            tensorrt and turing,
-            (() if facts.nvcc else (("nvcc", "install the CUDA toolkit"),))
-            + no_tensorrt
-            + no_turing,
+            "tensorrt",
+            whole,
+            whole,
+            (() if tensorrt else (("tensorrt", GPU),)) + no_tensorrt_gpu,
         ),
     )
 

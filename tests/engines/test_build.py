@@ -79,7 +79,8 @@ def test_an_engine_holds_each_weight_once(engine_of, package_of):
 
 def test_a_package_is_the_same_after_a_build(engine_of, package_of):
     engine_of("bf16")
-    exporter.load_package(package_of("bf16").path)  # every file is hashed
+    package = package_of("bf16")
+    assert exporter.load_package(package.path) == package  # every file is hashed
 
 
 @pytest.mark.parametrize(
