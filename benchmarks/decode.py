@@ -11,6 +11,7 @@ all cores.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from measure import CONTENDERS, Run, child_environment, measure
 from peers import ensure
 from report import Bar, Report, middle, options, output_path
 from rich.table import Table
-from shapes import config_of, matmul_elements
+from shapes import config_of, matrices
 
 SHAPE = "qwen2.5-0.5b-instruct"
 SHORT, LONG = 1024, 32768  # capacities; both hold the same few tokens
@@ -32,9 +33,11 @@ PROMPT, PREFILLS = 512, 4  # the first prefill warms up
 OURS, OURS_LONG = f"qwenport, capacity {SHORT}", f"qwenport, capacity {LONG}"
 TRANSFORMERS = "transformers"
 BANDWIDTH = "memory reads"
+PRODUCTS = "weight products alone"
 BUFFER_BYTES, READS = 2 << 30, 5
 FP32_BYTES = 4
 GB = 1e9
+RATE = "decode_tokens_per_second"
 
 
 @dataclass(frozen=True)
@@ -129,12 +132,31 @@ def run_bandwidth(quick: bool, work: Path, report: Report) -> None:
     )
 
 
+def run_products(shapes: list[tuple[int, ...]], work: Path, report: Report) -> None:
+    """Measure what onnxruntime's matrix products allow, without anything between them."""
+    request = {"matrices": shapes, "warmup": WARMUP, "tokens": TOKENS}
+    done = _child(PRODUCTS, sys.executable, "products.py", request, work, own=True)
+    times = done.result.get("decode", [])
+    report.add_run(
+        PRODUCTS,
+        decode_tokens_per_second=_rate(len(times), sum(times)),
+        load=done.load,
+        others=done.others,
+        error=done.error,
+        decode_seconds=[round(seconds, 5) for seconds in times],
+    )
+
+
 def _child(
     name: str, python: str | Path, script: str, request: dict[str, Any], work: Path, own: bool
 ) -> Run:
     log = work / "logs" / f"decode-{name.replace(' ', '-').replace(',', '')}.log"
     command = [python, CONTENDERS / script, json.dumps(request)]
     return measure(command, log, child_environment(own))
+
+
+def _share(value: float | None, whole: float | None) -> float | None:
+    return value / whole if value and whole else None
 
 
 def _rate(count: int, seconds: float | None) -> float | None:
@@ -160,8 +182,8 @@ def summarise(report: Report, contender: Contender) -> dict[str, Any]:
     }
 
 
-def paired_ratio(report: Report, weight_bytes: int) -> float | None:
-    """Our decode against the memory just before and just after it: the median over the turns.
+def paired_ratio(report: Report, contender: str, weight_bytes: int) -> float | None:
+    """A contender's steps against the memory just before and just after them: the median over the turns.
 
     A virtual machine's memory is not equally fast all the time.
     """
@@ -169,7 +191,7 @@ def paired_ratio(report: Report, weight_bytes: int) -> float | None:
     for before, run, after in zip(runs, runs[1:], runs[2:], strict=False):
         rate = run.get("decode_tokens_per_second")
         reads = [read.get("bytes_per_second") for read in (before, after)]
-        if run["contender"] == OURS and rate and all(reads):
+        if run["contender"] == contender and rate and all(reads):
             ratios.append(rate * weight_bytes / (sum(reads) / 2))
     return middle(ratios)
 
@@ -241,7 +263,8 @@ def main(quick: bool, no_peers: bool, repeats: int, work: Path, output: Path | N
     peers, repeats = not (no_peers or quick), 1 if quick else repeats
     shape = "tiny" if quick else SHAPE
     config = config_of(shape)
-    weight_bytes = matmul_elements(config) * FP32_BYTES
+    shapes = matrices(config)
+    weight_bytes = sum(math.prod(shape) for shape in shapes) * FP32_BYTES
     settings = {"repeats": repeats, "peers": peers, "context": CONTEXT, "tokens": TOKENS}
     report = Report("decode", quick, {**settings, "prompt": PROMPT, "weight_bytes": weight_bytes})
     checkpoint = make_shape(shape, work, sparse=False)
@@ -254,6 +277,8 @@ def main(quick: bool, no_peers: bool, repeats: int, work: Path, output: Path | N
                 run(contender, config["vocab_size"], quick, work, report)
             if contender.name == OURS and not quick:
                 run_bandwidth(quick, work, report)
+                run_products(shapes, work, report)
+                run_bandwidth(quick, work, report)
     summary = [summarise(report, contender) for contender in entrants]
     bandwidth = max(report.values(BANDWIDTH, "bytes_per_second"), default=None)
     bound = bandwidth / weight_bytes if bandwidth else None
@@ -262,7 +287,17 @@ def main(quick: bool, no_peers: bool, repeats: int, work: Path, output: Path | N
         report.say(
             f"memory reads: {bandwidth / GB:.1f} GB/s, the best of all; bound {bound:.2f} tok/s"
         )
-    paired = paired_ratio(report, weight_bytes)
+    paired = paired_ratio(report, OURS, weight_bytes)
+    products = paired_ratio(report, PRODUCTS, weight_bytes)
+    report.data["products"] = {
+        "of_the_best_reads": _share(middle(report.values(PRODUCTS, RATE)), bound),
+        "of_the_reads_around": products,
+    }
+    if not quick:
+        report.say(
+            "onnxruntime's products of the same weights alone: {of_the_best_reads:.2f} of the best reads, "
+            "{of_the_reads_around:.2f} of the reads around them".format(**report.data["products"])
+        )
     judged = [] if quick else bars(summary, bandwidth, paired, weight_bytes)
     report.finish(
         table(summary, bound), summary, judged, output_path("decode", quick, work, output)

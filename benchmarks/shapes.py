@@ -58,18 +58,18 @@ def _saving_order(name: str) -> tuple[int, int, int]:
     return (1, int(rest[0]), ("self_attn", "mlp").index(rest[1]) if "norm" not in rest[1] else 2)
 
 
-def matmul_elements(config: dict[str, Any]) -> int:
-    """Weights that one decode step reads: every matrix once, the vocabulary's as lm_head.
+def matrices(config: dict[str, Any]) -> list[tuple[int, ...]]:
+    """[out, in] of the weights that one decode step reads: every matrix once, the vocabulary's as lm_head.
 
     The embedding table is only looked up, one row a token; norms and biases are not counted.
     """
     shapes = tensors_of(config)
     head = "lm_head.weight" if "lm_head.weight" in shapes else "model.embed_tokens.weight"
-    return sum(
-        math.prod(shape)
+    return [
+        shape
         for name, shape in shapes.items()
         if len(shape) == 2 and (name != "model.embed_tokens.weight" or name == head)
-    )
+    ]
 
 
 def shards(tensors: Shapes, limit: int) -> list[Shapes]:
