@@ -10,11 +10,12 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenport.exporter.config import ModelConfig, parse_config, read_config_json
+from qwenport.exporter.config import ModelConfig, MoEConfig, parse_config, read_config_json
 from qwenport.exporter.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -23,6 +24,8 @@ MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library itself 
 
 # safetensors dtype -> bytes per element, for the dtypes a supported checkpoint can hold
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+# a sparse layer's experts as two tensors; each expert's gate projection lies before its up projection
+GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
 DTYPE_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
@@ -82,16 +85,21 @@ def open_checkpoint(path: Path, rope_scaling: str | None = None) -> Checkpoint:
     raw = read_config_json(path)
     config = parse_config(raw, rope_scaling)
     files, tensors = _read_headers(path)
-    expected = expected_tensors(config)
+    expected = expected_tensors(config, tensors)
     tensors = _without_tied_copy(path, config, tensors)
     _compare(expected, tensors)
     dtype = _one_dtype(config, tensors)
     return Checkpoint(path, config, raw, dtype, tensors, files)
 
 
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that a checkpoint of this config must hold, and no other."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+def expected_tensors(
+    config: ModelConfig, present: Container[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that a checkpoint of this config must hold, and no other.
+
+    A sparse layer's experts are a tensor each, as published, unless its stacked tensors are among `present`.
+    """
+    hidden = config.hidden_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
@@ -104,17 +112,66 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             ("self_attn.k_proj", keys, hidden, config.qkv_bias),
             ("self_attn.v_proj", keys, hidden, config.qkv_bias),
             ("self_attn.o_proj", hidden, queries, config.output_bias),
-            ("mlp.gate_proj", inner, hidden, config.mlp_bias),
-            ("mlp.up_proj", inner, hidden, config.mlp_bias),
-            ("mlp.down_proj", hidden, inner, config.mlp_bias),
         ):
             shapes[f"{prefix}{name}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (rows,)
+        if config.qk_norm:
+            shapes[prefix + "self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[prefix + "self_attn.k_norm.weight"] = (config.head_dim,)
+        moe = config.moe_of(layer)
+        if moe is None:
+            shapes |= _swiglu(prefix + "mlp.", hidden, config.intermediate_size, config.mlp_bias)
+        else:
+            shapes |= _sparse_mlp(prefix + "mlp.", hidden, moe, present)
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
+
+
+def _swiglu(prefix: str, hidden: int, inner: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, rows, columns in (
+        ("gate_proj", inner, hidden),
+        ("up_proj", inner, hidden),
+        ("down_proj", hidden, inner),
+    ):
+        shapes[f"{prefix}{name}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"{prefix}{name}.bias"] = (rows,)
+    return shapes
+
+
+def _sparse_mlp(
+    prefix: str, hidden: int, moe: MoEConfig, present: Container[str]
+) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {prefix + "gate.weight": (moe.num_experts, hidden)}
+    stacks = {
+        prefix + GATE_UP: (moe.num_experts, 2 * moe.expert_size, hidden),
+        prefix + DOWN: (moe.num_experts, hidden, moe.expert_size),
+    }
+    if any(name in present for name in stacks):
+        shapes |= stacks
+    else:
+        for expert in range(moe.num_experts):
+            shapes |= _swiglu(f"{prefix}experts.{expert}.", hidden, moe.expert_size, False)
+    if moe.shared_expert_size is not None:
+        shapes |= _swiglu(f"{prefix}shared_expert.", hidden, moe.shared_expert_size, False)
+        shapes[prefix + "shared_expert_gate.weight"] = (1, hidden)
+    return shapes
+
+
+def expert_parts(name: str, experts: int) -> list[str]:
+    """The tensors of single experts that, one after the other, are the stacked tensor `name`.
+
+    Args:
+        name: "...mlp.experts.gate_up_proj" or "...mlp.experts.down_proj".
+        experts: how many there are.
+    """
+    prefix, _, kind = name.rpartition(".")
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[kind]
+    return [f"{prefix}.{expert}.{part}.weight" for expert in range(experts) for part in parts]
 
 
 def _read_headers(path: Path) -> tuple[tuple[WeightFile, ...], dict[str, TensorEntry]]:

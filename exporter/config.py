@@ -15,7 +15,8 @@ from typing import Any
 from qwenport.exporter.errors import ConfigError
 from qwenport.exporter.rope import RopeConfig, parse_rope
 
-MODEL_TYPES = ("qwen2", "llama")
+MODEL_TYPES = ("qwen2", "qwen2_moe", "qwen3_moe", "llama")
+MOE_TYPES = ("qwen2_moe", "qwen3_moe")
 
 # Accepted without effect. Anything that is in neither this set nor read below is an error.
 NEUTRAL_KEYS = frozenset(
@@ -43,6 +44,22 @@ NEUTRAL_KEYS = frozenset(
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """The sparse layers of a mixture of experts: softmax top-k routing, SwiGLU experts.
+
+    `layers` are the indices of the sparse layers, `expert_size` is the inner width of an expert, `normalize` says
+    whether a token's weights are made to sum to 1, and `shared_expert_size` is None where there is no shared expert.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    expert_size: int
+    normalize: bool
+    shared_expert_size: int | None
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a decoder-only model computes, as far as its graph depends on it.
 
@@ -62,12 +79,18 @@ class ModelConfig:
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
+    qk_norm: bool
     tie_word_embeddings: bool
     max_position_embeddings: int
     max_context: int
     context_note: str | None
     rope: RopeConfig
+    moe: MoEConfig | None
     dtype: str | None
+
+    def moe_of(self, layer: int) -> MoEConfig | None:
+        """The experts of a decoder layer; None where its MLP is dense."""
+        return self.moe if self.moe is not None and layer in self.moe.layers else None
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Bytes of KV cache that one token occupies over all layers."""
@@ -148,7 +171,7 @@ def parse_config(raw: dict[str, Any], rope_scaling: str | None = None) -> ModelC
 
     layers = fields.positive("num_hidden_layers")
     max_position_embeddings = fields.positive("max_position_embeddings")
-    _refuse_sliding_window(fields, layers)
+    _refuse_sliding_window(fields, model_type, layers)
     qkv_bias, output_bias, mlp_bias = _biases(fields, model_type)
     eps = fields.take("rms_norm_eps", (int, float))
     if not 0 < eps < 1:
@@ -183,18 +206,20 @@ def parse_config(raw: dict[str, Any], rope_scaling: str | None = None) -> ModelC
         qkv_bias=qkv_bias,
         output_bias=output_bias,
         mlp_bias=mlp_bias,
+        qk_norm=model_type == "qwen3_moe",
         tie_word_embeddings=fields.take("tie_word_embeddings", bool, default=False),
         max_position_embeddings=max_position_embeddings,
         max_context=max_context,
         context_note=note,
         rope=rope,
+        moe=_moe(fields, model_type, layers) if model_type in MOE_TYPES else None,
         dtype=_dtype(raw),
     )
     fields.refuse_unknown()
     return config
 
 
-def _refuse_sliding_window(fields: _Fields, layers: int) -> None:
+def _refuse_sliding_window(fields: _Fields, model_type: str, layers: int) -> None:
     window = fields.take("sliding_window", int, default=None)
     use = fields.take("use_sliding_window", bool, default=False)
     first = fields.raw.get("max_window_layers", layers if window is None else 0)
@@ -206,6 +231,11 @@ def _refuse_sliding_window(fields: _Fields, layers: int) -> None:
                 f"layer_types must be {layers} times 'full_attention'; found {len(kinds)} entries"
                 + (f", among them {', '.join(other)}" if other else "")
             )
+    if use and model_type in MOE_TYPES:
+        # Releases of transformers disagree on which layers of these models slide, so all are refused.
+        raise ConfigError(
+            "use_sliding_window is true: sliding-window attention is not supported for this model_type"
+        )
     if use and window is not None and (not isinstance(first, int) or first < layers):
         raise ConfigError(
             f"sliding-window attention is in use (sliding_window {window} from layer {first}); "
@@ -214,7 +244,12 @@ def _refuse_sliding_window(fields: _Fields, layers: int) -> None:
 
 
 def _biases(fields: _Fields, model_type: str) -> tuple[bool, bool, bool]:
-    """(q/k/v, o, mlp) biases: Qwen2 fixes them, Llama's two switches set them."""
+    """(q/k/v, o, mlp) biases: Qwen2 fixes them, the other models' switches set them."""
+    if model_type == "qwen2_moe":
+        return fields.take("qkv_bias", bool, default=True), False, False
+    if model_type == "qwen3_moe":
+        attention = fields.take("attention_bias", bool, default=False)
+        return attention, attention, False
     attention = fields.take("attention_bias", bool, default=model_type == "qwen2")
     mlp = fields.take("mlp_bias", bool, default=False)
     if model_type == "qwen2":
@@ -225,6 +260,43 @@ def _biases(fields: _Fields, model_type: str) -> tuple[bool, bool, bool]:
             )
         return True, False, False
     return attention, attention, mlp
+
+
+def _moe(fields: _Fields, model_type: str, layers: int) -> MoEConfig | None:
+    """Source: transformers' Qwen2MoeDecoderLayer and Qwen3MoeDecoderLayer, and their configurations."""
+    names = ("num_experts", "num_local_experts") if model_type == "qwen3_moe" else ("num_experts",)
+    spellings = [key for key in names if key in fields.raw]
+    counts = {fields.take(key, int) for key in spellings}
+    if len(counts) != 1:
+        raise ConfigError(
+            "num_experts and num_local_experts disagree"
+            if counts
+            else "config.json has no num_experts"
+        )
+    (experts,) = counts
+    if experts < 0:
+        raise ConfigError(f"config.json: num_experts must not be negative, found {experts}")
+    chosen = fields.positive("num_experts_per_tok")
+    step = fields.positive("decoder_sparse_step", default=1)
+    dense = fields.take("mlp_only_layers", list, default=[])
+    if not all(type(index) is int and 0 <= index < layers for index in dense):
+        raise ConfigError(f"mlp_only_layers must be layers from 0 to {layers - 1}, found {dense}")
+    expert_size = fields.positive("moe_intermediate_size")
+    shared = (
+        fields.positive("shared_expert_intermediate_size") if model_type == "qwen2_moe" else None
+    )
+    normalize = fields.take("norm_topk_prob", bool, default=False)
+    sparse = tuple(
+        index for index in range(layers) if index not in dense and (index + 1) % step == 0
+    )
+    if not sparse or experts == 0:
+        return None
+    if chosen > experts:
+        raise ConfigError(
+            f"num_experts_per_tok {chosen} is more than num_experts {experts}: "
+            "a token cannot go to more experts than there are"
+        )
+    return MoEConfig(experts, chosen, expert_size, normalize, shared, sparse)
 
 
 def _limit_by_dual_chunk(fields: _Fields, max_context: int) -> tuple[int, str | None]:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from qwenport import plugins
-from qwenport.exporter.config import ModelConfig
+from qwenport.exporter.config import ModelConfig, MoEConfig
 
 _LIBRARY = torch.library.Library("qwenport", "FRAGMENT")
 _LIBRARY.define("tensor_scatter(Tensor past, Tensor update, Tensor write_indices) -> Tensor")
@@ -58,6 +58,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:  # over each head by itself
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -73,11 +77,13 @@ class Attention(nn.Module):
         batch, seq, _ = x.shape
         rotate = plugins.rotary_embedding.rotary_embedding
 
-        q = self.q_proj(x).view(batch, seq, self.heads, self.head_dim).transpose(1, 2)
-        k = self.k_proj(x).view(batch, seq, self.kv_heads, self.head_dim).transpose(1, 2)
+        q = self.q_proj(x).view(batch, seq, self.heads, self.head_dim)
+        k = self.k_proj(x).view(batch, seq, self.kv_heads, self.head_dim)
         v = self.v_proj(x).view(batch, seq, self.kv_heads, self.head_dim).transpose(1, 2)
-        q = rotate(q, cos_cache, sin_cache, position_ids)
-        k = rotate(k, cos_cache, sin_cache, position_ids)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q.transpose(1, 2), cos_cache, sin_cache, position_ids)
+        k = rotate(k.transpose(1, 2), cos_cache, sin_cache, position_ids)
 
         present_key = tensor_scatter(past_key, k, write_indices)
         present_value = tensor_scatter(past_value, v, write_indices)
@@ -96,11 +102,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU, of `inner` units."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, inner: int) -> None:
         super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        hidden, bias = config.hidden_size, config.mlp_bias
         self.gate_proj = nn.Linear(hidden, inner, bias=bias)
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
@@ -109,15 +115,54 @@ class MLP(nn.Module):
         return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Experts(nn.Module):
+    """All experts of a layer, stacked: gate_up_proj [E, 2*inner, hidden], down_proj [E, hidden, inner]."""
+
+    def __init__(self, hidden: int, moe: MoEConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.expert_size, hidden))
+        self.down_proj = nn.Parameter(torch.empty(moe.num_experts, hidden, moe.expert_size))
+
+    def forward(
+        self, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        return plugins.moe_experts.moe_experts(
+            x, indices, weights, self.gate_up_proj, self.down_proj
+        )
+
+
+class SparseMLP(nn.Module):
+    """Each token's top-k experts and, where the model has one, a shared expert behind a sigmoid gate."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.k, self.normalize = moe.experts_per_token, moe.normalize
+        self.gate = nn.Linear(config.hidden_size, moe.num_experts, bias=False)
+        self.experts = Experts(config.hidden_size, moe)
+        self.shared_expert = None
+        if moe.shared_expert_size is not None:
+            self.shared_expert = MLP(config, moe.shared_expert_size)
+            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, indices = plugins.moe_router.moe_router(
+            self.gate(x), k=self.k, normalize=self.normalize
+        )
+        y = self.experts(x, indices, weights)
+        if self.shared_expert is not None:
+            y = y + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return y
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP with residuals. forward returns (hidden, present_key, present_value)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, moe: MoEConfig | None) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, config.intermediate_size) if moe is None else SparseMLP(config, moe)
 
     def forward(
         self, hidden: torch.Tensor, *attention_inputs: torch.Tensor

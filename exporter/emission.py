@@ -18,6 +18,7 @@ from torch.nn import functional
 import qwenport.exporter.decoder  # noqa: F401 - defines the operators of the table below
 from qwenport.exporter.errors import TracingError
 from qwenport.exporter.tracing import Call, Ref, Span, Sym, TensorType, Trace, name_of
+from qwenport.plugins import moe_router
 
 IR_DTYPES = {
     torch.float32: ir.DataType.FLOAT,
@@ -48,18 +49,42 @@ class GraphBuilder:
         domain: str = "",
         attributes: dict[str, Any] | None = None,
     ) -> ir.Value:
-        """Append a one-output node and return its output, named as the node.
+        """Append a one-output node and return its output, named as the node."""
+        (value,) = self.add_many(
+            op_type, inputs, name, [(dtype, shape)], domain=domain, attributes=attributes
+        )
+        return value
+
+    def add_many(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        results: Sequence[tuple[ir.DataType, ir.Shape | None]],
+        *,
+        domain: str = "",
+        attributes: dict[str, Any] | None = None,
+    ) -> Sequence[ir.Value]:
+        """Append a node with an output for each (dtype, shape); several are named name.0, name.1.
 
         A name that is taken gets a number: name, name_2, name_3.
         """
         count = self.names[name] = self.names.get(name, 0) + 1
         if count > 1:
             name = f"{name}_{count}"
-        node = ir.node(op_type, inputs, domain=domain, attributes=attributes, name=name)
-        (value,) = node.outputs
-        value.name, value.type, value.shape = name, ir.TensorType(dtype), shape
+        node = ir.node(
+            op_type,
+            inputs,
+            domain=domain,
+            attributes=attributes,
+            num_outputs=len(results),
+            name=name,
+        )
+        for index, (value, (dtype, shape)) in enumerate(zip(node.outputs, results, strict=True)):
+            value.name = name if len(results) == 1 else f"{name}.{index}"
+            value.type, value.shape = ir.TensorType(dtype), shape
         self.nodes.append(node)
-        return value
+        return node.outputs
 
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         """Return the value of an initializer, made on first use."""
@@ -119,7 +144,7 @@ def emit(
     emitter = _Emitter(traced, builder, scope)
     emitter.values = [*inputs, *(parameters[name] for name in traced.parameters)]
     for call in traced.calls:
-        emitter.values.append(emitter.translate(call))
+        emitter.values += emitter.translate(call)
     return [emitter.values[ref.index] for ref in traced.outputs]
 
 
@@ -131,18 +156,19 @@ class _Emitter:
         self.values: list[ir.Value] = []
         self.call: Call
 
-    def translate(self, call: Call) -> ir.Value:
+    def translate(self, call: Call) -> Sequence[ir.Value]:
         handler = HANDLERS.get(call.function)
         if handler is None:
             raise TracingError(f"{self.scope}: no ONNX translation for {name_of(call.function)}")
         self.call = call
         try:
-            return handler(self, *call.args, **call.kwargs)
+            made = handler(self, *call.args, **call.kwargs)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise TracingError(
                 f"{self.scope}: {name_of(call.function)} is used in a way that is not translated "
                 f"({error})"
             ) from error
+        return (made,) if isinstance(made, ir.Value) else made
 
     def type_of(self, ref: Ref) -> TensorType:
         return self.traced.types[ref.index]
@@ -153,17 +179,33 @@ class _Emitter:
         """Append a node. It has the call's dtype and shape, or `like`'s dtype and no stated shape."""
         if not all(isinstance(i, Ref | ir.Value) for i in inputs):
             raise ValueError(f"{op_type} needs tensors")
-        kind = self.type_of(like or self.call.result)
-        path = f"{self.call.scope}." if self.call.scope else ""
+        kind = self.type_of(like or self.call.results[0])
         return self.builder.add(
             op_type,
             [self.values[i.index] if isinstance(i, Ref) else i for i in inputs],
-            f"{self.scope}.{path}{op_type}",
+            self.name(op_type),
             dtype=IR_DTYPES[kind.dtype],
             shape=None if like else ir.Shape(kind.shape),
             domain=attributes.pop("domain", ""),
             attributes=attributes,
         )
+
+    def ops(self, op_type: str, *inputs: Ref, domain: str, **attributes: Any) -> Sequence[ir.Value]:
+        """Append a node that has all of the call's results."""
+        kinds = [self.type_of(result) for result in self.call.results]
+        return self.builder.add_many(
+            op_type,
+            [self.values[i.index] for i in inputs],
+            self.name(op_type),
+            [(IR_DTYPES[kind.dtype], ir.Shape(kind.shape)) for kind in kinds],
+            domain=domain,
+            attributes=attributes,
+        )
+
+    def name(self, op_type: str) -> str:
+        """A node's name: where in the module it happens, and what."""
+        path = f"{self.call.scope}." if self.call.scope else ""
+        return f"{self.scope}.{path}{op_type}"
 
     def size(self, size: Sym) -> ir.Value:
         """The size of a dynamic axis, from the first tensor that has it."""
@@ -213,6 +255,10 @@ def _slice(e: _Emitter, x: Ref, index: Any) -> ir.Value:
         raise ValueError("only slices [:n] are translated")
     constant = e.builder.constant
     return e.op("Slice", x, constant([0]), e.size(span.stop), constant([axis]))
+
+
+def _sigmoid(e: _Emitter, x: Ref) -> ir.Value:
+    return e.op("Sigmoid", x)
 
 
 def _silu(e: _Emitter, x: Ref, inplace: bool = False) -> ir.Value:
@@ -289,7 +335,24 @@ def _tensor_scatter(e: _Emitter, past: Ref, update: Ref, write_indices: Ref) -> 
     return e.op("TensorScatter", past, update, write_indices, axis=2, mode="linear")
 
 
-HANDLERS: dict[Any, Callable[..., ir.Value]] = {
+def _router(
+    e: _Emitter, logits: Ref, kind: str, k: int, normalize: bool, capacity_factor: float
+) -> Sequence[ir.Value]:
+    assert moe_router.is_stepwise(kind), (
+        f"{kind} routing looks at other tokens than a token's own past, so that prefill and decoding "
+        "over a KV cache could not agree"
+    )
+    return e.ops("MoERouter", logits, domain="qwenport", kind=kind, k=k, normalize=int(normalize))
+
+
+def _experts(
+    e: _Emitter, x: Ref, indices: Ref, weights: Ref, gate_up: Ref, down: Ref, by_expert: bool
+) -> ir.Value:
+    assert by_expert is False
+    return e.op("MoEExperts", x, indices, weights, gate_up, down, domain="qwenport")
+
+
+HANDLERS: dict[Any, Callable[..., ir.Value | Sequence[ir.Value]]] = {
     functional.linear: _linear,
     functional.silu: _silu,
     functional.rms_norm: _rms_norm,
@@ -306,6 +369,9 @@ HANDLERS: dict[Any, Callable[..., ir.Value]] = {
     torch.Tensor.add: _binary("Add"),
     torch.Tensor.mul: _binary("Mul"),
     torch.Tensor.le: _binary("LessOrEqual"),
+    torch.sigmoid: _sigmoid,
     torch.ops.qwenport.rotary_embedding.default: _rotary,
     torch.ops.qwenport.tensor_scatter.default: _tensor_scatter,
+    torch.ops.qwenport.moe_router.default: _router,
+    torch.ops.qwenport.moe_experts.default: _experts,
 }

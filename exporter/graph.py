@@ -9,7 +9,8 @@ import torch
 
 from qwenport import plugins
 from qwenport.exporter import emission, tracing
-from qwenport.exporter.config import ModelConfig
+from qwenport.exporter.checkpoint import expert_parts
+from qwenport.exporter.config import ModelConfig, MoEConfig
 from qwenport.exporter.decoder import DecoderLayer, Epilogue, Prologue
 
 OPSET = 24
@@ -22,7 +23,7 @@ COS_TABLE, SIN_TABLE = "rope.cos", "rope.sin"
 def build_graph(
     config: ModelConfig,
     dtype: str,
-    tensor: Callable[[str], ir.TensorProtocol],
+    tensor: Callable[[str], ir.TensorProtocol | None],
     progress: Callable[[int], None] = lambda layer: None,
 ) -> ir.Model:
     """Build the model; docs/architecture.md has the table of its inputs and outputs.
@@ -30,7 +31,8 @@ def build_graph(
     Args:
         config: the model.
         dtype: "bf16", "fp16" or "fp32", of weights, activations and KV cache.
-        tensor: parameter name (the checkpoint's), or COS_TABLE/SIN_TABLE -> its ONNX tensor.
+        tensor: parameter name (the checkpoint's), or COS_TABLE/SIN_TABLE -> its ONNX tensor. None for a
+            stack of experts that the checkpoint has one by one.
         progress: called after each decoder layer with its index.
 
     Raises:
@@ -39,9 +41,39 @@ def build_graph(
     builder = emission.GraphBuilder()
     float_type = emission.IR_DTYPES[TORCH_DTYPES[dtype]]
 
+    def stored(name: str) -> ir.Value:
+        found = tensor(name)
+        assert found is not None, name
+        return builder.initializer(found)
+
+    def weight(name: str, shape: tuple[int, ...]) -> ir.Value:
+        found = tensor(name)
+        if found is not None:
+            return builder.initializer(found)
+        assert config.moe is not None, name
+        parts = [stored(part) for part in expert_parts(name, config.moe.num_experts)]
+        flat = builder.add(
+            "Concat",
+            parts,
+            f"{name}.Concat",
+            dtype=float_type,
+            shape=ir.Shape((shape[0] * shape[1], *shape[2:])),
+            attributes={"axis": 0},
+        )
+        return builder.add(
+            "Reshape",
+            [flat, builder.constant(shape)],
+            name,
+            dtype=float_type,
+            shape=ir.Shape(shape),
+        )
+
     def weights(traced: tracing.Trace, prefix: str) -> dict[str, ir.Value]:
-        names = {name: _checkpoint_name(config, prefix + name) for name in traced.parameters}
-        return {name: builder.initializer(tensor(full)) for name, full in names.items()}
+        types = traced.types[traced.num_inputs :]
+        return {
+            name: weight(_checkpoint_name(config, prefix + name), kind.shape)
+            for name, kind in zip(traced.parameters, types, strict=False)
+        }
 
     def graph_input(name: str, element: ir.DataType, shape: list[int | str]) -> ir.Value:
         return ir.Value(name=name, type=ir.TensorType(element), shape=ir.Shape(shape))
@@ -54,9 +86,9 @@ def build_graph(
     logits_indices = graph_input("logits_indices", int64, ["batch", "n"])
     inputs = [input_ids, position_ids, write_indices, key_positions, logits_indices]
 
-    tables = [builder.initializer(tensor(name)) for name in (COS_TABLE, SIN_TABLE)]
-    table_shape = tuple(tensor(COS_TABLE).shape.numpy())
-    prologue, layer, epilogue = _trace_parts(config, TORCH_DTYPES[dtype], table_shape)
+    tables = [stored(name) for name in (COS_TABLE, SIN_TABLE)]
+    table_shape = tuple(tables[0].shape.numpy())
+    prologue, layers, epilogue = _trace_parts(config, TORCH_DTYPES[dtype], table_shape)
     hidden, mask, cos, sin = emission.emit(
         prologue,
         builder,
@@ -82,7 +114,7 @@ def build_graph(
             for part in ("key", "value")
         ]
         inputs += past
-        prefix = f"model.layers.{index}"
+        prefix, layer = f"model.layers.{index}", layers[config.moe_of(index)]
         hidden, *present = emission.emit(
             layer,
             builder,
@@ -105,11 +137,14 @@ def build_graph(
         [logits, *outputs],
         nodes=builder.nodes,
         initializers=list(builder.initializers.values()),
-        opset_imports={"": OPSET, plugins.DOMAIN: plugins.rotary_embedding.VERSION},
+        opset_imports={"": OPSET, plugins.DOMAIN: plugins.VERSION},
         name=config.model_type,
     )
-    function = plugins.rotary_embedding.function_body(OPSET)
-    return ir.Model(graph, ir_version=IR_VERSION, producer_name="qwenport", functions=[function])
+    functions = [plugins.rotary_embedding.function_body(OPSET)]
+    if config.moe is not None:
+        functions.append(plugins.moe_router.function_body(OPSET, plugins.moe_router.TOP_K))
+        functions.append(plugins.moe_experts.function_body(OPSET))
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="qwenport", functions=functions)
 
 
 def _checkpoint_name(config: ModelConfig, name: str) -> str:
@@ -121,8 +156,11 @@ def _checkpoint_name(config: ModelConfig, name: str) -> str:
 
 def _trace_parts(
     config: ModelConfig, dtype: torch.dtype, table_shape: tuple[int, ...]
-) -> tuple[tracing.Trace, tracing.Trace, tracing.Trace]:
-    """Trace the three modules. A name in a shape is a dynamic axis."""
+) -> tuple[tracing.Trace, dict[MoEConfig | None, tracing.Trace], tracing.Trace]:
+    """Trace prologue, each kind of decoder layer (dense: None) and epilogue.
+
+    A name in a shape is a dynamic axis.
+    """
 
     def traced(
         module: torch.nn.Module, *inputs: tuple[torch.dtype, tuple[int | str, ...]]
@@ -146,16 +184,19 @@ def _trace_parts(
             (torch.float32, table_shape),
             (torch.float32, table_shape),
         )
-        layer = traced(
-            DecoderLayer(config),
-            states,
-            (dtype, table_shape),
-            (dtype, table_shape),
-            tokens,
-            mask,
-            (torch.int64, ("batch",)),
-            cache,
-            cache,
-        )
+        layers = {
+            moe: traced(
+                DecoderLayer(config, moe),
+                states,
+                (dtype, table_shape),
+                (dtype, table_shape),
+                tokens,
+                mask,
+                (torch.int64, ("batch",)),
+                cache,
+                cache,
+            )
+            for moe in dict.fromkeys(map(config.moe_of, range(config.num_hidden_layers)))
+        }
         epilogue = traced(Epilogue(config), states, (torch.int64, ("batch", "n")))
-    return prologue, layer, epilogue
+    return prologue, layers, epilogue

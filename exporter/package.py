@@ -36,6 +36,7 @@ from qwenport.exporter.manifest import (
 FORMAT, FORMAT_VERSION = "qwenport-package", 1
 MODEL, ROPE = "model.onnx", "rope.safetensors"
 DTYPES = ("bf16", "fp16", "fp32")
+WEIGHTS = ("link", "copy", "pack")
 DEFAULT_MAX_BATCH = 8
 
 # Files that travel with the model unchanged, where the checkpoint has them.
@@ -106,7 +107,8 @@ def export(
         max_seq_len: positions to support; all that the rope settings allow by default.
         max_batch: rows that sessions and engines may use.
         rope_scaling: "KIND:FACTOR" for a checkpoint without rope scaling.
-        weights: "link" (by reference) or "copy" (a package that can be moved).
+        weights: "link" (by reference), "copy" (a package that can be moved) or "pack" (by reference, but with
+            each sparse layer's experts stacked in a file of the package's own).
         progress: called with (what, done, total).
 
     Raises:
@@ -115,8 +117,8 @@ def export(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if weights not in ("link", "copy"):
-        raise ExportError(f"weights must be 'link' or 'copy', not {weights!r}")
+    if weights not in WEIGHTS:
+        raise ExportError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}")
     if max_batch < 1:
         raise ExportError(f"max batch must be at least 1, not {max_batch}")
     checkpoint = open_checkpoint(checkpoint_path, rope_scaling)
@@ -160,20 +162,17 @@ def _write(
     entries = place_weights(checkpoint, scratch, dtype, weights, progress)
     tables = _write_rope_tables(config, scratch / ROPE, max_seq_len)
 
-    def tensor(name: str) -> ir.TensorProtocol:
-        if name in (COS_TABLE, SIN_TABLE):
-            return tables[name]
-        return external_tensor(name, entries[name])
-
     used: set[str] = set()
 
-    def recorded(name: str) -> ir.TensorProtocol:
+    def tensor(name: str) -> ir.TensorProtocol | None:
         used.add(name)
-        return tensor(name)
+        if name in (COS_TABLE, SIN_TABLE):
+            return tables[name]
+        return external_tensor(name, entries[name]) if name in entries else None
 
     layers = config.num_hidden_layers
     model = build_graph(
-        config, dtype, recorded, lambda index: progress("writing the graph", index + 1, layers)
+        config, dtype, tensor, lambda index: progress("writing the graph", index + 1, layers)
     )
     unused = sorted(entries.keys() - used)
     if unused:

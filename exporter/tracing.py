@@ -56,12 +56,12 @@ class TensorType:
 
 @dataclass(frozen=True)
 class Call:
-    """One torch function call with a tensor as result. `scope` is the submodule it happened in."""
+    """One torch function call with tensors as results. `scope` is the submodule it happened in."""
 
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    result: Ref
+    results: tuple[Ref, ...]
     scope: str
 
 
@@ -109,7 +109,7 @@ def trace(
     )
     return Trace(
         calls=tuple(
-            Call(a.function, merge(a.args, b.args), merge(a.kwargs, b.kwargs), a.result, a.scope)
+            Call(a.function, merge(a.args, b.args), merge(a.kwargs, b.kwargs), a.results, a.scope)
             for a, b in zip(first.calls, second.calls, strict=True)
         ),
         types=tuple(
@@ -191,15 +191,22 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor):
-            if id(result) not in self.refs:  # x.to(its own dtype) is x
-                encoded = self.encode(args), {k: self.encode(v) for k, v in kwargs.items()}
-                ref = Ref(len(self.tensors))
-                self.tensors.append(result)
-                self.refs[id(result)] = ref
-                self.calls.append(Call(func, *encoded, ref, self.scopes[-1]))
-        elif isinstance(result, list | tuple) and any(isinstance(r, torch.Tensor) for r in result):
-            raise TracingError(f"{name_of(func)} returns several tensors; that is not translated")
+        results = result if isinstance(result, list | tuple) else (result,)
+        if not any(isinstance(r, torch.Tensor) for r in results):
+            return result
+        if not all(isinstance(r, torch.Tensor) for r in results):
+            raise TracingError(f"{name_of(func)} returns more than tensors; that is not translated")
+        if all(id(r) in self.refs for r in results):  # x.to(its own dtype) is x
+            return result
+        encoded = self.encode(args), {k: self.encode(v) for k, v in kwargs.items()}
+        refs = []
+        for tensor in results:
+            if id(tensor) in self.refs:
+                raise TracingError(f"{name_of(func)} returns one of its inputs among its results")
+            refs.append(Ref(len(self.tensors)))
+            self.tensors.append(tensor)
+            self.refs[id(tensor)] = refs[-1]
+        self.calls.append(Call(func, *encoded, tuple(refs), self.scopes[-1]))
         return result
 
     def encode(self, value: Any) -> Any:

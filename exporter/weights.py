@@ -6,19 +6,28 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
-from qwenport.exporter.checkpoint import DTYPE_BYTES, DTYPE_NAMES, Checkpoint, TensorEntry
+from qwenport.exporter.checkpoint import (
+    DOWN,
+    DTYPE_BYTES,
+    DTYPE_NAMES,
+    GATE_UP,
+    Checkpoint,
+    TensorEntry,
+    expert_parts,
+)
 from qwenport.exporter.errors import ExportError
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, units done, units in all)."""
 
 FOLDER = "weights"
+PACKED = "experts-packed.safetensors"
 CHUNK_BYTES = 1 << 24
 
 _SAFETENSORS = {name: key for key, name in DTYPE_NAMES.items()}
@@ -36,7 +45,8 @@ def place_weights(
         checkpoint: the source; never written to.
         package: directory being written.
         dtype: dtype that the package's tensors are to have.
-        mode: "link" (by reference, no bytes written) or "copy". A dtype change always writes.
+        mode: "link" (by reference, no bytes written), "copy", or "pack" (link, and write the stacks of single
+            experts). A dtype change always writes everything, stacked.
         progress: told of bytes done.
 
     Raises:
@@ -44,21 +54,44 @@ def place_weights(
     """
     folder = package / FOLDER
     folder.mkdir()
+    stacks = _stacks(checkpoint)
+    if mode == "pack" and not stacks:
+        raise ExportError(
+            "--weights pack: the checkpoint has no experts one by one that could be stacked; "
+            "use --weights link or copy"
+        )
     if dtype != checkpoint.dtype:
-        return _convert(checkpoint, folder / "model.safetensors", dtype, progress)
+        return _write(checkpoint, folder / "model.safetensors", dtype, stacks, progress)
     if mode == "copy":
         _require_space(folder, sum(file.size for file in checkpoint.files))
     total = sum(file.size for file in checkpoint.files)
     done = 0
     for file in checkpoint.files:
         target = folder / file.name
-        if mode == "link":
-            _link(file.path, target)
-        else:
+        if mode == "copy":
             for count in _copy(file.path, target):
                 done += count
                 progress("copying weights", done, total)
-    return checkpoint.tensors
+        else:
+            _link(file.path, target)
+    if mode != "pack":
+        return checkpoint.tensors
+    packed = {part for parts in stacks.values() for part in parts}
+    return {
+        **{name: entry for name, entry in checkpoint.tensors.items() if name not in packed},
+        **_write(checkpoint, folder / PACKED, dtype, stacks, progress, only=packed),
+    }
+
+
+def _stacks(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Stacked tensor -> the checkpoint's tensors that it consists of, in order."""
+    moe, stacks = checkpoint.config.moe, {}
+    for layer in () if moe is None else moe.layers:
+        for kind in (GATE_UP, DOWN):
+            name = f"model.layers.{layer}.mlp.{kind}"
+            if moe is not None and name not in checkpoint.tensors:
+                stacks[name] = expert_parts(name, moe.num_experts)
+    return stacks
 
 
 def external_tensor(name: str, entry: TensorEntry) -> ir.ExternalTensor:
@@ -121,19 +154,41 @@ def _copy(source: Path, target: Path) -> Iterable[int]:
             yield len(chunk)
 
 
-def _convert(
-    checkpoint: Checkpoint, target: Path, dtype: str, progress: Progress
+def _write(
+    checkpoint: Checkpoint,
+    target: Path,
+    dtype: str,
+    stacks: dict[str, list[str]],
+    progress: Progress,
+    only: Container[str] | None = None,
 ) -> dict[str, TensorEntry]:
-    """Write all tensors in another dtype into one safetensors file, a chunk in memory at a time."""
+    """Write tensors in a dtype into one safetensors file, a chunk in memory at a time.
+
+    Args:
+        checkpoint: the source.
+        target: the file to write.
+        dtype: of what is written.
+        stacks: tensors to write that consist of several of the source's, one after the other.
+        progress: told of bytes done.
+        only: the source's tensors to write; all by default.
+    """
+    sources = {name: [checkpoint.tensors[part] for part in parts] for name, parts in stacks.items()}
+    stacked = {part for parts in stacks.values() for part in parts}
+    for name, entry in checkpoint.tensors.items():
+        if name not in stacked and (only is None or name in only):
+            sources[name] = [entry]
     entries = plan_safetensors(
-        target.name, _SAFETENSORS[dtype], {t.name: t.shape for t in checkpoint.tensors.values()}
+        target.name,
+        _SAFETENSORS[dtype],
+        {name: _stacked_shape(checkpoint, name, parts) for name, parts in sources.items()},
     )
     _require_space(target.parent, sum(entry.length for entry in entries.values()))
-    total, done = checkpoint.weight_bytes, 0
-    with target.open("wb") as writer:
+    todo = [part for parts in sources.values() for part in parts]
+    total, done = sum(part.length for part in todo), 0
+    what = f"converting weights to {dtype}" if dtype != checkpoint.dtype else "stacking experts"
+    with target.open("xb") as writer:  # x: never through a link into the checkpoint
         writer.write(safetensors_header(entries.values()))
-        for name in entries:
-            source = checkpoint.tensors[name]
+        for source in todo:
             with (checkpoint.path / source.file).open("rb") as reader:
                 reader.seek(source.offset)
                 for start in range(0, source.length, CHUNK_BYTES):
@@ -142,13 +197,22 @@ def _convert(
                     converted = values.to(_TORCH[dtype])
                     if not torch.equal(values.isfinite(), converted.isfinite()):
                         raise ExportError(
-                            f"tensor {name} has values beyond {dtype}'s largest number "
+                            f"tensor {source.name} has values beyond {dtype}'s largest number "
                             f"({torch.finfo(_TORCH[dtype]).max:g}); choose another --dtype"
                         )
                     writer.write(converted.view(torch.uint8).numpy().data)
                     done += len(chunk)
-                    progress(f"converting weights to {dtype}", done, total)
+                    progress(what, done, total)
     return entries
+
+
+def _stacked_shape(checkpoint: Checkpoint, name: str, parts: list[TensorEntry]) -> tuple[int, ...]:
+    if len(parts) == 1 and parts[0].name == name:
+        return parts[0].shape
+    moe = checkpoint.config.moe
+    assert moe is not None, name
+    rows, columns = parts[0].shape
+    return (moe.num_experts, rows * len(parts) // moe.num_experts, columns)
 
 
 def plan_safetensors(

@@ -3,8 +3,7 @@
 A model carries each operator it uses as an ONNX function, so it runs without any plugin.
 """
 
-from qwenport.plugins import rotary_embedding
+from qwenport.plugins import moe_experts, moe_router, rotary_embedding
+from qwenport.plugins.function_body import DOMAIN, VERSION
 
-DOMAIN = "qwenport"
-
-__all__ = ["DOMAIN", "rotary_embedding"]
+__all__ = ["DOMAIN", "VERSION", "moe_experts", "moe_router", "rotary_embedding"]

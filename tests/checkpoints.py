@@ -75,6 +75,70 @@ MINI: dict[str, Raw] = {
         "use_cache": True,
         "vocab_size": 48,
     },
+    # a dense layer between two sparse ones, a number of experts that is no power of two
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 32,
+        "initializer_range": 0.02,
+        "intermediate_size": 40,
+        "max_position_embeddings": 64,
+        "max_window_layers": 3,
+        "mlp_only_layers": [1],
+        "model_type": "qwen2_moe",
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": False,
+        "num_attention_heads": 4,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "shared_expert_intermediate_size": 28,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 48,
+    },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 2,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "hidden_size": 32,
+        "initializer_range": 0.02,
+        "intermediate_size": 40,
+        "max_position_embeddings": 64,
+        "max_window_layers": 2,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 48,
+    },
 }
 
 
@@ -86,9 +150,14 @@ def mini(model_type: str, /, **changes: Any) -> Raw:
 
 def transformers_config(raw: Raw) -> Any:
     """transformers' own config object for a config.json."""
-    from transformers import LlamaConfig, Qwen2Config
+    from transformers import LlamaConfig, Qwen2Config, Qwen2MoeConfig, Qwen3MoeConfig
 
-    kinds = {"qwen2": Qwen2Config, "llama": LlamaConfig}
+    kinds = {
+        "qwen2": Qwen2Config,
+        "qwen2_moe": Qwen2MoeConfig,
+        "qwen3_moe": Qwen3MoeConfig,
+        "llama": LlamaConfig,
+    }
     return kinds[raw["model_type"]].from_dict(copy.deepcopy(raw))
 
 
@@ -104,16 +173,37 @@ def published_spelling(raw: Raw) -> Raw:
     return raw
 
 
-def tensor_shapes(raw: Raw) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of what transformers saves for a config.json."""
+def tensor_shapes(raw: Raw, *, stacked: bool = False) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what is published for a config.json.
+
+    transformers holds a layer's experts in two stacked tensors, checkpoints have a tensor an expert; `stacked`
+    leaves them as transformers holds them.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(transformers_config(raw))
     tied = {"lm_head.weight"} if raw.get("tie_word_embeddings", False) else set()
-    return {
+    shapes = {
         name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied
     }
+    return shapes if stacked else single_experts(shapes)
+
+
+def single_experts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The same with each stack of experts as the tensors of single experts."""
+    result: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        prefix, _, kind = name.rpartition(".")
+        if kind not in ("gate_up_proj", "down_proj"):
+            result[name] = shape
+            continue
+        experts, rows, columns = shape
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+        for expert in range(experts):
+            for part in parts:
+                result[f"{prefix}.{expert}.{part}.weight"] = (rows // len(parts), columns)
+    return result
 
 
 def random_tensors(

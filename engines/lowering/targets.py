@@ -7,6 +7,7 @@ from onnx_ir.passes import Sequential
 
 from qwenport.engines.lowering.attention import DecomposeAttention
 from qwenport.engines.lowering.capacity import StaticCapacity
+from qwenport.engines.lowering.experts import SplitExperts
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
 from qwenport.engines.lowering.rope_tables import FoldRopeTables
@@ -15,7 +16,8 @@ from qwenport.engines.lowering.rope_tables import FoldRopeTables
 def for_onnxruntime(model: ir.Model, *, on_cpu: bool) -> ir.Model:
     """Lower a package's graph for onnxruntime; on the CPU it computes in fp32. Changes `model`."""
     if on_cpu:
-        return Sequential(ComputeInFloat32(), FuseTransposedMatMul())(model).model
+        passes = (SplitExperts(), ComputeInFloat32(), FuseTransposedMatMul())
+        return Sequential(*passes)(model).model
     return model
 
 

@@ -1,0 +1,205 @@
+"""Experts one by one, for a runtime whose products cost nothing for no rows.
+
+onnxruntime's Gather copies the weights that it picks, which costs more than using them. Here the tokens are ordered
+by expert and split, and each expert multiplies its own rows by its own weights where they lie; the product of an
+expert without tokens is over before it starts. Work and weight bytes read follow the chosen experts, for one token and
+for thousands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from qwenport.engines.errors import LoweringError
+from qwenport.plugins import DOMAIN, moe_experts
+
+INT64 = ir.DataType.INT64
+
+
+class SplitExperts(InPlacePass):
+    """qwenport.MoEExperts -> Split, a SwiGLU an expert, Concat. The stacks of weights disappear."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Change `model` in place.
+
+        Raises:
+            LoweringError: an expert's weights are neither a tensor of their own nor part of one in a file.
+        """
+        modified = False
+        for node in [*model.graph]:
+            if node.op_type == moe_experts.NAME and node.domain == DOMAIN:
+                _Split(model.graph, node).write()
+                modified = True
+        if modified:
+            model.functions.pop((DOMAIN, moe_experts.NAME, ""))
+        return PassResult(model, modified)
+
+
+class _Split:
+    """One operator's replacement."""
+
+    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
+        self.graph, self.node = graph, node
+        self.nodes: list[ir.Node] = []
+        (self.y,) = node.outputs
+        assert self.y.dtype is not None
+        self.dtype = self.y.dtype
+
+    def write(self) -> None:
+        x, indices, weights, gate_up, down = self.node.inputs
+        assert x is not None and indices is not None and weights is not None
+        assert gate_up is not None and down is not None and indices.shape is not None
+        op, constant = self.op, self.constant
+        k = indices.shape[-1]
+        assert isinstance(k, int)
+        halves = self.experts_of(gate_up, 2)
+        downs = self.experts_of(down, 1)
+        hidden = _shape(down)[1]
+
+        flat = op("Reshape", indices, constant(-1), dtype=INT64)
+        count = op("Shape", flat, dtype=INT64)
+        order = self.sorted_indices(flat, count)  # of equals the lowest comes first
+        back = self.sorted_indices(order, count)
+        ids = constant(*range(len(downs)))
+        mine = op(
+            "Equal", op("Unsqueeze", flat, constant(1), dtype=INT64), ids, dtype=ir.DataType.BOOL
+        )
+        sizes = op(
+            "ReduceSum",
+            op("Cast", mine, dtype=INT64, to=int(INT64)),
+            constant(0),
+            dtype=INT64,
+            keepdims=0,
+        )
+        tokens = op("Reshape", x, constant(-1, hidden))
+        rows = op("Gather", tokens, op("Div", order, constant(k), dtype=INT64))
+        groups = self.ops("Split", [rows, sizes], [self.dtype] * len(downs), axis=0)
+
+        parts = []
+        for group, (gate, up), (out,) in zip(groups, halves, downs, strict=True):
+            gated = self.product(group, gate)
+            active = op("Mul", op("Mul", gated, op("Sigmoid", gated)), self.product(group, up))
+            parts.append(self.product(active, out))
+        ordered = op("Gather", op("Concat", *parts, axis=0), back)
+        single = op("Cast", ordered, dtype=ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
+        by_token = op("Reshape", single, constant(-1, k, hidden), dtype=ir.DataType.FLOAT)
+        factors = op("Reshape", weights, constant(-1, k, 1), dtype=ir.DataType.FLOAT)
+        weighted = op("Mul", by_token, factors, dtype=ir.DataType.FLOAT)
+        total = op("ReduceSum", weighted, constant(1), dtype=ir.DataType.FLOAT, keepdims=0)
+        cast = op("Cast", total, to=int(self.dtype))
+        y = op("Reshape", cast, op("Shape", x, dtype=INT64))
+        y.name, y.type, y.shape = self.y.name, self.y.type, self.y.shape
+        self.graph.insert_before(self.node, self.nodes)
+        self.y.replace_all_uses_with(y, replace_graph_outputs=True)
+        self.graph.remove(self.node, safe=True)
+        for stack in (gate_up, down):
+            _drop(self.graph, stack)
+
+    def op(
+        self, op_type: str, *inputs: ir.Value, dtype: ir.DataType | None = None, **attributes: Any
+    ) -> ir.Value:
+        """Append a one-output node, of the experts' dtype where none is given."""
+        (result,) = self.ops(op_type, inputs, [dtype or self.dtype], **attributes)
+        return result
+
+    def ops(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        dtypes: Sequence[ir.DataType],
+        **attributes: Any,
+    ) -> Sequence[ir.Value]:
+        """Append a node with an output for each dtype."""
+        name = f"{self.node.name}.{op_type}_{len(self.nodes)}"
+        node = ir.node(op_type, inputs, attributes=attributes, num_outputs=len(dtypes), name=name)
+        for index, (value, dtype) in enumerate(zip(node.outputs, dtypes, strict=True)):
+            value.name, value.type = f"{name}.{index}", ir.TensorType(dtype)
+        self.nodes.append(node)
+        return node.outputs
+
+    def sorted_indices(self, values: ir.Value, count: ir.Value) -> ir.Value:
+        """Where the smallest value is, then the next."""
+        pair = [INT64, INT64]
+        return self.ops("TopK", [values, count], pair, axis=0, largest=0, sorted=1)[1]
+
+    def product(self, x: ir.Value, weight: ir.Value) -> ir.Value:
+        return self.op("MatMul", x, self.op("Transpose", weight, perm=[1, 0]))
+
+    def constant(self, *values: int) -> ir.Value:
+        name = "experts." + "_".join(
+            map(str, values if len(values) < 8 else (f"0to{len(values)}",))
+        )
+        return _initializer(self.graph, ir.tensor(np.array(values, dtype=np.int64), name=name))
+
+    def experts_of(self, stack: ir.Value, parts: int) -> list[list[ir.Value]]:
+        """Each expert's matrices [out, in], `parts` of them, which lie one after the other in `stack`."""
+        experts, rows, columns = _shape(stack)
+        reshape = stack.producer()
+        if reshape is not None:
+            concat = reshape.inputs[0].producer() if reshape.inputs[0] is not None else None
+            singles = [] if concat is None else [v for v in concat.inputs if v is not None]
+            if len(singles) != experts * parts:
+                raise LoweringError(
+                    f"{self.node.name}: {stack.name} is not a stack of single experts"
+                )
+            return [singles[at : at + parts] for at in range(0, len(singles), parts)]
+        tensor = stack.const_value
+        if not isinstance(tensor, ir.ExternalTensor) or tensor.length is None:
+            raise LoweringError(f"{self.node.name}: {stack.name} is not stored in a file")
+        length = tensor.length // (experts * parts)
+        shape = ir.Shape((rows // parts, columns))
+        views = [
+            _initializer(
+                self.graph,
+                ir.ExternalTensor(
+                    tensor.location,
+                    (tensor.offset or 0) + index * length,
+                    length,
+                    tensor.dtype,
+                    shape=shape,
+                    name=f"{stack.name}.{index}",
+                    base_dir=tensor.base_dir,
+                ),
+            )
+            for index in range(experts * parts)
+        ]
+        return [views[at : at + parts] for at in range(0, len(views), parts)]
+
+
+def _shape(value: ir.Value) -> tuple[int, int, int]:
+    assert value.shape is not None
+    experts, rows, columns = value.shape.numpy()
+    return experts, rows, columns
+
+
+def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    name = tensor.name
+    assert name is not None
+    if name not in graph.initializers:
+        graph.initializers[name] = ir.Value(
+            name=name,
+            type=ir.TensorType(tensor.dtype),
+            shape=tensor.shape,  # type: ignore[arg-type]
+            const_value=tensor,
+        )
+    return graph.initializers[name]
+
+
+def _drop(graph: ir.Graph, stack: ir.Value) -> None:
+    """Remove a stack that nobody reads any more, and what made it."""
+    if stack.uses():
+        return
+    producer = stack.producer()
+    if producer is None:
+        graph.initializers.pop(stack.name)  # type: ignore[arg-type]
+        return
+    inputs = [value for value in producer.inputs if value is not None]
+    graph.remove(producer, safe=True)
+    for value in inputs:
+        if value.producer() is not None:
+            _drop(graph, value)

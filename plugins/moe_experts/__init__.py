@@ -1,0 +1,22 @@
+"""`qwenport.MoEExperts`, version 1: each token's chosen experts, weighted and summed.
+
+    x       T [..., hidden]; the leading axes are tokens
+    indices int64 [..., k], each token's experts; or, with by_expert=1, [E, c], each expert's tokens of
+            x [tokens, hidden]
+    weights fp32, of the shape of indices
+    gate_up T [E, 2*inner, hidden]: an expert's gate projection, then its up projection
+    down    T [E, hidden, inner]
+    y       T [..., hidden]
+
+    y[t] = sum over j of weights[t, j] * f(indices[t, j], x[t]), or over all (e, j) with indices[e, j] = t
+    f(e, v) = down[e] @ (silu(gate[e] @ v) * (up[e] @ v))
+
+T is fp32, fp16 or bf16; the weighting and the sum are fp32. Source: the sparse block of transformers' Qwen2Moe,
+Qwen3Moe and Mixtral.
+"""
+
+from qwenport.plugins.moe_experts.function import function_body
+from qwenport.plugins.moe_experts.reference import moe_experts
+from qwenport.plugins.moe_experts.schema import NAME, VERSION, schema
+
+__all__ = ["NAME", "VERSION", "function_body", "moe_experts", "schema"]

@@ -1,0 +1,85 @@
+"""The operator in torch: runs eagerly on any device, the meta device included, and traces as one node."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+_LIBRARY = torch.library.Library("qwenport", "FRAGMENT")
+_LIBRARY.define(
+    "moe_experts(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, "
+    "bool by_expert) -> Tensor"
+)
+
+
+def moe_experts(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    by_expert: bool = False,
+) -> torch.Tensor:
+    """Apply to each token the experts chosen for it; shapes as in the operator's contract.
+
+    Args:
+        x: [..., H], fp32, fp16 or bf16.
+        indices: int64 [..., k], each token's experts; or [E, c], each expert's tokens of x [T, H].
+        weights: fp32, of the shape of indices.
+        gate_up: [E, 2*I, H], dtype of x; rows 0..I-1 of an expert are its gate, the rest its up projection.
+        down: [E, H, I], dtype of x.
+        by_expert: whether indices are each expert's tokens.
+
+    Returns:
+        [..., H], dtype of x. Products with the weights and their sum are fp32.
+    """
+    result: torch.Tensor = torch.ops.qwenport.moe_experts.default(
+        x, indices, weights, gate_up, down, by_expert
+    )
+    return result
+
+
+def _compute(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    by_expert: bool,
+) -> torch.Tensor:
+    shape, x = x.shape, x.reshape(-1, x.shape[-1])
+    if not by_expert:
+        indices, weights = indices.flatten(0, -2), weights.flatten(0, -2)
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in range(len(gate_up)) if by_expert else indices.unique().tolist():
+        token, weight = _group(indices, weights, expert, by_expert)
+        gate, up = functional.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
+        part = functional.linear(functional.silu(gate) * up, down[expert]).float()
+        y.index_add_(0, token, part * weight[:, None])
+    return y.to(x.dtype).view(shape)
+
+
+def _group(
+    indices: torch.Tensor, weights: torch.Tensor, expert: int, by_expert: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of one expert and their weights, both [n]."""
+    if by_expert:
+        return indices[expert], weights[expert]
+    token, column = torch.where(indices == expert)
+    return token, weights[token, column]
+
+
+def _meta(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    by_expert: bool,
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+_LIBRARY.impl("moe_experts", _compute, "CompositeExplicitAutograd")
+_LIBRARY.impl("moe_experts", _meta, "Meta")

@@ -1,0 +1,34 @@
+"""The operator's signature, as ONNX knows signatures."""
+
+from __future__ import annotations
+
+import onnx
+
+NAME = "MoEExperts"
+DOMAIN = "qwenport"
+VERSION = 1
+INPUTS = ("x", "indices", "weights", "gate_up", "down")
+
+
+def schema() -> onnx.defs.OpSchema:
+    """Return the ONNX schema; register it with `onnx.defs.register_schema` to check a graph."""
+    parameter = onnx.defs.OpSchema.FormalParameter
+    types = dict(zip(INPUTS, ("T", "tensor(int64)", "tensor(float)", "T", "T"), strict=True))
+    return onnx.defs.OpSchema(
+        NAME,
+        DOMAIN,
+        VERSION,
+        doc="Each token's chosen SwiGLU experts, weighted and summed.",
+        inputs=[parameter(name, kind) for name, kind in types.items()],
+        outputs=[parameter("y", "T")],
+        attributes=[
+            onnx.defs.OpSchema.Attribute(
+                "by_expert",
+                onnx.helper.make_attribute("by_expert", 0),
+                "0: indices are each token's experts; 1: each expert's tokens",
+            )
+        ],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "floating point")
+        ],
+    )
