@@ -27,7 +27,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config
 SHAPES = tuple(sorted(path.stem for path in CONFIGS.glob("*.json")))
 BYTES = 2  # bf16
 # What the published checkpoints were saved with: 37 shards for 72B, 191 for 405B.
-MAX_SHARD_BYTES = {"qwen2": 4_000_000_000, "llama": 5_000_000_000}
+MAX_SHARD_BYTES = {"qwen2": 4_000_000_000, "qwen2_moe": 4_000_000_000, "llama": 5_000_000_000}
 SEED = 2025
 SPREAD = 0.02  # the models' initializer_range
 CHUNK_ELEMENTS = 1 << 24

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class OnnxRuntimeSession(CachedSession):
         capacity: int | None = None,
         device: str = "cpu",
         threads: int | None = None,
+        observe: Sequence[str] = (),
     ) -> None:
         """Load the package.
 
@@ -42,10 +44,12 @@ class OnnxRuntimeSession(CachedSession):
             capacity: cache slots a row, at most the package's max_seq_len (the default).
             device: "cpu" or "cuda".
             threads: CPU threads of an operator; onnxruntime's own choice by default.
+            observe: values of the package's graph that each step leaves in `observed`.
 
         Raises:
             MissingExtraError: onnxruntime is not installed.
-            SessionError: more rows or slots than the package has, or the device is not available.
+            SessionError: more rows or slots than the package has, the device is not available, or the
+                graph has no such value to observe.
         """
         capacity = package.max_seq_len if capacity is None else capacity
         if capacity > package.max_seq_len:
@@ -66,6 +70,9 @@ class OnnxRuntimeSession(CachedSession):
         )
         self._ort = import_extra("onnxruntime", "cpu", "run packages")
         self.device = device
+        self.observed: dict[str, Any] = {}
+        """Name in `observe` -> NumPy array of the last step, as the graph has it."""
+        self._observe = tuple(observe)
         dtype = "fp32" if device == "cpu" else package.dtype
         self._session = self._load(package, threads)
         # zeros, not uninitialised memory: a masked slot still multiplies, and 0 x NaN is NaN
@@ -91,7 +98,13 @@ class OnnxRuntimeSession(CachedSession):
                 f"onnxruntime here has no {self.device} provider; "
                 "for CUDA install qwenport[gpu] in place of qwenport[cpu]"
             )
-        model = for_onnxruntime(ir.load(package.model), on_cpu=self.device == "cpu")
+        model = ir.load(package.model)
+        values = {value.name: value for node in model.graph for value in node.outputs}
+        for name in self._observe:
+            if name not in values:
+                raise SessionError(f"{package.model} has no value {name} that could be observed")
+            model.graph.outputs.append(values[name])
+        model = for_onnxruntime(model, on_cpu=self.device == "cpu")
         options = ort.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -133,8 +146,13 @@ class OnnxRuntimeSession(CachedSession):
             self._bind_cache(rows)
         for name, array in feeds.items():
             self._binding.bind_cpu_input(name, array)
-        self._binding.bind_output("logits", "cpu")
+        for name in ("logits", *self._observe):
+            self._binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(self._binding)
-        # outputs come in the order in which they were first bound: the caches, then the logits
-        logits: Float32 = self._binding.get_outputs()[len(self._cache)].numpy()
+        # outputs come in the order in which they were first bound: the caches, then these
+        results = self._binding.get_outputs()[len(self._cache) :]
+        logits: Float32 = results[0].numpy()
+        self.observed = {
+            name: value.numpy() for name, value in zip(self._observe, results[1:], strict=True)
+        }
         return logits

@@ -46,27 +46,13 @@ def build_graph(
         assert found is not None, name
         return builder.initializer(found)
 
-    def weight(name: str, shape: tuple[int, ...]) -> ir.Value:
+    def weight(name: str, shape: tracing.Shape) -> ir.Value:
         found = tensor(name)
         if found is not None:
             return builder.initializer(found)
-        assert config.moe is not None, name
-        parts = [stored(part) for part in expert_parts(name, config.moe.num_experts)]
-        flat = builder.add(
-            "Concat",
-            parts,
-            f"{name}.Concat",
-            dtype=float_type,
-            shape=ir.Shape((shape[0] * shape[1], *shape[2:])),
-            attributes={"axis": 0},
-        )
-        return builder.add(
-            "Reshape",
-            [flat, builder.constant(shape)],
-            name,
-            dtype=float_type,
-            shape=ir.Shape(shape),
-        )
+        experts, rows, columns = (int(size) for size in shape)
+        parts = [stored(part) for part in expert_parts(name, experts)]
+        return _stack(builder, name, parts, (experts, rows, columns))
 
     def weights(traced: tracing.Trace, prefix: str) -> dict[str, ir.Value]:
         types = traced.types[traced.num_inputs :]
@@ -87,6 +73,7 @@ def build_graph(
     inputs = [input_ids, position_ids, write_indices, key_positions, logits_indices]
 
     tables = [stored(name) for name in (COS_TABLE, SIN_TABLE)]
+    assert tables[0].shape is not None
     table_shape = tuple(tables[0].shape.numpy())
     prologue, layers, epilogue = _trace_parts(config, TORCH_DTYPES[dtype], table_shape)
     hidden, mask, cos, sin = emission.emit(
@@ -145,6 +132,25 @@ def build_graph(
         functions.append(plugins.moe_router.function_body(OPSET, plugins.moe_router.TOP_K))
         functions.append(plugins.moe_experts.function_body(OPSET))
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="qwenport", functions=functions)
+
+
+def _stack(
+    builder: emission.GraphBuilder, name: str, parts: list[ir.Value], shape: tuple[int, int, int]
+) -> ir.Value:
+    """Single experts' matrices, one below the other, as one tensor [experts, rows, columns]; builders fold it."""
+    experts, rows, columns = shape
+    dtype = parts[0].dtype
+    assert dtype is not None
+    flat = builder.add(
+        "Concat",
+        parts,
+        f"{name}.Concat",
+        dtype=dtype,
+        shape=ir.Shape([experts * rows, columns]),
+        attributes={"axis": 0},
+    )
+    target = builder.constant(shape)
+    return builder.add("Reshape", [flat, target], name, dtype=dtype, shape=ir.Shape(shape))
 
 
 def _checkpoint_name(config: ModelConfig, name: str) -> str:

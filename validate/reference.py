@@ -23,6 +23,7 @@ from qwenport.validate.quiet import quiet_transformers
 from qwenport.validate.target import Target
 
 Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -126,6 +127,29 @@ class Reference:
             )
         return new, logits
 
+    def routing(self, tokens: Sequence[int]) -> dict[int, tuple[Float32, Int64]]:
+        """Sparse layer -> (router logits fp32 [len(tokens), E], chosen experts int64 [len(tokens), k])."""
+        found: dict[int, tuple[Float32, Int64]] = {}
+
+        def keep(layer: int) -> Any:
+            def hook(module: Any, inputs: Any, outputs: Any) -> None:
+                logits, _, chosen = outputs
+                found[layer] = logits.float().numpy(), chosen.numpy()
+
+            return hook
+
+        handles = [
+            layer.mlp.gate.register_forward_hook(keep(index))
+            for index, layer in enumerate(self._model.model.layers)
+            if hasattr(layer.mlp, "experts")
+        ]
+        try:
+            self.logits(tokens, last=1)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
     def rope_tables(self, start: int, stop: int) -> tuple[Float32, Float32, Float32]:
         """What transformers' rotary module gives for positions start..stop-1.
 
@@ -166,6 +190,7 @@ def _load(path: Path, config: Any) -> Any:
         config=config,
         dtype=torch.float32,
         attn_implementation="eager",
+        experts_implementation="eager",
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,

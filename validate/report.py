@@ -63,6 +63,19 @@ class ScenarioResult:
 
 
 @dataclass(frozen=True)
+class RouterBand:
+    """Expert choices (a token in a layer) by transformers' margin, in logits, from `least` up to below `most`.
+
+    `agreeing` of the `choices` are the same set of experts in the target.
+    """
+
+    least: float
+    most: float
+    choices: int
+    agreeing: int
+
+
+@dataclass(frozen=True)
 class Report:
     """The outcome of `validate`.
 
@@ -75,6 +88,7 @@ class Report:
         cache_slots, max_seq_len: of the session that was judged, and what the target supports.
         environment: versions, processor, date.
         hashes: what the target and the reference were, by hash.
+        routing: agreement of expert choices by margin; empty for a dense model and for engines.
     """
 
     target: str
@@ -89,6 +103,7 @@ class Report:
     scenarios: tuple[ScenarioResult, ...]
     environment: dict[str, str]
     hashes: dict[str, Any]
+    routing: tuple[RouterBand, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -142,6 +157,21 @@ class Report:
         ]
         lines += [_row(scenario) for scenario in self.scenarios]
         lines += ["", *(f"- **{s.name}**: {_describe(s)}" for s in self.scenarios)]
+        if self.routing:
+            lines += [
+                "",
+                "## Routing",
+                "",
+                "Expert choices, one a token and layer, by transformers' margin between the last chosen expert "
+                "and the next.",
+                "",
+                "| margin, logits | choices | same experts |",
+                "|---|---|---|",
+            ]
+            lines += [
+                f"| {band.least:g} to {band.most:g} | {band.choices} | {band.agreeing} |"
+                for band in self.routing
+            ]
         lines += ["", "## Environment", "", *(f"- {k}: {v}" for k, v in self.environment.items())]
         lines += ["", "## Hashes", "", *(f"- {k}: {v}" for k, v in self.hashes.items()), ""]
         return "\n".join(lines)

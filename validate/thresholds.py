@@ -40,6 +40,10 @@ HALF_KL_MEAN = 2e-4
 HALF_TOP1 = 0.992
 HALF_NEAR_TIE_MARGIN = 0.1
 
+# A router's choice counts as a near-tie where transformers' logits of the last chosen and the first other expert are
+# closer than this. Router logits are of size 1 to 10, and at a rel-L2 of 1e-5 two of them move apart by 2e-4 at most.
+FP32_ROUTER_MARGIN = 2e-4
+
 # cos and sin of equal angles, by two vector units: a few units in the last place of 1 (1.2e-7).
 ROPE_ABSOLUTE = 1e-6
 
@@ -60,6 +64,21 @@ class Thresholds:
     top1_clear: float
     near_tie_margin: float
     kl_mean: float | None = None
+
+
+@dataclass(frozen=True)
+class RouterThresholds:
+    """`agreement`: the share of expert sets that must be equal where the margin, in logits, is at least `margin`."""
+
+    margin: float
+    agreement: float
+
+
+def router_thresholds(compute_dtype: str) -> RouterThresholds:
+    """Bounds for a target that computes in "fp32", "bf16" or "fp16"; half precision as for its tokens."""
+    if compute_dtype == "fp32":
+        return RouterThresholds(FP32_ROUTER_MARGIN, FP32_TOP1)
+    return RouterThresholds(HALF_NEAR_TIE_MARGIN, HALF_TOP1)
 
 
 def fp32_thresholds(own_rounding: float, *, greedy: bool) -> Thresholds:

@@ -11,9 +11,10 @@ import numpy as np
 
 from qwenport.validate.environment import describe_environment
 from qwenport.validate.metrics import Metrics, compare
-from qwenport.validate.prompts import make_prompts
+from qwenport.validate.prompts import Prompts, make_prompts
 from qwenport.validate.report import Check, Report, ScenarioResult, Status
 from qwenport.validate.rope_check import check_tables
+from qwenport.validate.router_check import Routing, compare_routing, router_values
 from qwenport.validate.scenarios import (
     RAGGED_ROWS,
     SCENARIOS,
@@ -31,6 +32,7 @@ from qwenport.validate.thresholds import (
     Thresholds,
     fp32_thresholds,
     half_thresholds,
+    router_thresholds,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, units done, units in all)."""
 
-ROPE_TABLES = "rope tables"
+ROPE_TABLES, ROUTING = "rope tables", "routing"
 
 
 def validate(
@@ -90,7 +92,7 @@ def judge(
     """Run every scenario of `target` against a loaded reference; `candidate` as `open_candidate` gives it."""
     session, failure = candidate
     prompts = make_prompts(reference_path, target.config.vocab_size)
-    total = len(SCENARIOS) + 1
+    total = len(SCENARIOS) + (1 if target.config.moe is None else 2)
     progress(ROPE_TABLES, 0, total)
     results = [_judge_tables(target, reference)]
     own_rounding = reference.own_rounding(*greedy_request(prompts, capacity_for(target.capacity)))
@@ -103,6 +105,11 @@ def judge(
             continue
         bench = Bench(session, reference, prompts)
         results.append(judge_scenario(scenario, bench, target.compute_dtype, own_rounding))
+    routing = None
+    if target.config.moe is not None:
+        progress(ROUTING, total - 1, total)
+        result, routing = _judge_routing(target, session, failure, reference, prompts)
+        results.append(result)
     progress("done", total, total)
     return Report(
         target=str(target.path),
@@ -115,6 +122,7 @@ def judge(
         cache_slots=0 if session is None else session.capacity,
         max_seq_len=target.capacity,
         scenarios=tuple(results),
+        routing=() if routing is None else routing.bands(),
         environment=describe_environment(target.kind),
         hashes=target.hashes(),
     )
@@ -127,12 +135,17 @@ def open_candidate(target: Target) -> tuple[Session | None, str]:
         MissingExtraError, SessionError, EngineError: the target cannot run here, whatever it computes.
     """
     from qwenport import QwenportError
-    from qwenport.engines import open_session
+    from qwenport.engines import OnnxRuntimeSession, open_session
 
     rows, capacity = min(RAGGED_ROWS, target.max_batch), capacity_for(target.capacity)
-    device = target.device if target.package else "cpu"  # an engine knows where it runs
     try:
-        return open_session(target.path, max_batch=rows, capacity=capacity, device=device), ""
+        if target.package is None:
+            return open_session(target.path, max_batch=rows, capacity=capacity), ""
+        observe = tuple(router_values(target.package).values())
+        session = OnnxRuntimeSession(
+            target.package, max_batch=rows, capacity=capacity, device=target.device, observe=observe
+        )
+        return session, ""
     except QwenportError:
         raise  # it cannot run here, which says nothing about parity
     except Exception as error:  # a runtime that refuses the graph is a verdict on the graph
@@ -150,6 +163,33 @@ def _judge_tables(target: Target, reference: Reference) -> ScenarioResult:
     return ScenarioResult(
         ROPE_TABLES, summary, status, checks, seconds=round(time.monotonic() - started, 3)
     )
+
+
+def _judge_routing(
+    target: Target,
+    session: Session | None,
+    failure: str,
+    reference: Reference,
+    prompts: Prompts,
+) -> tuple[ScenarioResult, Routing | None]:
+    from qwenport.engines import OnnxRuntimeSession
+
+    summary = "Each token's experts against transformers' routers, in prefill and decode"
+    if target.package is None:
+        why = "an engine's routers are inside its plan; its logits show them"
+        return ScenarioResult(ROUTING, summary, "not run", reason=why), None
+    if not isinstance(session, OnnxRuntimeSession):
+        return ScenarioResult(ROUTING, summary, "failed", reason=failure), None
+    started = time.monotonic()
+    try:
+        routing = compare_routing(session, router_values(target.package), reference, prompts)
+    except Exception as error:  # whatever the runtime raises is the target's failure, not ours
+        reason = f"the target raised {type(error).__name__}: {error}"
+        return ScenarioResult(ROUTING, summary, "failed", reason=reason), None
+    check = routing.check(router_thresholds(target.compute_dtype))
+    seconds = round(time.monotonic() - started, 3)
+    status: Status = "passed" if check.passed else "failed"
+    return ScenarioResult(ROUTING, summary, status, (check,), seconds=seconds), routing
 
 
 def judge_scenario(

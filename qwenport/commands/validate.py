@@ -78,6 +78,9 @@ def lines_of(report: Report) -> list[str]:
             line += (
                 f"  rel-L2 {scenario.metrics.rel_l2:.1e}, {scenario.metrics.positions} positions"
             )
+        elif scenario.name == "routing" and report.routing:
+            same = sum(band.agreeing for band in report.routing)
+            line += f"  same experts in {same} of {sum(b.choices for b in report.routing)} choices"
         elif scenario.status == "not run":
             line += f"  {scenario.reason}"
         lines.append(line.rstrip())
