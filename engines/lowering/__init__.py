@@ -6,6 +6,7 @@ A pass changes one thing, is one class with one `call`, and has its own test.
 from qwenport.engines.lowering.attention import DecomposeAttention
 from qwenport.engines.lowering.capacity import StaticCapacity
 from qwenport.engines.lowering.checks import check_graph, check_network
+from qwenport.engines.lowering.experts import SplitExperts
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
 from qwenport.engines.lowering.rope_tables import FoldRopeTables
@@ -16,6 +17,7 @@ __all__ = [
     "DecomposeAttention",
     "FoldRopeTables",
     "FuseTransposedMatMul",
+    "SplitExperts",
     "StaticCapacity",
     "check_graph",
     "check_network",
