@@ -19,24 +19,28 @@ def test_demo_runs_every_step_and_sums_up(tmp_path: Path, capsys: Capture) -> No
     out, _ = capsys.readouterr()
     table = out.partition("seconds      bytes\n")[2].splitlines()
     names = ["export", "inspect", "validate", "build", "inspect", "generate"]
-    assert [line.split()[:2] for line in table[:6]] == [[name, "done"] for name in names]
-    assert sum(line.startswith("$ qwenport ") for line in out.splitlines()) == 6
-    kept = sorted(path.name for path in (tmp_path / "kept").iterdir())
-    assert kept == ["parity", "tiny.engine", "tiny.package"]
+    assert [line.split()[:3] for line in table[:12]] == [
+        [model, name, "done"] for model in demo.CHECKPOINTS for name in names
+    ]
+    assert sum(line.startswith("$ qwenport ") for line in out.splitlines()) == 12
+    kept = {path.name for path in (tmp_path / "kept").iterdir()}
+    kinds = ("engine", "package", "parity")
+    assert kept == {f"{model}.{kind}" for model in demo.CHECKPOINTS for kind in kinds}
 
 
 def test_demo_without_tensorrt_rtx_names_the_extra_and_goes_on(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    monkeypatch.setattr(demo, "CHECKPOINTS", demo.CHECKPOINTS[:1])
     every = demo.steps
     monkeypatch.setattr(demo, "steps", lambda *a: [s for s in every(*a) if s.name != "validate"])
     assert cli.main(["demo"]) == 2
     out, err = capsys.readouterr()
     (error,) = [line for line in err.splitlines() if "error:" in line]
-    assert error.startswith("error: build: tensorrt-rtx is not installed")
+    assert error.startswith("error: build of tiny-qwen2.5: tensorrt-rtx is not installed")
     assert error.endswith("pip install 'qwenport[rtx]'")
-    results = [line.split()[1] for line in out.split("bytes\n")[1].splitlines()]
+    results = [line.split()[2] for line in out.split("bytes\n")[1].splitlines()]
     assert results == ["done", "done", "failed", "skipped:", "done"]
 
 

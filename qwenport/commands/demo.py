@@ -1,4 +1,4 @@
-"""`qwenport demo`: every step on the small checkpoint of the repository, as the commands one would type."""
+"""`qwenport demo`: every step on the small checkpoints of the repository, as the commands one would type."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from qwenport.commands._common import PATH, bytes_of, size
 EXIT_NO_PARITY, EXIT_ERROR = 1, 2
 GPUS = "sm86,sm89,sm120"
 PROMPT = "Once upon a time"
+CHECKPOINTS = ("tiny-qwen2.5", "tiny-qwen2-moe")
 
 
 @dataclass(frozen=True)
 class Step:
     """One command of the demo. `makes` is the directory that it writes, `needs` what it reads."""
 
+    model: str
     name: str
     arguments: tuple[str, ...]
     needs: Path
@@ -49,12 +51,13 @@ class Outcome:
     "--out",
     type=PATH,
     metavar="DIR",
-    help="Keep the package, the engine and the report here; DIR must not exist.",
+    help="Keep packages, engines and reports here; DIR must not exist.",
     show_default="a temporary directory, removed at the end",
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars and no notes.")
 def command(out: Path | None, quiet: bool) -> None:
-    """Take the small Qwen2.5 checkpoint of the repository from export to text. No GPU is needed.
+    """Take the small checkpoints of the repository, a dense one and a mixture of experts, from export to text.
+    No GPU is needed.
 
     Each step prints the command it stands for, and a table sums them up. Exit codes: 0 all steps
     done, 1 parity does not hold, 2 a step failed, for instance for a missing extra.
@@ -64,9 +67,11 @@ def command(out: Path | None, quiet: bool) -> None:
       qwenport demo
       qwenport demo --out demo/
     """
-    checkpoint = _bundled_checkpoint()
+    checkpoints = _bundled_checkpoints()
     with _working_directory(out) as directory:
-        outcomes = [_run(step) for step in steps(checkpoint, directory, quiet)]
+        outcomes = [
+            _run(step) for checkpoint in checkpoints for step in steps(checkpoint, directory, quiet)
+        ]
     _summarise(outcomes)
     if out is not None:
         click.echo(f"kept in {out}")
@@ -75,31 +80,34 @@ def command(out: Path | None, quiet: bool) -> None:
 
 def steps(checkpoint: Path, out: Path, quiet: bool) -> list[Step]:
     """The commands, in order."""
-    package, engine = out / "tiny.package", out / "tiny.engine"
+    model = checkpoint.name
+    package, engine = out / f"{model}.package", out / f"{model}.engine"
     source, made, built = str(checkpoint), str(package), str(engine)
     silent = ("--quiet",) if quiet else ()
     weights = () if _can_link(checkpoint, out) else ("--weights", "copy")
-    report = ("--report", str(out / "parity"))
+    report = ("--report", str(out / f"{model}.parity"))
     rtx = ("--target", "tensorrt-rtx", "--gpu", GPUS)
     text = ("--prompt", PROMPT, "--temperature", "0.7", "--seed", "1")
-    return [
-        Step("export", ("export", source, made, *weights, *silent), checkpoint, package),
-        Step("inspect", ("inspect", made, "--brief"), package),
-        Step("validate", ("validate", made, "--reference", source, *report, *silent), package),
-        Step("build", ("build", made, built, *rtx, *silent), package, engine),
-        Step("inspect", ("inspect", built, "--brief"), engine),
-        Step("generate", ("generate", made, *text, *silent), package),
+    commands: list[tuple[tuple[str, ...], Path, Path | None]] = [
+        (("export", source, made, *weights, *silent), checkpoint, package),
+        (("inspect", made, "--brief"), package, None),
+        (("validate", made, "--reference", source, *report, *silent), package, None),
+        (("build", made, built, *rtx, *silent), package, engine),
+        (("inspect", built, "--brief"), engine, None),
+        (("generate", made, *text, *silent), package, None),
     ]
+    return [Step(model, words[0], words, needs, makes) for words, needs, makes in commands]
 
 
-def _bundled_checkpoint() -> Path:
-    checkpoint = Path(qwenport.__file__).resolve().parent.parent / "examples" / "tiny-qwen2.5"
-    if not checkpoint.is_dir():
+def _bundled_checkpoints() -> list[Path]:
+    examples = Path(qwenport.__file__).resolve().parent.parent / "examples"
+    checkpoints = [examples / name for name in CHECKPOINTS]
+    if not all(checkpoint.is_dir() for checkpoint in checkpoints):
         raise QwenportError(
-            "demo runs on examples/tiny-qwen2.5, which only a source checkout has: "
+            "demo runs on the checkpoints in examples/, which only a source checkout has: "
             "clone the repository and run `make demo`"
         )
-    return checkpoint
+    return checkpoints
 
 
 @contextmanager
@@ -166,18 +174,20 @@ def _run(step: Step) -> Outcome:
 
 
 def _summarise(outcomes: list[Outcome]) -> None:
-    click.echo("\nstep      result                 seconds      bytes")
+    click.echo("\nmodel           step      result                 seconds      bytes")
     for outcome in outcomes:
         result = "failed" if outcome.exit_code == EXIT_ERROR else outcome.result
         seconds = "" if outcome.seconds is None else f"{outcome.seconds:.1f}"
         written = "" if outcome.bytes is None else size(outcome.bytes)
-        click.echo(f"{outcome.step.name:<9} {result:<22} {seconds:>7} {written:>10}".rstrip())
+        names = f"{outcome.step.model:<15} {outcome.step.name:<9}"
+        click.echo(f"{names} {result:<22} {seconds:>7} {written:>10}".rstrip())
 
 
 def _conclude(outcomes: list[Outcome]) -> None:
     """Leave with the worst exit code, and with the first error as the command line's own."""
     failed = [outcome for outcome in outcomes if outcome.exit_code == EXIT_ERROR]
     if failed:
-        raise QwenportError(f"{failed[0].step.name}: {failed[0].result}")
+        step = failed[0].step
+        raise QwenportError(f"{step.name} of {step.model}: {failed[0].result}")
     if any(outcome.exit_code for outcome in outcomes):
         raise click.exceptions.Exit(EXIT_NO_PARITY)
