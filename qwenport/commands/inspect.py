@@ -185,6 +185,18 @@ def targets_of(architecture: str, dtype: str) -> list[str]:
     return [name for name, flavour in FLAVOURS.items() if architecture in flavour.gpus]
 
 
+def _experts_line(moe: dict[str, Any], layers: int) -> str:
+    shared = (
+        ""
+        if moe["shared_expert_size"] is None
+        else f" and a shared one of {moe['shared_expert_size']}"
+    )
+    return (
+        f"experts   {moe['experts_per_token']} of {moe['num_experts']} a token, each of {moe['expert_size']}"
+        f"{shared}, in {len(moe['layers'])} of {layers} layers"
+    )
+
+
 def headline(facts: dict[str, Any]) -> list[str]:
     """The first lines: what it is, and what it takes."""
     model, kv = facts["model"], facts["kv_cache"]
@@ -197,6 +209,8 @@ def headline(facts: dict[str, Any]) -> list[str]:
         f"(rope {model['rope']['kind']})"
         + (f", batch {facts['max_batch']}" if "max_batch" in facts else ""),
     ]
+    if model["moe"] is not None:
+        lines.append(_experts_line(model["moe"], model["num_hidden_layers"]))
     weights = f"weights   {size(facts['weights']['bytes'])}"
     if "tensors" in facts["weights"]:
         weights += f" in {facts['weights']['tensors']} tensors"
