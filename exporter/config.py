@@ -276,6 +276,8 @@ def _moe(fields: _Fields, model_type: str, layers: int) -> MoEConfig | None:
     (experts,) = counts
     if experts < 0:
         raise ConfigError(f"config.json: num_experts must not be negative, found {experts}")
+    if (routing := fields.take("router_type", str, default=None)) is not None:
+        _refuse_routing(routing)
     chosen = fields.positive("num_experts_per_tok")
     step = fields.positive("decoder_sparse_step", default=1)
     dense = fields.take("mlp_only_layers", list, default=[])
@@ -297,6 +299,18 @@ def _moe(fields: _Fields, model_type: str, layers: int) -> MoEConfig | None:
             "a token cannot go to more experts than there are"
         )
     return MoEConfig(experts, chosen, expert_size, normalize, shared, sparse)
+
+
+def _refuse_routing(kind: str) -> None:
+    """`router_type` is nobody's published key: it is how a checkpoint of one's own says what it was trained with."""
+    from qwenport.plugins import moe_router  # brings torch, which reading a config otherwise does without
+
+    if kind not in moe_router.KINDS:
+        raise ConfigError(
+            f"router_type {kind!r} is not supported; supported: {', '.join(moe_router.KINDS)}"
+        )
+    if not moe_router.is_stepwise(kind):
+        raise ConfigError(f"router_type {kind!r} is not possible here: {moe_router.NOT_STEPWISE}")
 
 
 def _limit_by_dual_chunk(fields: _Fields, max_context: int) -> tuple[int, str | None]:

@@ -338,10 +338,7 @@ def _tensor_scatter(e: _Emitter, past: Ref, update: Ref, write_indices: Ref) -> 
 def _router(
     e: _Emitter, logits: Ref, kind: str, k: int, normalize: bool, capacity_factor: float
 ) -> Sequence[ir.Value]:
-    assert moe_router.is_stepwise(kind), (
-        f"{kind} routing looks at other tokens than a token's own past, so that prefill and decoding "
-        "over a KV cache could not agree"
-    )
+    assert moe_router.is_stepwise(kind), f"routing kind {kind}: {moe_router.NOT_STEPWISE}"
     return e.ops("MoERouter", logits, domain="qwenport", kind=kind, k=k, normalize=int(normalize))
 
 

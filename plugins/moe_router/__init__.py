@@ -32,6 +32,12 @@ from qwenport.plugins.moe_router.schema import (
 )
 
 
+NOT_STEPWISE = (
+    "a token's experts depend on the tokens beside it in the same step, so prefill and decoding over a KV cache "
+    "could not agree; it serves graphs that see a whole text at once"
+)
+
+
 def is_stepwise(kind: str) -> bool:
     """Whether a token's experts depend on that token alone, so that a KV-cache decoder may use the kind."""
     return kind == TOP_K
@@ -41,6 +47,7 @@ __all__ = [
     "EXPERT_CHOICE",
     "KINDS",
     "NAME",
+    "NOT_STEPWISE",
     "SWITCH",
     "TOP_K",
     "VERSION",
