@@ -303,7 +303,9 @@ def _moe(fields: _Fields, model_type: str, layers: int) -> MoEConfig | None:
 
 def _refuse_routing(kind: str) -> None:
     """`router_type` is nobody's published key: it is how a checkpoint of one's own says what it was trained with."""
-    from qwenport.plugins import moe_router  # brings torch, which reading a config otherwise does without
+    from qwenport.plugins import (
+        moe_router,  # brings torch, which reading a config otherwise does without
+    )
 
     if kind not in moe_router.KINDS:
         raise ConfigError(

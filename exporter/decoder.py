@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qwenport import plugins
 from qwenport.exporter.config import ModelConfig, MoEConfig
+from qwenport.plugins import moe_experts, moe_router, rotary_embedding
 
 _LIBRARY = torch.library.Library("qwenport", "FRAGMENT")
 _LIBRARY.define("tensor_scatter(Tensor past, Tensor update, Tensor write_indices) -> Tensor")
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         past_value: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch, seq, _ = x.shape
-        rotate = plugins.rotary_embedding.rotary_embedding
+        rotate = rotary_embedding.rotary_embedding
 
         q = self.q_proj(x).view(batch, seq, self.heads, self.head_dim)
         k = self.k_proj(x).view(batch, seq, self.kv_heads, self.head_dim)
@@ -126,9 +126,7 @@ class Experts(nn.Module):
     def forward(
         self, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        return plugins.moe_experts.moe_experts(
-            x, indices, weights, self.gate_up_proj, self.down_proj
-        )
+        return moe_experts.moe_experts(x, indices, weights, self.gate_up_proj, self.down_proj)
 
 
 class SparseMLP(nn.Module):
@@ -145,9 +143,7 @@ class SparseMLP(nn.Module):
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights, indices = plugins.moe_router.moe_router(
-            self.gate(x), k=self.k, normalize=self.normalize
-        )
+        weights, indices = moe_router.moe_router(self.gate(x), k=self.k, normalize=self.normalize)
         y = self.experts(x, indices, weights)
         if self.shared_expert is not None:
             y = y + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)

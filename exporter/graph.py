@@ -7,11 +7,11 @@ from collections.abc import Callable
 import onnx_ir as ir
 import torch
 
-from qwenport import plugins
 from qwenport.exporter import emission, tracing
 from qwenport.exporter.checkpoint import expert_parts
 from qwenport.exporter.config import ModelConfig, MoEConfig
 from qwenport.exporter.decoder import DecoderLayer, Epilogue, Prologue
+from qwenport.plugins import DOMAIN, VERSION, moe_experts, moe_router, rotary_embedding
 
 OPSET = 24
 IR_VERSION = 11
@@ -124,13 +124,13 @@ def build_graph(
         [logits, *outputs],
         nodes=builder.nodes,
         initializers=list(builder.initializers.values()),
-        opset_imports={"": OPSET, plugins.DOMAIN: plugins.VERSION},
+        opset_imports={"": OPSET, DOMAIN: VERSION},
         name=config.model_type,
     )
-    functions = [plugins.rotary_embedding.function_body(OPSET)]
+    functions = [rotary_embedding.function_body(OPSET)]
     if config.moe is not None:
-        functions.append(plugins.moe_router.function_body(OPSET, plugins.moe_router.TOP_K))
-        functions.append(plugins.moe_experts.function_body(OPSET))
+        functions.append(moe_router.function_body(OPSET, moe_router.TOP_K))
+        functions.append(moe_experts.function_body(OPSET))
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="qwenport", functions=functions)
 
 

@@ -60,6 +60,8 @@ def place_weights(
             "--weights pack: the checkpoint has no experts one by one that could be stacked; "
             "use --weights link or copy"
         )
+    if mode == "pack" and any(file.name == PACKED for file in checkpoint.files):
+        raise ExportError(f"--weights pack would write {PACKED}, which is a file of the checkpoint")
     if dtype != checkpoint.dtype:
         return _write(checkpoint, folder / "model.safetensors", dtype, stacks, progress)
     if mode == "copy":

@@ -7,9 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-DOMAIN = "qwenport"
-VERSION = 1
-"""Of the domain: it counts all operators' versions together."""
+from qwenport.plugins.names import DOMAIN
 
 
 class FunctionBody:

@@ -170,7 +170,23 @@ def published_spelling(raw: Raw) -> Raw:
     raw["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
     raw["torch_dtype"] = raw.pop("dtype", None)
     raw.pop("layer_types", None)
+    if "num_local_experts" in raw:
+        raw["num_experts"] = raw.pop("num_local_experts")
     return raw
+
+
+def meta_model(config: Any) -> Any:
+    """transformers' model of its config object, without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def sparse_layers(config: Any) -> tuple[int, ...]:
+    """The layers that have experts in transformers' model."""
+    kinds = [type(layer.mlp).__name__ for layer in meta_model(config).model.layers]
+    return tuple(index for index, kind in enumerate(kinds) if kind.endswith("SparseMoeBlock"))
 
 
 def tensor_shapes(raw: Raw, *, stacked: bool = False) -> dict[str, tuple[int, ...]]:
@@ -179,10 +195,7 @@ def tensor_shapes(raw: Raw, *, stacked: bool = False) -> dict[str, tuple[int, ..
     transformers holds a layer's experts in two stacked tensors, checkpoints have a tensor an expert; `stacked`
     leaves them as transformers holds them.
     """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(transformers_config(raw))
+    model = meta_model(transformers_config(raw))
     tied = {"lm_head.weight"} if raw.get("tie_word_embeddings", False) else set()
     shapes = {
         name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied
@@ -203,6 +216,25 @@ def single_experts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int
         for expert in range(experts):
             for part in parts:
                 result[f"{prefix}.{expert}.{part}.weight"] = (rows // len(parts), columns)
+    return result
+
+
+def stack_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with single experts in transformers' two stacks, [gate; up] and down of each."""
+    result = {name: t for name, t in tensors.items() if ".experts." not in name}
+    layers = {name.split(".experts.")[0] for name in tensors.keys() - result.keys()}
+    for prefix in sorted(layers):
+
+        def part(expert: int, name: str, prefix: str = prefix) -> torch.Tensor:
+            return tensors[f"{prefix}.experts.{expert}.{name}.weight"]
+
+        experts = range(len(tensors[f"{prefix}.gate.weight"]))
+        result |= {
+            f"{prefix}.experts.gate_up_proj": torch.stack(
+                [torch.cat([part(e, "gate_proj"), part(e, "up_proj")]) for e in experts]
+            ),
+            f"{prefix}.experts.down_proj": torch.stack([part(e, "down_proj") for e in experts]),
+        }
     return result
 
 

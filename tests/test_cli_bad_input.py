@@ -15,15 +15,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-
-from qwenport import cli
+from checkpoints import mini, random_tensors, stack_experts, tensor_shapes, write_checkpoint
+from command_line import Capture, refused
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-qwen2.5"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BIAS = "model.layers.3.self_attn.k_proj.bias"
-
-Capture = pytest.CaptureFixture[str]
+EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
 
 
 @pytest.fixture
@@ -34,14 +33,10 @@ def checkpoint(tmp_path: Path) -> Path:
     return path
 
 
-def refused(capsys: Capture, *arguments: object) -> str:
-    """Run a command that must fail; return its one line."""
-    capsys.readouterr()
-    assert cli.main([str(argument) for argument in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ") and err.count("\n") == 1
-    return err
+@pytest.fixture
+def moe(tmp_path: Path) -> Path:
+    """A mixture of six experts, of which a token has two, to be damaged."""
+    return write_checkpoint(tmp_path / "checkpoint", mini("qwen2_moe"))
 
 
 def refused_export(capsys: Capture, checkpoint: Path, *options: object) -> str:
@@ -53,8 +48,11 @@ def refused_export(capsys: Capture, checkpoint: Path, *options: object) -> str:
 
 
 def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Every path under a folder with its size and time of change."""
-    return {p: (p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+    """Every path under a folder, files with size and time of change."""
+    return {
+        p: (p.lstat().st_size, p.lstat().st_mtime_ns) if p.is_file() else (0, 0)
+        for p in folder.rglob("*")
+    }
 
 
 # damage: a name, what it does to a checkpoint, and what the message must name
@@ -123,7 +121,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "a file": (as_file, ("no such directory",)),
     "no config": (lambda p: (p / "config.json").unlink(), ("no config.json",)),
     "config is no JSON": (lambda p: (p / "config.json").write_text("{"), ("not valid JSON",)),
-    "model_type": (edit_config(model_type="gpt2"), ("gpt2", "qwen2, llama")),
+    "model_type": (edit_config(model_type="gpt2"), ("gpt2", "qwen2, qwen2_moe, qwen3_moe, llama")),
     "auto_map": (edit_config(auto_map={"AutoModel": "evil.Model"}), ("auto_map",)),
     "unknown key": (edit_config(attention_sinks=4), ("attention_sinks",)),
     "missing tensor": (edit_tensors(lambda t: t.pop(BIAS)), (BIAS, "lacks")),
@@ -156,6 +154,59 @@ def test_damaged_checkpoint_is_refused(name: str, checkpoint: Path, capsys: Capt
     assert all(word in line for word in words), line
 
 
+def without_half(tensors: dict[str, torch.Tensor]) -> None:
+    whole = stack_experts(tensors)
+    tensors.clear()
+    tensors.update({name: t for name, t in whole.items() if not name.endswith("down_proj")})
+
+
+MOE_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "more than there are": (
+        edit_config(num_experts_per_tok=7),
+        ("num_experts_per_tok 7", "num_experts 6"),
+    ),
+    "unknown routing": (edit_config(scoring_func="sigmoid"), ("scoring_func",)),
+    "sliding window": (edit_config(use_sliding_window=True), ("use_sliding_window",)),
+    "missing expert": (edit_tensors(lambda t: t.pop(EXPERT)), (EXPERT, "lacks")),
+    "unequal experts": (
+        edit_tensors(lambda t: t.update({EXPERT: t[EXPERT][1:].clone()})),
+        (EXPERT, "[23, 32]", "[24, 32]"),
+    ),
+    "expert too many": (
+        edit_tensors(lambda t: t.update({EXPERT.replace("3.up", "6.up"): t[EXPERT].clone()})),
+        (EXPERT.replace("3.up", "6.up"), "does not account for"),
+    ),
+    "half a stack": (edit_tensors(without_half), ("experts.down_proj", "lacks")),
+}
+
+
+@pytest.mark.parametrize("mode", ["link", "pack"])
+@pytest.mark.parametrize("name", MOE_DAMAGE)
+def test_damaged_mixture_of_experts_is_refused(
+    name: str, mode: str, moe: Path, capsys: Capture
+) -> None:
+    damage, words = MOE_DAMAGE[name]
+    damage(moe)
+    line = refused_export(capsys, moe, "--weights", mode)
+    assert all(word in line for word in words), line
+
+
+def test_experts_that_are_stacked_are_not_packed_again(tmp_path: Path, capsys: Capture) -> None:
+    raw = mini("qwen3_moe")
+    tensors = stack_experts(random_tensors(tensor_shapes(raw), torch.float32))
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", raw, tensors)
+    line = refused_export(capsys, checkpoint, "--weights", "pack")
+    assert "--weights pack" in line and "--weights link" in line
+
+
+def test_stacks_that_do_not_fit_the_disk_are_refused_before_they_are_written(
+    moe: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(moe)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "disk space" in refused_export(capsys, moe, "--weights", "pack")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -167,6 +218,8 @@ def test_damaged_checkpoint_is_refused(name: str, checkpoint: Path, capsys: Capt
         (["--rope-scaling", "yarn"], ("KIND:FACTOR",)),
         (["--dtype", "int8"], ("--dtype", "bf16")),
         (["--weights", "symlink"], ("--weights", "link")),
+        (["--weights", "pack"], ("--weights pack", "--weights link")),
+        (["--weights", "pack", "--dtype", "fp16"], ("--weights pack", "--weights link")),
         (["--max-batch", "0"], ("--max-batch",)),
     ],
 )

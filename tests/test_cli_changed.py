@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Capture, refused
 
 from qwenport import cli
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-qwen2.5"
-
-Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +37,6 @@ def built(exported: Path) -> Path:
 def package(exported: Path, tmp_path: Path) -> Path:
     """A copy to be damaged."""
     return Path(shutil.copytree(exported, tmp_path / "package"))
-
-
-def refused(capsys: Capture, *arguments: object) -> str:
-    """Run a command that must fail; return its one line."""
-    capsys.readouterr()
-    assert cli.main([str(argument) for argument in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ") and err.count("\n") == 1
-    return err
 
 
 def edit_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenport.exporter import Package
-from qwenport.plugins import DOMAIN, moe_router
+from qwenport.plugins import DOMAIN, MOE_ROUTER
 from qwenport.validate.prompts import Prompts
 from qwenport.validate.report import Check, RouterBand
 from qwenport.validate.thresholds import RouterThresholds
@@ -73,7 +73,7 @@ def router_values(package: Package) -> dict[int, str]:
     nodes = [
         node
         for node in ir.load(package.model).graph
-        if (node.domain, node.op_type) == (DOMAIN, moe_router.NAME)
+        if (node.domain, node.op_type) == (DOMAIN, MOE_ROUTER)
     ]
     names = [node.outputs[1].name for node in nodes]
     return dict(zip(package.config.moe.layers, (str(name) for name in names), strict=True))

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from qwenport.engines.errors import LoweringError
-from qwenport.plugins import DOMAIN, moe_experts
+from qwenport.plugins import DOMAIN, MOE_EXPERTS
 
 INT64 = ir.DataType.INT64
 
@@ -32,11 +32,11 @@ class SplitExperts(InPlacePass):
         """
         modified = False
         for node in [*model.graph]:
-            if node.op_type == moe_experts.NAME and node.domain == DOMAIN:
+            if node.op_type == MOE_EXPERTS and node.domain == DOMAIN:
                 _Split(model.graph, node).write()
                 modified = True
         if modified:
-            model.functions.pop((DOMAIN, moe_experts.NAME, ""))
+            model.functions.pop((DOMAIN, MOE_EXPERTS, ""))
         return PassResult(model, modified)
 
 

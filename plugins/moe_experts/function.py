@@ -79,10 +79,9 @@ def _by_expert(body: FunctionBody) -> ir.Value:
     parts = op("Cast", outer, to=FLOAT)
     weighted = op("Mul", parts, op("Unsqueeze", weights, body.integers(-1)))
     rows = op("Reshape", weighted, op("Concat", body.integers(-1), body.size(x, 1), axis=0))
-    row_tokens = op("Reshape", tokens, body.integers(-1))
-    token = op("Unsqueeze", body.arange(body.size(x, 0)), body.integers(1))
-    members = op("Cast", op("Equal", token, row_tokens), to=FLOAT)
-    return op("CastLike", op("MatMul", members, rows), x)
+    zeros = op("Expand", op("Cast", body.integer(0), to=FLOAT), op("Shape", x))
+    row_tokens = op("Reshape", tokens, body.integers(-1, 1))
+    return op("CastLike", op("ScatterND", zeros, row_tokens, rows, reduction="add"), x)
 
 
 def _swiglu(body: FunctionBody, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import onnx
 
-NAME = "MoEExperts"
-DOMAIN = "qwenport"
+from qwenport.plugins.names import DOMAIN, MOE_EXPERTS
+
+NAME = MOE_EXPERTS
 VERSION = 1
 INPUTS = ("x", "indices", "weights", "gate_up", "down")
 

@@ -31,7 +31,6 @@ from qwenport.plugins.moe_router.schema import (
     schema,
 )
 
-
 NOT_STEPWISE = (
     "a token's experts depend on the tokens beside it in the same step, so prefill and decoding over a KV cache "
     "could not agree; it serves graphs that see a whole text at once"

@@ -43,6 +43,8 @@ def moe_router(
         raise ValueError(f"routing kind {kind!r} is not one of {', '.join(KINDS)}")
     if not 1 <= k <= logits.shape[-1]:
         raise ValueError(f"{k} of {logits.shape[-1]} experts cannot be chosen")
+    if kind == TOP_K and capacity_factor != 1:
+        raise ValueError("routing kind top_k has no capacity")
     if kind != TOP_K and (k != 1 or normalize or logits.ndim != 2):
         raise ValueError(
             f"routing kind {kind} takes logits [tokens, experts], and neither k nor normalize"

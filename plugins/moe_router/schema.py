@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import onnx
 
-NAME = "MoERouter"
-DOMAIN = "qwenport"
+from qwenport.plugins.names import DOMAIN, MOE_ROUTER
+
+NAME = MOE_ROUTER
 VERSION = 1
 
 TOP_K, SWITCH, EXPERT_CHOICE = "top_k", "switch", "expert_choice"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qwenport.plugins.rotary_embedding.schema import DOMAIN, NAME
+from qwenport.plugins.names import DOMAIN
+from qwenport.plugins.rotary_embedding.schema import NAME
 
 ONNX_OPSET = 23  # ai.onnx RotaryEmbedding appeared here and has not changed up to opset 24
 

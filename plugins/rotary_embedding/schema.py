@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import onnx
 
-NAME = "RotaryEmbedding"
-DOMAIN = "qwenport"
+from qwenport.plugins.names import DOMAIN, ROTARY_EMBEDDING
+
+NAME = ROTARY_EMBEDDING
 VERSION = 1
 
 

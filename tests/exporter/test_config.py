@@ -14,6 +14,8 @@ from checkpoints import (
     PUBLISHED,
     mini,
     published_spelling,
+    single_experts,
+    sparse_layers,
     tensor_shapes,
     transformers_config,
 )
@@ -22,9 +24,7 @@ from hypothesis import strategies as st
 
 from qwenport.exporter import ConfigError, ModelConfig, parse_config, read_config_json
 from qwenport.exporter.checkpoint import expected_tensors
-
-SUPPORTED = {name: raw for name, raw in PUBLISHED.items() if raw["model_type"] in MINI}
-UNSUPPORTED = sorted(PUBLISHED.keys() - SUPPORTED.keys())
+from qwenport.exporter.config import MODEL_TYPES, MoEConfig
 
 FAMILIES = pytest.mark.parametrize("family", sorted(MINI))
 
@@ -32,7 +32,13 @@ FAMILIES = pytest.mark.parametrize("family", sorted(MINI))
 def assert_means_the_same(config: ModelConfig, theirs: Any) -> None:
     """Hold every number against transformers' config object."""
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
-    qwen2 = theirs.model_type == "qwen2"
+    of_attention = getattr(theirs, "attention_bias", False)
+    biases = {
+        "qwen2": (True, False, False),
+        "qwen2_moe": (getattr(theirs, "qkv_bias", None), False, False),
+        "qwen3_moe": (of_attention, of_attention, False),
+        "llama": (of_attention, of_attention, getattr(theirs, "mlp_bias", None)),
+    }
     expected = {
         "model_type": theirs.model_type,
         "vocab_size": theirs.vocab_size,
@@ -43,44 +49,56 @@ def assert_means_the_same(config: ModelConfig, theirs: Any) -> None:
         "num_key_value_heads": theirs.num_key_value_heads,
         "head_dim": head_dim,
         "rms_norm_eps": theirs.rms_norm_eps,
-        "qkv_bias": qwen2 or theirs.attention_bias,
-        "output_bias": not qwen2 and theirs.attention_bias,
-        "mlp_bias": not qwen2 and theirs.mlp_bias,
+        **dict(
+            zip(("qkv_bias", "output_bias", "mlp_bias"), biases[theirs.model_type], strict=True)
+        ),
+        "qk_norm": theirs.model_type == "qwen3_moe",
+        "moe": experts_of(theirs),
         "tie_word_embeddings": theirs.tie_word_embeddings,
         "max_position_embeddings": theirs.max_position_embeddings,
     }
     assert {name: getattr(config, name) for name in expected} == expected
     assert theirs.hidden_act == "silu"
     assert "sliding_attention" not in (getattr(theirs, "layer_types", None) or ())
+    assert not (theirs.model_type.endswith("_moe") and theirs.use_sliding_window)
     assert config.rope.head_dim == head_dim
     assert config.rope.theta == theirs.rope_parameters["rope_theta"]
     assert config.rope.kind == theirs.rope_parameters["rope_type"]
 
 
+def experts_of(theirs: Any) -> MoEConfig | None:
+    """What transformers' config object says about experts."""
+    layers = sparse_layers(theirs) if theirs.model_type.endswith("_moe") else ()
+    if not layers:
+        return None
+    return MoEConfig(
+        num_experts=theirs.num_experts,
+        experts_per_token=theirs.num_experts_per_tok,
+        expert_size=theirs.moe_intermediate_size,
+        normalize=theirs.norm_topk_prob,
+        shared_expert_size=getattr(theirs, "shared_expert_intermediate_size", None),
+        layers=layers,
+    )
+
+
 # --- what is published
 
 
-@pytest.mark.parametrize("name", sorted(SUPPORTED))
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_a_published_config_parses_to_transformers_numbers(name: str) -> None:
-    raw = SUPPORTED[name]
+    raw = PUBLISHED[name]
     config = parse_config(copy.deepcopy(raw))
     assert_means_the_same(config, transformers_config(raw))
     assert config.dtype == "bf16"
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_a_published_moe_config_is_refused_for_its_model_type(name: str) -> None:
-    with pytest.raises(ConfigError, match=PUBLISHED[name]["model_type"]):
-        parse_config(copy.deepcopy(PUBLISHED[name]))
+def test_every_model_type_is_among_the_published_configs() -> None:
+    assert {raw["model_type"] for raw in PUBLISHED.values()} == set(MODEL_TYPES) == set(MINI)
 
 
-def test_moe_configs_are_among_the_published_ones() -> None:
-    assert {PUBLISHED[name]["model_type"] for name in UNSUPPORTED} == {"qwen2_moe", "qwen3_moe"}
-
-
-@pytest.mark.parametrize("name", sorted(SUPPORTED))
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_a_published_config_allows_the_context_that_its_card_states(name: str) -> None:
-    raw = SUPPORTED[name]
+    raw = PUBLISHED[name]
     config = parse_config(copy.deepcopy(raw))
     chunks = raw.get("dual_chunk_attention_config")
     scaling = raw.get("rope_scaling") or {}
@@ -132,29 +150,48 @@ def drawn_configs(draw: st.DrawFn) -> dict[str, Any]:
             "rope_theta": draw(st.floats(2, 1e8, allow_nan=False)),
         },
     }
+    if family in ("llama", "qwen3_moe"):
+        keywords["attention_bias"] = draw(st.booleans())
     if family == "llama":
-        keywords |= {
-            "attention_bias": draw(st.booleans()),
-            "mlp_bias": draw(st.booleans()),
-            "head_dim": draw(st.sampled_from([None, 2, 24, 64])),
-        }
+        keywords["mlp_bias"] = draw(st.booleans())
+        keywords["head_dim"] = draw(st.sampled_from([None, 2, 24, 64]))
     else:
-        keywords |= {
-            "sliding_window": draw(st.sampled_from([None, 7, 4096])),
-            "max_window_layers": draw(st.integers(0, 4)),
-        }
+        keywords["sliding_window"] = draw(st.sampled_from([None, 7, 4096]))
+        keywords["max_window_layers"] = draw(st.integers(0, 4))
         if draw(st.booleans()):
             keywords["head_dim"] = draw(st.sampled_from([2, 24, 64]))
+    if family.endswith("_moe"):
+        keywords |= draw(drawn_experts(family, layers))
     return {"model_type": family, **keywords}
 
 
+@st.composite
+def drawn_experts(draw: st.DrawFn, family: str, layers: int) -> dict[str, Any]:
+    """The same of a mixture of experts' own arguments."""
+    experts = draw(st.integers(0, 5))
+    keywords: dict[str, Any] = {
+        "num_experts": experts,
+        "num_experts_per_tok": draw(st.integers(1, max(1, experts))),
+        "moe_intermediate_size": draw(st.integers(1, 99)),
+        "norm_topk_prob": draw(st.booleans()),
+        "decoder_sparse_step": draw(st.integers(1, 4)),
+        "mlp_only_layers": draw(
+            st.none() | st.lists(st.integers(0, layers - 1), max_size=3, unique=True)
+        ),
+        "router_aux_loss_coef": 0.002,
+    }
+    if family == "qwen2_moe":
+        keywords["qkv_bias"] = draw(st.booleans())
+        keywords["shared_expert_intermediate_size"] = draw(st.integers(1, 99))
+    return keywords
+
+
 def saved_by_transformers(keywords: dict[str, Any]) -> dict[str, Any]:
-    from transformers import LlamaConfig, Qwen2Config
+    from transformers import AutoConfig
 
     keywords = copy.deepcopy(keywords)
-    kind = {"qwen2": Qwen2Config, "llama": LlamaConfig}[keywords.pop("model_type")]
     with tempfile.TemporaryDirectory() as folder:
-        kind(**keywords).save_pretrained(folder)
+        AutoConfig.for_model(keywords.pop("model_type"), **keywords).save_pretrained(folder)
         return read_config_json(Path(folder))
 
 
@@ -176,7 +213,17 @@ def test_both_spellings_of_a_config_parse_to_the_same(keywords: dict[str, Any]) 
 @given(drawn_configs())
 def test_the_tensors_asked_for_are_those_that_transformers_has(keywords: dict[str, Any]) -> None:
     raw = saved_by_transformers(keywords)
-    assert expected_tensors(parse_config(copy.deepcopy(raw))) == tensor_shapes(raw)
+    config, stacked = parse_config(copy.deepcopy(raw)), tensor_shapes(raw, stacked=True)
+    assert expected_tensors(config) == tensor_shapes(raw)
+    assert expected_tensors(config, stacked) == stacked
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_the_tensors_of_a_published_config_are_those_that_transformers_has(name: str) -> None:
+    config = parse_config(copy.deepcopy(PUBLISHED[name]))
+    stacked = tensor_shapes(PUBLISHED[name], stacked=True)
+    assert expected_tensors(config) == single_experts(stacked)
+    assert expected_tensors(config, stacked) == stacked
 
 
 @pytest.mark.parametrize(
@@ -243,7 +290,7 @@ def test_another_activation_is_refused(family: str, activation: object) -> None:
         ("layer_types", ["full_attention", "chunked_attention"]),
         ("is_encoder_decoder", True),
         ("add_cross_attention", True),
-        ("num_experts", 8),
+        ("num_local_experts", 8),
         ("rope_scaling", {"type": "mrope", "mrope_section": [1, 1, 2]}),
         ("rope_scaling", {"type": "su", "factor": 2.0}),
         ("rope_scaling", {"factor": 2.0}),
@@ -256,6 +303,9 @@ def test_a_setting_that_changes_the_maths_is_refused(family: str, key: str, valu
     raw = mini(family, **{key: value})
     if key == "rope_parameters":
         raw = mini(family, rope_theta=..., rope_scaling=..., rope_parameters=value)
+    if key == "layer_types":
+        raw["num_hidden_layers"] = 2  # no fault but the one
+        raw.pop("mlp_only_layers", None)
     with pytest.raises(ConfigError):
         parse_config(raw)
 
@@ -266,6 +316,7 @@ def test_a_setting_that_changes_the_maths_is_refused(family: str, key: str, valu
         ("quantization_config", None),
         ("partial_rotary_factor", 1.0),
         ("layer_types", ["full_attention", "full_attention"]),
+        ("mlp_only_layers", None),
         ("rope_scaling", None),
         ("head_dim", None),
     ],
@@ -274,7 +325,7 @@ def test_a_setting_that_changes_the_maths_is_refused(family: str, key: str, valu
 def test_a_setting_at_its_neutral_value_changes_nothing(
     family: str, key: str, value: object
 ) -> None:
-    base = mini(family, head_dim=...)
+    base = mini(family, head_dim=..., num_hidden_layers=2, mlp_only_layers=...)
     assert parse_config({**base, key: value}) == parse_config(base)
 
 
@@ -378,7 +429,7 @@ def test_the_stated_dtype_is_read_in_either_spelling(key: str, stated: Any, dtyp
         lambda family, changes: {**mini(family), **changes},
         st.sampled_from(sorted(MINI)),
         st.dictionaries(
-            st.sampled_from(sorted({*MINI["qwen2"], *MINI["llama"], "layer_types"})),
+            st.sampled_from(sorted({"layer_types", "num_local_experts"}.union(*MINI.values()))),
             st.recursive(
                 st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
                 lambda inner: (

@@ -15,12 +15,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
 from checkpoints import (
@@ -32,6 +30,18 @@ from checkpoints import (
     to_bytes,
     write_checkpoint,
     write_sparse_checkpoint,
+)
+from packaged import (
+    DTYPES,
+    STATED,
+    Exported,
+    assert_logits_are_transformers,
+    counted_io,
+    external,
+    graph_of,
+    layer_nodes,
+    quietly,
+    state,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -49,136 +59,49 @@ from qwenport.exporter import (
 )
 from qwenport.exporter.graph import build_graph
 from qwenport.exporter.weights import place_weights
-from qwenport.plugins import rotary_embedding
+from qwenport.plugins import moe_experts, moe_router, rotary_embedding
 
-MAX_NODES_A_LAYER = 45
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-STATED = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
-LLAMA = mini("llama", attention_bias=True, mlp_bias=True)  # untied, head_dim 16 of hidden 24
-
-
-class Exported(NamedTuple):
-    checkpoint: Path
-    package: Path
-
-
-def quietly(*arguments: Any) -> None:
-    """A progress callback."""
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """A fp32 Llama in three shards as transformers saves it, with every bias; weights linked."""
-    from checkpoints import transformers_config
-    from transformers import LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    model = LlamaForCausalLM(transformers_config(LLAMA))
-    model.load_state_dict(random_tensors(tensor_shapes(LLAMA), torch.float32))
-    model.save_pretrained(folder / "checkpoint", max_shard_size="20KB")
-    assert len(list((folder / "checkpoint").glob("*.safetensors"))) > 2
-    export(folder / "checkpoint", folder / "package", max_batch=3)
-    return Exported(folder / "checkpoint", folder / "package")
-
-
-@pytest.fixture(scope="session")
-def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """A tied bf16 Qwen2 that lies in a Hugging Face cache, as links to blobs; weights linked."""
-    folder = tmp_path_factory.mktemp("qwen2")
-    raw = mini("qwen2", rope_scaling={"type": "yarn", "factor": 4.0})
-    plain = write_checkpoint(folder / "plain", raw, dtype=torch.bfloat16)
-    blobs, snapshot = folder / "blobs", folder / "snapshots" / "0a1b"
-    blobs.mkdir()
-    snapshot.mkdir(parents=True)
-    for number, file in enumerate(sorted(plain.iterdir())):
-        file.rename(blobs / f"{number:064x}")
-        (snapshot / file.name).symlink_to(Path("../../blobs") / f"{number:064x}")
-    export(snapshot, folder / "package")
-    return Exported(snapshot, folder / "package")
-
-
-@pytest.fixture(params=["llama", "qwen2", "tiny"])
-def exported(request: pytest.FixtureRequest) -> Exported:
-    """Each of the packages."""
-    if request.param == "tiny":
-        return Exported(
-            request.getfixturevalue("tiny_checkpoint"), request.getfixturevalue("tiny_package")
-        )
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    """A checkpoint of one layer that a test may change."""
-    raw = mini("qwen2", num_hidden_layers=1)
-    return write_checkpoint(tmp_path / "in" / "checkpoint", raw, dtype=torch.bfloat16)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    """A place for a package, in an empty folder of its own."""
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "package"
-
-
-def graph_of(package: Path) -> onnx.ModelProto:
-    return onnx.load(package / "model.onnx", load_external_data=False)
-
-
-def external(tensor: onnx.TensorProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in tensor.external_data}
-
-
-def state(folder: Path) -> dict[str, tuple[Any, ...]]:
-    """All that exporting must not change about a directory tree."""
-    return {
-        str(path.relative_to(folder)): (
-            path.lstat().st_mtime_ns,
-            path.lstat().st_mode,
-            path.lstat().st_ino,
-            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
-        )
-        for path in sorted(folder.rglob("*"))
-    }
+MAX_NODES_A_LAYER, MAX_NODES_A_SPARSE_LAYER = 45, 60
+OPERATORS = {module.NAME: module for module in (rotary_embedding, moe_router, moe_experts)}
 
 
 # --- the graph
 
 
-def layer_nodes(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
-    """Nodes by decoder layer; "" for those outside."""
-    found = collections.defaultdict(list)
-    for node in model.graph.node:
-        layer = node.name.split(".")[2] if node.name.startswith("model.layers.") else ""
-        found[layer].append(node)
-    return found
-
-
 def test_a_decoder_layer_is_few_nodes(exported: Exported) -> None:
-    model = graph_of(exported.package)
+    model, config = graph_of(exported.package), load_package(exported.package).config
     layers = layer_nodes(model)
-    outside = layers.pop("")
-    assert len(layers) == load_package(exported.package).config.num_hidden_layers
-    assert {len(nodes) for nodes in layers.values()} == {len(layers["0"])}
-    assert len(layers["0"]) <= MAX_NODES_A_LAYER
-    assert len(outside) <= MAX_NODES_A_LAYER
+    assert len(layers.pop("")) <= MAX_NODES_A_LAYER
+    assert len(layers) == config.num_hidden_layers
+    counts = collections.defaultdict(set)
+    for layer, nodes in layers.items():
+        counts[config.moe_of(int(layer))].add(len(nodes))
+    for moe, (count,) in counts.items():
+        assert count <= (MAX_NODES_A_SPARSE_LAYER if moe else MAX_NODES_A_LAYER)
 
 
-def test_the_rotary_operator_has_one_body_and_two_calls_a_layer(exported: Exported) -> None:
-    model = graph_of(exported.package)
-    assert [(f.domain, f.name) for f in model.functions] == [("qwenport", "RotaryEmbedding")]
-    calls = [n for n in model.graph.node if n.domain == "qwenport"]
-    assert {n.op_type for n in calls} == {"RotaryEmbedding"}
-    assert len(calls) == 2 * load_package(exported.package).config.num_hidden_layers
+def test_each_operator_has_one_body_and_is_called_where_a_layer_needs_it(
+    exported: Exported,
+) -> None:
+    model, config = graph_of(exported.package), load_package(exported.package).config
+    sparse = len(config.moe.layers) if config.moe else 0
+    expected = {"RotaryEmbedding": 2 * config.num_hidden_layers}
+    if sparse:
+        expected |= {"MoERouter": sparse, "MoEExperts": sparse}
+    assert [(f.domain, f.name) for f in model.functions] == [("qwenport", n) for n in expected]
+    calls = [n.op_type for n in model.graph.node if n.domain == "qwenport"]
+    assert collections.Counter(calls) == expected
     assert {o.domain: o.version for o in model.opset_import} == {"": 24, "qwenport": 1}
 
 
 @pytest.fixture
 def registered_schema() -> Iterator[None]:
-    schema = rotary_embedding.schema()
-    onnx.defs.register_schema(schema)
+    schemas = [operator.schema() for operator in OPERATORS.values()]
+    for schema in schemas:
+        onnx.defs.register_schema(schema)
     yield
-    onnx.defs.deregister_schema(schema.name, schema.since_version, schema.domain)
+    for schema in schemas:
+        onnx.defs.deregister_schema(schema.name, schema.since_version, schema.domain)
 
 
 @pytest.mark.usefixtures("registered_schema")
@@ -409,12 +332,6 @@ def reflinked(file: Path) -> bool:
     return bool(flags & 0x2000)
 
 
-def counted_io() -> tuple[int, int]:
-    """Bytes that this process has read and written."""
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(fields["rchar"]), int(fields["wchar"])
-
-
 HUGE = mini(
     "qwen2", num_hidden_layers=1, vocab_size=60_000_000, hidden_size=8192, num_attention_heads=64
 )
@@ -456,60 +373,6 @@ def test_a_copy_that_does_not_fit_the_disk_is_refused_at_once(
 
 
 # --- the numbers
-
-
-def run_package(package: Path, steps: list[torch.Tensor], capacity: int) -> list[np.ndarray]:
-    """All logits of consecutive steps of token ids [batch, seq], by onnxruntime alone."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    session = ort.InferenceSession(
-        str(package / "model.onnx"), options, providers=["CPUExecutionProvider"]
-    )
-    names = [o.name for o in session.get_outputs()]
-    batch = steps[0].shape[0]
-    caches = {
-        i.name: np.full((batch, i.shape[1], capacity, i.shape[3]), np.float32(7))
-        for i in session.get_inputs()
-        if i.name.startswith("past_key_values")
-    }
-    held, logits = 0, []
-    for ids in steps:
-        seq = ids.shape[1]
-        positions = np.tile(np.arange(held, held + seq, dtype=np.int64), (batch, 1))
-        feeds = {
-            "input_ids": ids.numpy(),
-            "position_ids": positions,
-            "write_indices": np.full(batch, held, np.int64),
-            "key_positions": np.arange(held + seq, dtype=np.int64),
-            "logits_indices": np.tile(np.arange(seq, dtype=np.int64), (batch, 1)),
-        }
-        found = dict(zip(names, session.run(None, {**feeds, **caches}), strict=True))
-        logits.append(found.pop("logits"))
-        caches = {n.replace("present", "past_key_values"): v for n, v in found.items()}
-        held += seq
-    return logits
-
-
-def transformers_logits(checkpoint: Path, ids: torch.Tensor) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation="eager"
-    )
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def assert_logits_are_transformers(checkpoint: Path, package: Path) -> None:
-    vocab = load_package(package).config.vocab_size
-    ids = torch.randint(0, vocab, (2, 11), generator=torch.Generator().manual_seed(0))
-    steps = [ids[:, :6], ids[:, 6:7], ids[:, 7:]]  # prefill, decode, several at once
-    found = np.concatenate(run_package(package, steps, capacity=16), axis=1)
-    expected = transformers_logits(checkpoint, ids).numpy()
-    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    assert error <= 1e-5
-    assert np.abs(expected).max() > 0.1
 
 
 def test_a_llama_with_every_bias_and_its_own_head_dim_computes_transformers_logits(
