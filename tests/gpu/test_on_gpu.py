@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny-qwen2.5"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+every_checkpoint = pytest.mark.parametrize("name", ["tiny-qwen2.5", "tiny-qwen2-moe"])
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and there is none here"
@@ -32,18 +34,22 @@ def qwenport(*arguments: object) -> str:
     return done.stdout
 
 
+@every_checkpoint
 @pytest.mark.parametrize(
     ("target", "module"), [("tensorrt-rtx", "tensorrt_rtx"), ("tensorrt", "tensorrt")]
 )
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_an_engine_has_parity_and_writes_what_its_package_writes(target, module, dtype, tmp_path):
+def test_an_engine_has_parity_and_writes_what_its_package_writes(
+    target, module, dtype, name, tmp_path
+):
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed")
     package, engine = tmp_path / "package", tmp_path / "engine"
-    qwenport("export", CHECKPOINT, package, "--dtype", dtype)
+    checkpoint = EXAMPLES / name
+    qwenport("export", checkpoint, package, "--dtype", dtype)
     major, minor = torch.cuda.get_device_capability(0)
     qwenport("build", package, engine, "--target", target, "--gpu", f"sm{major}{minor}")
-    report = json.loads(qwenport("validate", engine, "--reference", CHECKPOINT, "--json"))
+    report = json.loads(qwenport("validate", engine, "--reference", checkpoint, "--json"))
     assert report["passed"]
     if dtype == "fp32":
         words = ("--prompt", "Once upon a time", "--max-new-tokens", 40, "--json")
@@ -51,14 +57,15 @@ def test_an_engine_has_parity_and_writes_what_its_package_writes(target, module,
         assert ours["token_ids"] == theirs["token_ids"]
 
 
+@every_checkpoint
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_a_package_has_parity_on_the_cuda_provider(dtype, tmp_path):
+def test_a_package_has_parity_on_the_cuda_provider(dtype, name, tmp_path):
     import onnxruntime
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime here has no CUDA provider")
     from qwenport import exporter, validate
 
-    package = exporter.export(CHECKPOINT, tmp_path / "package", dtype=dtype)
-    report = validate.validate(package.path, CHECKPOINT, device="cuda")
+    package = exporter.export(EXAMPLES / name, tmp_path / "package", dtype=dtype)
+    report = validate.validate(package.path, EXAMPLES / name, device="cuda")
     assert report.passed, report.failures
