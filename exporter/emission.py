@@ -168,7 +168,13 @@ class _Emitter:
                 f"{self.scope}: {name_of(call.function)} is used in a way that is not translated "
                 f"({error})"
             ) from error
-        return (made,) if isinstance(made, ir.Value) else made
+        values = (made,) if isinstance(made, ir.Value) else made
+        if len(values) != len(call.results):
+            raise TracingError(
+                f"{self.scope}: {name_of(call.function)} has {len(call.results)} results, "
+                f"and its translation {len(values)}"
+            )
+        return values
 
     def type_of(self, ref: Ref) -> TensorType:
         return self.traced.types[ref.index]

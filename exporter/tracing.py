@@ -100,8 +100,8 @@ def trace(
         for sizes in (_FIRST_SIZES, _SECOND_SIZES)
     )
     kind = type(module).__name__
-    if [(c.function, c.scope) for c in first.calls] != [
-        (c.function, c.scope) for c in second.calls
+    if [(c.function, c.scope, len(c.results)) for c in first.calls] != [
+        (c.function, c.scope, len(c.results)) for c in second.calls
     ]:
         raise TracingError(f"{kind}: which operators run depends on a dynamic size")
     merge = _Merge(

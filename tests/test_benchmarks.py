@@ -73,7 +73,41 @@ def test_quick_run_writes_its_json(name: str, measured: tuple[str, ...], work: P
     assert str(BENCHMARKS.parent) not in text
 
 
-@pytest.mark.parametrize("name", ["export", "build", "decode", "shapes", "peers"])
+@pytest.mark.slow
+def test_quick_run_of_experts_measures_both_parts_and_checks_every_output(work: Path) -> None:
+    output = work / "experts.json"
+    script = BENCHMARKS / "experts.py"
+    run = subprocess.run(
+        [sys.executable, script, "--quick", "--work", work / "work", "--output", output],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    text = output.read_text(encoding="utf-8")
+    data = json.loads(text)
+    assert data.keys() >= KEYS
+    assert (data["benchmark"], data["quick"], data["bars"]) == ("experts", True, [])
+    assert [row["contender"] for row in data["summary"] if row["error"]] == []
+    rows = {
+        part: [row for row in data["summary"] if row["part"] == part]
+        for part in ("layer", "stacking")
+    }
+    assert len(rows["layer"]) == 6
+    keys = ("decode_median_seconds", "prefill_median_seconds", "of_the_bound", "peak_rss_bytes")
+    assert all(row[key] > 0 for row in rows["layer"] for key in keys)
+    assert all(row["rel_l2"] <= 1e-5 for row in rows["layer"])
+    assert len({row["rel_l2"] for row in rows["layer"]}) > 2  # each is its own computation
+    by_name = {row["contender"]: row for row in rows["stacking"]}
+    assert all(row["seconds"] > 0 and row["peak_rss_bytes"] > 0 for row in by_name.values())
+    written = [by_name[f"export, {weights}"]["written_bytes"] for weights in ("link", "pack")]
+    stacks = 2 * 6 * 3 * 48 * 128 * 2  # bytes; the graph is smaller, and blocks are whole
+    assert written[1] - written[0] > 0.9 * stacks
+    assert by_name["build, link"]["plan_to_weights"] > 1
+    assert str(BENCHMARKS.parent) not in text
+
+
+@pytest.mark.parametrize("name", ["export", "build", "decode", "experts", "shapes", "peers"])
 def test_help_says_what_a_script_does(name: str) -> None:
     run = subprocess.run(
         [sys.executable, BENCHMARKS / f"{name}.py", "--help"],
@@ -109,6 +143,32 @@ def test_tiny_checkpoint_is_one_that_we_export(load: Any, tmp_path: Path) -> Non
 
     directory = load("shapes").make_checkpoint("tiny", tmp_path / "tiny", sparse=False)
     assert open_checkpoint(directory).dtype == "bf16"
+
+
+def test_moe_shapes_have_single_experts_of_the_published_sizes(load: Any) -> None:
+    shapes = load("shapes")
+    for shape, layers, experts, inner, hidden in (
+        ("qwen1.5-moe-1-layer", 1, 60, 1408, 2048),
+        ("qwen2-57b-a14b-instruct", 28, 64, 2560, 3584),
+    ):
+        tensors = shapes.tensors_of(shapes.config_of(shape))
+        gates = [key for key in tensors if ".experts." in key and "gate_proj" in key]
+        assert len(gates) == layers * experts
+        assert {tensors[key] for key in gates} == {(inner, hidden)}
+
+
+def test_ratio_pairs_the_times_of_a_turn(load: Any) -> None:
+    experts, report = load("experts"), load("report").Report("experts", True, {})
+    layer, key = experts.TINY, "decode_median_seconds"
+    for turn, (ours, one, other) in enumerate(
+        [(1.0, 4.0, 2.0), (2.0, 10.0, 30.0), (1.0, 9.0, 9.0)]
+    ):
+        for name, seconds in (("a", ours), ("b", one), ("c", other)):
+            report.add_run(experts.title(layer, name), turn=turn, error=None, **{key: seconds})
+    assert experts.ratio(report, layer, key, ["b", "c"], ["a"]) == 5.0  # of 2, 5 and 9
+    report.add_run(experts.title(layer, "b"), turn=3, error="no such luck", **{key: None})
+    assert experts.ratio(report, layer, key, ["b", "c"], ["a"]) == 9.0  # of 2, 15 and 9
+    assert experts.ratio(report, layer, key, ["b"], ["a"]) is None
 
 
 def test_measure_reports_memory_time_result_and_error(load: Any, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import click
 import pytest
 import torch
+from checkpoints import mini, random_tensors, stack_experts, tensor_shapes, write_checkpoint
 
 from qwenport import cli, exporter
 from qwenport.commands import export, generate
@@ -132,6 +133,27 @@ def test_a_note_is_made_only_of_a_table_that_is_beyond_the_original_length(
     assert run("export", checkpoint, tmp_path / "out", *options).json["notes"] == []
 
 
+def test_export_pack_writes_the_stacks_of_experts_and_links_the_rest(
+    tmp_path: Path, run: Run
+) -> None:
+    raw = mini("qwen2_moe")
+    tensors = random_tensors(tensor_shapes(raw), torch.float32)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", raw, tensors, shards=2)
+    linked = run("export", checkpoint, tmp_path / "linked", "--json").json
+    packed = run("export", checkpoint, tmp_path / "packed", "--weights", "pack", "--json").json
+    experts = sum(t.nbytes for name, t in tensors.items() if ".experts." in name)
+    more = packed["bytes_written"] - linked["bytes_written"]
+    assert packed["weights"] == "pack" and abs(more - experts) < experts / 4  # graph and header
+    assert (
+        packed["weight_bytes"] == linked["weight_bytes"] == sum(t.nbytes for t in tensors.values())
+    )
+    assert run("inspect", tmp_path / "packed", "--json").json["weights"]["tensors"] == len(
+        stack_experts(tensors)
+    )
+    told = run("export", checkpoint, tmp_path / "again", "--weights", "pack").out
+    assert "by reference, experts stacked" in told
+
+
 # inspect
 
 
@@ -159,6 +181,28 @@ def test_inspect_checkpoint_before_any_export(checkpoint: Path, run: Run) -> Non
     facts = run("inspect", checkpoint, "--json").json
     assert facts["kind"] == "checkpoint" and facts["max_seq_len"] == 512
     assert all(gpu["fits"] for gpu in facts["gpus"])
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("qwen2_moe", "2 of 6 a token, each of 24 and a shared one of 28, in 2 of 3 layers"),
+        ("qwen3_moe", "3 of 5 a token, each of 20, in 2 of 2 layers"),
+    ],
+)
+def test_inspect_tells_of_experts_before_and_after_the_export(
+    family: str, words: str, tmp_path: Path, run: Run
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", mini(family))
+    assert words in run("inspect", checkpoint).out
+    run("export", checkpoint, tmp_path / "package")
+    assert words in run("inspect", tmp_path / "package").out
+    facts = run("inspect", tmp_path / "package", "--json").json["operators"]
+    assert facts["layers_alike"] is (family == "qwen3_moe")
+    assert (
+        facts["per_layer"]["qwenport.MoERouter"] == facts["per_layer"]["qwenport.MoEExperts"] == 1
+    )
+    assert facts["total"]["qwenport.MoEExperts"] == 2
 
 
 def test_inspect_engine_shows_its_gpus_ranges_and_bytes(engine: Path, run: Run) -> None:

@@ -19,8 +19,9 @@ from torch import nn
 from torch.nn import functional
 
 from qwenport.exporter import TracingError, emission, tracing
-from qwenport.exporter.decoder import tensor_scatter
-from qwenport.plugins import rotary_embedding
+from qwenport.exporter.config import MoEConfig
+from qwenport.exporter.decoder import Experts, tensor_scatter
+from qwenport.plugins import moe_experts, moe_router, rotary_embedding
 
 F32, I64, BOOL = torch.float32, torch.int64, torch.bool
 EXAMPLE_SIZES = {"b": 2, "s": 3, "t": 5, "c": 7, "n": 4}
@@ -183,6 +184,23 @@ CASES: dict[str, Case] = {
         (x("b", 2, "s", 8), x(9, 4), x(9, 4), x("b", "s", dtype=I64)),
         fill=positions,
     ),
+    "sigmoid": Case(lambda m, a: torch.sigmoid(a), (x("b", "s", 6),)),
+    "router": Case(lambda m, a: moe_router.moe_router(a, k=2), (x("b", "s", 5),)),
+    "router whose weights sum to 1": Case(
+        lambda m, a: moe_router.moe_router(a, k=3, normalize=True), (x("b", "s", 5),)
+    ),
+    "router whose results go separate ways": Case(
+        lambda m, a: (lambda weights, indices: (indices + indices, a, weights * weights))(
+            *moe_router.moe_router(a + a, k=2)
+        ),
+        (x("b", "s", 5),),
+    ),
+    "experts": Case(
+        lambda m, a, i, w: m.part(a, i, w),
+        (x("b", "s", 6), x("b", "s", 2, dtype=I64), x("b", "s", 2)),
+        {"part": Experts(6, MoEConfig(5, 2, 3, False, None, (0,)))},
+        below(1, 5),
+    ),
     "one tensor given back twice over": Case(lambda m, a: (a + a, a * a), (x("b", "s"),)),
 }
 
@@ -250,8 +268,12 @@ def onnx_model(case: Case) -> ir.Model:
         opset_imports={"": 24, "qwenport": 1},
         name="mini",
     )
-    function = rotary_embedding.function_body(24)
-    return ir.Model(graph, ir_version=11, functions=[function])
+    functions = [
+        rotary_embedding.function_body(24),
+        moe_router.function_body(24, moe_router.TOP_K),
+        moe_experts.function_body(24),
+    ]
+    return ir.Model(graph, ir_version=11, functions=functions)
 
 
 def session_of(case: Case) -> ort.InferenceSession:
