@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from fractions import Fraction
 from typing import Any
@@ -14,7 +15,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from calls import ELEMENTS, model_of_call, registered, run_in_onnx, run_in_session, session_of
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_ir.passes.common import InlinePass
 
@@ -38,7 +39,7 @@ Routing = tuple[torch.Tensor, torch.Tensor]
 # the published models' numbers of experts are no powers of two: 60 leaves a tail to every vector
 experts = st.one_of(st.sampled_from([2, 8, 60, 256]), st.integers(2, 256))
 factors = st.one_of(
-    st.sampled_from([1.0, 1.25, 2.0, 0.5, 0.1, 1.1]), st.floats(0.0625, 4.0, width=32)
+    st.sampled_from([1.0, 1.25, 2.0, 0.5, 0.1, 1.2, 300.0]), st.floats(0.0625, 4.0, width=32)
 )
 seeds = st.integers(0, 2**31)
 
@@ -341,18 +342,37 @@ def test_capacity_is_the_quotient_rounded_up(tokens: int, n_experts: int, factor
     assert capacity(tokens, n_experts, factor) == max(1, math.ceil(exact))
 
 
-@example(tokens=10, n_experts=11, factor=1.1)  # in fp64 a rounding makes this 2
 @given(tokens=st.integers(0, 4096), n_experts=experts, factor=factors)
 def test_capacity_is_computed_in_fp32(tokens: int, n_experts: int, factor: float) -> None:
     assert capacity(tokens, n_experts, factor) == numpy_capacity(tokens, n_experts, factor)
 
 
-@pytest.mark.parametrize("factor", [1.1, 1.2])
-def test_fp32_capacity_is_told_from_fp64_s(factor: float) -> None:
-    """Or the test above would hold in fp64, too."""
-    sizes = [(t, e) for t in range(1, 200) for e in (3, 7, 11, 60)]
-    fp64 = [max(1, math.ceil(t * factor / e)) for t, e in sizes]
-    assert [capacity(t, e, factor) for t, e in sizes] != fp64
+def capacities_that_need_fp32() -> list[tuple[int, int, float]]:
+    """Tokens, experts and a factor where fp64, or the quotient before the product, gives another one."""
+    sizes = itertools.product(range(1, 61), (3, 7, 11), (1.1, 1.2))
+    return [
+        (tokens, n_experts, factor)
+        for tokens, n_experts, factor in sizes
+        if numpy_capacity(tokens, n_experts, factor) != math.ceil(tokens * factor / n_experts)
+        or numpy_capacity(tokens, n_experts, factor)
+        != np.ceil(np.float32(tokens) / np.float32(n_experts) * np.float32(factor))
+    ]
+
+
+def test_capacity_is_fp32_s_where_it_matters() -> None:
+    """In onnxruntime, too, where as many tokens are seated as a capacity says."""
+    cases = capacities_that_need_fp32()
+    assert (25, 3, 1.2) in cases and (35, 3, 1.2) in cases
+    for tokens, n_experts, factor in cases:
+        c = numpy_capacity(tokens, n_experts, factor)
+        assert capacity(tokens, n_experts, factor) == c
+        logits = torch.zeros(tokens, n_experts)
+        for kind, seated in ((SWITCH, c), (EXPERT_CHOICE, n_experts * c)):
+            for weights, _ in (
+                moe_router(logits, kind, capacity_factor=factor),
+                run_in_session(session(24, kind, capacity_factor=factor), logits),
+            ):
+                assert weights.count_nonzero() == seated
 
 
 # --- errors
@@ -476,6 +496,12 @@ def layout(tensor: torch.Tensor) -> list[int]:
 def test_the_fake_outputs_have_the_leading_axes_of_the_logits() -> None:
     weights, indices = moe_router(torch.zeros(2, 3, 8, device="meta"), k=4)
     assert weights.shape == indices.shape == (2, 3, 4)
+
+
+def test_a_fake_expert_takes_no_more_tokens_than_there_are() -> None:
+    logits = torch.zeros(3, 2, device="meta")
+    weights, indices = moe_router(logits, EXPERT_CHOICE, capacity_factor=100.0)
+    assert weights.shape == indices.shape == (2, 3)
 
 
 # --- the same in ONNX
