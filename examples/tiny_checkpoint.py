@@ -1,7 +1,8 @@
-"""The files of the tiny checkpoint: its config, its tokenizer, and how they are written."""
+"""The files of the tiny checkpoints: configs, the tokenizer, and how they are written."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -10,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import (
     AddedToken,
     Regex,
@@ -40,30 +40,54 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# Field for field the spelling of the published Qwen2.5 files, which predates transformers 5.
-CONFIG: dict[str, object] = {
-    "architectures": ["Qwen2ForCausalLM"],
+# Field for field the spelling of the published files, which predates transformers 5.
+COMMON: dict[str, object] = {
     "attention_dropout": 0.0,
     "bos_token_id": BOS_ID,
     "eos_token_id": EOS_ID,
     "hidden_act": "silu",
     "hidden_size": 192,
     "initializer_range": 0.02,
-    "intermediate_size": 640,
     "max_position_embeddings": CONTEXT,
-    "max_window_layers": 5,
-    "model_type": "qwen2",
     "num_attention_heads": 6,
-    "num_hidden_layers": 5,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-06,
-    "rope_theta": 50000.0,
-    "sliding_window": CONTEXT,
-    "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
     "use_cache": True,
     "use_sliding_window": False,
     "vocab_size": VOCAB_SIZE,
+}
+QWEN2_5: dict[str, object] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "intermediate_size": 640,
+    "max_window_layers": 5,
+    "model_type": "qwen2",
+    "num_hidden_layers": 5,
+    "rope_theta": 50000.0,
+    "sliding_window": CONTEXT,
+    "tie_word_embeddings": True,
+}
+# As in Qwen1.5-MoE-A2.7B, but one layer is dense, and three query heads share a key head.
+QWEN2_MOE: dict[str, object] = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "intermediate_size": 448,
+    "max_window_layers": 4,
+    "mlp_only_layers": [1],
+    "model_type": "qwen2_moe",
+    "moe_intermediate_size": 96,
+    "norm_topk_prob": False,
+    "num_experts": 12,
+    "num_experts_per_tok": 3,
+    "num_hidden_layers": 4,
+    "output_router_logits": False,
+    "rope_theta": 1000000.0,
+    "shared_expert_intermediate_size": 160,
+    "tie_word_embeddings": False,
+}
+CONFIGS = {
+    name: dict(sorted((COMMON | own).items()))
+    for name, own in {"Qwen2.5": QWEN2_5, "Qwen2-MoE": QWEN2_MOE}.items()
 }
 
 
@@ -95,7 +119,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def json_files(tokenizer: Tokenizer) -> dict[str, dict[str, object]]:
+def json_files(config: dict[str, object], tokenizer: Tokenizer) -> dict[str, dict[str, object]]:
     """The content of each JSON file by its name, except tokenizer.json."""
     added = {
         str(tokenizer.token_to_id(token)): {
@@ -109,7 +133,7 @@ def json_files(tokenizer: Tokenizer) -> dict[str, dict[str, object]]:
         for token in SPECIAL
     }
     return {
-        "config.json": CONFIG,
+        "config.json": config,
         "generation_config.json": {
             "bos_token_id": BOS_ID,
             "do_sample": True,
@@ -138,19 +162,20 @@ def json_files(tokenizer: Tokenizer) -> dict[str, dict[str, object]]:
     }
 
 
-def write_checkpoint(model: PreTrainedModel, tokenizer: Tokenizer, out: Path) -> None:
-    """Write into a temporary folder first; then each file appears in `out` by one rename."""
+def write_checkpoint(
+    model: PreTrainedModel, config: dict[str, object], tokenizer: Tokenizer, out: Path
+) -> None:
+    """Write into a temporary folder first; then each file appears in `out` by one rename.
+
+    transformers writes the tensors, since in memory it stacks the experts of a layer that the file
+    has one by one. Its config is replaced by `config`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        tensors = {
-            name: tensor.to(torch.bfloat16).contiguous()
-            for name, tensor in model.state_dict().items()
-            if name != "lm_head.weight"  # tied to the embedding
-        }
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save(str(folder / "tokenizer.json"))
-        for name, content in json_files(tokenizer).items():
+        for name, content in json_files(config, tokenizer).items():
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
         for path in folder.iterdir():
