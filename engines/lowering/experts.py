@@ -80,11 +80,13 @@ class _Split:
         rows = op("Gather", tokens, op("Div", order, constant(k), dtype=INT64))
         groups = self.ops("Split", [rows, sizes], [self.dtype] * len(downs), axis=0)
 
-        parts = []
-        for group, (gate, up), (out,) in zip(groups, halves, downs, strict=True):
-            gated = self.product(group, gate)
-            active = op("Mul", op("Mul", gated, op("Sigmoid", gated)), self.product(group, up))
-            parts.append(self.product(active, out))
+        # what is not a product is done once for all experts: an idle expert costs its three products' calls
+        gates = [self.product(group, gate) for group, (gate, _) in zip(groups, halves, strict=True)]
+        ups = [self.product(group, up) for group, (_, up) in zip(groups, halves, strict=True)]
+        gated = op("Concat", *gates, axis=0)
+        active = op("Mul", op("Mul", gated, op("Sigmoid", gated)), op("Concat", *ups, axis=0))
+        inner = self.ops("Split", [active, sizes], [self.dtype] * len(downs), axis=0)
+        parts = [self.product(group, out) for group, (out,) in zip(inner, downs, strict=True)]
         ordered = op("Gather", op("Concat", *parts, axis=0), back)
         single = op("Cast", ordered, dtype=ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
         by_token = op("Reshape", single, constant(-1, k, hidden), dtype=ir.DataType.FLOAT)
