@@ -117,8 +117,8 @@ def _shape_of(model: ir.Model, before: ir.Node, value: ir.Value, index: int) -> 
     return shape.outputs[0]
 
 
-def dense_layer_of_another_index(model: ir.Model) -> None:
-    """The dense layer's gate and up projections exchanged: the layers around the sparse ones count too."""
+def dense_gate_and_up_swapped(model: ir.Model) -> None:
+    """In the dense layer among the sparse ones."""
     gate = node(model, "model.layers.1.mlp.gate_proj.MatMul")
     up = node(model, "model.layers.1.mlp.up_proj.MatMul")
     first, second = gate.inputs[1], up.inputs[1]

@@ -77,12 +77,15 @@ class Reference:
 
     def logits_in(self, dtype: str, tokens: Sequence[int], *, last: int = 0) -> Float32:
         """`logits`, by the same model computing in "bf16" or "fp16" throughout, as fp32 numbers."""
+        return _run(self._half(dtype), tokens, last)
+
+    def _half(self, dtype: str) -> Any:
         if dtype not in self._halves:
             half = copy.deepcopy(self._model)
             for parameter in half.parameters():  # parameters only: rope frequencies stay fp32
                 parameter.data = parameter.data.to(TORCH_DTYPES[dtype])
             self._halves[dtype] = half
-        return _run(self._halves[dtype], tokens, last)
+        return self._halves[dtype]
 
     def greedy(self, tokens: Sequence[int], count: int) -> tuple[list[int], Float32]:
         """transformers' own greedy `generate`, with no stop token and none of the checkpoint's sampling.
@@ -127,8 +130,14 @@ class Reference:
             )
         return new, logits
 
-    def routing(self, tokens: Sequence[int]) -> dict[int, tuple[Float32, Int64]]:
-        """Sparse layer -> (router logits fp32 [len(tokens), E], chosen experts int64 [len(tokens), k])."""
+    def routing(
+        self, tokens: Sequence[int], dtype: str = "fp32"
+    ) -> dict[int, tuple[Float32, Int64]]:
+        """Sparse layer -> (router logits fp32 [len(tokens), E], chosen experts int64 [len(tokens), k]).
+
+        `dtype` is what the model computes in, as in `logits` ("fp32") and `logits_in` ("bf16", "fp16").
+        """
+        model = self._model if dtype == "fp32" else self._half(dtype)
         found: dict[int, tuple[Float32, Int64]] = {}
 
         def keep(layer: int) -> Any:
@@ -140,11 +149,11 @@ class Reference:
 
         handles = [
             layer.mlp.gate.register_forward_hook(keep(index))
-            for index, layer in enumerate(self._model.model.layers)
+            for index, layer in enumerate(model.model.layers)
             if hasattr(layer.mlp, "experts")
         ]
         try:
-            self.logits(tokens, last=1)
+            _run(model, tokens, last=1)
         finally:
             for handle in handles:
                 handle.remove()

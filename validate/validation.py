@@ -14,7 +14,13 @@ from qwenport.validate.metrics import Metrics, compare
 from qwenport.validate.prompts import Prompts, make_prompts
 from qwenport.validate.report import Check, Report, ScenarioResult, Status
 from qwenport.validate.rope_check import check_tables
-from qwenport.validate.router_check import Routing, compare_routing, router_values
+from qwenport.validate.router_check import (
+    Routing,
+    compare_routing,
+    observe_routing,
+    router_values,
+    routing_text,
+)
 from qwenport.validate.scenarios import (
     RAGGED_ROWS,
     SCENARIOS,
@@ -30,9 +36,10 @@ from qwenport.validate.target import Target, check_source, open_target
 from qwenport.validate.thresholds import (
     HALF_NEAR_TIE_MARGIN,
     Thresholds,
+    fp32_router_thresholds,
     fp32_thresholds,
+    half_router_thresholds,
     half_thresholds,
-    router_thresholds,
 )
 
 if TYPE_CHECKING:
@@ -182,11 +189,21 @@ def _judge_routing(
         return ScenarioResult(ROUTING, summary, "failed", reason=failure), None
     started = time.monotonic()
     try:
-        routing = compare_routing(session, router_values(target.package), reference, prompts)
+        tokens = routing_text(session, prompts)
+        chosen = observe_routing(session, router_values(target.package), tokens)
     except Exception as error:  # whatever the runtime raises is the target's failure, not ours
         reason = f"the target raised {type(error).__name__}: {error}"
         return ScenarioResult(ROUTING, summary, "failed", reason=reason), None
-    check = routing.check(router_thresholds(target.compute_dtype))
+    expected = reference.routing(tokens)
+    routing = compare_routing(chosen, expected)
+    bounds = fp32_router_thresholds()
+    if (dtype := target.compute_dtype) != "fp32":
+        theirs = {
+            layer: experts for layer, (_, experts) in reference.routing(tokens, dtype).items()
+        }
+        own = compare_routing(theirs, expected).agreement(HALF_NEAR_TIE_MARGIN)
+        bounds = half_router_thresholds(own)
+    check = routing.check(bounds)
     seconds = round(time.monotonic() - started, 3)
     status: Status = "passed" if check.passed else "failed"
     return ScenarioResult(ROUTING, summary, status, (check,), seconds=seconds), routing
