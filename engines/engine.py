@@ -10,7 +10,7 @@ from typing import Any
 from qwenport.engines.errors import EngineError
 from qwenport.exporter import MANIFEST, PackageError, check_files, read_manifest
 
-FORMAT, FORMAT_VERSION = "qwenport-engine", 1
+FORMAT, FORMAT_VERSION = "qwenport-engine", 2
 PLAN = "engine.plan"
 
 

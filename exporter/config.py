@@ -265,7 +265,7 @@ def _biases(fields: _Fields, model_type: str) -> tuple[bool, bool, bool]:
 def _moe(fields: _Fields, model_type: str, layers: int) -> MoEConfig | None:
     """Source: transformers' Qwen2MoeDecoderLayer and Qwen3MoeDecoderLayer, and their configurations."""
     names = ("num_experts", "num_local_experts") if model_type == "qwen3_moe" else ("num_experts",)
-    spellings = [key for key in names if key in fields.raw]
+    spellings = [key for key in names if fields.raw.get(key) is not None]
     counts = {fields.take(key, int) for key in spellings}
     if len(counts) != 1:
         raise ConfigError(

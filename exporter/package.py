@@ -33,7 +33,7 @@ from qwenport.exporter.manifest import (
     write_json,
 )
 
-FORMAT, FORMAT_VERSION = "qwenport-package", 1
+FORMAT, FORMAT_VERSION = "qwenport-package", 2
 MODEL, ROPE = "model.onnx", "rope.safetensors"
 DTYPES = ("bf16", "fp16", "fp32")
 WEIGHTS = ("link", "copy", "pack")

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -81,7 +81,7 @@ def place_weights(
     packed = {part for parts in stacks.values() for part in parts}
     return {
         **{name: entry for name, entry in checkpoint.tensors.items() if name not in packed},
-        **_write(checkpoint, folder / PACKED, dtype, stacks, progress, only=packed),
+        **_write(checkpoint, folder / PACKED, dtype, stacks, progress, stacks_only=True),
     }
 
 
@@ -162,7 +162,7 @@ def _write(
     dtype: str,
     stacks: dict[str, list[str]],
     progress: Progress,
-    only: Container[str] | None = None,
+    stacks_only: bool = False,
 ) -> dict[str, TensorEntry]:
     """Write tensors in a dtype into one safetensors file, a chunk in memory at a time.
 
@@ -172,13 +172,12 @@ def _write(
         dtype: of what is written.
         stacks: tensors to write that consist of several of the source's, one after the other.
         progress: told of bytes done.
-        only: the source's tensors to write; all by default.
+        stacks_only: leave out what is in no stack.
     """
     sources = {name: [checkpoint.tensors[part] for part in parts] for name, parts in stacks.items()}
     stacked = {part for parts in stacks.values() for part in parts}
-    for name, entry in checkpoint.tensors.items():
-        if name not in stacked and (only is None or name in only):
-            sources[name] = [entry]
+    if not stacks_only:
+        sources |= {n: [entry] for n, entry in checkpoint.tensors.items() if n not in stacked}
     entries = plan_safetensors(
         target.name,
         _SAFETENSORS[dtype],

@@ -1,9 +1,9 @@
 """Experts one by one, for a runtime whose products cost nothing for no rows.
 
 onnxruntime's Gather copies the weights that it picks, which costs more than using them. Here the tokens are ordered
-by expert and split, and each expert multiplies its own rows by its own weights where they lie; the product of an
-expert without tokens is over before it starts. Work and weight bytes read follow the chosen experts, for one token and
-for thousands.
+by expert and split, and each expert multiplies its own rows by its own weights, never stacked and never copied. The
+product of an expert without tokens reads nothing. Work and weight bytes read follow the chosen experts, for one token
+and for thousands; an idle expert costs the calls of its products.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class SplitExperts(InPlacePass):
         """Change `model` in place.
 
         Raises:
-            LoweringError: an expert's weights are neither a tensor of their own nor part of one in a file.
+            LoweringError: indices are by expert, or an expert's weights are neither a tensor of their own nor
+                part of one in a file.
         """
         modified = False
         for node in [*model.graph]:
@@ -55,6 +56,9 @@ class _Split:
         assert x is not None and indices is not None and weights is not None
         assert gate_up is not None and down is not None and indices.shape is not None
         op, constant = self.op, self.constant
+        by_expert = self.node.attributes.get("by_expert")
+        if by_expert is not None and by_expert.as_int():
+            raise LoweringError(f"{self.node.name}: experts that choose tokens cannot be split")
         k = indices.shape[-1]
         assert isinstance(k, int)
         halves = self.experts_of(gate_up, 2)
@@ -144,7 +148,12 @@ class _Split:
         reshape = stack.producer()
         if reshape is not None:
             concat = reshape.inputs[0].producer() if reshape.inputs[0] is not None else None
-            singles = [] if concat is None else [v for v in concat.inputs if v is not None]
+            stacked = (
+                concat is not None
+                and (reshape.op_type, concat.op_type) == ("Reshape", "Concat")
+                and concat.attributes["axis"].as_int() == 0
+            )
+            singles = [v for v in concat.inputs if v is not None] if concat and stacked else []
             if len(singles) != experts * parts:
                 raise LoweringError(
                     f"{self.node.name}: {stack.name} is not a stack of single experts"

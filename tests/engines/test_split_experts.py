@@ -202,12 +202,29 @@ def test_the_rows_multiplied_are_the_tokens_times_k(single, tmp_path):
 def test_weights_stay_in_their_file_and_stacks_disappear(single, tmp_path):
     gate_up, down = torch.randn(6, 8, 6), torch.randn(6, 6, 4)
     model = SplitExperts()(experts_model(tmp_path, gate_up, down, 2, single=single)).model
-    assert not {"MoEExperts", "Concat_stack"} & {node.op_type for node in model.graph}
+    assert "MoEExperts" not in {node.op_type for node in model.graph}
     assert all(node.op_type != "Concat" or len(node.inputs) == 6 for node in model.graph)
     assert ("qwenport", "MoEExperts", "") not in model.functions
     matrices = [v.const_value for v in model.graph.initializers.values() if len(v.shape) == 2]
     assert all(isinstance(tensor, ir.ExternalTensor) for tensor in matrices)
     assert sum(tensor.length for tensor in matrices) == 4 * (gate_up.numel() + down.numel())
+
+
+def test_experts_that_choose_tokens_are_refused(tmp_path):
+    model = experts_model(tmp_path, torch.randn(3, 4, 2), torch.randn(3, 2, 2), 1, single=False)
+    (call,) = model.graph
+    call.attributes["by_expert"] = ir.AttrInt64("by_expert", 1)
+    with pytest.raises(LoweringError, match="layer: experts that choose tokens"):
+        SplitExperts()(model)
+
+
+@pytest.mark.parametrize("op_type", ["Sum", "Mean"])
+def test_a_stack_that_is_no_concatenation_is_refused(op_type, tmp_path):
+    model = experts_model(tmp_path, torch.randn(3, 4, 2), torch.randn(3, 2, 2), 1, single=True)
+    concat = next(node for node in model.graph if node.name == "c.down")
+    concat.op_type = op_type
+    with pytest.raises(LoweringError, match=r"layer: stack\.down is not a stack"):
+        SplitExperts()(model)
 
 
 def test_a_stack_that_is_computed_is_refused_by_name(tmp_path):

@@ -796,9 +796,9 @@ Change = Callable[[dict[str, Any]], Any]
 
 NOT_MANIFESTS: dict[str, Change] = {
     "of an engine": lambda m: m.update(format="qwenport-engine"),
-    "of a later version": lambda m: m.update(format_version=2),
+    "of a later version": lambda m: m.update(format_version=3),
     "of version 0": lambda m: m.update(format_version=0),
-    "of a version in words": lambda m: m.update(format_version="1"),
+    "of a version in words": lambda m: m.update(format_version="2"),
     "without format": lambda m: m.pop("format"),
     "without version": lambda m: m.pop("format_version"),
     "without files": lambda m: m.pop("files"),
