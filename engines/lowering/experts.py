@@ -1,7 +1,7 @@
 """Experts one by one, for a runtime whose products cost nothing for no rows.
 
 onnxruntime's Gather copies the weights that it picks, which costs more than using them. Here the tokens are ordered
-by expert and split, and each expert multiplies its own rows by its own weights, never stacked and never copied. The
+by expert and split, and each expert multiplies its own rows by its own weights; no step stacks or copies any. The
 product of an expert without tokens reads nothing. Work and weight bytes read follow the chosen experts, for one token
 and for thousands; an idle expert costs the calls of its products.
 """
