@@ -13,7 +13,7 @@ from qwenport.engines.generation import GenerationResult, StreamDecoder, generat
 from qwenport.engines.onnxruntime_session import OnnxRuntimeSession
 from qwenport.engines.open import open_session
 from qwenport.engines.sampling import Sampler, SamplingParams
-from qwenport.engines.session import Session
+from qwenport.engines.session import CachedSession, Session, Step
 from qwenport.engines.targets import FLAVOURS, FP16_ONLY, RTX_GPUS, TENSORRT_GPUS
 from qwenport.engines.tensorrt_session import TensorRTSession
 
@@ -23,6 +23,7 @@ __all__ = [
     "RTX_GPUS",
     "TENSORRT_GPUS",
     "BuildError",
+    "CachedSession",
     "CapacityError",
     "Engine",
     "EngineError",
@@ -33,6 +34,7 @@ __all__ = [
     "SamplingParams",
     "Session",
     "SessionError",
+    "Step",
     "StreamDecoder",
     "TensorRTSession",
     "build",

@@ -171,6 +171,7 @@ def _write_lowered(package: Package, folder: Path, capacity: int) -> Path:
         ir.load(package.model),
         dtype=package.dtype,
         capacity=capacity,
+        positions=capacity,
         kv_heads=package.config.num_key_value_heads,
     )
     check_graph(model)

@@ -67,11 +67,10 @@ class OnnxRuntimeSession(CachedSession):
             vocab_size=config.vocab_size,
             max_step_tokens=MAX_STEP_TOKENS,
             max_step_logits=MAX_STEP_TOKENS,
+            max_positions=package.max_seq_len,
         )
         self._ort = import_extra("onnxruntime", "cpu", "run packages")
         self.device = device
-        self.observed: dict[str, Any] = {}
-        """Name in `observe` -> NumPy array of the last step, as the graph has it."""
         self._observe = tuple(observe)
         dtype = "fp32" if device == "cpu" else package.dtype
         self._session = self._load(package, threads)

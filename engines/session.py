@@ -11,8 +11,9 @@ padding; if it is full, it replays its last token into that token's own slot.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,21 @@ class Session(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step that has run, over rows 0..B-1.
+
+    Attributes:
+        starts: int64 [B], the slot of each row's first token.
+        taken: int64 [B], how many tokens of each row are real; the rest is padding.
+        observed: name -> value of the step, as the graph has it.
+    """
+
+    starts: Int64
+    taken: Int64
+    observed: Mapping[str, Any]
+
+
 class CachedSession(ABC):
     """The bookkeeping of a session over a preallocated cache; subclasses implement `_step`.
 
@@ -79,11 +95,18 @@ class CachedSession(ABC):
         vocab_size: int,
         max_step_tokens: int,
         max_step_logits: int,
+        max_positions: int,
     ) -> None:
         if max_batch < 1 or capacity < 1:
             raise SessionError(f"a session needs a row and a slot, not {max_batch} x {capacity}")
         self.max_batch, self.capacity, self.vocab_size = max_batch, capacity, vocab_size
         self.max_step_tokens, self.max_step_logits = max_step_tokens, max_step_logits
+        self.max_positions = max_positions
+        self.on_step: Callable[[Step], None] | None = None
+        """Called after each step, if set."""
+        self.observed: dict[str, Any] = {}
+        """Name -> value of the last step, for the values that the session was asked to observe."""
+        self._first_position = 0
         self._lengths = np.zeros(max_batch, dtype=np.int64)
         self._last_token = np.zeros(max_batch, dtype=np.int64)
 
@@ -92,8 +115,21 @@ class CachedSession(ABC):
         """int64 [max_batch]: how many tokens each row holds."""
         return self._lengths.copy()
 
-    def reset(self) -> None:
-        """Forget all tokens. The cache keeps its memory; old values are never attended to."""
+    def reset(self, *, first_position: int = 0) -> None:
+        """Forget all tokens. The cache keeps its memory; old values are never attended to.
+
+        Args:
+            first_position: of slot 0. A text may begin anywhere in the context: the cache then holds positions
+                first_position.. and attention sees nothing before them.
+
+        Raises:
+            CapacityError: there is no such position.
+        """
+        if not 0 <= first_position < self.max_positions:
+            raise CapacityError(
+                f"position {first_position} is outside 0..{self.max_positions - 1}, what the model supports"
+            )
+        self._first_position = first_position
         self._lengths[:] = 0
         self._last_token[:] = 0
 
@@ -109,14 +145,14 @@ class CachedSession(ABC):
         remaining = np.array([len(row) for row in rows], dtype=np.int64)
         while remaining.any():
             active = remaining > 0
-            starts = np.minimum(self._lengths[: len(rows)], self.capacity - 1)
+            starts = np.minimum(self._lengths[: len(rows)], self._slots - 1)
             # Padding, too, needs slots: one step is as wide as the fullest row has room for.
-            width = int(min(remaining.max(), self.capacity - starts.max(), widest))
+            width = int(min(remaining.max(), self._slots - starts.max(), widest))
             taken = np.minimum(remaining, width)
             ids = np.zeros((len(rows), width), dtype=np.int64)
             for b, row in enumerate(rows):
                 ids[b, : taken[b]] = row[done[b] : done[b] + taken[b]]
-                if self._lengths[b] == self.capacity:
+                if self._lengths[b] == self._slots:
                     ids[b, 0] = self._last_token[b]
             finishing = active & (taken == remaining)
             logits = self._run(ids, starts, taken, all_logits)
@@ -139,6 +175,11 @@ class CachedSession(ABC):
         zeros = np.zeros((1, self.vocab_size), dtype=np.float32)
         return np.concatenate([row if len(row) else zeros for row in rows])
 
+    @property
+    def _slots(self) -> int:
+        """Slots that have a position."""
+        return min(self.capacity, self.max_positions - self._first_position)
+
     def _check(self, rows: list[Int64]) -> None:
         if not 1 <= len(rows) <= self.max_batch:
             raise SessionError(f"{len(rows)} rows given to a session of {self.max_batch}")
@@ -147,10 +188,10 @@ class CachedSession(ABC):
                 raise SessionError(
                     f"row {b} has a token id outside the vocabulary of {self.vocab_size}"
                 )
-            if self._lengths[b] + len(row) > self.capacity:
+            if self._lengths[b] + len(row) > self._slots:
                 raise CapacityError(
                     f"row {b} holds {self._lengths[b]} tokens and is given {len(row)} more; "
-                    f"the cache has {self.capacity} slots"
+                    f"there are {self._slots} slots"
                 )
 
     def _run(self, ids: Int64, starts: Int64, taken: Int64, all_logits: bool) -> Float32:
@@ -160,15 +201,19 @@ class CachedSession(ABC):
             wanted = np.broadcast_to(np.arange(width, dtype=np.int64), ids.shape)
         else:
             wanted = np.maximum(taken - 1, 0)[:, None]
-        return self._step(
+        first = self._first_position
+        logits = self._step(
             {
                 "input_ids": ids,
-                "position_ids": starts[:, None] + np.arange(width, dtype=np.int64),
+                "position_ids": first + starts[:, None] + np.arange(width, dtype=np.int64),
                 "write_indices": starts,
-                "key_positions": np.arange(min(span, self.capacity), dtype=np.int64),
+                "key_positions": first + np.arange(min(span, self.capacity), dtype=np.int64),
                 "logits_indices": np.ascontiguousarray(wanted),
             }
         )
+        if self.on_step is not None:
+            self.on_step(Step(starts, taken, self.observed))
+        return logits
 
     @abstractmethod
     def _step(self, feeds: dict[str, Int64]) -> Float32:

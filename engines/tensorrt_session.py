@@ -59,6 +59,7 @@ class TensorRTSession(CachedSession):
             vocab_size=model["vocab_size"],
             max_step_tokens=profile["input_ids"]["max"][1],
             max_step_logits=profile["logits_indices"]["max"][1],
+            max_positions=manifest["max_seq_len"],
         )
         if tensorrt is None:
             check_gpu(engine)

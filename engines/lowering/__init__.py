@@ -9,7 +9,7 @@ from qwenport.engines.lowering.checks import check_graph, check_network
 from qwenport.engines.lowering.experts import SplitExperts
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
-from qwenport.engines.lowering.rope_tables import FoldRopeTables
+from qwenport.engines.lowering.rope_tables import FoldRopeTables, folded
 from qwenport.engines.lowering.targets import for_onnxruntime, for_tensorrt
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "StaticCapacity",
     "check_graph",
     "check_network",
+    "folded",
     "for_onnxruntime",
     "for_tensorrt",
 ]

@@ -18,6 +18,11 @@ _NUMPY = {
 }
 
 
+def folded(name: str) -> str:
+    """The name of the table that a pass of `FoldRopeTables` makes of `name`."""
+    return f"{name}.folded"
+
+
 class FoldRopeTables(InPlacePass):
     """Cut every RotaryEmbedding's tables to `rows` rows and cast them (to nearest even) here."""
 
@@ -27,17 +32,17 @@ class FoldRopeTables(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Change `model` in place."""
-        folded: dict[ir.Value, ir.Value] = {}
+        done: dict[ir.Value, ir.Value] = {}
         for node in model.graph:
             if node.op_type != "RotaryEmbedding":
                 continue
             for index in (1, 2):
                 table = node.inputs[index]
                 assert table is not None
-                if table not in folded:
-                    folded[table] = self._fold(table)
-                node.replace_input_with(index, folded[table])
-        for table, constant in folded.items():
+                if table not in done:
+                    done[table] = self._fold(table)
+                node.replace_input_with(index, done[table])
+        for table, constant in done.items():
             model.graph.initializers[constant.name or ""] = constant
             producer = table.producer()
             if producer is not None:
@@ -47,14 +52,14 @@ class FoldRopeTables(InPlacePass):
                 source = table
             if source is not None and not source.uses():
                 del model.graph.initializers[source.name or ""]
-        return PassResult(model, bool(folded))
+        return PassResult(model, bool(done))
 
     def _fold(self, table: ir.Value) -> ir.Value:
         producer = table.producer()
         source = table if producer is None else producer.inputs[0]
         assert source is not None and source.const_value is not None and table.dtype is not None
         rows = source.const_value.numpy()[: self.rows].astype(_NUMPY[table.dtype])
-        name = f"{source.name}.folded"
+        name = folded(source.name or "")
         tensor = ir.Tensor(rows, dtype=table.dtype, name=name)
         return ir.Value(
             name=name,

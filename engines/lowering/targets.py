@@ -21,16 +21,19 @@ def for_onnxruntime(model: ir.Model, *, on_cpu: bool) -> ir.Model:
     return model
 
 
-def for_tensorrt(model: ir.Model, *, dtype: str, capacity: int, kv_heads: int) -> ir.Model:
+def for_tensorrt(
+    model: ir.Model, *, dtype: str, capacity: int, positions: int, kv_heads: int
+) -> ir.Model:
     """Lower a package's graph for TensorRT or TensorRT-RTX. Changes `model`.
 
     Args:
         model: the package's graph.
         dtype: the package's; fused attention exists for "bf16" and "fp16".
         capacity: cache slots of the engine.
+        positions: rows of its rope tables.
         kv_heads: the model's num_key_value_heads.
     """
-    passes = [StaticCapacity(capacity), FoldRopeTables(capacity)]
+    passes = [StaticCapacity(capacity), FoldRopeTables(positions)]
     if dtype == "fp32":
         passes.append(DecomposeAttention(kv_heads))
     return Sequential(*passes)(model).model

@@ -50,6 +50,7 @@ class Context:
             ir.load(package.model),
             dtype="fp32",
             capacity=self.manifest["max_seq_len"],
+            positions=self.manifest["max_seq_len"],
             kv_heads=package.config.num_key_value_heads,
         )
         options = ort.SessionOptions()

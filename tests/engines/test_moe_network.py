@@ -32,7 +32,9 @@ def parsed(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Netw
     checkpoint = checkpoints.write_checkpoint(folder / "c", checkpoints.mini(request.param))
     package = exporter.export(checkpoint, folder / "package")
     kv_heads = package.config.num_key_value_heads
-    lowered = for_tensorrt(ir.load(package.model), dtype="fp32", capacity=64, kv_heads=kv_heads)
+    lowered = for_tensorrt(
+        ir.load(package.model), dtype="fp32", capacity=64, positions=64, kv_heads=kv_heads
+    )
     ir.save(lowered, package.path / "lowered.onnx")
     owners = network_from_onnx_path(str(package.path / "lowered.onnx"), strongly_typed=True)
     check_network(owners[1], trt)

@@ -1,0 +1,236 @@
+"""Evaluates tensors of a parsed network, in the types that TensorRT declares or exactly.
+
+Strongly typed, as the engine will be: every layer's result is rounded to its declared type and no further, sums and
+products inside a layer are fp32. With `exact` bf16 and fp16 stand for fp32 and nothing is rounded to them, which
+asks whether the network means the right thing, whatever its precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwenport.validate.errors import NetworkError
+from qwenport.validate.network.layers import KINDS, Compute, Context, inputs_of, refuse
+from qwenport.validate.network.parse import ParsedNetwork
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What TensorRT states of a tensor: its name, its type as stored here, its sizes (-1: any)."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One layer, ready to run. `dead` names tensors that nothing after it needs."""
+
+    name: str
+    compute: Compute
+    moves: bool
+    inputs: tuple[str | None, ...]
+    outputs: tuple[_Output, ...]
+    static: bool
+    dead: tuple[str, ...] = ()
+
+
+class Interpreter:
+    """The layers of a network by the tensors that they make."""
+
+    def __init__(self, parsed: ParsedNetwork, *, exact: bool = False) -> None:
+        """Look at every layer once.
+
+        Args:
+            parsed: the network.
+            exact: compute in fp32 where it declares bf16 or fp16.
+
+        Raises:
+            NetworkError: a layer kind that is not known here.
+        """
+        self.parsed, self.exact = parsed, exact
+        self._types = {
+            parsed.trt.DataType.FLOAT: torch.float32,
+            parsed.trt.DataType.HALF: torch.float32 if exact else torch.float16,
+            parsed.trt.DataType.BF16: torch.float32 if exact else torch.bfloat16,
+            parsed.trt.DataType.INT32: torch.int32,
+            parsed.trt.DataType.INT64: torch.int64,
+            parsed.trt.DataType.BOOL: torch.bool,
+        }
+        self._makers: dict[str, tuple[Any, str]] = {}
+        for layer, kind in parsed.layers():
+            if kind not in KINDS and kind != "CONSTANT":
+                raise NetworkError(f"layer {layer.name} is of kind {kind}, which is not known here")
+            for index in range(layer.num_outputs):
+                self._makers[layer.get_output(index).name] = (layer, kind)
+        self.inputs = tuple(
+            parsed.network.get_input(i).name for i in range(parsed.network.num_inputs)
+        )
+
+    def has(self, name: str) -> bool:
+        """Whether a layer makes a tensor of that name."""
+        return name in self._makers
+
+    def type_of(self, tensor: Any) -> torch.dtype:
+        """The type in which a tensor is stored here."""
+        if tensor.dtype not in self._types:
+            raise NetworkError(f"tensor {tensor.name} has type {tensor.dtype}, not known here")
+        return self._types[tensor.dtype]
+
+    def program(self, known: Collection[str], wanted: Sequence[str]) -> Program:
+        """What has to be computed to get from some tensors to others.
+
+        Args:
+            known: names of tensors that will be given.
+            wanted: names of tensors to compute.
+
+        Raises:
+            NetworkError: a tensor that nobody makes, or a layer that uses something not honoured here.
+        """
+        steps: list[_Step] = []
+        static: set[str] = set()
+        done: set[str] = set(known)
+        pending = [(name, False) for name in reversed(wanted)]
+        while pending:
+            name, ready = pending.pop()
+            if name in done:
+                continue
+            if name not in self._makers:
+                raise NetworkError(f"tensor {name} is made by no layer and was not given")
+            layer, kind = self._makers[name]
+            inputs = [None if tensor is None else tensor.name for tensor in inputs_of(layer)]
+            if not ready:
+                pending.append((name, True))
+                pending += [(i, False) for i in reversed(inputs) if i is not None]
+                continue
+            fixed = all(i is None or i in static for i in inputs)
+            step = self._step(layer, kind, tuple(inputs), fixed)
+            for output in step.outputs:
+                done.add(output.name)
+                if fixed:
+                    static.add(output.name)
+            steps.append(step)
+        return Program(_with_deaths(steps, set(wanted) | static), tuple(wanted), self.parsed.files)
+
+    def _step(self, layer: Any, kind: str, inputs: tuple[str | None, ...], static: bool) -> _Step:
+        tensors = [layer.get_output(index) for index in range(layer.num_outputs)]
+        outputs = tuple(_Output(t.name, self.type_of(t), tuple(t.shape)) for t in tensors)
+        if kind == "CONSTANT":
+            values = self._constant(layer, outputs[0])
+            return _Step(layer.name, lambda: values, True, (), outputs, True)
+        half = outputs[0].dtype
+        context = Context(
+            self.parsed.trt, (lambda x: x.to(half).float()) if half in HALF else (lambda x: x)
+        )
+        layer.__class__ = getattr(self.parsed.trt, KINDS[kind].interface)
+        compute = KINDS[kind].read(context, layer)
+        return _Step(layer.name, compute, KINDS[kind].moves, inputs, outputs, static)
+
+    def _constant(self, layer: Any, output: _Output) -> torch.Tensor:
+        """A constant's values. NumPy has no bf16, so those come from the model, by name."""
+        if layer.name in self.parsed.constants:
+            values = self.parsed.constants[layer.name]
+        else:
+            layer.__class__ = self.parsed.trt.IConstantLayer
+            weights = layer.weights
+            try:
+                array = weights.numpy() if hasattr(weights, "numpy") else weights
+            except TypeError:
+                raise refuse(
+                    layer, f"a constant of type {weights.dtype} made by the parser"
+                ) from None
+            values = torch.tensor(array)
+        return values.reshape(output.shape).to(output.dtype)
+
+
+def _with_deaths(steps: list[_Step], kept: set[str]) -> tuple[_Step, ...]:
+    """Say at each step which tensors it was the last to need."""
+    seen, result = set(kept), []
+    for step in reversed(steps):
+        names = {n for n in step.inputs if n is not None} | {o.name for o in step.outputs}
+        result.append(
+            _Step(
+                step.name,
+                step.compute,
+                step.moves,
+                step.inputs,
+                step.outputs,
+                step.static,
+                tuple(names - seen),
+            )
+        )
+        seen |= names
+    return tuple(reversed(result))
+
+
+class Program:
+    """A sequence of layers. What depends on constants only is computed once and kept until `release`."""
+
+    def __init__(self, steps: tuple[_Step, ...], wanted: tuple[str, ...], files: Any) -> None:
+        self._steps, self._wanted, self._files = steps, wanted, files
+        self._static: dict[str, torch.Tensor] = {}
+        self._widened: dict[str, torch.Tensor] = {}
+
+    def run(self, known: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Compute the wanted tensors.
+
+        Args:
+            known: name -> tensor, all that the program was made for.
+
+        Raises:
+            NetworkError: a result has another type or shape than TensorRT states, or indices out of range.
+        """
+        values = dict(known)
+        with torch.inference_mode():
+            for step in self._steps:
+                if step.static and step.outputs[0].name in self._static:
+                    continue
+                inputs = [None if n is None else self._input(step, n, values) for n in step.inputs]
+                while inputs and inputs[-1] is None:
+                    inputs.pop()
+                try:
+                    made = step.compute(*inputs)
+                except (IndexError, RuntimeError) as error:
+                    raise NetworkError(f"layer {step.name}: {error}") from error
+                results = made if isinstance(made, tuple) else (made,)
+                for output, result in zip(step.outputs, results, strict=True):
+                    stored = result if result.dtype == output.dtype else result.to(output.dtype)
+                    self._check(step, output, stored)
+                    (self._static if step.static else values)[output.name] = stored
+                for name in step.dead:
+                    values.pop(name, None)
+        return {n: values[n] if n in values else self._static[n] for n in self._wanted}
+
+    def _input(self, step: _Step, name: str, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        value = values.get(name)
+        if value is not None:
+            return value.float() if not step.moves and value.dtype in HALF else value
+        value = self._static[name]
+        if step.moves or value.dtype not in HALF:
+            return value
+        if name not in self._widened:
+            self._widened[name] = value.float()
+        return self._widened[name]
+
+    @staticmethod
+    def _check(step: _Step, output: _Output, value: torch.Tensor) -> None:
+        sizes = tuple(value.shape)
+        if len(sizes) != len(output.shape) or any(
+            stated not in (-1, size) for stated, size in zip(output.shape, sizes, strict=True)
+        ):
+            raise NetworkError(
+                f"layer {step.name}: its output is {list(sizes)}, and TensorRT states {list(output.shape)}"
+            )
+
+    def release(self) -> None:
+        """Forget everything that can be computed again, weights and what was made of them."""
+        self._static.clear()
+        self._widened.clear()
+        self._files.release()

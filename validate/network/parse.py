@@ -1,0 +1,161 @@
+"""A lowered ONNX model -> TensorRT's network, its weights left where they are.
+
+The parser is given addresses in memory-mapped files, so parsing a model of any size reads none of its weights.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from qwenport.engines import FLAVOURS
+from qwenport.engines.lowering import folded, for_tensorrt
+from qwenport.engines.targets import load_tensorrt
+from qwenport.exporter import Package
+from qwenport.validate.errors import NetworkError
+from qwenport.validate.rope_check import TABLES, read_tables
+
+FLAVOUR = "tensorrt-rtx"  # the one that can be installed anywhere; both share the parser's sources
+TORCH = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+}
+
+
+class WeightFiles:
+    """Memory-mapped files below a folder, whose pages can be given back."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._maps: dict[str, tuple[mmap.mmap, Any]] = {}
+
+    def bytes_of(self, tensor: ir.ExternalTensor) -> Any:
+        """The tensor's bytes, uint8 [n]; not read until they are used."""
+        name = str(tensor.location)
+        if name not in self._maps:
+            with (self._folder / name).open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._maps[name] = (mapped, np.frombuffer(mapped, dtype=np.uint8))
+        start, length = tensor.offset or 0, tensor.length
+        assert length is not None
+        return self._maps[name][1][start : start + length]
+
+    def release(self) -> None:
+        """Give the memory of all pages read so far back; the next use reads them again."""
+        for mapped, _ in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclass(frozen=True)
+class ParsedNetwork:
+    """TensorRT's network of a model.
+
+    Attributes:
+        trt: the module it comes from.
+        network: the INetworkDefinition.
+        version: TensorRT's.
+        constants: initializer name -> its tensor, in the model's dtype, for those of floating point.
+        files: where large ones lie.
+        owners: what must live as long as the network.
+    """
+
+    trt: Any
+    network: Any
+    version: str
+    constants: dict[str, torch.Tensor]
+    files: WeightFiles
+    owners: tuple[Any, ...]
+
+    def layers(self) -> Iterator[tuple[Any, str]]:
+        """Every layer and the name of its kind.
+
+        The kind is read here: once a layer is cast to its interface, `type` may be a parameter of its own.
+        """
+        for index in range(self.network.num_layers):
+            layer = self.network.get_layer(index)
+            yield layer, layer.type.name
+
+
+def parse_package(package: Package, capacity: int, *, exact: bool = False) -> ParsedNetwork:
+    """Lower a package as `build` does and let TensorRT parse it.
+
+    Args:
+        package: what to parse.
+        capacity: cache slots of the network.
+        exact: keep the rope tables, which lowering rounds to the model's dtype, as they were before.
+
+    Raises:
+        MissingExtraError: tensorrt-rtx is not installed.
+        NetworkError: TensorRT's parser refuses the model; its own words.
+    """
+    model = for_tensorrt(
+        ir.load(package.model),
+        dtype=package.dtype,
+        capacity=capacity,
+        positions=package.max_seq_len,
+        kv_heads=package.config.num_key_value_heads,
+    )
+    parsed = parse_model(model, package.path)
+    if exact:
+        for name, table in zip(TABLES, read_tables(package), strict=True):
+            parsed.constants[folded(name)] = torch.from_numpy(np.array(table))
+    return parsed
+
+
+def parse_model(model: ir.Model, folder: Path) -> ParsedNetwork:
+    """Let TensorRT parse a lowered model whose external data lies below `folder`.
+
+    Raises:
+        MissingExtraError, NetworkError: see `parse_package`.
+    """
+    trt = load_tensorrt(FLAVOURS[FLAVOUR], "parse the network")
+    from polygraphy.backend.trt import get_trt_logger  # of the flavour just chosen
+    from polygraphy.logger import G_LOGGER
+
+    files = WeightFiles(folder)
+    constants, kept = {}, []
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # the parser keeps its errors
+        logger = get_trt_logger()
+        builder = trt.Builder(logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, logger)
+        loaded = parser.load_model_proto(ir.to_proto(model).SerializeToString(), None)
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if loaded and isinstance(tensor, ir.ExternalTensor):
+                data = files.bytes_of(tensor)
+                kept.append(data)
+                loaded = parser.load_initializer(name, data.ctypes.data, data.nbytes)
+            if tensor is not None and tensor.dtype in TORCH:
+                constants[name] = _tensor(tensor, files)
+        if not (loaded and parser.parse_model_proto()):
+            raise NetworkError(f"TensorRT's parser refuses the model: {_first_error(parser)}")
+    return ParsedNetwork(
+        trt, network, trt.__version__, constants, files, (parser, builder, logger, kept)
+    )
+
+
+def _tensor(tensor: ir.TensorProtocol, files: WeightFiles) -> torch.Tensor:
+    dtype = TORCH[tensor.dtype]
+    shape = tuple(tensor.shape.numpy())
+    if isinstance(tensor, ir.ExternalTensor):
+        data = files.bytes_of(tensor)
+    else:
+        data = np.frombuffer(bytearray(tensor.tobytes()), dtype=np.uint8)
+    return torch.from_numpy(data).view(dtype).reshape(shape)
+
+
+def _first_error(parser: Any) -> str:
+    if not parser.num_errors:
+        return "it gave no reason"
+    error = parser.get_error(0)
+    where = f" (node {error.node_name()})" if error.node_name() else ""
+    return " ".join(str(error.desc()).split()) + where

@@ -1,0 +1,87 @@
+"""A session over an interpreted network: the same steps as on an engine, its cache updated in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qwenport.engines import CachedSession, SessionError
+from qwenport.engines.session import Float32, Int64
+from qwenport.exporter import ModelConfig
+from qwenport.validate.network.interpreter import Interpreter
+
+MAX_STEP_TOKENS = 512  # attention scores take heads x tokens x span numbers
+
+
+class NetworkSession(CachedSession):
+    """`Session` over TensorRT's network of a package."""
+
+    def __init__(
+        self,
+        interpreter: Interpreter,
+        config: ModelConfig,
+        *,
+        max_batch: int,
+        capacity: int,
+        max_positions: int,
+        observe: Sequence[str] = (),
+    ) -> None:
+        """Allocate the cache.
+
+        Args:
+            interpreter: of the parsed network.
+            config: the model's.
+            max_batch, capacity: of the cache; the network was parsed for this capacity.
+            max_positions: rows of the rope tables.
+            observe: tensors of the network that each step leaves in `observed`.
+
+        Raises:
+            SessionError: the network has no such tensor to observe.
+            NetworkError: see `Interpreter.program`.
+        """
+        super().__init__(
+            max_batch=max_batch,
+            capacity=capacity,
+            vocab_size=config.vocab_size,
+            max_step_tokens=MAX_STEP_TOKENS,
+            max_step_logits=MAX_STEP_TOKENS,
+            max_positions=max_positions,
+        )
+        for name in observe:
+            if not interpreter.has(name):
+                raise SessionError(f"the network has no tensor {name} that could be observed")
+        network = interpreter.parsed.network
+        inputs = [network.get_input(index) for index in range(network.num_inputs)]
+        self._cache = {
+            tensor.name: torch.zeros(
+                (max_batch, *tuple(tensor.shape)[1:]), dtype=interpreter.type_of(tensor)
+            )
+            for tensor in inputs
+            if tensor.name.startswith("past_key_values.")
+        }
+        self._presents = {
+            name: name.replace("past_key_values.", "present.") for name in self._cache
+        }
+        self._observe = tuple(observe)
+        wanted = ("logits", *self._presents.values(), *self._observe)
+        self._program = interpreter.program(interpreter.inputs, wanted)
+
+    def _step(self, feeds: dict[str, Int64]) -> Float32:
+        rows = len(feeds["input_ids"])
+        known = {name: torch.from_numpy(array.copy()) for name, array in feeds.items()}
+        caches = {name: memory[:rows] for name, memory in self._cache.items()}
+        made = self._program.run({**known, **caches})
+        for past, present in self._presents.items():
+            # in an engine they are one memory, whoever wrote it
+            if made[present].data_ptr() != caches[past].data_ptr():
+                caches[past].copy_(made[present])
+        self.observed = {name: _numpy(made[name]) for name in self._observe}
+        logits: Float32 = made["logits"].numpy()
+        return logits
+
+
+def _numpy(tensor: torch.Tensor) -> Any:
+    """A NumPy array; NumPy has no bf16, so that becomes fp32."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
