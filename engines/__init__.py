@@ -10,7 +10,7 @@ from qwenport.engines.errors import (
     SessionError,
 )
 from qwenport.engines.generation import GenerationResult, StreamDecoder, generate
-from qwenport.engines.onnxruntime_session import OnnxRuntimeSession
+from qwenport.engines.onnxruntime_session import OnnxRuntimeSession, start_onnxruntime
 from qwenport.engines.open import open_session
 from qwenport.engines.sampling import Sampler, SamplingParams
 from qwenport.engines.session import CachedSession, Session, Step
@@ -42,4 +42,5 @@ __all__ = [
     "is_engine",
     "load_engine",
     "open_session",
+    "start_onnxruntime",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,13 +91,6 @@ class OnnxRuntimeSession(CachedSession):
     def _load(self, package: Package, threads: int | None) -> Any:
         import onnx_ir as ir
 
-        ort = self._ort
-        provider = PROVIDERS.get(self.device)
-        if provider is None or provider not in ort.get_available_providers():
-            raise SessionError(
-                f"onnxruntime here has no {self.device} provider; "
-                "for CUDA install qwenport[gpu] in place of qwenport[cpu]"
-            )
         model = ir.load(package.model)
         values = {value.name: value for node in model.graph for value in node.outputs}
         for name in self._observe:
@@ -104,18 +98,7 @@ class OnnxRuntimeSession(CachedSession):
                 raise SessionError(f"{package.model} has no value {name} that could be observed")
             model.graph.outputs.append(values[name])
         model = for_onnxruntime(model, on_cpu=self.device == "cpu")
-        options = ort.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        for key, value in {
-            "session.model_external_initializers_file_folder_path": str(package.path),
-            # a large model's fp32 vocabulary matrix exceeds the default limit and would be made each step
-            "optimization.constant_folding_max_output_size_in_bytes": str(1 << 62),
-        }.items():
-            options.add_session_config_entry(key, value)
-        proto = ir.to_proto(model)
-        return ort.InferenceSession(proto.SerializeToString(), options, providers=[provider])
+        return start_onnxruntime(model, package.path, device=self.device, threads=threads)
 
     def _allocate(self, zeros: Any) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
@@ -155,3 +138,35 @@ class OnnxRuntimeSession(CachedSession):
             name: value.numpy() for name, value in zip(self._observe, results[1:], strict=True)
         }
         return logits
+
+
+def start_onnxruntime(
+    model: Any, folder: Path, *, device: str = "cpu", threads: int | None = None
+) -> Any:
+    """An onnxruntime InferenceSession of a lowered model whose external data lies below `folder`.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        SessionError: the device is not available.
+    """
+    import onnx_ir as ir
+
+    ort = import_extra("onnxruntime", "cpu", "run packages")
+    provider = PROVIDERS.get(device)
+    if provider is None or provider not in ort.get_available_providers():
+        raise SessionError(
+            f"onnxruntime here has no {device} provider; "
+            "for CUDA install qwenport[gpu] in place of qwenport[cpu]"
+        )
+    options = ort.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    for key, value in {
+        "session.model_external_initializers_file_folder_path": str(folder),
+        # a large model's fp32 vocabulary matrix exceeds the default limit and would be made each step
+        "optimization.constant_folding_max_output_size_in_bytes": str(1 << 62),
+    }.items():
+        options.add_session_config_entry(key, value)
+    proto = ir.to_proto(model)
+    return ort.InferenceSession(proto.SerializeToString(), options, providers=[provider])

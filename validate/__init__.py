@@ -1,10 +1,27 @@
-"""Parity: does a package or an engine compute what transformers computes from the same checkpoint?
+"""Parity: does a package, TensorRT's network of it, or an engine compute what transformers computes?
 
 `validate` asks, a `Report` answers. Importing this is cheap; torch and transformers load when it is called.
 """
 
-from qwenport.validate.errors import ValidationError
+from qwenport.validate.errors import NetworkError, ValidationError
+from qwenport.validate.localisation import Fault, OperatorError
 from qwenport.validate.report import Check, Report, ScenarioResult
-from qwenport.validate.validation import validate
+from qwenport.validate.target import check_source, open_target
+from qwenport.validate.thresholds import parse_overrides
+from qwenport.validate.validation import Options, Validation, validate
 
-__all__ = ["Check", "Report", "ScenarioResult", "ValidationError", "validate"]
+__all__ = [
+    "Check",
+    "Fault",
+    "NetworkError",
+    "OperatorError",
+    "Options",
+    "Report",
+    "ScenarioResult",
+    "Validation",
+    "ValidationError",
+    "check_source",
+    "open_target",
+    "parse_overrides",
+    "validate",
+]

@@ -13,9 +13,9 @@ DISTRIBUTIONS = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "onn
 ENGINE_DISTRIBUTIONS = ("tensorrt", "tensorrt-rtx")
 
 
-def describe_environment(target_kind: str) -> dict[str, str]:
+def describe_environment(with_tensorrt: bool) -> dict[str, str]:
     """Name -> value of everything that a result could depend on."""
-    names = DISTRIBUTIONS + (ENGINE_DISTRIBUTIONS if target_kind == "engine" else ())
+    names = DISTRIBUTIONS + (ENGINE_DISTRIBUTIONS if with_tensorrt else ())
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "qwenport": __version__,

@@ -12,10 +12,19 @@ from numpy.typing import NDArray
 
 from qwenport.validate.errors import ValidationError
 
+TOP = 5
 BLOCK = 16  # positions compared at once: 16 x 152,064 logits in float64 are 19 MB
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ByPosition:
+    """The same distances, one number a position: rel-L2, and KL(reference || candidate) in nats."""
+
+    rel_l2: tuple[float, ...]
+    kl: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,14 @@ class Metrics:
         kl_mean, kl_p99: KL(reference || candidate) in nats, over positions.
         top1: share of positions with the same most likely token.
         top1_clear: the same, without near-ties; 1 where every position is one.
-        near_ties: positions where the reference's two best logits are closer than the margin given.
+        top5_overlap: mean share of the reference's five most likely tokens that are the candidate's as well.
+        near_ties: positions where the reference's two best logits are closer than `near_tie_margin`.
         smallest_margin: the smallest distance between the reference's two best logits.
         first_disagreement: the first position with another most likely token, or None.
         first_disagreement_margin: the reference's margin there.
+        own_ratio: rel_l2 in units of transformers' own error: in bf16 and fp16 what it reaches in that dtype on the
+            same positions, in fp32 the rounding between its cache and one piece. None until it is known.
+        by_position: see there.
     """
 
     positions: int
@@ -50,10 +63,14 @@ class Metrics:
     kl_p99: float
     top1: float
     top1_clear: float
+    top5_overlap: float
     near_ties: int
+    near_tie_margin: float
     smallest_margin: float
     first_disagreement: int | None
     first_disagreement_margin: float | None
+    own_ratio: float | None
+    by_position: ByPosition
 
 
 def compare(candidate: Float32, reference: Float32, *, near_tie_margin: float) -> Metrics:
@@ -103,10 +120,14 @@ def compare(candidate: Float32, reference: Float32, *, near_tie_margin: float) -
         kl_p99=float(np.percentile(rows.kl, 99)),
         top1=float(rows.same.mean()),
         top1_clear=float(rows.same[clear].mean()) if clear.any() else 1.0,
+        top5_overlap=float(rows.overlap.mean()),
         near_ties=int(count - clear.sum()),
+        near_tie_margin=near_tie_margin,
         smallest_margin=float(margins.min()),
         first_disagreement=first,
         first_disagreement_margin=None if first is None else float(margins[first]),
+        own_ratio=None,
+        by_position=ByPosition(tuple(own.tolist()), tuple(rows.kl.tolist())),
     )
 
 
@@ -132,6 +153,7 @@ class _Block:
     kl: Float64
     same: NDArray[np.bool_]
     margin: Float64
+    overlap: Float64  # share of the TOP most likely tokens
 
     def fields(self) -> tuple[NDArray[np.generic], ...]:
         return tuple(vars(self).values())
@@ -163,6 +185,7 @@ class _Block:
             kl=np.where(np.isnan(kl), kl, np.maximum(kl, 0.0)),  # rounding alone goes below 0
             same=(np.argmax(c, axis=1) == np.argmax(r, axis=1)) & ~broken,
             margin=_margin(r),
+            overlap=np.where(broken, 0.0, _overlap(c, r)),
         )
 
 
@@ -179,3 +202,11 @@ def _margin(x: Float64) -> Float64:
     best = np.partition(x, -2, axis=1)[:, -2:]
     margin: Float64 = best[:, 1] - best[:, 0]
     return margin
+
+
+def _overlap(c: Float64, r: Float64) -> Float64:
+    """How many of the TOP largest columns of `r` are among those of `c`, as a share, for each row."""
+    top = min(TOP, r.shape[1])
+    best_c, best_r = (np.argpartition(-x, top - 1, axis=1)[:, :top] for x in (c, r))
+    shared: Float64 = (best_c[:, :, None] == best_r[:, None, :]).any(axis=1).mean(axis=1)
+    return shared

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from qwenport.validate.errors import ValidationError
 
 SEED = 20240919
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -38,21 +41,24 @@ class Prompts:
         return [self.ids[(start + i) % len(self.ids)] for i in range(count)]
 
 
-def make_prompts(checkpoint_path: Path, vocab_size: int) -> Prompts:
-    """Encode the built-in text with the checkpoint's tokenizer; random ids where it has none that fits."""
+def make_prompts(checkpoint_path: Path, vocab_size: int, file: Path | None = None) -> Prompts:
+    """Encode a text with the checkpoint's tokenizer; random ids where it has none that fits the built-in text.
+
+    Args:
+        checkpoint_path: where the tokenizer is.
+        vocab_size: of the model.
+        file: UTF-8 text to take in place of the built-in one.
+
+    Raises:
+        ValidationError: the file cannot be read, or there is no tokenizer that encodes it.
+    """
+    if file is not None:
+        return _from_file(checkpoint_path, vocab_size, file)
     found = [name for name in TOKENIZER_FILES if (checkpoint_path / name).is_file()]
     if not found:
         return _random(vocab_size, "the checkpoint has no tokenizer")
-    from transformers import AutoTokenizer
-
-    from qwenport.validate.quiet import quiet_transformers
-
     try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint_path, local_files_only=True, trust_remote_code=False
-            )
-            ids = tokenizer.encode(TEXT, add_special_tokens=False)
+        ids = _encode(checkpoint_path, TEXT)
     except (
         Exception
     ) as error:  # tokenizers raise anything; without one the question still makes sense
@@ -60,6 +66,39 @@ def make_prompts(checkpoint_path: Path, vocab_size: int) -> Prompts:
     if not ids or max(ids) >= vocab_size:
         return _random(vocab_size, "the tokenizer does not fit the vocabulary")
     return Prompts(tuple(ids), "a built-in text in nine languages and some code")
+
+
+def _from_file(checkpoint_path: Path, vocab_size: int, file: Path) -> Prompts:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValidationError(f"prompts {file}: {error}") from error
+    try:
+        ids = _encode(checkpoint_path, text)
+    except Exception as error:  # tokenizers raise anything
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValidationError(
+            f"prompts {file}: no tokenizer to encode them with ({why})"
+        ) from error
+    if not ids or max(ids) >= vocab_size:
+        raise ValidationError(
+            f"prompts {file}: empty, or the tokenizer does not fit the vocabulary of {vocab_size}"
+        )
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Prompts(tuple(ids), f"{file.name}, {len(ids)} tokens, SHA-256 {digest}")
+
+
+def _encode(checkpoint_path: Path, text: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    from qwenport.validate.quiet import quiet_transformers
+
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint_path, local_files_only=True, trust_remote_code=False
+        )
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
 
 
 def _random(vocab_size: int, why: str) -> Prompts:

@@ -1,4 +1,7 @@
-"""The verdict: what was compared, how far apart it was, where. Written as report.json and report.md."""
+"""The verdict: what was compared, how far apart it was, where. Written as report.json and report.html.
+
+docs/report.md describes the JSON.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qwenport.validate.localisation import Fault, OperatorError
 from qwenport.validate.metrics import Metrics
 
-SCHEMA_VERSION = 1
-JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
+SCHEMA_VERSION = 2
+JSON_NAME, HTML_NAME = "report.json", "report.html"
 
 Status = Literal["passed", "failed", "not run"]
 Relation = Literal["<=", ">=", "=="]
@@ -81,36 +85,55 @@ class Report:
 
     Attributes:
         target, reference: the two directories, as they were given.
-        passed: no scenario failed, and logits were compared.
-        prompts: what the prompts were made of.
+        judged_as: "package" (onnxruntime), "tensorrt-network" or "engine".
+        target_dtype, compute_dtype: of the target's weights, and what was computed in.
+        reference_mode: "whole" in memory, or "streamed".
         reference_weights: "fp32", or how weights were rounded to match the target's.
+        layers_judged, layers: decoder layers that were run, and that the model has.
+        complete: every scenario was run.
+        prompts: what the prompts were made of.
         own_rounding: rel-L2 between two ways in which transformers computes the same logits.
         cache_slots, max_seq_len: of the session that was judged, and what the target supports.
+        loosened: thresholds that are looser than ours, a line each.
+        layers_error: how the error grows from layer to layer; empty where the target cannot be looked into.
+        fault: where the error starts, if there is one and it was found.
+        routing: agreement of expert choices by margin; empty for a dense model and for engines.
+        replayed: choices in near-ties that the oracle took over from the target.
         environment: versions, processor, date.
         hashes: what the target and the reference were, by hash.
-        routing: agreement of expert choices by margin; empty for a dense model and for engines.
     """
 
     target: str
-    reference: str
-    target_kind: str
+    judged_as: str
     target_dtype: str
+    compute_dtype: str
+    reference: str
+    reference_mode: str
     reference_weights: str
+    layers_judged: int
+    layers: int
+    complete: bool
     prompts: str
     own_rounding: float
     cache_slots: int
     max_seq_len: int
+    loosened: tuple[str, ...]
     scenarios: tuple[ScenarioResult, ...]
+    layers_error: tuple[OperatorError, ...]
+    fault: Fault | None
+    routing: tuple[RouterBand, ...]
+    replayed: int
     environment: dict[str, str]
     hashes: dict[str, Any]
-    routing: tuple[RouterBand, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     @property
     def passed(self) -> bool:
-        """No scenario failed, and at least one compared logits."""
-        return all(s.status != "failed" for s in self.scenarios) and any(
-            s.status == "passed" and s.metrics is not None for s in self.scenarios
+        """All was run, no scenario failed, and at least one compared logits."""
+        return (
+            self.complete
+            and all(s.status != "failed" for s in self.scenarios)
+            and any(s.status == "passed" and s.metrics is not None for s in self.scenarios)
         )
 
     @property
@@ -124,86 +147,21 @@ class Report:
         for scenario, own in zip(data["scenarios"], self.scenarios, strict=True):
             for check, original in zip(scenario["checks"], own.checks, strict=True):
                 check["passed"] = original.passed
+            metrics = scenario["metrics"]
+            scenario["by_position"] = None if metrics is None else metrics.pop("by_position")
         ordered = {"schema_version": self.schema_version, "passed": self.passed, **data}
         result: dict[str, Any] = _finite(ordered)
         return result
 
     def write(self, directory: Path) -> None:
-        """Write report.json and report.md into `directory`, which is made if it does not exist."""
+        """Write report.json and report.html into `directory`, which is made if it does not exist."""
+        from qwenport.validate.html import render
+
         directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+        data = self.to_json()
+        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
         (directory / JSON_NAME).write_text(text + "\n", encoding="utf-8")
-        (directory / MARKDOWN_NAME).write_text(self.to_markdown(), encoding="utf-8")
-
-    def to_markdown(self) -> str:
-        """The report to be read: verdict, failures, one table row a scenario, environment."""
-        verdict = "passed" if self.passed else "FAILED"
-        lines = [
-            f"# Parity {verdict}",
-            "",
-            f"{self.target_kind} `{self.target}` ({self.target_dtype}) against transformers on "
-            f"`{self.reference}` ({self.reference_weights}). Prompts: {self.prompts}. "
-            f"Cache: {self.cache_slots} of {self.max_seq_len} slots. transformers' own rounding: "
-            f"rel-L2 {self.own_rounding:.2g}.",
-            "",
-        ]
-        if self.failures:
-            lines += ["## Failures", "", *(f"- {failure}" for failure in self.failures), ""]
-        lines += [
-            "## Scenarios",
-            "",
-            "| | " + " | ".join(_COLUMNS) + " |",
-            "|---" * (len(_COLUMNS) + 1) + "|",
-        ]
-        lines += [_row(scenario) for scenario in self.scenarios]
-        lines += ["", *(f"- **{s.name}**: {_describe(s)}" for s in self.scenarios)]
-        if self.routing:
-            lines += [
-                "",
-                "## Routing",
-                "",
-                "Expert choices, one a token and layer, by transformers' margin between the last chosen expert "
-                "and the next.",
-                "",
-                "| margin, logits | choices | same experts |",
-                "|---|---|---|",
-            ]
-            lines += [
-                f"| {band.least:g} to {band.most:g} | {band.choices} | {band.agreeing} |"
-                for band in self.routing
-            ]
-        lines += ["", "## Environment", "", *(f"- {k}: {v}" for k, v in self.environment.items())]
-        lines += ["", "## Hashes", "", *(f"- {k}: {v}" for k, v in self.hashes.items()), ""]
-        return "\n".join(lines)
-
-
-_COLUMNS = {
-    "verdict": "status",
-    "positions": "positions",
-    "rel-L2": "rel_l2",
-    "max abs": "max_abs",
-    "cosine p5": "cosine_p5",
-    "KL mean": "kl_mean",
-    "KL p99": "kl_p99",
-    "same top-1": "top1",
-    "near-ties": "near_ties",
-    "smallest margin": "smallest_margin",
-}
-
-
-def _row(scenario: ScenarioResult) -> str:
-    cells = [scenario.name, scenario.status]
-    for field in list(_COLUMNS.values())[1:]:
-        value = None if scenario.metrics is None else getattr(scenario.metrics, field)
-        cells.append("" if value is None else f"{value:.3g}")
-    return "| " + " | ".join(cells) + " |"
-
-
-def _describe(scenario: ScenarioResult) -> str:
-    if scenario.status == "not run":
-        return f"{scenario.summary}. Not run: {scenario.reason}."
-    checks = "; ".join(str(check) for check in scenario.checks)
-    return f"{scenario.summary}. {checks}." if checks else f"{scenario.summary}."
+        (directory / HTML_NAME).write_text(render(data), encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

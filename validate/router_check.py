@@ -1,30 +1,24 @@
 """Which experts each token goes to, against transformers' routers: a separate verdict, by margin.
 
 A token whose k-th and next expert are almost equally likely may go to either in two correct programs, and then its
-hidden state differs visibly. So agreement is counted by the router's margin: in transformers' fp32 logits, the k-th
-largest minus the next one.
+hidden state differs visibly. The oracle takes such a choice over from the target and goes on from there, so that
+everything behind it is still comparable; a choice of a clear margin it never takes over. Agreement is counted by the
+router's margin: in transformers' fp32 logits, the k-th largest minus the next one.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwenport.exporter import Package
-from qwenport.plugins import DOMAIN, MOE_ROUTER
-from qwenport.validate.prompts import Prompts
 from qwenport.validate.report import Check, RouterBand
-from qwenport.validate.thresholds import RouterThresholds
+from qwenport.validate.taps import Seen
+from qwenport.validate.text import Choices
 
-if TYPE_CHECKING:
-    from qwenport.engines import OnnxRuntimeSession
-
-PREFILL_TOKENS, DECODE_TOKENS = 64, 16
 EDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, np.inf)  # of the bands, in logits
 
 Int64 = NDArray[np.int64]
@@ -50,16 +44,8 @@ class Routing:
         return tuple(found)
 
     def judged(self, margin: float) -> NDArray[np.bool_]:
-        """Choices of a clear margin that no near-tie decided before them: bool [layers, tokens].
-
-        A near-tie that fell the other way changes its token in all later layers, and there, through keys and
-        values, the tokens after it.
-        """
-        flips = ~self.agrees & (self.margins < margin)
-        reached = np.maximum.accumulate(np.maximum.accumulate(flips, axis=1), axis=0)
-        disturbed = np.zeros_like(flips)
-        disturbed[1:] = reached[:-1]
-        clear: NDArray[np.bool_] = (self.margins >= margin) & ~disturbed
+        """Choices of a clear margin: bool [layers, tokens]."""
+        clear: NDArray[np.bool_] = self.margins >= margin
         return clear
 
     def agreement(self, margin: float) -> float:
@@ -67,13 +53,16 @@ class Routing:
         judged = self.judged(margin)
         return float(self.agrees[judged].mean()) if judged.any() else float("nan")
 
-    def check(self, bounds: RouterThresholds) -> Check:
+    def flips(self, margin: float) -> int:
+        """Near-ties that fell the other way."""
+        return int((~self.agrees & ~self.judged(margin)).sum())
+
+    def check(self, margin: float, agreement: float) -> Check:
         """`agreement` against its bound, with the first choice that is wrong."""
-        judged = self.judged(bounds.margin)
-        flips = int((~self.agrees & (self.margins < bounds.margin)).sum())
+        judged = self.judged(margin)
         where = (
             f"{int(judged.sum())} of {judged.size} choices judged, of a margin of at least "
-            f"{bounds.margin:g}; {flips} near-ties fell the other way"
+            f"{margin:g}; {self.flips(margin)} near-ties fell the other way"
         )
         wrong = np.argwhere(judged & ~self.agrees)
         if len(wrong):
@@ -82,54 +71,30 @@ class Routing:
                 f"; first at layer {self.layers[layer]} position {token}, "
                 f"margin {self.margins[layer, token]:.3g}"
             )
-        share = self.agreement(bounds.margin)
-        return Check("same experts outside near-ties", share, ">=", bounds.agreement, where)
+        share = self.agreement(margin)
+        return Check("same experts outside near-ties", share, ">=", agreement, where)
 
 
-def router_values(package: Package) -> dict[int, str]:
-    """Sparse layer -> the value of model.onnx that holds its chosen experts. Empty for a dense model."""
-    import onnx_ir as ir
-
-    if package.config.moe is None:
-        return {}
-    nodes = [
-        node
-        for node in ir.load(package.model).graph
-        if (node.domain, node.op_type) == (DOMAIN, MOE_ROUTER)
-    ]
-    names = [node.outputs[1].name for node in nodes]
-    return dict(zip(package.config.moe.layers, (str(name) for name in names), strict=True))
-
-
-def routing_text(session: OnnxRuntimeSession, prompts: Prompts) -> list[int]:
-    """The tokens whose routing is judged; the last DECODE_TOKENS, or half of a small cache, are decoded."""
-    return prompts.take(min(PREFILL_TOKENS + DECODE_TOKENS, session.capacity), start=2)
-
-
-def observe_routing(
-    session: OnnxRuntimeSession, names: dict[int, str], tokens: Sequence[int]
-) -> dict[int, Int64]:
-    """Run a text through prefill and then token by token: sparse layer -> chosen experts [len(tokens), k].
+def choices_of(seen: Seen, names: Mapping[int, str], margin: float) -> Choices:
+    """The experts that a target chose for one text.
 
     Args:
-        session: observes the values of `names`.
-        names: see `router_values`.
-        tokens: see `routing_text`.
+        seen: values of the text, see `taps`.
+        names: sparse layer -> the value that holds its choices.
+        margin: what counts as a near-tie.
     """
-    prefilled = len(tokens) - min(DECODE_TOKENS, len(tokens) // 2)
-    chosen: dict[int, list[Int64]] = {layer: [] for layer in names}
-    session.reset()
-    for chunk in (tokens[:prefilled], *([token] for token in tokens[prefilled:])):
-        session.prefill([chunk])
-        for layer, name in names.items():
-            chosen[layer].append(session.observed[name][0])
-    return {layer: np.concatenate(parts) for layer, parts in chosen.items()}
+    return Choices({layer: seen[name] for layer, name in names.items()}, margin)
 
 
 def compare_routing(
-    chosen: dict[int, Int64], expected: dict[int, tuple[Float32, Int64]]
+    chosen: Mapping[int, Int64], expected: Mapping[int, tuple[Float32, Int64]]
 ) -> Routing:
-    """Hold chosen experts against transformers' fp32 `Reference.routing` of the same tokens."""
+    """Hold chosen experts against transformers' fp32 `Reference.routing` of the same tokens.
+
+    Args:
+        chosen: sparse layer -> experts [tokens, k].
+        expected: sparse layer -> (router logits [tokens, E], transformers' own choice [tokens, k]).
+    """
     margins, agrees = [], []
     for layer, experts in chosen.items():
         logits, reference = expected[layer]

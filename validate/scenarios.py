@@ -1,24 +1,23 @@
-"""Ways to use a session, each with what transformers says to the same tokens at the same positions.
+"""Ways to use a session, each with the texts that transformers is asked about in its stead.
 
-A scenario feeds the target through the `Session` protocol, as any program would, and the reference the
-whole row at once without a cache: prefill, chunks, cache, batching and padding are the target's own affair.
-All scenarios share one session, so each finds the cache as the one before left it.
+A scenario feeds the target through the `Session` protocol, as any program would, and names what the reference has to
+say of the whole row at once without a cache: prefill, chunks, cache, batching and padding are the target's own
+affair. All scenarios share one session, so each finds the cache as the one before left it. No scenario looks at what
+the target answers, so it can be rehearsed on a session that answers nothing (see `streaming`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qwenport.engines import CachedSession
 from qwenport.validate.prompts import Prompts
-
-if TYPE_CHECKING:
-    from qwenport.engines import Session
-    from qwenport.validate.reference import Reference
+from qwenport.validate.text import Text
 
 Float32 = NDArray[np.float32]
 
@@ -26,6 +25,11 @@ PREFILL_TOKENS = 64
 DECODE_PROMPT, DECODE_TOKENS = 5, 40  # the cache passes no multiple of 64: that is the chunks' part
 CHUNKS = (1, 7, 30, 26, 1, 2, 33)  # ends exactly at slot 64, passes it by one, then by more
 GREEDY_PROMPT, GREEDY_TOKENS = 12, 32
+GREEDY_TOKENS_STREAMED = 4  # each needs another pass over all weights
+CONTEXT_TOKENS = 48  # at the end of the context, and across the original one
+CONTEXT_DECODES = 8
+RESET_FIRST, RESET_PROMPT, RESET_TOKENS = 40, 9, 16
+TAPPED_PREFILL, TAPPED_DECODES = 64, 16
 RAGGED_ROWS = 4
 RAGGED_LENGTHS = (37, 1, 70, 12)
 RAGGED_CHUNK = 29
@@ -50,34 +54,40 @@ class NotApplicable(Exception):  # noqa: N818 - not an error, a reason
 
 @dataclass(frozen=True)
 class Observation:
-    """Logits of the same positions from both sides, fp32 [n, vocab], and the name of each position.
+    """Logits of the target, fp32 [n, vocab], and the name of each position.
 
-    `texts` is what any model can be asked to give its own logits of these positions: (tokens, how many of
-    the last ones), in the same order.
+    `texts` is what any model can be asked to give its own logits of the same positions, in the same order.
     """
 
     candidate: Float32
-    reference: Float32
     labels: tuple[str, ...]
-    texts: tuple[tuple[list[int], int], ...]
+    texts: tuple[Text, ...]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What a scenario works with."""
+    """What a scenario works with.
 
-    session: Session
-    reference: Reference
+    Attributes:
+        session: the target.
+        prompts: where tokens come from.
+        greedy: transformers' own continuation of `greedy_request`.
+        original_context: positions before the rope settings stretch them; None where they do not.
+    """
+
+    session: CachedSession
     prompts: Prompts
+    greedy: tuple[int, ...]
+    original_context: int | None = None
 
     @property
     def capacity(self) -> int:
         """Cache slots a row."""
         return self.session.capacity
 
-    def start(self) -> None:
-        """Forget all rows."""
-        self._guard(self.session.reset)
+    def start(self, first_position: int = 0) -> None:
+        """Forget all rows; texts begin at `first_position`."""
+        self._guard(self.session.reset, first_position=first_position)
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> list[Float32]:
         """`Session.prefill` with all logits."""
@@ -115,16 +125,20 @@ def _labels(start: int, count: int, row: int = 0) -> tuple[str, ...]:
 
 
 def _observe(
-    bench: Bench, parts: Sequence[Float32], tokens: list[int], last: int | None = None
+    parts: Sequence[Float32], tokens: list[int], last: int | None = None, first_position: int = 0
 ) -> Observation:
     """One row's observation; of its `last` positions, or of all."""
     last = len(tokens) if last is None else last
     return Observation(
         np.concatenate(parts),
-        bench.reference.logits(tokens, last=last),
-        _labels(len(tokens) - last, last),
-        ((tokens, last),),
+        _labels(first_position + len(tokens) - last, last),
+        (Text(tuple(tokens), last, first_position),),
     )
+
+
+def _prefill_then_decode(bench: Bench, tokens: list[int], prompt: int) -> list[Float32]:
+    parts = bench.prefill([tokens[:prompt]])
+    return parts + [bench.decode([token]) for token in tokens[prompt:]]
 
 
 def prefill(bench: Bench) -> Observation:
@@ -132,7 +146,7 @@ def prefill(bench: Bench) -> Observation:
     tokens = bench.prompts.take(min(PREFILL_TOKENS, bench.capacity))
     bench.start()
     (candidate,) = bench.prefill([tokens])
-    return _observe(bench, [candidate], tokens)
+    return _observe([candidate], tokens)
 
 
 def full_cache(bench: Bench) -> Observation:
@@ -148,7 +162,7 @@ def full_cache(bench: Bench) -> Observation:
         [] if judged == single else bench.prefill([tokens[capacity - judged : capacity - single]])
     )
     parts += [bench.decode([token]) for token in tokens[capacity - single :]]
-    return _observe(bench, parts, tokens, judged)
+    return _observe(parts, tokens, judged)
 
 
 def decode(bench: Bench) -> Observation:
@@ -156,9 +170,7 @@ def decode(bench: Bench) -> Observation:
     tokens = bench.prompts.take(min(DECODE_PROMPT + DECODE_TOKENS, bench.capacity), start=11)
     prompt = min(DECODE_PROMPT, len(tokens))
     bench.start()
-    parts = bench.prefill([tokens[:prompt]])
-    parts += [bench.decode([token]) for token in tokens[prompt:]]
-    return _observe(bench, parts, tokens)
+    return _observe(_prefill_then_decode(bench, tokens, prompt), tokens)
 
 
 def chunked_prefill(bench: Bench) -> Observation:
@@ -171,7 +183,7 @@ def chunked_prefill(bench: Bench) -> Observation:
         if chunk := tokens[done : done + size]:
             parts += bench.prefill([chunk])
             done += len(chunk)
-    return _observe(bench, parts, tokens)
+    return _observe(parts, tokens)
 
 
 def ragged_batch(bench: Bench) -> Observation:
@@ -210,16 +222,59 @@ def ragged_batch(bench: Bench) -> Observation:
     labels = [label for row in range(rows) for label in _labels(0, held[row], row)]
     return Observation(
         np.concatenate([part for parts in got for part in parts]),
-        np.concatenate([bench.reference.logits(text) for text in texts]),
         tuple(labels),
-        tuple((text, len(text)) for text in texts),
+        tuple(Text(tuple(text), len(text)) for text in texts),
     )
 
 
-def greedy_request(prompts: Prompts, capacity: int) -> tuple[list[int], int]:
+def end_of_context(bench: Bench) -> Observation:
+    """A text that ends at the last position the model supports, wherever that is."""
+    return _at(bench, bench.session.max_positions - CONTEXT_TOKENS, start=37)
+
+
+def past_original_context(bench: Bench) -> Observation:
+    """A text that crosses the context the model was made for, into what its rope settings add."""
+    if bench.original_context is None:
+        raise NotApplicable("the rope settings do not extend the context")
+    if bench.original_context + CONTEXT_TOKENS // 2 > bench.session.max_positions:
+        raise NotApplicable("the package stops before the original context ends")
+    return _at(bench, bench.original_context - CONTEXT_TOKENS // 2, start=43)
+
+
+def _at(bench: Bench, first_position: int, start: int) -> Observation:
+    """A short text that begins anywhere: its first token gets slot 0, and sees nothing before it."""
+    first_position = max(0, first_position)
+    size = min(CONTEXT_TOKENS, bench.capacity, bench.session.max_positions - first_position)
+    tokens = bench.prompts.take(size, start=start)
+    bench.start(first_position)
+    parts = _prefill_then_decode(bench, tokens, max(1, size - CONTEXT_DECODES))
+    return _observe(parts, tokens, first_position=first_position)
+
+
+def after_reset(bench: Bench) -> Observation:
+    """A text, a reset, and a shorter text that must not see the first."""
+    bench.start()
+    bench.prefill([bench.prompts.take(min(RESET_FIRST, bench.capacity), start=53)])
+    tokens = bench.prompts.take(min(RESET_PROMPT + RESET_TOKENS, bench.capacity), start=61)
+    bench.start()
+    return _observe(_prefill_then_decode(bench, tokens, min(RESET_PROMPT, len(tokens))), tokens)
+
+
+def tapped(bench: Bench) -> Observation:
+    """The text by which errors are followed from layer to layer: a prompt, then single tokens."""
+    tokens = bench.prompts.take(min(TAPPED_PREFILL + TAPPED_DECODES, bench.capacity), start=2)
+    bench.start()
+    prompt = len(tokens) - min(TAPPED_DECODES, len(tokens) // 2)
+    return _observe(_prefill_then_decode(bench, tokens, prompt), tokens)
+
+
+def greedy_request(
+    prompts: Prompts, capacity: int, streamed: bool = False
+) -> tuple[list[int], int]:
     """The prompt of `greedy` and how many new tokens are asked for."""
     prompt = prompts.take(min(GREEDY_PROMPT, capacity), start=5)
-    return prompt, min(GREEDY_TOKENS, capacity - len(prompt) + 1)
+    most = GREEDY_TOKENS_STREAMED if streamed else GREEDY_TOKENS
+    return prompt, min(most, capacity - len(prompt) + 1)
 
 
 def greedy(bench: Bench) -> Observation:
@@ -229,16 +284,15 @@ def greedy(bench: Bench) -> Observation:
     exactly if, left alone, it would write the same text; and after a first wrong token the rest still says
     something.
     """
-    prompt, count = greedy_request(bench.prompts, bench.capacity)
-    tokens, reference = bench.reference.greedy(prompt, count)
+    prompt, _ = greedy_request(bench.prompts, bench.capacity)
+    tokens, count = bench.greedy, len(bench.greedy)
     bench.start()
     parts = [bench.prefill([prompt])[0][-1:]]
     parts += [bench.decode([token]) for token in tokens[:-1]]
     return Observation(
         np.concatenate(parts),
-        reference,
         tuple(f"new token {i}" for i in range(count)),
-        (([*prompt, *tokens[:-1]], count),),
+        (Text((*prompt, *tokens[:-1]), count),),
     )
 
 
@@ -252,8 +306,16 @@ SCENARIOS = (
     Scenario(
         "ragged batch", "Rows of different lengths, chunked, decoded, some idle", ragged_batch
     ),
+    Scenario("end of context", "A text that ends at the last position", end_of_context),
+    Scenario(
+        "past original context",
+        "A text that crosses into what rope scaling adds",
+        past_original_context,
+    ),
+    Scenario("after reset", "A session used, reset, and used again", after_reset),
     Scenario("greedy", "transformers' greedy continuation, token for token", greedy, greedy=True),
 )
+TAPPED = Scenario("layers", "Hidden states from layer to layer", tapped)
 
 
 def capacity_for(available: int) -> int:

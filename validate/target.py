@@ -19,15 +19,17 @@ from qwenport.exporter import (
 )
 from qwenport.validate.errors import ValidationError
 
+PACKAGE, NETWORK, ENGINE = "package", "tensorrt-network", "engine"
+
 
 @dataclass(frozen=True)
 class Target:
     """A verified package or engine directory.
 
     Attributes:
-        kind: "package" or "engine".
+        judged_as: "package" (run by onnxruntime), "tensorrt-network" (of a package) or "engine".
         dtype: of weights: "bf16", "fp16" or "fp32".
-        compute_dtype: what the session computes in; onnxruntime on the CPU computes in fp32 always.
+        compute_dtype: what is computed in; onnxruntime on the CPU computes in fp32 always.
         device: where it runs.
         capacity: cache slots at most.
         rope_length: positions that the rope tables were made for.
@@ -37,7 +39,7 @@ class Target:
     """
 
     path: Path
-    kind: str
+    judged_as: str
     dtype: str
     compute_dtype: str
     device: str
@@ -60,25 +62,42 @@ class Target:
         return hashes
 
 
-def open_target(path: Path, device: str = "cpu") -> Target:
-    """Open what is to be judged; `device` ("cpu" or "cuda") is where a package would run.
+def open_target(
+    path: Path, *, judged_as: str | None = None, exact: bool = False, device: str = "cpu"
+) -> Target:
+    """Open what is to be judged.
+
+    Args:
+        path: a package or an engine directory.
+        judged_as: "tensorrt-network" to judge what TensorRT's parser makes of a package; by default a package is
+            run by onnxruntime and an engine by TensorRT.
+        exact: evaluate a network in fp32, not in the types it declares.
+        device: "cpu" or "cuda", where a package would run.
 
     Raises:
         PackageError, EngineError: damaged, changed, or of another format version.
-        ValidationError: neither a package nor an engine.
+        ValidationError: neither a package nor an engine, or it cannot be judged in that way.
     """
     from qwenport.engines import is_engine
 
+    if exact and judged_as != NETWORK:
+        raise ValidationError(f"exact arithmetic is for judging as {NETWORK}")
     if is_engine(path):
+        if judged_as not in (None, ENGINE):
+            raise ValidationError(f"{path}: an engine holds no network; judge its package as that")
         return _engine(path)
+    if judged_as not in (None, PACKAGE, NETWORK):
+        raise ValidationError(f"{path}: a package cannot be judged as {judged_as}")
     if not (path / MANIFEST).is_file():
         raise ValidationError(f"{path}: neither a package nor an engine (no {MANIFEST})")
     package = load_package(path)
+    judged_as = judged_as or PACKAGE
+    in_fp32 = exact or (judged_as == PACKAGE and device == "cpu")
     return Target(
         path=path,
-        kind="package",
+        judged_as=judged_as,
         dtype=package.dtype,
-        compute_dtype="fp32" if device == "cpu" else package.dtype,
+        compute_dtype="fp32" if in_fp32 else package.dtype,
         device=device,
         config=package.config,
         capacity=package.max_seq_len,
@@ -97,7 +116,7 @@ def _engine(path: Path) -> Target:
     try:
         return Target(
             path=path,
-            kind="engine",
+            judged_as=ENGINE,
             dtype=manifest["dtype"],
             compute_dtype=manifest["dtype"],
             device="cuda",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 
+from qwenport.validate.errors import ValidationError
 from qwenport.validate.metrics import Metrics
 
 # Of transformers' logits in fp32. Two correct fp32 programs differ by the order of their sums: 2e-7 to 1.2e-6
@@ -40,6 +42,7 @@ HALF_TIMES_OWN_KL = HALF_TIMES_OWN_REL_L2**2
 HALF_KL_MEAN = 2e-4
 
 # llama.cpp measures 99.2% for 8-bit weights: 16 bits must not be worse. The margin is TensorRT-Model-Connect's.
+# Where transformers' own largest error in that dtype is larger, that is the margin: it moves logits so far itself.
 HALF_TOP1 = 0.992
 HALF_NEAR_TIE_MARGIN = 0.1
 
@@ -57,42 +60,32 @@ ROPE_RELATIVE_TO_ANGLE = 2.4e-7
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Bounds on `metrics.Metrics`, for every position of a scenario together.
+    """Bounds on `metrics.Metrics`, for every position of a scenario together, and on routers.
 
-    `near_tie_margin` is in logits: `top1_clear` is judged where transformers' margin is at least this.
-    `kl_mean` is in nats; None where the bound on rel-L2 is the stricter one anyway.
+    Attributes:
+        near_tie_margin: in logits; `top1` is judged where transformers' margin is at least this.
+        top1: share of positions with the same most likely token.
+        rel_l2: None where `times_own` says it.
+        times_own: rel-L2 in units of transformers' own error, `Metrics.own_ratio`; None where rel_l2 says it.
+        kl_mean: in nats; None where the bound on rel-L2 is the stricter one anyway.
+        router_margin: in router logits; choices of experts are judged where the margin is at least this.
+        router_agreement: share of those choices that must be the same.
     """
 
-    rel_l2: float
-    top1_clear: float
     near_tie_margin: float
-    kl_mean: float | None = None
+    top1: float
+    rel_l2: float | None
+    times_own: float | None
+    kl_mean: float | None
+    router_margin: float
+    router_agreement: float
 
 
-@dataclass(frozen=True)
-class RouterThresholds:
-    """`agreement`: the share of expert sets that must be equal where the margin, in logits, is at least `margin`."""
-
-    margin: float
-    agreement: float
+NAMES = tuple(field.name for field in fields(Thresholds))
+MORE_IS_STRICTER = ("top1", "router_agreement")
 
 
-def fp32_router_thresholds() -> RouterThresholds:
-    """Bounds for a target that computes in fp32."""
-    return RouterThresholds(FP32_ROUTER_MARGIN, FP32_TOP1)
-
-
-def half_router_thresholds(own_agreement: float) -> RouterThresholds:
-    """Bounds for a target that computes in bf16 or fp16.
-
-    Args:
-        own_agreement: the share that transformers itself reaches in that dtype, outside the same near-ties.
-    """
-    own_flips = HALF_TIMES_OWN_REL_L2 * (1 - own_agreement)
-    return RouterThresholds(HALF_NEAR_TIE_MARGIN, min(HALF_TOP1, 1 - own_flips))
-
-
-def fp32_thresholds(own_rounding: float, *, greedy: bool) -> Thresholds:
+def fp32_thresholds(own_rounding: float, *, greedy: bool = False) -> Thresholds:
     """Bounds for a target that computes in fp32.
 
     Args:
@@ -101,15 +94,69 @@ def fp32_thresholds(own_rounding: float, *, greedy: bool) -> Thresholds:
     """
     raised = min(FP32_REL_L2_MOST, FP32_TIMES_OWN_ROUNDING_LEAST * own_rounding)
     most = max(FP32_REL_L2, raised)
-    rel_l2 = max(FP32_REL_L2_LEAST, min(most, FP32_TIMES_OWN_ROUNDING * own_rounding))
-    return Thresholds(rel_l2, FP32_TOP1, 0.0 if greedy else FP32_NEAR_TIE_MARGIN)
-
-
-def half_thresholds(own: Metrics) -> Thresholds:
-    """Bounds for a target that computes in bf16 or fp16; `own` is what transformers reaches in that dtype."""
     return Thresholds(
-        HALF_TIMES_OWN_REL_L2 * own.rel_l2,
-        HALF_TOP1,
-        HALF_NEAR_TIE_MARGIN,
-        max(HALF_KL_MEAN, HALF_TIMES_OWN_KL * own.kl_mean),
+        near_tie_margin=0.0 if greedy else FP32_NEAR_TIE_MARGIN,
+        top1=FP32_TOP1,
+        rel_l2=max(FP32_REL_L2_LEAST, min(most, FP32_TIMES_OWN_ROUNDING * own_rounding)),
+        times_own=None,
+        kl_mean=None,
+        router_margin=FP32_ROUTER_MARGIN,
+        router_agreement=FP32_TOP1,
     )
+
+
+def half_thresholds(own: Metrics, own_agreement: float = 1.0) -> Thresholds:
+    """Bounds for a target that computes in bf16 or fp16.
+
+    Args:
+        own: what transformers reaches in that dtype, on the same positions.
+        own_agreement: the share of expert choices, outside near-ties, that it reaches in that dtype.
+    """
+    own_flips = HALF_TIMES_OWN_REL_L2 * (1 - own_agreement)
+    return Thresholds(
+        near_tie_margin=max(HALF_NEAR_TIE_MARGIN, own.max_abs),
+        top1=HALF_TOP1,
+        rel_l2=None,
+        times_own=HALF_TIMES_OWN_REL_L2,
+        kl_mean=max(HALF_KL_MEAN, HALF_TIMES_OWN_KL * own.kl_mean),
+        router_margin=HALF_NEAR_TIE_MARGIN,
+        router_agreement=min(HALF_TOP1, 1 - own_flips),
+    )
+
+
+def override(
+    bounds: Thresholds, overrides: Mapping[str, float]
+) -> tuple[Thresholds, tuple[str, ...]]:
+    """Put the user's values in place of ours.
+
+    Returns:
+        (the bounds to use, one line for each that is looser than ours).
+    """
+    looser = []
+    for name, value in overrides.items():
+        ours = getattr(bounds, name)
+        stricter = value >= ours if name in MORE_IS_STRICTER else ours is None or value <= ours
+        if ours is not None and not stricter:
+            looser.append(f"{name} {value:g}, where ours is {ours:.3g}")
+    return replace(bounds, **overrides), tuple(looser)
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, float]:
+    """Read "NAME=VALUE".
+
+    Raises:
+        ValidationError: no such threshold, or not a number that could be one.
+    """
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if name not in NAMES or not equals:
+            raise ValidationError(f"threshold {text!r}: NAME=VALUE, NAME one of {', '.join(NAMES)}")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise ValidationError(f"threshold {name}: {value!r} is not a number") from None
+        most = 1.0 if name in MORE_IS_STRICTER else float("inf")
+        if not 0 <= found[name] <= most or found[name] == float("inf"):
+            raise ValidationError(f"threshold {name}: {value} is outside 0..{most:g}")
+    return found

@@ -30,10 +30,12 @@ class ComputeInFloat32(InPlacePass):
             lookups = [use for use in value.uses() if use.node.op_type == "Gather" and use.idx == 0]
             for use in lookups:
                 (rows,) = use.node.outputs
-                users = [*rows.uses()]
                 cast = _cast(rows)
-                for user in users:
-                    user.node.replace_input_with(user.idx, cast.outputs[0])
+                (widened,) = cast.outputs
+                rows.replace_all_uses_with(widened, replace_graph_outputs=True)
+                cast.replace_input_with(0, rows)
+                # the name goes to the fp32 rows, which is what others may want to see
+                rows.name, widened.name = f"{rows.name}.stored", rows.name
                 graph.insert_after(use.node, cast)
                 looked_up.add(rows)
             others = [use for use in value.uses() if use not in lookups]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qwenport.validate import Report
 
 EXIT_NO_PARITY = 1
+WAYS = ("tensorrt-network",)
 
 
 @click.command()
@@ -27,35 +28,95 @@ EXIT_NO_PARITY = 1
     help="The checkpoint that TARGET was made from; transformers runs it.",
 )
 @click.option(
+    "--as",
+    "judged_as",
+    type=click.Choice(WAYS),
+    help="Judge what TensorRT's parser makes of a package, layer by layer, without a GPU.",
+    show_default="onnxruntime runs a package, TensorRT an engine",
+)
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="With --as tensorrt-network: compute in fp32, not in the types that the network declares.",
+)
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Hold one decoder layer in memory at a time, on both sides.",
+    show_default="where memory demands it",
+)
+@click.option(
+    "--layers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="A quick look: only the first N decoder layers, on both sides. Implies --stream.",
+    show_default="all",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="UTF-8 text to take prompts from.",
+    show_default="a text in nine languages",
+)
+@click.option(
+    "--threshold",
+    "thresholds",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Tighten a bound; docs/validate.md lists the names. Loosening one is printed in the report.",
+)
+@click.option(
     "--report",
     "report_dir",
     type=PATH,
     metavar="DIR",
-    help="Also write report.json and report.md into this directory.",
+    help="Also write report.json and report.html into this directory.",
     show_default="no files",
 )
 @output_options
 def command(
-    target: Path, reference: Path, report_dir: Path | None, quiet: bool, as_json: bool
+    target: Path,
+    reference: Path,
+    judged_as: str | None,
+    exact: bool,
+    stream: bool,
+    layers: int | None,
+    prompts: Path | None,
+    thresholds: tuple[str, ...],
+    report_dir: Path | None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Compare TARGET, a package or an engine directory, with transformers on its checkpoint.
 
     Prompts are run through both in several ways (at once, token by token, in chunks, in a ragged
-    batch, at the end of the context) and the logits are compared. Exit codes: 0 parity holds, 1 it
-    does not, 2 the two cannot be compared.
+    batch, at the end of the context) and the logits are compared. If they differ, the operator where
+    the error starts is named. Exit codes: 0 parity holds, 1 it does not, 2 the two cannot be compared.
 
     \b
     Examples:
       qwenport validate qwen.package --reference Qwen2.5-0.5B-Instruct
-      qwenport validate qwen.package --reference Qwen2.5-0.5B-Instruct --report parity/
+      qwenport validate qwen.package --reference Qwen2.5-0.5B-Instruct --as tensorrt-network
+      qwenport validate qwen.package --reference Qwen2.5-7B-Instruct --layers 4 --report parity/
     """
     runnable_kind(target)
     if report_dir is not None and report_dir.exists() and not report_dir.is_dir():
         raise QwenportError(f"--report {report_dir}: not a directory")
-    from qwenport.validate import validate
+    from qwenport.validate import Options, Validation, check_source, open_target, parse_overrides
 
+    opened = open_target(target, judged_as=judged_as, exact=exact)
+    check_source(opened, reference)
+    options = Options(stream or None, layers, prompts, parse_overrides(thresholds))
     with progress_bar("loading", quiet) as progress:
-        report = validate(target, reference, progress=progress)
+        validation = Validation(opened, reference, options, progress=progress)
+        try:
+            validation.run()
+        except KeyboardInterrupt:
+            if report_dir is not None:  # what is known by now, marked as incomplete
+                validation.report().write(report_dir)
+            raise
+    report = validation.report()
     if report_dir is not None:
         report.write(report_dir)
     if as_json:
@@ -90,5 +151,10 @@ def lines_of(report: Report) -> list[str]:
         for status in ("passed", "failed", "not run")
     }
     verdict = "parity holds" if report.passed else "parity does NOT hold"
+    if report.layers_judged < report.layers:
+        verdict += f" for the first {report.layers_judged} of {report.layers} layers"
+    lines += [f"threshold loosened: {line}" for line in report.loosened]
+    if report.fault is not None:
+        lines.append(report.fault.text)
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     return [*lines, f"{verdict}: {told}"]

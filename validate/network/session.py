@@ -11,6 +11,7 @@ from qwenport.engines import CachedSession, SessionError
 from qwenport.engines.session import Float32, Int64
 from qwenport.exporter import ModelConfig
 from qwenport.validate.network.interpreter import Interpreter
+from qwenport.validate.sites import LOGITS
 
 MAX_STEP_TOKENS = 512  # attention scores take heads x tokens x span numbers
 
@@ -52,20 +53,10 @@ class NetworkSession(CachedSession):
         for name in observe:
             if not interpreter.has(name):
                 raise SessionError(f"the network has no tensor {name} that could be observed")
-        network = interpreter.parsed.network
-        inputs = [network.get_input(index) for index in range(network.num_inputs)]
-        self._cache = {
-            tensor.name: torch.zeros(
-                (max_batch, *tuple(tensor.shape)[1:]), dtype=interpreter.type_of(tensor)
-            )
-            for tensor in inputs
-            if tensor.name.startswith("past_key_values.")
-        }
-        self._presents = {
-            name: name.replace("past_key_values.", "present.") for name in self._cache
-        }
+        self._cache = caches_of(interpreter, max_batch)
         self._observe = tuple(observe)
-        wanted = ("logits", *self._presents.values(), *self._observe)
+        presents = (name.replace("past_key_values.", "present.") for name in self._cache)
+        wanted = (LOGITS, *presents, *self._observe)
         self._program = interpreter.program(interpreter.inputs, wanted)
 
     def _step(self, feeds: dict[str, Int64]) -> Float32:
@@ -73,15 +64,36 @@ class NetworkSession(CachedSession):
         known = {name: torch.from_numpy(array.copy()) for name, array in feeds.items()}
         caches = {name: memory[:rows] for name, memory in self._cache.items()}
         made = self._program.run({**known, **caches})
-        for past, present in self._presents.items():
-            # in an engine they are one memory, whoever wrote it
-            if made[present].data_ptr() != caches[past].data_ptr():
-                caches[past].copy_(made[present])
-        self.observed = {name: _numpy(made[name]) for name in self._observe}
-        logits: Float32 = made["logits"].numpy()
+        share(caches, made)
+        self.observed = {name: as_numpy(made[name]) for name in self._observe}
+        logits: Float32 = made[LOGITS].numpy()
         return logits
 
 
-def _numpy(tensor: torch.Tensor) -> Any:
+def caches_of(
+    interpreter: Interpreter, rows: int, layer: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Zeroed memory of `rows` rows for every cache that the network has as an input, or for one layer's."""
+    network = interpreter.parsed.network
+    prefix = "past_key_values." if layer is None else f"past_key_values.{layer}."
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    return {
+        tensor.name: torch.zeros(
+            (rows, *tuple(tensor.shape)[1:]), dtype=interpreter.type_of(tensor)
+        )
+        for tensor in inputs
+        if tensor.name.startswith(prefix)
+    }
+
+
+def share(caches: dict[str, torch.Tensor], made: dict[str, torch.Tensor]) -> None:
+    """Let `present` be `past`: in an engine they are one memory, whoever wrote it."""
+    for past, memory in caches.items():
+        present = made[past.replace("past_key_values.", "present.")]
+        if present.data_ptr() != memory.data_ptr():
+            memory.copy_(present)
+
+
+def as_numpy(tensor: torch.Tensor) -> Any:
     """A NumPy array; NumPy has no bf16, so that becomes fp32."""
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()

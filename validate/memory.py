@@ -1,0 +1,32 @@
+"""Whether both sides fit into memory whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwenport.validate.target import Target
+
+# Both sides hold every weight in fp32, and a runtime about half as much again while it loads (measured with
+# onnxruntime: 2.7 GB for 2.0 GB of fp32 weights).
+BYTES_A_WEIGHT = 4 * 2.5
+SHARE = 0.8  # of what is free; the rest is for everybody else
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping, or None where the system does not say."""
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def must_stream(target: Target) -> bool:
+    """Whether holding both sides whole would take more memory than there is."""
+    available = available_bytes()
+    if target.package is None or available is None:
+        return False
+    stored = target.package.manifest["weights"]["bytes"]
+    weights = stored / (4 if target.dtype == "fp32" else 2)
+    return weights * BYTES_A_WEIGHT > SHARE * available

@@ -1,0 +1,74 @@
+"""transformers' config and rotary module, as the target was asked to be; the same for both runners."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from qwenport.validate.errors import ValidationError
+
+TORCH_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+
+# Plain arithmetic, one operation after the other; what transformers would choose differs between machines.
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that "fp32", "bf16", "fp16" or "fp64" names.
+
+    Raises:
+        ValidationError: none of these.
+    """
+    if name not in TORCH_DTYPES:
+        raise ValidationError(
+            f"the reference does not compute in {name!r}; it does in {', '.join(TORCH_DTYPES)}"
+        )
+    return TORCH_DTYPES[name]
+
+
+def read_config(path: Path, rope_scaling: str | None) -> Any:
+    """transformers' config of a checkpoint, with the rope scaling ("KIND:FACTOR") that the export added."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    if rope_scaling is not None:
+        kind, _, factor = rope_scaling.partition(":")
+        settings = {**config.rope_parameters, "rope_type": kind, "factor": float(factor)}
+        if kind == "yarn":  # as Qwen's model card writes it
+            settings["original_max_position_embeddings"] = config.max_position_embeddings
+        config.rope_parameters = settings
+    return config
+
+
+def pin_rope(rotary: Any, length: int) -> None:
+    """Use transformers' frequencies for texts of `length` tokens, whatever is computed.
+
+    Source: transformers modeling_rope_utils.dynamic_rope_update, which acts on "dynamic" and
+    "longrope" in `rope_type` at every forward, and on no other value.
+    """
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS[rotary.rope_type](rotary.config, None, seq_len=length)
+    rotary.inv_freq = inv_freq
+    rotary.attention_scaling = scaling
+    rotary.rope_type = "default"
+
+
+def keep_layers(model: Any, count: int | None) -> None:
+    """Cut a model to its first `count` decoder layers; None keeps all.
+
+    Raises:
+        ValidationError: it has not that many.
+    """
+    layers = model.model.layers
+    if count is None:
+        return
+    if not 1 <= count <= len(layers):
+        raise ValidationError(f"the model has {len(layers)} layers; {count} cannot be used")
+    model.model.layers = layers[:count]
+    model.config.num_hidden_layers = count

@@ -1,0 +1,276 @@
+"""The oracle: transformers' own model, in fp32, from the checkpoint itself. Nothing of ours computes here.
+
+Two things are arranged so that the question is the one the target answers: the rope settings that the
+export was asked for are put in the config, and where transformers would change frequencies with the length
+of the text (dynamic, longrope) they are pinned to the length that the target's tables were made for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qwenport.validate.errors import ValidationError
+from qwenport.validate.quiet import quiet_transformers
+from qwenport.validate.reference.hooks import (
+    Attach,
+    as_float32,
+    attached,
+    counting,
+    recording_routes,
+    recording_states,
+    replaying,
+    together,
+)
+from qwenport.validate.reference.loading import pin_rope, read_config, torch_dtype
+from qwenport.validate.reference.streamed import StreamedModel
+from qwenport.validate.reference.whole import WholeModel
+from qwenport.validate.target import Target
+from qwenport.validate.text import Choices, Text
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+Progress = Callable[[str, int, int], None]  # (what is computed, layers of texts done, of how many)
+
+
+class Reference:
+    """transformers' model of a checkpoint, in fp32 or as asked, as the target was asked to be.
+
+    Every method that takes a dtype takes "fp32", "bf16", "fp16" or "fp64", and raises ValidationError for another.
+    Weights are in that dtype; rope frequencies are computed in fp32 always, and so are, in transformers' code, the
+    normalisations and softmaxes.
+
+    Attributes:
+        vocab_size: logits a position.
+        num_layers: decoder layers that are used.
+        weights_note: what the weights are, for a reviewer.
+        replayed: choices of experts taken over so far, in all calls together.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        checkpoint_path: Path,
+        *,
+        layers: int | None = None,
+        streamed: bool = False,
+        progress: Progress = lambda what, done, total: None,
+    ) -> None:
+        """Load the checkpoint, or only look at its files if it is to be streamed.
+
+        Args:
+            target: whose dtype, rope settings and rope length apply.
+            checkpoint_path: the checkpoint directory that the target was made from (see `check_source`).
+            layers: use the first `layers` decoder layers, then final norm and head; None uses all.
+            streamed: hold the weights of one layer at a time, for models larger than memory. The results are
+                the same to the last bit; each call reads all weights once, `greedy` once a new token.
+            progress: called after each layer of each text.
+
+        Raises:
+            ValidationError: transformers does not load the checkpoint whole, or there are not that many layers.
+        """
+        self.vocab_size = target.config.vocab_size
+        self.weights_note = "fp32"
+        rounded_to = None
+        if target.dtype != target.source["dtype"]:
+            self.weights_note = f"fp32, weights rounded to {target.dtype} first"
+            rounded_to = torch_dtype(target.dtype)
+        with quiet_transformers():
+            config = read_config(checkpoint_path, target.rope_scaling)
+            kind = StreamedModel if streamed else WholeModel
+            self._model: StreamedModel | WholeModel = kind(
+                checkpoint_path, config, rounded_to, layers
+            )
+        self.num_layers = self._model.num_layers
+        self.replayed = 0
+        self._progress = progress
+        self._greedy: dict[tuple[tuple[int, ...], int], tuple[list[int], Float32]] = {}
+        if target.config.rope.depends_on_length:
+            pin_rope(self._model.rotary, target.rope_length)
+
+    def logits(
+        self,
+        texts: Sequence[Text],
+        dtype: str = "fp32",
+        choices: Sequence[Choices | None] | None = None,
+    ) -> list[Float32]:
+        """Run each text in one piece and without a cache.
+
+        Args:
+            dtype: what the model computes in.
+            choices: for each text, experts to take over in near-ties. Their weights are what the router's
+                probabilities give them; `replayed` counts them.
+
+        Returns:
+            For each text its `last` positions, fp32 [last, vocab].
+
+        Raises:
+            ValidationError: a text that the model cannot run.
+        """
+        states = self._forward("logits", texts, dtype, choices)
+        wanted = [
+            state[:, len(text.tokens) - text.last :]
+            for text, state in zip(texts, states, strict=True)
+        ]
+        with self._model.head(dtype) as head, torch.inference_mode():
+            return [as_float32(head(rows)[0]) for rows in wanted]
+
+    def hidden_states(
+        self,
+        texts: Sequence[Text],
+        dtype: str = "fp32",
+        choices: Sequence[Choices | None] | None = None,
+    ) -> list[list[Float32]]:
+        """For each text what leaves the embedding and then each decoder layer: num_layers + 1 arrays.
+
+        Each is fp32 [len(tokens), hidden]; the final norm has not been applied to any. Arguments and errors as in
+        `logits`.
+        """
+        found: list[list[Float32]] = [[] for _ in texts]
+        self._forward("hidden states", texts, dtype, choices, recording_states(found))
+        return found
+
+    def routing(
+        self,
+        texts: Sequence[Text],
+        dtype: str = "fp32",
+        choices: Sequence[Choices | None] | None = None,
+    ) -> list[dict[int, tuple[Float32, Int64]]]:
+        """What the routers of each text say, and whom they choose.
+
+        Returns:
+            For each text: sparse layer -> (router logits fp32 [len(tokens), E], its own choice, before anything
+            is taken over, int64 [len(tokens), k]).
+        """
+        found: list[dict[int, tuple[Float32, Int64]]] = [{} for _ in texts]
+        self._forward("routing", texts, dtype, choices, recording_routes(found))
+        return found
+
+    def greedy(self, tokens: Sequence[int], count: int) -> tuple[list[int], Float32]:
+        """transformers' own greedy `generate`, with no stop token and none of the checkpoint's sampling.
+
+        Returns:
+            (`count` new token ids, the logits fp32 [count, vocab] that each was chosen from).
+
+        Raises:
+            ValidationError: generate did not take the most likely token.
+        """
+        key = (tuple(tokens), count)
+        if key not in self._greedy:
+            _check_texts([Text(tuple(tokens), last=1)], self.vocab_size)
+            new, logits = self._model.greedy(tokens, count, self._counting("greedy", count))
+            if len(new) != count or new != logits.argmax(dim=1).tolist():
+                raise ValidationError(
+                    "transformers' generate() did not decode greedily; it cannot judge"
+                )
+            self._greedy[key] = new, as_float32(logits)
+        return self._greedy[key]
+
+    def own_rounding(self, tokens: Sequence[int], count: int) -> float:
+        """rel-L2 between transformers' logits through its cache (`greedy`) and in one piece (`logits`)."""
+        new, cached = self.greedy(tokens, count)
+        (whole,) = self.logits([Text((*tokens, *new[:-1]), last=count)])
+        return float(np.linalg.norm(cached - whole) / np.linalg.norm(whole))
+
+    @contextlib.contextmanager
+    def layer(self, index: int, dtype: str) -> Iterator[Any]:
+        """transformers' decoder layer `index` with its weights in `dtype`, for the time of the context.
+
+        In fp32, unless streamed, it is the model's own: do not change it.
+        """
+        torch_dtype(dtype)
+        if not 0 <= index < self.num_layers:
+            raise ValidationError(f"layer {index} is not one of the {self.num_layers} layers")
+        with self._model.layer(index, dtype) as module:
+            yield module
+
+    @contextlib.contextmanager
+    def agreeing(self, module: Any, index: int, choices: Choices | None) -> Iterator[None]:
+        """Have decoder layer `index`, as `layer` gives it, take over choices in near-ties for a while."""
+        with attached(self._replaying([choices]), 0, [(index, module)]):
+            yield
+
+    @contextlib.contextmanager
+    def final_norm(self, dtype: str) -> Iterator[Any]:
+        """transformers' norm after the last layer, as `layer`."""
+        torch_dtype(dtype)
+        with self._model.final_norm(dtype) as module:
+            yield module
+
+    @contextlib.contextmanager
+    def head(self, dtype: str) -> Iterator[Any]:
+        """transformers' projection to the vocabulary, as `layer`."""
+        torch_dtype(dtype)
+        with self._model.head(dtype) as module:
+            yield module
+
+    def embed(self, tokens: Sequence[int]) -> Float32:
+        """The tokens' embeddings, fp32 [len(tokens), hidden]."""
+        _check_texts([Text(tuple(tokens), last=0)], self.vocab_size)
+        return as_float32(self._model.embed(tokens))
+
+    def position_embeddings(
+        self, positions: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a decoder layer is given for positions int64 [1, S]: cos and sin, [1, S, head_dim] in `dtype`."""
+        with torch.no_grad():
+            cos, sin = self._model.rotary(torch.zeros(1, dtype=dtype), positions)
+        return cos, sin
+
+    def rope_tables(self, start: int, stop: int) -> tuple[Float32, Float32, Float32]:
+        """What transformers' rotary module gives for positions start..stop-1.
+
+        Returns:
+            (cos, sin, angles), fp32 [stop - start, head_dim / 2]; cos and sin with their scaling. The
+            module repeats each frequency for the second half of a head; one half is returned.
+        """
+        positions = torch.arange(start, stop)[None]
+        cos, sin = self.position_embeddings(positions, torch.float32)
+        angles = positions[0, :, None].float() * self._model.rotary.inv_freq
+        half = cos.shape[-1] // 2
+        return as_float32(cos[0, :, :half]), as_float32(sin[0, :, :half]), as_float32(angles)
+
+    def _forward(
+        self,
+        what: str,
+        texts: Sequence[Text],
+        dtype: str,
+        choices: Sequence[Choices | None] | None,
+        *attaches: Attach,
+    ) -> list[torch.Tensor]:
+        torch_dtype(dtype)
+        _check_texts(texts, self.vocab_size)
+        replay = self._replaying([None for _ in texts] if choices is None else choices)
+        # first what records: it is to see the router's own choice
+        attach = together(*attaches, replay, self._counting(what, len(texts)))
+        return self._model.forward(texts, dtype, attach)
+
+    def _replaying(self, choices: Sequence[Choices | None]) -> Attach:
+        def taken(count: int) -> None:
+            self.replayed += count
+
+        return replaying(choices, taken)
+
+    def _counting(self, what: str, texts: int) -> Attach:
+        done = itertools.count(1)
+        total = texts * self.num_layers
+        return counting(lambda: self._progress(what, next(done), total))
+
+
+def _check_texts(texts: Sequence[Text], vocab_size: int) -> None:
+    for text in texts:
+        if not text.tokens or not 0 <= text.last <= len(text.tokens) or text.first_position < 0:
+            raise ValidationError(
+                f"not a text: {len(text.tokens)} tokens from position {text.first_position}, "
+                f"the last {text.last} asked for"
+            )
+        if not all(0 <= token < vocab_size for token in text.tokens):
+            raise ValidationError(f"a text has tokens outside the vocabulary of {vocab_size}")

@@ -1,0 +1,188 @@
+"""Weights straight from a checkpoint's safetensors files into transformers' modules, a module at a time.
+
+The files are memory-mapped, and what was read of one counts as this process's memory until it is closed. So none
+stays open longer than a module needs it, or longer than OPEN_BYTES.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qwenport.validate.errors import ValidationError
+
+# transformers' stacks of experts -> the projections of one expert that lie in them, one below the other
+STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+OPEN_BYTES = 1 << 28  # read of files before they are closed, and opened anew
+ROWS_AT_ONCE = 4096  # of a matrix: of the widest published head, 134 MB
+
+Index = EllipsisType | tuple[int, slice]
+
+
+class StoredWeights:
+    """The tensors of a checkpoint directory, by name."""
+
+    def __init__(self, path: Path, rounded_to: torch.dtype | None) -> None:
+        """Read the names and shapes.
+
+        Args:
+            path: one model.safetensors, or shards and their index.
+            rounded_to: round every tensor to this dtype before it is cast; None leaves them.
+
+        Raises:
+            ValidationError: a file is missing or damaged.
+        """
+        self._path = path
+        self._rounded_to = rounded_to
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in _weight_files(path):
+            with _opened(file) as content:
+                for name in content.keys():  # noqa: SIM118  it is no dict
+                    self._files[name] = file
+                    self._shapes[name] = tuple(content.get_slice(name).get_shape())
+
+    def check(self, prefix: str, module: torch.nn.Module) -> None:
+        """Hold the tensors whose names start with `prefix` against what `module` has.
+
+        Raises:
+            ValidationError: one is missing, has another shape, or is not used.
+        """
+        used = set()
+        for name, parameter in module.state_dict().items():
+            for part, where in self._parts(prefix + name, parameter):
+                expected = tuple(parameter[where].shape)
+                if part not in self._files:
+                    raise ValidationError(
+                        f"{self._path} has no tensor {part}, which transformers' {_kind(module)} needs"
+                    )
+                if self._shapes[part] != expected:
+                    raise ValidationError(
+                        f"{self._path}: tensor {part} has shape {list(self._shapes[part])}; "
+                        f"transformers' {_kind(module)} needs {list(expected)}"
+                    )
+                used.add(part)
+        for name in sorted(self._files):
+            if name.startswith(prefix) and name not in used:
+                raise ValidationError(
+                    f"{self._path}: transformers' {_kind(module)} has no place for tensor {name}"
+                )
+
+    @contextlib.contextmanager
+    def loaded(
+        self, prefix: str, module: torch.nn.Module, dtype: torch.dtype
+    ) -> Iterator[torch.nn.Module]:
+        """Give `module`, which is on the meta device, the tensors under `prefix` in `dtype` for a while.
+
+        Raises:
+            ValidationError: see `check`.
+        """
+        self.check(prefix, module)
+        with _Reader() as reader:
+            weights = {
+                name: self._read(
+                    self._parts(prefix + name, parameter), parameter.shape, dtype, reader
+                )
+                for name, parameter in module.state_dict().items()
+            }
+        module.load_state_dict(weights, assign=True, strict=True)
+        del weights  # the module's they are, and go with it
+        try:
+            yield module
+        finally:
+            module.to("meta")
+
+    def rows(self, name: str, indices: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The rows `indices` of a matrix, [len(indices), columns]; no other row is read."""
+        with _opened(self._files[name]) as content:
+            table = content.get_slice(name)
+            stored = {index: table[index : index + 1] for index in sorted(set(indices))}
+            found = torch.cat([stored[index] for index in indices])
+        return self._rounded(found).to(dtype, copy=True)
+
+    def _parts(self, name: str, parameter: torch.Tensor) -> list[tuple[str, Index]]:
+        """The stored tensors that a parameter consists of, and where in it each lies."""
+        prefix, _, kind = name.rpartition(".")
+        if name in self._files or kind not in STACKS:
+            return [(name, ...)]
+        projections = STACKS[kind]
+        rows = parameter.shape[1] // len(projections)
+        return [
+            (f"{prefix}.{expert}.{projection}.weight", (expert, slice(n * rows, (n + 1) * rows)))
+            for expert in range(len(parameter))
+            for n, projection in enumerate(projections)
+        ]
+
+    def _read(
+        self,
+        parts: Sequence[tuple[str, Index]],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        reader: _Reader,
+    ) -> torch.Tensor:
+        result = torch.empty(shape, dtype=dtype)
+        for name, where in parts:
+            out = result[where]
+            for start in range(0, len(out), ROWS_AT_ONCE):
+                stop = start + ROWS_AT_ONCE
+                stored = reader.rows(self._files[name], name, start, stop)
+                out[start:stop] = self._rounded(stored)
+        return result
+
+    def _rounded(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self._rounded_to is None else tensor.to(self._rounded_to)
+
+
+class _Reader(contextlib.AbstractContextManager["_Reader"]):
+    """Reads tensors, and closes the files whenever OPEN_BYTES of them have been read."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, Any] = {}
+        self._bytes = 0
+
+    def rows(self, file: Path, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop-1 as they lie in the file, which stays open while the tensor is kept."""
+        if self._bytes > OPEN_BYTES:
+            self.close()
+        if file not in self._open:
+            self._open[file] = _opened(file)
+        found: torch.Tensor = self._open[file].get_slice(name)[start:stop]
+        self._bytes += found.nbytes
+        return found
+
+    def close(self) -> None:
+        """Close all files."""
+        self._open.clear()
+        self._bytes = 0
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return [path / "model.safetensors"]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValidationError(f"{index}: not a safetensors index ({error})") from error
+    return [path / name for name in sorted(names)]
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValidationError(f"{file}: cannot be read ({error})") from error
+
+
+def _kind(module: torch.nn.Module) -> str:
+    return type(module).__name__

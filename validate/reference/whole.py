@@ -1,0 +1,158 @@
+"""The whole model in memory: transformers' own forward and `generate`, with hooks on its layers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from qwenport.validate.errors import ValidationError
+from qwenport.validate.quiet import quiet_transformers
+from qwenport.validate.reference.hooks import Attach, attached
+from qwenport.validate.reference.loading import EAGER, keep_layers, torch_dtype
+from qwenport.validate.text import Text
+
+ALIGNMENT = 64  # bytes, of what torch allocates on the CPU
+
+
+class WholeModel:
+    """transformers' model in fp32; a copy in another dtype is made when it is first asked for, and kept.
+
+    Attributes:
+        num_layers: decoder layers.
+        rotary: transformers' rotary module.
+    """
+
+    def __init__(
+        self, path: Path, config: Any, rounded_to: torch.dtype | None, layers: int | None
+    ) -> None:
+        """Load the checkpoint with transformers' loader.
+
+        Args:
+            rounded_to: round all weights to this dtype, and go on with them in fp32; None leaves them.
+            layers: see `keep_layers`.
+
+        Raises:
+            ValidationError: transformers does not load the checkpoint whole, or it has not that many layers.
+        """
+        self._model = _load(path, config)
+        keep_layers(self._model, layers)
+        if rounded_to is not None:
+            _round_weights(self._model, rounded_to)
+        self._copies: dict[str, Any] = {}
+        self.num_layers = len(self._model.model.layers)
+        self.rotary = self._model.model.rotary_emb
+
+    def forward(self, texts: Sequence[Text], dtype: str, attach: Attach) -> list[torch.Tensor]:
+        """What leaves the final norm: for each text a tensor [1, len(tokens), hidden] in `dtype`."""
+        model = self._in(dtype).model
+        results = []
+        for number, text in enumerate(texts):
+            ids = torch.tensor([text.tokens], dtype=torch.int64)
+            positions = text.first_position + torch.arange(len(text.tokens))[None]
+            with attached(attach, number, enumerate(model.layers)), torch.inference_mode():
+                output = model(ids, position_ids=positions, use_cache=False)
+            results.append(output.last_hidden_state)
+        return results
+
+    def greedy(
+        self, tokens: Sequence[int], count: int, attach: Attach
+    ) -> tuple[list[int], torch.Tensor]:
+        """`generate`, without a stop token: (new tokens, the logits fp32 [count, vocab] they were chosen from)."""
+        # On the model too: generate() fills what a request leaves open from there.
+        settings = GenerationConfig(
+            do_sample=False, num_beams=1, max_new_tokens=count, use_cache=True, pad_token_id=0
+        )
+        self._model.generation_config = settings
+        ids = torch.tensor([list(tokens)], dtype=torch.int64)
+        layers = enumerate(self._model.model.layers)
+        with attached(attach, 0, layers), torch.inference_mode(), quiet_transformers():
+            result = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=settings,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        return result.sequences[0, len(tokens) :].tolist(), torch.cat(result.logits)
+
+    def embed(self, tokens: Sequence[int]) -> torch.Tensor:
+        """The tokens' embeddings, fp32 [len(tokens), hidden]."""
+        with torch.inference_mode():
+            rows: torch.Tensor = self._model.model.embed_tokens(torch.tensor(list(tokens)))
+        return rows
+
+    @contextlib.contextmanager
+    def layer(self, index: int, dtype: str) -> Iterator[Any]:
+        """The decoder layer: the model's own in fp32, else a copy for the time of the context."""
+        yield _converted(self._model.model.layers[index], dtype)
+
+    @contextlib.contextmanager
+    def final_norm(self, dtype: str) -> Iterator[Any]:
+        """The norm after the last layer, as `layer`."""
+        yield _converted(self._model.model.norm, dtype)
+
+    @contextlib.contextmanager
+    def head(self, dtype: str) -> Iterator[Any]:
+        """The vocabulary projection, as `layer`."""
+        yield _converted(self._model.lm_head, dtype)
+
+    def _in(self, dtype: str) -> Any:
+        if dtype == "fp32":
+            return self._model
+        if dtype not in self._copies:
+            self._copies[dtype] = _converted(self._model, dtype)
+        return self._copies[dtype]
+
+
+def _converted(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
+    if dtype == "fp32":
+        return module
+    converted = copy.deepcopy(module)
+    for parameter in converted.parameters():  # parameters only: rope frequencies stay fp32
+        parameter.data = parameter.data.to(torch_dtype(dtype))
+    return converted
+
+
+def _load(path: Path, config: Any) -> Any:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        **EAGER,
+    )
+    # transformers only warns of these, and goes on with random weights.
+    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            raise ValidationError(
+                f"transformers does not load {path} whole: {problem} {sorted(map(str, info[problem]))[0]}"
+            )
+    _align(model)
+    return model.eval().requires_grad_(False)
+
+
+def _align(model: torch.nn.Module) -> None:
+    """Copy parameters that do not lie as torch's own memory does.
+
+    Those of an fp32 checkpoint still lie in the mapped file, wherever its header ends, and the matrix product of a
+    single token rounds otherwise there. Logits are not to depend on the length of a header.
+    """
+    for parameter in model.parameters():
+        if parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
+
+
+def _round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Round every parameter to `dtype`, keep it in fp32. Buffers (rope frequencies) stay exact."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))

@@ -1,0 +1,118 @@
+"""Where a decoder can be looked into: the values of our graph, and what in transformers' layer computes the same.
+
+Names are those that the exporter writes; TensorRT's parser keeps them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwenport.exporter import ModelConfig
+
+EMBEDDING = "model.embed_tokens.Gather"
+FINAL_NORM = "model.norm.RMSNormalization"
+LOGITS = "logits"
+
+# sites that are no modules of transformers' layer
+ROPE = ("self_attn.rope of queries", "self_attn.rope of keys")
+ATTENTION = "self_attn.attention"
+ROUTER = "mlp.router"
+RESIDUALS = ("first residual sum", "second residual sum")
+GATED = "silu(gate) * up"  # behind the path of its MLP
+
+
+def layer_output(index: int) -> str:
+    """The hidden states that a decoder layer leaves, [B, S, hidden]."""
+    return f"model.layers.{index}.Add_2"
+
+
+def hidden_states(layers: int) -> tuple[str, ...]:
+    """After the embedding, then after every decoder layer."""
+    return (EMBEDDING, *(layer_output(index) for index in range(layers)))
+
+
+def router_choices(config: ModelConfig, layers: int) -> dict[int, str]:
+    """Sparse layer -> the value that holds each token's experts, int64 [B, S, k]."""
+    sparse = () if config.moe is None else config.moe.layers
+    return {i: f"model.layers.{i}.mlp.MoERouter.1" for i in sparse if i < layers}
+
+
+@dataclass(frozen=True)
+class Site:
+    """An operator inside a decoder layer.
+
+    Attributes:
+        name: its path in transformers' layer, with "rope" and "attention" for what is no module there.
+        values: where its result may be in our graph, behind "model.layers.N."; the first that exists.
+        inputs: the sites that it reads; "" is the layer's input.
+        heads: the result is [B, heads, S, head_dim], not [B, S, ...].
+    """
+
+    name: str
+    values: tuple[str, ...]
+    inputs: tuple[str, ...]
+    heads: bool = False
+
+
+def _linear(path: str, *inputs: str) -> Site:
+    return Site(path, (f"{path}.Add", f"{path}.MatMul"), inputs)
+
+
+def _norm(path: str, *inputs: str) -> Site:
+    return Site(path, (f"{path}.RMSNormalization",), inputs)
+
+
+def _swiglu(path: str, norm: str) -> tuple[Site, ...]:
+    return (
+        _linear(f"{path}.gate_proj", norm),
+        _linear(f"{path}.up_proj", norm),
+        Site(f"{path}.{GATED}", (f"{path}.Mul_2",), (f"{path}.gate_proj", f"{path}.up_proj")),
+        _linear(f"{path}.down_proj", f"{path}.{GATED}"),
+    )
+
+
+def sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
+    """The operators of a decoder layer, in the order in which they run."""
+    attention = "self_attn"
+    first, second = "input_layernorm", "post_attention_layernorm"
+    query, key, value = (f"{attention}.{part}_proj" for part in "qkv")
+    found = [_norm(first, ""), *(_linear(path, first) for path in (query, key, value))]
+    if config.qk_norm:
+        found += [_norm(f"{attention}.{p}_norm", f"{attention}.{p}_proj") for p in "qk"]
+        query, key = f"{attention}.q_norm", f"{attention}.k_norm"
+    found += [
+        Site(ROPE[0], (f"{attention}.RotaryEmbedding",), (query,), heads=True),
+        Site(ROPE[1], (f"{attention}.RotaryEmbedding_2",), (key,), heads=True),
+        Site(ATTENTION, (f"{attention}.Attention",), (*ROPE, value), heads=True),
+        _linear(f"{attention}.o_proj", ATTENTION),
+        Site(RESIDUALS[0], ("Add",), ("", f"{attention}.o_proj")),
+        _norm(second, RESIDUALS[0]),
+    ]
+    if config.moe_of(layer) is None:
+        found += _swiglu("mlp", second)
+        last = "mlp.down_proj"
+    else:
+        found += _sparse(config, second)
+        last = found[-1].name
+    found.append(Site(RESIDUALS[1], ("Add_2",), (RESIDUALS[0], last)))
+    return tuple(found)
+
+
+def _sparse(config: ModelConfig, norm: str) -> list[Site]:
+    assert config.moe is not None
+    found = [
+        _linear("mlp.gate", norm),
+        Site(ROUTER, ("mlp.MoERouter.0",), ("mlp.gate",)),
+        Site("mlp.experts", ("mlp.experts.MoEExperts",), (norm, ROUTER)),
+    ]
+    if config.moe.shared_expert_size is not None:
+        found += _swiglu("mlp.shared_expert", norm)
+        found += [
+            _linear("mlp.shared_expert_gate", norm),
+            Site(
+                "mlp",
+                ("mlp.Add",),
+                ("mlp.experts", "mlp.shared_expert.down_proj", "mlp.shared_expert_gate"),
+            ),
+        ]
+    return found
