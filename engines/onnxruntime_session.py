@@ -161,7 +161,7 @@ def start_onnxruntime(
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is in the exception
     for key, value in {
         "session.model_external_initializers_file_folder_path": str(folder),
         # a large model's fp32 vocabulary matrix exceeds the default limit and would be made each step

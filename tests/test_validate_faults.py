@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import faults
 import onnx_ir as ir
 import pytest
 import torch
+from defects import attention, cache, ends, layers, norms_and_weights, rope, tables
+from defects.tools import seed
 
 from qwenport.exporter import export
 from qwenport.validate.reference import Reference
@@ -39,31 +40,31 @@ _TABLES = frozenset({"rope tables"})
 FAULTS = {
     fault.change.__name__: fault
     for fault in (
-        Fault(faults.wrong_epsilon, ALL_LOGITS, _TABLES),
-        Fault(faults.wrong_epsilon_in_one_norm, ALL_LOGITS),
-        Fault(faults.swapped_cos_and_sin, ALL_LOGITS, _TABLES),
-        Fault(faults.interleaved_rope, ALL_LOGITS, _TABLES),
-        Fault(faults.rope_restarts_every_step, CACHED, frozenset({"prefill"})),
-        Fault(faults.missing_bias, ALL_LOGITS),
-        Fault(faults.strict_mask, ALL_LOGITS),
-        Fault(faults.permissive_mask, ALL_LOGITS),
-        Fault(faults.causal_from_the_upper_left, CACHED, frozenset({"prefill"})),
-        Fault(faults.cache_slot_off_by_one, ALL_LOGITS),
+        Fault(norms_and_weights.wrong_epsilon, ALL_LOGITS, _TABLES),
+        Fault(norms_and_weights.wrong_epsilon_in_one_norm, ALL_LOGITS),
+        Fault(rope.swapped_cos_and_sin, ALL_LOGITS, _TABLES),
+        Fault(rope.interleaved_rope, ALL_LOGITS, _TABLES),
+        Fault(rope.rope_restarts_every_step, CACHED, frozenset({"prefill"})),
+        Fault(norms_and_weights.missing_bias, ALL_LOGITS),
+        Fault(attention.strict_mask, ALL_LOGITS),
+        Fault(attention.permissive_mask, ALL_LOGITS),
+        Fault(attention.causal_from_the_upper_left, CACHED, frozenset({"prefill"})),
+        Fault(cache.cache_slot_off_by_one, ALL_LOGITS),
         Fault(
-            faults.rows_share_the_first_rows_slots,
+            cache.rows_share_the_first_rows_slots,
             frozenset({"ragged batch"}),
             ALL_LOGITS - {"ragged batch"},
         ),
-        Fault(faults.doubled_attention_scale, ALL_LOGITS),
-        Fault(faults.swapped_head_rows, ALL_LOGITS),
-        Fault(faults.swapped_key_and_value_weights, ALL_LOGITS),
-        Fault(faults.swapped_kv_heads, ALL_LOGITS),
-        Fault(faults.skipped_layer, ALL_LOGITS),
-        Fault(faults.one_nan, ALL_LOGITS),
-        Fault(faults.unknown_operator, ALL_LOGITS, _TABLES),
-        Fault(faults.short_rope_table, _TABLES | {"full cache"}, frozenset({"prefill"})),
-        Fault(faults.shifted_rope_table, _TABLES, frozenset({"prefill", "decode"})),
-        Fault(faults.wrong_last_rope_row, _TABLES | {"full cache"}, frozenset({"prefill"})),
+        Fault(attention.doubled_attention_scale, ALL_LOGITS),
+        Fault(ends.swapped_head_rows, ALL_LOGITS),
+        Fault(norms_and_weights.swapped_key_and_value_weights, ALL_LOGITS),
+        Fault(attention.swapped_kv_heads, ALL_LOGITS),
+        Fault(layers.skipped_layer, ALL_LOGITS),
+        Fault(ends.one_nan, ALL_LOGITS),
+        Fault(ends.unknown_operator, ALL_LOGITS, _TABLES),
+        Fault(tables.short_rope_table, _TABLES | {"full cache"}, frozenset({"prefill"})),
+        Fault(tables.shifted_rope_table, _TABLES, frozenset({"prefill", "decode"})),
+        Fault(tables.wrong_last_rope_row, _TABLES | {"full cache"}, frozenset({"prefill"})),
     )
 }
 
@@ -93,14 +94,14 @@ def _judge(path: Path, reference: Reference) -> Report:
 
 
 def test_an_unchanged_copy_passes(package: Path, reference: Reference, tmp_path: Path) -> None:
-    report = _judge(faults.seed(package, tmp_path / "copy", lambda model: None), reference)
+    report = _judge(seed(package, tmp_path / "copy", lambda model: None), reference)
     assert report.passed, report.failures
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_caught(name: str, package: Path, reference: Reference, tmp_path: Path) -> None:
     fault = FAULTS[name]
-    report = _judge(faults.seed(package, tmp_path / name, fault.change), reference)
+    report = _judge(seed(package, tmp_path / name, fault.change), reference)
     status = {scenario.name: scenario.status for scenario in report.scenarios}
     assert not report.passed
     assert {n for n in fault.fails if status[n] != "failed"} == set()

@@ -8,11 +8,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import faults
-import moe_faults
 import numpy as np
 import pytest
 import torch
+from defects import experts as moe_faults
+from defects import norms_and_weights
+from defects.tools import seed
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -44,7 +45,7 @@ FAULTS = {
     moe_faults.missing_shared_expert: frozenset({"routing"}),
     moe_faults.ungated_shared_expert: frozenset(),
     moe_faults.probabilities_left_out: frozenset(),
-    moe_faults.dense_gate_and_up_swapped: frozenset(),
+    norms_and_weights.dense_gate_and_up_swapped: frozenset(),
 }
 
 
@@ -88,7 +89,7 @@ def test_the_bundled_mixture_passes_and_its_choices_are_counted_by_margin(
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_is_caught(fault, package: Path, reference: Reference, tmp_path: Path) -> None:
-    report = _judge(faults.seed(package, tmp_path / "faulty", fault), reference)
+    report = _judge(seed(package, tmp_path / "faulty", fault), reference)
     status = {scenario.name: scenario.status for scenario in report.scenarios}
     assert not report.passed
     assert {name for name in LOGITS | FAULTS[fault] if status[name] != "failed"} == set()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from qwenport import QwenportError
-from qwenport.engines import CachedSession, LoweringError, OnnxRuntimeSession, open_session
+from qwenport.engines import CachedSession, OnnxRuntimeSession, open_session
 from qwenport.validate.errors import NetworkError
 from qwenport.validate.streaming import Geometry, Progress, stream
 from qwenport.validate.target import ENGINE, NETWORK, Target
@@ -57,7 +58,6 @@ class Candidate:
             self._parse()
 
     def _parse(self) -> None:
-        from qwenport.engines.lowering import check_network
         from qwenport.validate.network import Interpreter, parse_package
 
         assert self._target.package is not None
@@ -67,30 +67,35 @@ class Candidate:
             self._interpreter = Interpreter(parsed, exact=exact)
         except NetworkError as error:
             raise Refused(str(error)) from error
-        try:
-            check_network(parsed.network, parsed.trt)
-        except LoweringError as error:
-            self.complaints = (str(error),)
+        self.complaints = parsed.complaints
 
     @property
     def can_be_tapped(self) -> bool:
         """Whether values inside it can be seen. An engine's are inside its plan."""
         return self._target.judged_as != ENGINE
 
-    def has(self, name: str) -> bool:
-        """Whether its graph has a value of that name."""
-        if self._interpreter is not None:
-            found: bool = self._interpreter.has(name)
-            return found
-        return name in self._values()
+    def uses(self, name: str) -> bool:
+        """Whether its graph has a value of that name, and an output depends on it."""
+        return name in self._used
 
-    def _values(self) -> set[str]:
+    @cached_property
+    def _used(self) -> frozenset[str]:
         import onnx_ir as ir
 
+        if self._interpreter is not None:
+            return frozenset(self._interpreter.used())
         if self._target.package is None:
-            return set()
+            return frozenset()
         graph = ir.load(self._target.package.model).graph
-        return {str(value.name) for node in graph for value in node.outputs}
+        found: set[str] = set()
+        pending = list(graph.outputs)
+        while pending:
+            value = pending.pop()
+            producer = value.producer()
+            if producer is not None and value.name not in found:
+                found.update(str(output.name) for output in producer.outputs)
+                pending += [given for given in producer.inputs if given is not None]
+        return frozenset(found)
 
     def open(self, rehearse: Rehearse, observe: Sequence[str] = ()) -> CachedSession:
         """A session that is going to be used exactly as `rehearse` uses one.

@@ -287,7 +287,7 @@ def _divergences(scenarios: Sequence[dict[str, Any]]) -> _Plot | None:
             edges = f"1e{low + i * width:g} to 1e{low + (i + 1) * width:g}"
             columns.append((12 + i * step, 12 + (i + 1) * step, count, f"{edges}: {count:,}"))
         every = _round_step(high - low, 5)
-        labels += [(12 + step * (e - low) / width, f"1e{e}") for e in range(low, high + 1, every)]
+        labels += [(12 + step * (e - low) / width, _power(e)) for e in range(low, high + 1, every)]
     most = max(count for _, _, count, _ in columns)
     unit = (HISTOGRAM_HEIGHT - 14) / most
     parts = []
@@ -358,9 +358,9 @@ class _LogScale:
 
     def y(self, value: float) -> float:
         if not math.isfinite(value):
-            return EDGE / 2
+            return 0.0
         if value <= 0 or self.decades is None:
-            return self.height - EDGE / 2
+            return self.height
         return self._y(math.log10(value))
 
     def _y(self, exponent: float) -> float:
@@ -375,12 +375,16 @@ class _LogScale:
         if self.decades:
             low, high = self.decades
             for exponent in range(low, high + 1, _round_step(high - low, self.height // 35)):
-                lines += _gridline(self._y(exponent), f"1e{exponent}")
+                lines += _gridline(self._y(exponent), _power(exponent))
         if self.zeros:
-            lines += _gridline(self.height - EDGE / 2, "0")
+            lines += _gridline(self.height, "0")
         if self.broken:
-            lines += _gridline(EDGE / 2, "NaN, ∞")
+            lines += _gridline(0, "NaN, ∞")
         return lines
+
+
+def _power(exponent: int) -> str:
+    return f"1e{exponent}" if exponent else "1"
 
 
 def _decades(positive: Sequence[float]) -> tuple[int, int]:

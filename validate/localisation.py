@@ -93,6 +93,8 @@ class _Sum:
 
     def add(self, made: Array, expected: Array) -> None:
         a, b = made.astype(np.float64).reshape(-1), expected.astype(np.float64).reshape(-1)
+        if a.size != b.size:  # another shape is as wrong as can be
+            a = np.full_like(b, np.inf)
         with np.errstate(invalid="ignore", over="ignore"):
             difference = float(np.sum((a - b) ** 2))
         finite = np.isfinite(a).all()
@@ -265,6 +267,13 @@ def fault_in_layer(
     (site,) = [site for site in sites(config, layer) if site.name == bad.name]
     given = [errors[name] for name in site.inputs if name in errors]
     return _fault(scenario, layer, bad.name, max(given, default=before), bad, operators)
+
+
+def fault_cut_off(layer: int) -> Fault:
+    """The fault of a layer whose result is not used."""
+    nan = float("nan")
+    text = f"The error starts at layer {layer}: nothing in the graph reads what it computes."
+    return Fault("the graph itself", layer, "the layer as a whole", nan, nan, nan, nan, text)
 
 
 def fault_outside(scenario: str, operator: str, before: float, error: OperatorError) -> Fault:

@@ -78,8 +78,8 @@ class Probe:
     def _at(self, name: str, made: torch.Tensor) -> torch.Tensor:
         """Note what a site should be, [S, ...], and go on with what is given for it."""
         self.expected[name] = made
-        if name not in self._given:
-            return made
+        if name not in self._given or self._given[name].size != made.numel():
+            return made  # nothing is given, or what cannot be it
         return torch.from_numpy(self._given[name]).to(self._dtype).reshape(made.shape)
 
     @contextlib.contextmanager

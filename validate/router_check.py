@@ -102,5 +102,10 @@ def compare_routing(
         # where a token gets all experts there is nothing to choose
         rest = ordered[:, k] if k < logits.shape[1] else np.full(len(logits), -np.inf)
         margins.append((ordered[:, k - 1] - rest).astype(np.float32))
-        agrees.append((np.sort(experts, axis=1) == np.sort(reference, axis=1)).all(axis=1))
+        same_number = experts.shape == reference.shape
+        agrees.append(
+            (np.sort(experts, axis=1) == np.sort(reference, axis=1)).all(axis=1)
+            if same_number
+            else np.zeros(len(reference), dtype=bool)
+        )
     return Routing(tuple(chosen), np.stack(margins), np.stack(agrees))

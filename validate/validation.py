@@ -56,7 +56,9 @@ if TYPE_CHECKING:
 Float32 = NDArray[np.float32]
 
 PARSED, ROPE_TABLES, ROUTING = "parsed network", "rope tables", "routing"
-PARSED_SUMMARY = "Every input is read, caches are updated in place, attention has its mask"
+PARSED_SUMMARY = (
+    "What the build would refuse: inputs that are not read, caches not in place, attention unmasked"
+)
 TABLES_SUMMARY = "Every row of cos and sin against transformers' rotary module"
 ROUTING_SUMMARY = "Each token's experts against transformers' routers, in prefill and decode"
 
@@ -416,10 +418,15 @@ class Validation:
                 )
             return
         names = [*hidden_states(self._layers), *self._router_names.values()]
-        missing = [name for name in names if not self._candidate.has(name)]
+        unused = [
+            index for index in range(self._layers) if not self._candidate.uses(layer_output(index))
+        ]
+        missing = [name for name in names if not self._candidate.uses(name)]
         tapped = None if missing else self._tap(TAPPED, bench_of, names)
         if sparse:
             self._results.append(self._judge_routing(tapped, failure or "the target failed"))
+        if unused:
+            self._fault = localisation.fault_cut_off(unused[0])
         if tapped is None:
             return
         self._layers_error = self._by_layer(*tapped)
@@ -453,7 +460,7 @@ class Validation:
             self._fault = localisation.fault_outside(scenario.name, "embed_tokens", 0.0, errors[0])
         elif bad is not None:
             layer = bad - 1
-            sites = localisation.tapped_sites(config, layer, self._candidate.has)
+            sites = localisation.tapped_sites(config, layer, self._candidate.uses)
             entry = hidden_states(self._layers)[layer]
             inside = [
                 entry,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from qwenport.engines.errors import LoweringError
@@ -21,9 +22,12 @@ def check_graph(model: ir.Model) -> None:
     Raises:
         LoweringError: Attention without an explicit mask, with `is_causal` (upper-left aligned: wrong
             over a cache), or with inputs or outputs that the parser drops (past_key, past_value,
-            nonpad_kv_seqlen); an operator of a domain nobody defines.
+            nonpad_kv_seqlen); an operator of a domain nobody defines; a function that bears the name of an
+            ONNX operator and is another.
     """
     functions = {(f.domain, f.name) for f in model.functions.values()}
+    for function in model.functions.values():
+        _check_name(function)
     for node in model.graph:
         if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) not in functions:
             raise LoweringError(
@@ -41,6 +45,18 @@ def check_graph(model: ir.Model) -> None:
             raise LoweringError(f"{node.name}: is_causal is aligned upper-left, wrong over a cache")
         if len(node.outputs) != 1:
             raise LoweringError(f"{node.name}: TensorRT's Attention has one output")
+
+
+def _check_name(function: ir.Function) -> None:
+    """The parser goes by an operator's name alone: it never sees the body of one that it knows itself."""
+    if not onnx.defs.has(function.name):
+        return
+    body = [(node.domain, node.op_type, len(node.attributes)) for node in function]
+    if body != [("", function.name, 0)]:
+        raise LoweringError(
+            f"{function.domain}.{function.name}: TensorRT's parser would take it for ONNX's {function.name}, "
+            "which its body is not"
+        )
 
 
 def check_network(network: Any, trt: Any) -> None:

@@ -1,8 +1,8 @@
 """Evaluates tensors of a parsed network, in the types that TensorRT declares or exactly.
 
 Strongly typed, as the engine will be: every layer's result is rounded to its declared type and no further, sums and
-products inside a layer are fp32. With `exact` bf16 and fp16 stand for fp32 and nothing is rounded to them, which
-asks whether the network means the right thing, whatever its precision.
+products inside a layer are fp32. With `exact` the model's dtype stands for fp32 and nothing is rounded to it, which
+asks whether the network means the right thing, whatever its precision; a Cast to yet another type still rounds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from qwenport.validate.network.layers import KINDS, Compute, Context, inputs_of,
 from qwenport.validate.network.parse import ParsedNetwork
 
 HALF = (torch.bfloat16, torch.float16)
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,18 @@ class Interpreter:
 
         Args:
             parsed: the network.
-            exact: compute in fp32 where it declares bf16 or fp16.
+            exact: compute in fp32 where it declares the model's dtype; both half types, if it has none.
 
         Raises:
             NetworkError: a layer kind that is not known here.
         """
         self.parsed, self.exact = parsed, exact
+        widened = HALF if parsed.dtype is None else (TYPES[parsed.dtype],)
+        half = {dtype: torch.float32 if exact and dtype in widened else dtype for dtype in HALF}
         self._types = {
             parsed.trt.DataType.FLOAT: torch.float32,
-            parsed.trt.DataType.HALF: torch.float32 if exact else torch.float16,
-            parsed.trt.DataType.BF16: torch.float32 if exact else torch.bfloat16,
+            parsed.trt.DataType.HALF: half[torch.float16],
+            parsed.trt.DataType.BF16: half[torch.bfloat16],
             parsed.trt.DataType.INT32: torch.int32,
             parsed.trt.DataType.INT64: torch.int64,
             parsed.trt.DataType.BOOL: torch.bool,
@@ -77,6 +80,19 @@ class Interpreter:
     def has(self, name: str) -> bool:
         """Whether a layer makes a tensor of that name."""
         return name in self._makers
+
+    def used(self) -> set[str]:
+        """The tensors that an output of the network depends on, without its inputs."""
+        network = self.parsed.network
+        pending = [network.get_output(index).name for index in range(network.num_outputs)]
+        found: set[str] = set()
+        while pending:
+            name = pending.pop()
+            if name in self._makers and name not in found:
+                layer, _ = self._makers[name]
+                found.update(layer.get_output(index).name for index in range(layer.num_outputs))
+                pending += [tensor.name for tensor in inputs_of(layer) if tensor is not None]
+        return found
 
     def type_of(self, tensor: Any) -> torch.dtype:
         """The type in which a tensor is stored here."""

@@ -6,8 +6,8 @@ The parser is given addresses in memory-mapped files, so parsing a model of any 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from qwenport.engines import FLAVOURS
-from qwenport.engines.lowering import folded, for_tensorrt
+from qwenport.engines import FLAVOURS, LoweringError
+from qwenport.engines.lowering import check_graph, check_network, folded, for_tensorrt
 from qwenport.engines.targets import load_tensorrt
 from qwenport.exporter import Package
 from qwenport.validate.errors import NetworkError
@@ -61,18 +61,20 @@ class ParsedNetwork:
     Attributes:
         trt: the module it comes from.
         network: the INetworkDefinition.
-        version: TensorRT's.
+        dtype: the model's, "bf16", "fp16" or "fp32"; None where it is not known.
         constants: initializer name -> its tensor, in the model's dtype, for those of floating point.
         files: where large ones lie.
         owners: what must live as long as the network.
+        complaints: what `build` would refuse in it.
     """
 
     trt: Any
     network: Any
-    version: str
+    dtype: str | None
     constants: dict[str, torch.Tensor]
     files: WeightFiles
     owners: tuple[Any, ...]
+    complaints: tuple[str, ...] = ()
 
     def layers(self) -> Iterator[tuple[Any, str]]:
         """Every layer and the name of its kind.
@@ -103,15 +105,26 @@ def parse_package(package: Package, capacity: int, *, exact: bool = False) -> Pa
         positions=package.max_seq_len,
         kv_heads=package.config.num_key_value_heads,
     )
-    parsed = parse_model(model, package.path)
+    complaints = _complaints(check_graph, model)
+    parsed = parse_model(model, package.path, package.dtype)
+    complaints += _complaints(check_network, parsed.network, parsed.trt)
+    parsed = replace(parsed, complaints=complaints)
     if exact:
         for name, table in zip(TABLES, read_tables(package), strict=True):
             parsed.constants[folded(name)] = torch.from_numpy(np.array(table))
     return parsed
 
 
-def parse_model(model: ir.Model, folder: Path) -> ParsedNetwork:
-    """Let TensorRT parse a lowered model whose external data lies below `folder`.
+def _complaints(check: Callable[..., None], *arguments: Any) -> tuple[str, ...]:
+    try:
+        check(*arguments)
+    except LoweringError as error:
+        return (str(error),)
+    return ()
+
+
+def parse_model(model: ir.Model, folder: Path, dtype: str | None = None) -> ParsedNetwork:
+    """Let TensorRT parse a lowered model of `dtype` whose external data lies below `folder`.
 
     Raises:
         MissingExtraError, NetworkError: see `parse_package`.
@@ -138,9 +151,7 @@ def parse_model(model: ir.Model, folder: Path) -> ParsedNetwork:
                 constants[name] = _tensor(tensor, files)
         if not (loaded and parser.parse_model_proto()):
             raise NetworkError(f"TensorRT's parser refuses the model: {_first_error(parser)}")
-    return ParsedNetwork(
-        trt, network, trt.__version__, constants, files, (parser, builder, logger, kept)
-    )
+    return ParsedNetwork(trt, network, dtype, constants, files, (parser, builder, logger, kept))
 
 
 def _tensor(tensor: ir.TensorProtocol, files: WeightFiles) -> torch.Tensor:
