@@ -40,7 +40,7 @@ METRICS = (
     ("worst_position", "worst position", "where that is, counted from 0"),
     ("max_abs", "max abs", "largest |target − reference|, in logits"),
     ("mean_abs", "mean abs", "mean |target − reference|, in logits"),
-    ("cosine_p5", "cosine p5", "5th percentile of the cosine similarity, over positions"),
+    ("cosine_p5", "cosine p5", "5th percentile, over positions, of the cosine similarity"),
     ("kl_mean", "KL mean", "KL(reference ‖ target) in nats, over positions"),
     ("kl_p99", "KL p99", "its 99th percentile"),
     ("top1", "same top-1", "share of positions with the same most likely token"),
@@ -58,6 +58,9 @@ JUDGED_AS = {
     "engine": "the engine",
 }
 REFERENCE_MODES = {"whole": "loaded whole", "streamed": "one layer in memory at a time"}
+
+
+_Point = tuple[float, float]  # percent of the width, pixels from the top
 
 
 def render(report: dict[str, Any]) -> str:
@@ -148,7 +151,10 @@ def _verdict(report: dict[str, Any]) -> _Verdict:
     judged, layers = report["layers_judged"], report["layers"]
     partly = f" in the first {judged} of {layers} layers" if judged < layers else ""
     if not report["complete"]:
-        text = f"The run ended before everything was judged. Scenarios until then: {tally}."
+        text = (
+            "The run ended before everything was judged, and nothing on this page is a verdict on "
+            f"the target. Scenarios until then: {tally}."
+        )
         return _Verdict("open", "Interrupted: no verdict", text)
     if counts["failed"]:
         return _Verdict("fails", f"Parity does not hold{partly}", f"Scenarios: {tally}.")
@@ -157,7 +163,8 @@ def _verdict(report: dict[str, Any]) -> _Verdict:
         return _Verdict("open", "Parity is not shown", text)
     loosened = ", by loosened bounds" if report["loosened"] else ""
     kind = "qualified" if partly or loosened else "holds"
-    return _Verdict(kind, f"Parity holds{partly}{loosened}", f"Scenarios: {tally}.")
+    text = f"The target computes what transformers computes, within the bounds below. Scenarios: {tally}."
+    return _Verdict(kind, f"Parity holds{partly}{loosened}", text)
 
 
 @dataclass(frozen=True)
@@ -184,13 +191,15 @@ def _layers(rows: Sequence[dict[str, Any]], fault: dict[str, Any] | None) -> _Pl
         parts.append(_rule(xs[names.index(bad)]))
     for series in reversed(SERIES):  # the first one lies on top
         heights = [scale.y(value) for value in values[series]]
-        points = list(zip(xs, heights, map(math.isfinite, values[series]), strict=True))
-        parts.append(_joined(points, LAYERS_HEIGHT, series))
-        parts.append(_dots([p[:2] for p in points if not p[2]], LAYERS_HEIGHT, "broken"))
+        points = list(zip(xs, heights, strict=True))
+        # Nothing leads to a zero on this scale, nor to a NaN.
+        drawn = [0 < value < math.inf for value in values[series]]
+        parts.append(_joined(points, drawn, LAYERS_HEIGHT, series))
+        parts.append(_dots(points, LAYERS_HEIGHT, "broken", [*map(_is_broken, values[series])]))
         parts += [
-            _mark(x, y, series, f"{name}, {series}: {_figure(value)}")
-            for x, y, name, value in zip(xs, heights, names, values[series], strict=True)
-            if math.isfinite(value)
+            _mark(*point, series, f"{name}, {series}: {_figure(value)}")
+            for point, name, value in zip(points, names, values[series], strict=True)
+            if not _is_broken(value)
         ]
     # "embedding" is wider than a number: what would collide with it gets no label.
     offset = int(names[0] == "embedding")
@@ -234,15 +243,13 @@ def _positions(scenarios: Sequence[dict[str, Any]]) -> list[_Plot]:
         parts = scale.grid()
         parts += [_across(scale.y(value), "bound") for value in bound]
         points = [(x, scale.y(value)) for x, value in zip(xs, values, strict=True)]
-        for kind in ("whole", "broken"):
-            chosen = [
-                point
-                for point, value in zip(points, values, strict=True)
-                if math.isfinite(value) == (kind == "whole")
-            ]
-            parts.append(_dots(chosen, POSITIONS_HEIGHT, kind))
+        broken = [*map(_is_broken, values)]
+        parts.append(_dots(points, POSITIONS_HEIGHT, "whole", [not each for each in broken]))
+        parts.append(_dots(points, POSITIONS_HEIGHT, "broken", broken))
         worst = max(range(len(values)), key=lambda i: _rank(values[i]))
-        parts.append(_mark(*points[worst], "worst", f"position {worst}: {_figure(values[worst])}"))
+        if not broken[worst]:
+            tip = f"position {worst}: {_figure(values[worst])}"
+            parts.append(_mark(*points[worst], "worst", tip))
         below = POSITIONS_HEIGHT + 18
         parts += [_text(xs[i], below, str(i)) for i in _round_ticks(len(values))]
 
@@ -267,7 +274,7 @@ def _divergences(scenarios: Sequence[dict[str, Any]]) -> _Plot | None:
     if not values:
         return None
     positive = [v for v in values if 0 < v < math.inf]
-    broken = sum(not math.isfinite(v) for v in values)
+    broken = sum(map(_is_broken, values))
     zeros = len(values) - len(positive) - broken
     right = 88.0 if broken else 100.0
     columns = [(0.0, 8.0, zeros, f"exactly 0: {zeros:,}")]
@@ -351,8 +358,8 @@ class _LogScale:
         positive = [v for v in values if 0 < v < math.inf]
         return cls(
             _decades(positive) if positive else None,
-            any(v <= 0 and math.isfinite(v) for v in values),
-            not all(map(math.isfinite, values)),
+            any(v <= 0 and not _is_broken(v) for v in values),
+            any(map(_is_broken, values)),
             height,
         )
 
@@ -413,6 +420,10 @@ def _round_ticks(count: int) -> range:
     return range(0, count, _round_step(max(count - 1, 1), 6))
 
 
+def _is_broken(value: float) -> bool:
+    return not math.isfinite(value)
+
+
 def _rank(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
@@ -428,7 +439,7 @@ def _short(text: str) -> str:
 
 def _broken(named: Iterable[tuple[str, float]]) -> list[str]:
     """A sentence that names the values that are not finite, or nothing."""
-    found = [f"{name} ({_figure(v)})" for name, v in named if not math.isfinite(v)]
+    found = [f"{name} ({_figure(v)})" for name, v in named if _is_broken(v)]
     if not found:
         return []
     rest = f" and {len(found) - NAMED:,} more" if len(found) > NAMED else ""
@@ -485,19 +496,22 @@ def _mark(x: float, y: float, kind: str, tip: str) -> Markup:
     ).format(x, y, kind, tip, MARKS[kind])
 
 
-def _joined(points: Sequence[tuple[float, float, bool]], height: float, kind: str) -> Markup:
-    """A line through (x, y, whether there is a value)."""
-    steps, drawing = [], False
-    for x, y, present in points:
+def _joined(points: Sequence[_Point], drawn: Sequence[bool], height: float, series: str) -> Markup:
+    """A line through the points that are drawn, broken where one is not."""
+    steps, pen = [], "M"
+    for (x, y), present in zip(points, drawn, strict=True):
         if present:
-            steps.append(f"{'L' if drawing else 'M'}{x:.2f} {y:.1f}")
-        drawing = present
-    return _stretched("".join(steps), height, f"line {kind}")
+            steps.append(f"{pen}{x:.2f} {y:.1f}")
+        pen = "L" if present else "M"
+    return _stretched("".join(steps), height, f"line {series}")
 
 
-def _dots(points: Iterable[tuple[float, float]], height: float, kind: str) -> Markup:
-    """Thousands of points in one path: lines without a length, of which the round ends are seen."""
-    return _stretched("".join(f"M{x:.2f} {y:.1f}h0" for x, y in points), height, f"dots {kind}")
+def _dots(points: Sequence[_Point], height: float, kind: str, drawn: Sequence[bool]) -> Markup:
+    """Thousands of points in one path: lines without a length, of which only the ends are seen."""
+    steps = [
+        f"M{x:.2f} {y:.1f}h0" for (x, y), present in zip(points, drawn, strict=True) if present
+    ]
+    return _stretched("".join(steps), height, f"dots {kind}")
 
 
 def _stretched(path: str, height: float, kind: str) -> Markup:

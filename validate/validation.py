@@ -36,7 +36,7 @@ from qwenport.validate.scenarios import (
     capacity_for,
     greedy_request,
 )
-from qwenport.validate.sites import hidden_states, router_choices
+from qwenport.validate.sites import hidden_states, layer_output, router_choices
 from qwenport.validate.streaming import Progress
 from qwenport.validate.taps import Seen, Taps
 from qwenport.validate.target import ENGINE, NETWORK, Target, check_source, open_target

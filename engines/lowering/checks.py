@@ -51,8 +51,14 @@ def _check_name(function: ir.Function) -> None:
     """The parser goes by an operator's name alone: it never sees the body of one that it knows itself."""
     if not onnx.defs.has(function.name):
         return
-    body = [(node.domain, node.op_type, len(node.attributes)) for node in function]
-    if body != [("", function.name, 0)]:
+    nodes = list(function)
+    same = len(nodes) == 1 and (nodes[0].domain, nodes[0].op_type) == ("", function.name)
+    if same:
+        known = onnx.defs.get_schema(function.name, function.opset_imports[""]).attributes
+        for name, attribute in nodes[0].attributes.items():
+            default = onnx.helper.get_attribute_value(known[name].default_value)
+            same = same and attribute.value == default
+    if not same:
         raise LoweringError(
             f"{function.domain}.{function.name}: TensorRT's parser would take it for ONNX's {function.name}, "
             "which its body is not"

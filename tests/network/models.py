@@ -43,7 +43,9 @@ def random_array(seed: int, shape: Sequence[int], dtype: Any = FP32, spread: flo
     return drawn > 0 if np.dtype(dtype) == BOOL else np.asarray(drawn).astype(dtype)
 
 
-def draw_array(draw: st.DrawFn, shape: Sequence[int], dtype: Any = FP32, spread: float = 4) -> Array:
+def draw_array(
+    draw: st.DrawFn, shape: Sequence[int], dtype: Any = FP32, spread: float = 4
+) -> Array:
     return random_array(draw(seeds), shape, dtype, spread)
 
 

@@ -347,6 +347,10 @@ COMPOSED: dict[str, dict[str, Any]] = {
     "Size": {},
     "Flatten": {},
     "GlobalAveragePool": {"rank": 3},
+    "Clip": {"operands": "xab", "scalars": "ab"},
+    "Celu": {"alpha": 0.5},
+    "Shrink": {"lambd": 1.0, "bias": 0.25},
+    "LpNormalization": {},
     "ArgMax": {"rank": 2, "of_few": True},  # TensorRT has none of a vector
     "ArgMin": {"rank": 2, "of_few": True},
 }
@@ -362,6 +366,8 @@ def test_operators_that_become_several_layers(operator: str, data: st.DataObject
         inputs = {"a": draw_array(data.draw, data.draw(shapes(options.pop("rank", 1))))}
     else:
         inputs = draw_operands(data.draw, names, FP32)
+    for name in options.pop("scalars", ""):
+        inputs[name] = np.asarray(inputs[name].reshape(-1)[0])
     if of_few:
         inputs = {name: np.round(value / 3) for name, value in inputs.items()}
     if operator in ("Flatten", "ArgMax", "ArgMin"):
@@ -766,6 +772,19 @@ def test_ranges_of_integers(data: st.DataObject) -> None:
     check(model, {name: value for name, value in inputs.items() if name not in fixed}, "FILL")
 
 
+@given(st.integers(-8, 8), st.integers(1, 30), st.sampled_from([0.25, 1.5, -0.5]))
+@settings(max_examples=10)
+def test_ranges_of_floats(start: int, count: int, step: float) -> None:
+    """TensorRT has only those whose numbers are constants."""
+    operands = {"start": start, "stop": start + count * step, "step": step}
+    model = one(
+        "Range",
+        {name: np.array(value, np.float32) for name, value in operands.items()},
+        constant=list(operands),
+    )
+    check(model, {}, "FILL")
+
+
 @given(st.data())
 @few
 def test_triangles(data: st.DataObject) -> None:
@@ -844,6 +863,20 @@ def test_rotary_embedding(data: st.DataObject) -> None:
     check(model, inputs, "ROTARY_EMBEDDING", atol=1e-6 * bound)
 
 
+@pytest.mark.parametrize("interleaved", [0, 1])
+def test_rotary_embedding_of_heads_side_by_side(interleaved: int) -> None:
+    tables = {
+        name: random_array(seed, (9, 4), spread=1) for seed, name in enumerate(["cos", "sin"])
+    }
+    inputs = {
+        "x": random_array(2, (2, 3, 5 * 8)),
+        **tables,
+        "position_ids": np.array([[3, 0, 8], [1, 1, 2]]),
+    }
+    model = one("RotaryEmbedding", inputs, num_heads=5, interleaved=interleaved)
+    check(model, inputs, "ROTARY_EMBEDDING", atol=SUM_ERROR)
+
+
 @about("KV_CACHE_UPDATE")
 @given(st.data())
 @settings(max_examples=30)
@@ -882,7 +915,8 @@ def attentions(draw: st.DrawFn, mask: str) -> tuple[dict[str, Array], dict[str, 
         "v": draw_array(draw, (batch, kv_heads, keys, size), spread=1),
     }
     if mask in ("bool", "float"):
-        shape = draw(st.sampled_from([(batch, 1), (1, 1), (1, heads), (batch, heads)]))
+        leading = [(), (1,), (heads,), (batch, 1), (1, 1), (1, heads), (batch, heads)]
+        shape = draw(st.sampled_from(leading))
         seen = draw_array(draw, (*shape, queries, keys), BOOL)
         seen[..., 0] = True  # a query that sees nothing has no weights to speak of
         added = draw_array(draw, seen.shape)
@@ -905,6 +939,22 @@ def test_attention(mask: str, data: st.DataObject) -> None:
     inputs, attributes, stated = data.draw(attentions(mask))
     model = one("Attention", inputs, stated=stated, **attributes)
     # scores are sums of products, and weights sum to 1
+    check(model, inputs, "ATTENTION_INPUT", atol=SUM_ERROR * np.abs(inputs["v"]).max())
+
+
+@given(st.data())
+@settings(max_examples=10)
+def test_attention_of_heads_side_by_side(data: st.DataObject) -> None:
+    draw = data.draw
+    batch, kv_heads, group, size = draw(sizes), draw(sizes), draw(sizes), draw(st.integers(1, 8))
+    queries, keys = draw(sizes), draw(sizes)
+    heads = kv_heads * group
+    inputs = {
+        "q": draw_array(draw, (batch, queries, heads * size), spread=1),
+        "k": draw_array(draw, (batch, keys, kv_heads * size), spread=1),
+        "v": draw_array(draw, (batch, keys, kv_heads * size), spread=1),
+    }
+    model = one("Attention", inputs, q_num_heads=heads, kv_num_heads=kv_heads, scale=0.5)
     check(model, inputs, "ATTENTION_INPUT", atol=SUM_ERROR * np.abs(inputs["v"]).max())
 
 
