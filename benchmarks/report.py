@@ -148,7 +148,9 @@ def qwenport_version() -> str:
             return ""
 
     commit = git("rev-parse", "--short=10", "HEAD")
-    changed = git("status", "--porcelain", "--", "exporter", "plugins", "engines", "qwenport")
+    changed = git(
+        "status", "--porcelain", "--", "exporter", "plugins", "engines", "validate", "qwenport"
+    )
     return __version__ + (f" ({commit}{', with changes' if changed else ''})" if commit else "")
 
 

@@ -20,6 +20,7 @@ LAYERS_HEIGHT, POSITIONS_HEIGHT, HISTOGRAM_HEIGHT, BAND_HEIGHT = 280.0, 130.0, 1
 EDGE = 22.0  # of a log axis's own lines for zeros, below, and for what is not finite, above
 INSET = 2.0  # percent left free beside the first and the last point
 MOST_BINS = 36
+LEAST_BAR = 0.6  # percent
 NAMED = 4  # values that are not finite and are named one by one in a caption
 
 # Lines are told apart by their marks and dashes, not by colour alone.
@@ -276,12 +277,13 @@ def _divergences(scenarios: Sequence[dict[str, Any]]) -> _Plot | None:
     positive = [v for v in values if 0 < v < math.inf]
     broken = sum(map(_is_broken, values))
     zeros = len(values) - len(positive) - broken
-    right = 88.0 if broken else 100.0
+    # Room for labels of four digits at the narrowest.
+    left, right = 16.0, 82.0 if broken else 100.0
     columns = [(0.0, 8.0, zeros, f"exactly 0: {zeros:,}")]
     labels = [(4.0, "0")]
     if broken:
-        columns.append((92.0, 100.0, broken, f"not finite: {broken:,}"))
-        labels.append((96.0, "NaN, ∞"))
+        columns.append((91.0, 100.0, broken, f"not finite: {broken:,}"))
+        labels.append((95.5, "NaN, ∞"))
     if positive:
         low, high = _decades(positive)
         # Whole fractions or multiples of a decade, so that bins end where the labels are.
@@ -289,20 +291,22 @@ def _divergences(scenarios: Sequence[dict[str, Any]]) -> _Plot | None:
         width = width or float(math.ceil((high - low) / MOST_BINS))
         bins = math.ceil((high - low) / width)
         counts = Counter(min(int((math.log10(v) - low) / width), bins - 1) for v in positive)
-        step = (right - 12) / bins
+        step = (right - left) / bins
         for i, count in counts.items():
             edges = f"1e{low + i * width:g} to 1e{low + (i + 1) * width:g}"
-            columns.append((12 + i * step, 12 + (i + 1) * step, count, f"{edges}: {count:,}"))
+            columns.append((left + i * step, left + (i + 1) * step, count, f"{edges}: {count:,}"))
         every = _round_step(high - low, 5)
-        labels += [(12 + step * (e - low) / width, _power(e)) for e in range(low, high + 1, every)]
+        labels += [
+            (left + step * (e - low) / width, _power(e)) for e in range(low, high + 1, every)
+        ]
     most = max(count for _, _, count, _ in columns)
     unit = (HISTOGRAM_HEIGHT - 14) / most
     parts = []
     for count in range(0, most + 1, _round_step(most, 4)):
         parts += _gridline(HISTOGRAM_HEIGHT - count * unit, f"{count:,}")
     parts += [
-        _bar(left, end, HISTOGRAM_HEIGHT, max(count * unit, 1.5), tip)
-        for left, end, count, tip in columns
+        _bar(start, end, HISTOGRAM_HEIGHT, max(count * unit, 1.5), tip)
+        for start, end, count, tip in columns
         if count
     ]
     below = HISTOGRAM_HEIGHT + 18
@@ -326,7 +330,7 @@ def _bands(routing: Sequence[dict[str, Any]]) -> _Plot | None:
     """The share of expert choices that differ, by the router's margin."""
     if not routing:
         return None
-    parts, words = [], []
+    parts = []
     for number, band in enumerate(routing):
         top = number * BAND_HEIGHT
         choices, differing = band["choices"], band["choices"] - band["agreeing"]
@@ -334,12 +338,15 @@ def _bands(routing: Sequence[dict[str, Any]]) -> _Plot | None:
         said = f"{differing:,} of {choices:,} ({share:.3g}%)"
         parts.append(_text(0, top + 16, _range(band), anchor="start"))
         parts.append(_text(100, top + 16, said, anchor="end"))
-        parts.append(_bar(0, 100, top + 32, 8, "", "track"))
-        if differing:
-            # A single choice among many is still seen.
-            parts.append(_bar(0, max(share, 0.6), top + 32, 8, said))
-        words.append(f"{_range(band)}: {said}.")
-    words[0] = f"Choices that differ, by margin in logits. {words[0]}"
+        parts.append(_bar(0, 100, top + 32, 8, said, "track"))
+        if differing > 0:
+            # One choice among many is still seen.
+            parts.append(_bar(0, max(share, LEAST_BAR), top + 32, 8, said))
+    choices = sum(band["choices"] for band in routing)
+    differing = choices - sum(band["agreeing"] for band in routing)
+    words = [
+        f"{differing:,} of {choices:,} choices differ; the table has them by margin, in logits."
+    ]
     height = BAND_HEIGHT * len(routing)
     return _plot("bands", "Choices that differ, by the router's margin", words, height, parts)
 

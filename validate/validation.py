@@ -352,7 +352,10 @@ class Validation:
             own = self._own_rounding
         else:
             theirs = self._own_error(observation.texts)
-            bounds, own = self._override(half_thresholds(theirs)), theirs.rel_l2
+            bounds, own = (
+                self._override(half_thresholds(theirs, self._target.config.hidden_size)),
+                theirs.rel_l2,
+            )
         metrics = compare(observation.candidate, oracle, near_tie_margin=bounds.near_tie_margin)
         ratio = metrics.rel_l2 / own if own else float("inf")
         metrics = dataclasses.replace(metrics, own_ratio=ratio)
@@ -519,7 +522,9 @@ class Validation:
         bounds = fp32_thresholds(self._own_rounding)
         if dtype != "fp32":
             agreement = self._own_agreement(observation.texts, dtype, margin)
-            bounds = half_thresholds(self._own_error(observation.texts), agreement)
+            bounds = half_thresholds(
+                self._own_error(observation.texts), self._target.config.hidden_size, agreement
+            )
         bounds = self._override(bounds)
         check = self._routing.check(bounds.router_margin, bounds.router_agreement)
         return ScenarioResult(

@@ -8,6 +8,7 @@ units in the last place.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -465,7 +466,7 @@ def draw_reshape(draw: st.DrawFn, shape: Sequence[int]) -> list[int]:
     """A target of Reshape: the shape regrouped, with 0 for sizes that stay and at most one -1."""
     cuts = sorted(draw(st.lists(st.integers(0, len(shape)), max_size=3)))
     bounds = [0, *cuts, len(shape)]
-    target = [math.prod(shape[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    target = [math.prod(shape[a:b]) for a, b in itertools.pairwise(bounds)]
     for axis, size in enumerate(target):
         if axis < len(shape) and shape[axis] == size and draw(st.booleans()):
             target[axis] = 0
