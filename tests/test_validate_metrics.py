@@ -1,27 +1,24 @@
-"""The one metric function against plain arithmetic, the bounds, and the report."""
+"""The one metric function against plain arithmetic, and what a report makes of its numbers."""
 
 from __future__ import annotations
 
-import itertools
+import html
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenport.validate import Check, Report, ScenarioResult, ValidationError
+from qwenport.validate import Check, Fault, Report, ScenarioResult, ValidationError
 from qwenport.validate.metrics import BLOCK, Metrics, compare
-from qwenport.validate.thresholds import (
-    FP32_REL_L2,
-    FP32_REL_L2_LEAST,
-    HALF_KL_MEAN,
-    fp32_thresholds,
-    half_thresholds,
-)
+from qwenport.validate.report import RouterBand
+from qwenport.validate.thresholds import fp32_thresholds
+from qwenport.validate.validation import checks_of
 
 
 def expected(candidate: np.ndarray, reference: np.ndarray, near_tie: float) -> dict[str, float]:
@@ -31,7 +28,7 @@ def expected(candidate: np.ndarray, reference: np.ndarray, near_tie: float) -> d
         (x, y) for row_c, row_r in zip(c, r, strict=True) for x, y in zip(row_c, row_r, strict=True)
     ]
     norm = math.sqrt(math.fsum(y * y for _, y in pairs))
-    cosines, divergences, same, margins = [], [], [], []
+    cosines, divergences, same, margins, overlaps = [], [], [], [], []
     for row_c, row_r in zip(c, r, strict=True):
         size = math.hypot(*row_c) * math.hypot(*row_r)
         dot = math.fsum(x * y for x, y in zip(row_c, row_r, strict=True))
@@ -46,6 +43,10 @@ def expected(candidate: np.ndarray, reference: np.ndarray, near_tie: float) -> d
         same.append(row_c.index(max(row_c)) == row_r.index(max(row_r)))
         second, first = sorted(row_r)[-2:]
         margins.append(first - second)
+        best_c, best_r = (
+            set(sorted(range(len(row)), key=row.__getitem__)[-5:]) for row in (row_c, row_r)
+        )
+        overlaps.append(len(best_c & best_r) / len(best_r))
     clear = [s for s, m in zip(same, margins, strict=True) if m >= near_tie]
     return {
         "max_abs": max(abs(x - y) for x, y in pairs),
@@ -56,6 +57,7 @@ def expected(candidate: np.ndarray, reference: np.ndarray, near_tie: float) -> d
         "kl_p99": _percentile(divergences, 99),
         "top1": sum(same) / len(same),
         "top1_clear": sum(clear) / len(clear) if clear else 1.0,
+        "top5_overlap": math.fsum(overlaps) / len(overlaps),
         "near_ties": len(same) - len(clear),
         "smallest_margin": min(margins),
     }
@@ -89,10 +91,16 @@ def test_metrics_equal_plain_arithmetic(
     for name, value in expected(candidate, reference, near_tie).items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-9, abs=1e-13), name
     assert (found.positions, found.vocab, found.nonfinite) == (positions, vocab, 0)
-    worst = found.worst_position
-    one = compare(candidate[worst : worst + 1], reference[worst : worst + 1], near_tie_margin=0)
-    assert one.rel_l2 == pytest.approx(found.worst_rel_l2, rel=1e-9)
     assert found.worst_rel_l2 >= found.rel_l2 * (1 - 1e-9)
+    assert found.by_position.rel_l2[found.worst_position] == found.worst_rel_l2
+    assert max(found.by_position.rel_l2) == found.worst_rel_l2
+    assert (len(found.by_position.rel_l2), len(found.by_position.kl)) == (positions, positions)
+    for row in range(positions):
+        one = compare(candidate[row : row + 1], reference[row : row + 1], near_tie_margin=0)
+        assert found.by_position.rel_l2[row] == pytest.approx(one.rel_l2, rel=1e-9)
+        assert found.by_position.kl[row] == pytest.approx(one.kl_mean, rel=1e-9, abs=1e-13)
+    wrong = [row for row in range(positions) if reference[row].argmax() != candidate[row].argmax()]
+    assert found.first_disagreement == (wrong[0] if wrong else None)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -109,6 +117,13 @@ def test_one_logit_that_is_not_finite_fails_every_check(bad: float, position: in
         assert not Check("x", value, "<=", 1e9).passed
         assert not Check("x", value, ">=", -1e9).passed
     assert metrics.top1 < 1
+    broken = [row for row, value in enumerate(metrics.by_position.rel_l2) if math.isnan(value)]
+    assert broken == [position]
+    checks = checks_of(
+        metrics, fp32_thresholds(1e-7), [f"row {i}" for i in range(BLOCK + 3)], "fp32"
+    )
+    assert not any(check.passed for check in checks)
+    assert all(f"row {position}" in str(check) for check in checks[1:])
 
 
 def test_all_zero_logits_have_no_distance_from_each_other_and_any_from_others() -> None:
@@ -134,45 +149,31 @@ def test_what_cannot_be_compared_is_an_error(candidate: np.ndarray, reference: n
         compare(candidate.astype(np.float32), reference.astype(np.float32), near_tie_margin=0.0)
 
 
-def test_fp32_bound_follows_the_models_own_rounding_between_its_limits() -> None:
-    def bound(own: float) -> float:
-        return fp32_thresholds(own, greedy=False).rel_l2
-
-    assert bound(0.0) == FP32_REL_L2_LEAST
-    assert bound(2.4e-7) == pytest.approx(2.4e-6)
-    assert bound(1.5e-6) == bound(2e-6) == FP32_REL_L2
-    assert bound(1e-5) == pytest.approx(5e-5)
-    owns = np.geomspace(1e-9, 1e-2, 200)
-    assert all(bound(a) <= bound(b) for a, b in itertools.pairwise(owns))
-
-
-def test_greedy_in_fp32_excuses_no_near_tie() -> None:
-    assert fp32_thresholds(0.0, greedy=True).near_tie_margin == 0
-    assert fp32_thresholds(0.0, greedy=False).near_tie_margin > 0
-
-
-def test_half_precision_is_bound_by_transformers_own_error_in_it() -> None:
-    own = replace(_metrics(), rel_l2=0.01, kl_mean=1e-3)
-    assert half_thresholds(own).rel_l2 == pytest.approx(0.0125)
-    assert half_thresholds(own).kl_mean == pytest.approx(1.5625e-3)
-    assert half_thresholds(replace(own, kl_mean=1e-9)).kl_mean == HALF_KL_MEAN
-
-
-def _report(*scenarios: ScenarioResult) -> Report:
-    return Report(
-        target="package",
-        reference="checkpoint",
-        target_kind="package",
-        target_dtype="bf16",
-        reference_weights="fp32",
-        prompts="none",
-        own_rounding=1e-7,
-        cache_slots=1,
-        max_seq_len=1,
-        scenarios=scenarios,
-        environment={},
-        hashes={},
-    )
+def _report(*scenarios: ScenarioResult, **facts: Any) -> Report:
+    plain: dict[str, Any] = {
+        "target": "package",
+        "judged_as": "package",
+        "target_dtype": "bf16",
+        "compute_dtype": "fp32",
+        "reference": "checkpoint",
+        "reference_mode": "whole",
+        "reference_weights": "fp32",
+        "layers_judged": 2,
+        "layers": 2,
+        "complete": True,
+        "prompts": "none",
+        "own_rounding": 1e-7,
+        "cache_slots": 1,
+        "max_seq_len": 1,
+        "loosened": (),
+        "layers_error": (),
+        "fault": None,
+        "routing": (),
+        "replayed": 0,
+        "environment": {},
+        "hashes": {},
+    }
+    return Report(**(plain | facts), scenarios=scenarios)
 
 
 def _metrics() -> Metrics:
@@ -184,7 +185,10 @@ def test_a_report_in_which_nothing_was_compared_does_not_pass() -> None:
     tables = ScenarioResult("rope tables", "s", "passed", (Check("rows", 1, "==", 1),))
     assert not _report().passed
     assert not _report(skipped, tables).passed
-    assert _report(skipped, tables, ScenarioResult("prefill", "s", "passed", (), _metrics())).passed
+    compared = ScenarioResult("prefill", "s", "passed", (), _metrics())
+    assert _report(skipped, tables, compared).passed
+    assert not _report(skipped, tables, compared, complete=False).passed
+    assert not _report(compared, ScenarioResult("routing", "s", "failed", reason="why")).passed
 
 
 def test_a_failure_names_scenario_metric_value_bound_and_place(tmp_path: Path) -> None:
@@ -195,13 +199,23 @@ def test_a_failure_names_scenario_metric_value_bound_and_place(tmp_path: Path) -
     )
     assert report.failures == ("decode: rel-L2 0.5, must be <= 1e-05 (worst at row 0 position 3)",)
     report.write(tmp_path / "out")
-    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert "FAILED" in text and report.failures[0] in text
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Parity does not hold" in page and html.escape(str(check)) in page
+    raised = ScenarioResult("decode", "s", "failed", reason="the target raised E: no")
+    assert _report(raised).failures == ("decode: the target raised E: no",)
 
 
 def test_json_is_strict_where_numbers_are_not_finite(tmp_path: Path) -> None:
     check = Check("rel-L2", math.nan, "<=", math.inf)
-    report = _report(ScenarioResult("prefill", "s", "failed", (check,), None))
+    fault = Fault("prefill", 1, "mlp", math.nan, 1.0, -math.inf, 0.0, "It starts there.")
+    measured = ScenarioResult("decode", "s", "passed", (), replace(_metrics(), own_ratio=math.inf))
+    report = _report(
+        ScenarioResult("prefill", "s", "failed", (check,), None),
+        measured,
+        own_rounding=math.nan,
+        fault=fault,
+        routing=(RouterBand(0.1, math.inf, 3, 2),),
+    )
     report.write(tmp_path)
 
     def refuse(constant: str) -> None:
@@ -209,6 +223,12 @@ def test_json_is_strict_where_numbers_are_not_finite(tmp_path: Path) -> None:
 
     text = (tmp_path / "report.json").read_text(encoding="utf-8")
     data = json.loads(text, parse_constant=refuse)
-    assert data["schema_version"] == 1 and data["passed"] is False
+    assert data["schema_version"] == 2 and data["passed"] is False
     (found,) = data["scenarios"][0]["checks"]
     assert (found["value"], found["bound"], found["passed"]) == ("NaN", "Infinity", False)
+    assert data["own_rounding"] == "NaN" and data["routing"][0]["most"] == "Infinity"
+    assert (data["fault"]["input_error"], data["fault"]["local_error"]) == ("NaN", "-Infinity")
+    assert data["scenarios"][0]["by_position"] is data["scenarios"][0]["metrics"] is None
+    assert data["scenarios"][1]["metrics"]["own_ratio"] == "Infinity"
+    assert data["scenarios"][1]["by_position"] == {"rel_l2": [0.0], "kl": [0.0]}
+    assert "by_position" not in data["scenarios"][1]["metrics"]

@@ -60,7 +60,6 @@ JUDGED_AS = {
 }
 REFERENCE_MODES = {"whole": "loaded whole", "streamed": "one layer in memory at a time"}
 
-
 _Point = tuple[float, float]  # percent of the width, pixels from the top
 
 
@@ -163,9 +162,11 @@ def _verdict(report: dict[str, Any]) -> _Verdict:
         text = f"No scenario compared logits. Scenarios: {tally}."
         return _Verdict("open", "Parity is not shown", text)
     loosened = ", by loosened bounds" if report["loosened"] else ""
-    kind = "qualified" if partly or loosened else "holds"
-    text = f"The target computes what transformers computes, within the bounds below. Scenarios: {tally}."
-    return _Verdict(kind, f"Parity holds{partly}{loosened}", text)
+    text = f"Scenarios: {tally}."
+    if partly or loosened:
+        return _Verdict("qualified", f"Parity holds{partly}{loosened}", text)
+    text = f"The target computes what transformers computes, within the bounds below. {text}"
+    return _Verdict("holds", "Parity holds", text)
 
 
 @dataclass(frozen=True)
@@ -371,7 +372,7 @@ class _LogScale:
         )
 
     def y(self, value: float) -> float:
-        if not math.isfinite(value):
+        if _is_broken(value):
             return 0.0
         if value <= 0 or self.decades is None:
             return self.height

@@ -85,13 +85,15 @@ def steps(checkpoint: Path, out: Path, quiet: bool) -> list[Step]:
     source, made, built = str(checkpoint), str(package), str(engine)
     silent = ("--quiet",) if quiet else ()
     weights = () if _can_link(checkpoint, out) else ("--weights", "copy")
-    report = ("--report", str(out / f"{model}.parity"))
+    parity = ("--reference", source, *silent)
+    network = ("--as", "tensorrt-network")
     rtx = ("--target", "tensorrt-rtx", "--gpu", GPUS)
     text = ("--prompt", PROMPT, "--temperature", "0.7", "--seed", "1")
     commands: list[tuple[tuple[str, ...], Path, Path | None]] = [
         (("export", source, made, *weights, *silent), checkpoint, package),
         (("inspect", made, "--brief"), package, None),
-        (("validate", made, "--reference", source, *report, *silent), package, None),
+        (("validate", made, *parity, "--report", f"{package}.parity"), package, None),
+        (("validate", made, *parity, "--report", f"{engine}.parity", *network), package, None),
         (("build", made, built, *rtx, *silent), package, engine),
         (("inspect", built, "--brief"), engine, None),
         (("generate", made, *text, *silent), package, None),

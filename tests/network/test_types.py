@@ -164,7 +164,7 @@ def test_a_function_is_computed_in_fp32(half: Any, name: str, seed: int) -> None
     if name in ("LOG", "SQRT"):
         x = np.abs(x)
     if name.startswith("GELU"):
-        x = x.clip(-2, 2)  # far below 0 nothing is left of 1 + erf(x) in fp32
+        x = x.clip(-2, 2).astype(half)  # far below 0 nothing is left of 1 + erf(x) in fp32
     want = rounded(function(x.astype(np.float64)), half)
     neighbours(value_of(one(operator, {"x": x}, **attributes), {"x": x}), want)
 
@@ -357,6 +357,27 @@ def test_attention_in_exact_mode_rounds_nothing() -> None:
     exact = value_of(one("Attention", halves, scale=0.3), inputs, exact=True)
     # the network of the fp32 model has nothing to round; only the scale's root is a constant, and not rounded either
     same(exact, value_of(one("Attention", inputs, scale=0.3), inputs))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [(None, {"bf16", "fp16"}), ("bf16", {"bf16"}), ("fp16", {"fp16"}), ("fp32", set())],
+)
+def test_exact_mode_widens_the_models_own_dtype_and_no_other(
+    dtype: str | None, kept: set[str]
+) -> None:
+    """A cast to another type is in the model because somebody wanted it there."""
+    x = random_array(1, (50,))
+    nodes = []
+    for name, kind in (("bf16", TensorProto.BFLOAT16), ("fp16", TensorProto.FLOAT16)):
+        nodes += [
+            helper.make_node("Cast", ["x"], [f"{name}.half"], to=kind),
+            helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT),
+        ]
+    parsed = parse_model(ir.from_proto(proto(nodes, {"x": x}, ["bf16", "fp16"])), Path(), dtype)
+    values = evaluate(parsed, {"x": x}, ["bf16", "fp16"], exact=True)
+    for name, half, got in zip(("bf16", "fp16"), (BF16, FP16), values, strict=True):
+        same(got, x if name in kept else rounded(x, half).astype(np.float32))
 
 
 # ---- range
