@@ -18,13 +18,13 @@ def test_demo_runs_every_step_and_sums_up(tmp_path: Path, capsys: Capture) -> No
     assert cli.main(["demo", "--out", str(tmp_path / "kept")]) == 0
     out, _ = capsys.readouterr()
     table = out.partition("seconds      bytes\n")[2].splitlines()
-    names = ["export", "inspect", "validate", "build", "inspect", "generate"]
-    assert [line.split()[:3] for line in table[:12]] == [
+    names = ["export", "inspect", "validate", "validate", "build", "inspect", "generate"]
+    assert [line.split()[:3] for line in table[:14]] == [
         [model, name, "done"] for model in demo.CHECKPOINTS for name in names
     ]
-    assert sum(line.startswith("$ qwenport ") for line in out.splitlines()) == 12
+    assert sum(line.startswith("$ qwenport ") for line in out.splitlines()) == 14
     kept = {path.name for path in (tmp_path / "kept").iterdir()}
-    kinds = ("engine", "package", "parity")
+    kinds = ("engine", "engine.parity", "package", "package.parity")
     assert kept == {f"{model}.{kind}" for model in demo.CHECKPOINTS for kind in kinds}
 
 
