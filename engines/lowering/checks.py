@@ -73,15 +73,20 @@ def check_network(network: Any, trt: Any) -> None:
         trt: the module it comes from (tensorrt or tensorrt_rtx).
 
     Raises:
-        LoweringError: an input that no layer reads, an attention without mask, or a `present` output that
-            does not share its `past_key_values` input's memory.
+        LoweringError: an input that no layer reads, an attention without mask, a `present` output that
+            does not share its `past_key_values` input's memory, or a cache that something else reads: before or
+            after the update, nobody can say.
     """
     read: set[str] = set()
     updated: dict[str, str] = {}
+    readers: dict[str, list[str]] = {}
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         names = [layer.get_input(i) for i in range(layer.num_inputs)]
         read.update(tensor.name for tensor in names if tensor is not None)
+        for tensor in names:
+            if tensor is not None and tensor.name.startswith("past_key_values."):
+                readers.setdefault(tensor.name, []).append(layer.name)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer
             attention = layer.attention
@@ -93,6 +98,12 @@ def check_network(network: Any, trt: Any) -> None:
         name = network.get_input(index).name
         if name not in read:
             raise LoweringError(f"network input {name} is read by no layer: the parser dropped it")
+    for name, layers in readers.items():
+        if len(layers) > 1:
+            raise LoweringError(
+                f"{name} is read by {' and '.join(layers)}: it is updated in place, so what the others find in it "
+                "depends on when they run"
+            )
     for index in range(network.num_outputs):
         name = network.get_output(index).name
         if not name.startswith("present."):

@@ -7,15 +7,16 @@ asks whether the network means the right thing, whatever its precision; a Cast t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from qwenport.validate.errors import NetworkError
 from qwenport.validate.network.layers import KINDS, Compute, Context, inputs_of, refuse
-from qwenport.validate.network.parse import ParsedNetwork
+from qwenport.validate.network.parse import ParsedNetwork, WeightFiles
 
 HALF = (torch.bfloat16, torch.float16)
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -32,7 +33,13 @@ class _Output:
 
 @dataclass(frozen=True)
 class _Step:
-    """One layer, ready to run. `dead` names tensors that nothing after it needs."""
+    """One layer, ready to run.
+
+    Attributes:
+        static: it depends on constants only.
+        updates: it changes its first input in place.
+        dead: tensors that nothing after it needs.
+    """
 
     name: str
     compute: Compute
@@ -40,6 +47,7 @@ class _Step:
     inputs: tuple[str | None, ...]
     outputs: tuple[_Output, ...]
     static: bool
+    updates: bool = False
     dead: tuple[str, ...] = ()
 
 
@@ -128,12 +136,14 @@ class Interpreter:
                 continue
             fixed = all(i is None or i in static for i in inputs)
             step = self._step(layer, kind, tuple(inputs), fixed)
-            for output in step.outputs:
-                done.add(output.name)
-                if fixed:
-                    static.add(output.name)
+            made = {output.name for output in step.outputs}.difference(known)
+            done |= made
+            if fixed:
+                static |= made
             steps.append(step)
-        return Program(_with_deaths(steps, set(wanted) | static), tuple(wanted), self.parsed.files)
+        steps = _without_hazards(steps, wanted)
+        steps = _with_deaths(steps, set(wanted) | static)
+        return Program(tuple(steps), frozenset(known), tuple(wanted), self.parsed.files)
 
     def _step(self, layer: Any, kind: str, inputs: tuple[str | None, ...], static: bool) -> _Step:
         tensors = [layer.get_output(index) for index in range(layer.num_outputs)]
@@ -147,7 +157,8 @@ class Interpreter:
         )
         layer.__class__ = getattr(self.parsed.trt, KINDS[kind].interface)
         compute = KINDS[kind].read(context, layer)
-        return _Step(layer.name, compute, KINDS[kind].moves, inputs, outputs, static)
+        updates = kind == "KV_CACHE_UPDATE"
+        return _Step(layer.name, compute, KINDS[kind].moves, inputs, outputs, static, updates)
 
     def _constant(self, layer: Any, output: _Output) -> torch.Tensor:
         """A constant's values. NumPy has no bf16, so those come from the model, by name."""
@@ -157,42 +168,52 @@ class Interpreter:
             layer.__class__ = self.parsed.trt.IConstantLayer
             weights = layer.weights
             try:
-                array = weights.numpy() if hasattr(weights, "numpy") else weights
-            except TypeError:
-                raise refuse(
-                    layer, f"a constant of type {weights.dtype} made by the parser"
-                ) from None
-            values = torch.tensor(array)
+                values = torch.tensor(weights.numpy() if hasattr(weights, "numpy") else weights)
+            except (TypeError, RuntimeError):
+                raise refuse(layer, "a bf16 constant that is no initializer of the model") from None
         return values.reshape(output.shape).to(output.dtype)
 
 
-def _with_deaths(steps: list[_Step], kept: set[str]) -> tuple[_Step, ...]:
+def _without_hazards(steps: list[_Step], wanted: Sequence[str]) -> list[_Step]:
+    """A tensor that others want as well is copied before it is changed in place."""
+    readers = Counter([name for step in steps for name in step.inputs if name] + list(wanted))
+
+    def copying(step: _Step) -> _Step:
+        def compute(first: torch.Tensor, *rest: torch.Tensor) -> Any:
+            return step.compute(first.clone(), *rest)
+
+        return replace(step, compute=compute)
+
+    return [
+        copying(step) if step.updates and readers[step.inputs[0] or ""] > 1 else step
+        for step in steps
+    ]
+
+
+def _with_deaths(steps: list[_Step], kept: set[str]) -> list[_Step]:
     """Say at each step which tensors it was the last to need."""
     seen, result = set(kept), []
     for step in reversed(steps):
         names = {n for n in step.inputs if n is not None} | {o.name for o in step.outputs}
-        result.append(
-            _Step(
-                step.name,
-                step.compute,
-                step.moves,
-                step.inputs,
-                step.outputs,
-                step.static,
-                tuple(names - seen),
-            )
-        )
+        result.append(replace(step, dead=tuple(names - seen)))
         seen |= names
-    return tuple(reversed(result))
+    return result[::-1]
 
 
 class Program:
     """A sequence of layers. What depends on constants only is computed once and kept until `release`."""
 
-    def __init__(self, steps: tuple[_Step, ...], wanted: tuple[str, ...], files: Any) -> None:
-        self._steps, self._wanted, self._files = steps, wanted, files
+    def __init__(
+        self,
+        steps: tuple[_Step, ...],
+        given: frozenset[str],
+        wanted: tuple[str, ...],
+        files: WeightFiles,
+    ) -> None:
+        self._steps, self._given, self._wanted, self._files = steps, given, wanted, files
         self._static: dict[str, torch.Tensor] = {}
         self._widened: dict[str, torch.Tensor] = {}
+        self._folded: set[int] = set()
 
     def run(self, known: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Compute the wanted tensors.
@@ -205,21 +226,24 @@ class Program:
         """
         values = dict(known)
         with torch.inference_mode():
-            for step in self._steps:
-                if step.static and step.outputs[0].name in self._static:
+            for index, step in enumerate(self._steps):
+                if index in self._folded:
                     continue
                 inputs = [None if n is None else self._input(step, n, values) for n in step.inputs]
                 while inputs and inputs[-1] is None:
                     inputs.pop()
                 try:
                     made = step.compute(*inputs)
-                except (IndexError, RuntimeError) as error:
+                except (IndexError, RuntimeError, TypeError, ValueError) as error:
                     raise NetworkError(f"layer {step.name}: {error}") from error
                 results = made if isinstance(made, tuple) else (made,)
                 for output, result in zip(step.outputs, results, strict=True):
                     stored = result if result.dtype == output.dtype else result.to(output.dtype)
                     self._check(step, output, stored)
-                    (self._static if step.static else values)[output.name] = stored
+                    if output.name not in self._given:
+                        (self._static if step.static else values)[output.name] = stored
+                if step.static:
+                    self._folded.add(index)
                 for name in step.dead:
                     values.pop(name, None)
         return {n: values[n] if n in values else self._static[n] for n in self._wanted}
@@ -249,4 +273,5 @@ class Program:
         """Forget everything that can be computed again, weights and what was made of them."""
         self._static.clear()
         self._widened.clear()
+        self._folded.clear()
         self._files.release()

@@ -92,7 +92,7 @@ def _shuffle(context: Context, layer: Any) -> Compute:
         if sizes is not None:
             if zero_copies:
                 sizes = [x.shape[i] if size == 0 else size for i, size in enumerate(sizes)]
-            x = x.reshape(sizes)
+            x = x.reshape(tuple(sizes))
         return x.permute(second[: x.ndim])
 
     return compute
@@ -258,7 +258,7 @@ def _gather(context: Context, layer: Any) -> Compute:
 
     def compute(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         rows = x.index_select(axis, indices.reshape(-1))
-        return rows.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+        return rows.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
     return compute
 
@@ -278,6 +278,9 @@ def _unsqueeze(context: Context, layer: Any) -> Compute:
 
 
 def _squeeze(context: Context, layer: Any) -> Compute:
+    if not _given(layer, 1):
+        raise refuse(layer, "a squeeze of axes that are not named")
+
     def compute(x: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:
         wanted = {value % x.ndim for value in _listed(axes)}
         if any(x.shape[axis] != 1 for axis in wanted):
@@ -345,7 +348,9 @@ def _cumulative(context: Context, layer: Any) -> Compute:
         along = int(axis)
         y = x.flip(along) if reverse else x
         total = torch.cumsum(y, along, dtype=x.dtype)
-        total = total - y if exclusive else total
+        if exclusive:  # what comes before, not the sum without the slot: 1e10 + 1 - 1e10 is 0
+            first = torch.zeros_like(y.narrow(along, 0, min(1, y.shape[along])))
+            total = torch.cat([first, total.narrow(along, 0, max(0, y.shape[along] - 1))], along)
         return total.flip(along) if reverse else total
 
     return compute
@@ -362,7 +367,8 @@ def _rotary(context: Context, layer: Any) -> Compute:
     ) -> torch.Tensor:
         size = part or x.shape[-1]
         if position_ids is not None:
-            cos, sin = cos[position_ids], sin[position_ids]
+            # not by indexing: a negative position is outside, and no row from the end
+            cos, sin = (torch.embedding(table, position_ids) for table in (cos, sin))
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # one for all heads
         turned, rest = x[..., :size], x[..., size:]
         if interleaved:
@@ -390,7 +396,7 @@ def _kv_cache_update(context: Context, layer: Any) -> Compute:
     def compute(
         cache: torch.Tensor, update: torch.Tensor, write_indices: torch.Tensor
     ) -> torch.Tensor:
-        # in place, as in an engine; a slot outside the cache is dropped without a word, as in an engine
+        # in place; a slot outside the cache is dropped without a word, as in an engine
         capacity, count = cache.shape[2], update.shape[2]
         for row, first in enumerate(_listed(write_indices)):
             begin, end = max(first, 0), min(first + count, capacity)
