@@ -507,7 +507,7 @@ def test_prompts_without_a_tokenizer_are_refused(
     file = tmp_path / "prompts.txt"
     file.write_text("Hello")
     line = refused(capsys, "validate", package, "--reference", bare, "--prompts", file)
-    assert "no tokenizer to encode them" in line
+    assert "has no tokenizer to encode them" in line
     with pytest.raises(ValidationError, match="does not fit the vocabulary of 20"):
         make_prompts(CHECKPOINT, 20, file)
 

@@ -73,12 +73,16 @@ def _from_file(checkpoint_path: Path, vocab_size: int, file: Path) -> Prompts:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValidationError(f"prompts {file}: {error}") from error
+    if not any((checkpoint_path / name).is_file() for name in TOKENIZER_FILES):
+        raise ValidationError(
+            f"prompts {file}: {checkpoint_path} has no tokenizer to encode them with"
+        )
     try:
         ids = _encode(checkpoint_path, text)
     except Exception as error:  # tokenizers raise anything
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValidationError(
-            f"prompts {file}: no tokenizer to encode them with ({why})"
+            f"prompts {file}: the tokenizer does not take them ({why})"
         ) from error
     if not ids or max(ids) >= vocab_size:
         raise ValidationError(
