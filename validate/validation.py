@@ -178,6 +178,8 @@ class Validation:
             self._candidate = self._open_candidate()  # what cannot run here need not wait
         except Refused as error:
             failure = str(error)
+        if failure and self._target.judged_as == NETWORK:
+            self._results.append(ScenarioResult(PARSED, PARSED_SUMMARY, "failed", reason=failure))
         self._reference = reference if reference is not None else self._load_reference()
         self._judge_statically()
         prompt, count = greedy_request(self._prompts, self._capacity, bool(self._streamed))

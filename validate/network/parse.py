@@ -168,5 +168,5 @@ def _first_error(parser: Any) -> str:
     if not parser.num_errors:
         return "it gave no reason"
     error = parser.get_error(0)
-    where = f" (node {error.node_name()})" if error.node_name() else ""
+    where = f" ({error.node_operator()} node {error.node_name()})" if error.node_name() else ""
     return " ".join(str(error.desc()).split()) + where
