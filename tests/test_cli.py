@@ -238,7 +238,7 @@ def test_validate_exits_1_where_parity_does_not_hold(
     result = run("validate", changed, "--reference", checkpoint, "--json", "--report", tmp_path)
     assert (result.code, result.err) == (1, "")
     assert result.json["passed"] is False
-    assert "FAILED" in (tmp_path / "report.md").read_text()
+    assert "Parity does not hold" in (tmp_path / "report.html").read_text()
 
 
 # generate

@@ -232,3 +232,20 @@ def test_json_is_strict_where_numbers_are_not_finite(tmp_path: Path) -> None:
     assert data["scenarios"][1]["metrics"]["own_ratio"] == "Infinity"
     assert data["scenarios"][1]["by_position"] == {"rel_l2": [0.0], "kl": [0.0]}
     assert "by_position" not in data["scenarios"][1]["metrics"]
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=20))
+def test_an_error_is_spread_over_as_many_positions_as_make_it(sizes: list[float]) -> None:
+    """Participation ratio: n for n equal errors, near 1 where one position makes all of it."""
+    reference = np.ones((len(sizes), 4), np.float32)
+    candidate = reference + np.array(sizes, np.float32)[:, None]
+    found = compare(candidate, reference, near_tie_margin=0.0).effective_positions
+    squares = np.array(sizes, np.float32).astype(float) ** 2
+    assert found == pytest.approx(squares.sum() ** 2 / (squares**2).sum(), rel=1e-4)
+    assert 1 - 1e-9 <= found <= len(sizes) * (1 + 1e-9)
+    alone = reference.copy()
+    alone[0] += 3
+    one = compare(alone, reference, near_tie_margin=0.0).effective_positions
+    assert one == pytest.approx(1.0)
+    none = compare(reference, reference, near_tie_margin=0.0).effective_positions
+    assert none == len(sizes)

@@ -194,7 +194,7 @@ def test_bf16_may_be_a_quarter_worse_than_transformers_own(
     (prefill,) = [s for s in report.scenarios if s.name == "prefill"]
     assert prefill.metrics.own_ratio == pytest.approx(times, rel=1e-3)
     (check,) = [c for c in prefill.checks if c.metric == "rel-L2 over transformers' own in bf16"]
-    assert 1.25 < check.bound < 1.3 and check.passed == passes
+    assert 1.25 < check.bound < 1.35 and check.passed == passes
 
 
 def test_bf16_passes_neither_the_bar_of_fp16_nor_that_of_fp32(judge: Any, logits_of: Any) -> None:

@@ -95,7 +95,11 @@ def test_half_bounds_are_bounded_and_grow_with_transformers_own_error(
 
     def bounds_of(index: int, agreement: float) -> Thresholds:
         own = metrics(
-            kl_mean=little[index], max_abs=much[index], positions=positions, vocab=hidden_size
+            kl_mean=little[index],
+            max_abs=much[index],
+            positions=positions,
+            effective_positions=positions,
+            vocab=hidden_size,
         )
         return half_thresholds(own, hidden_size, agreement)
 
@@ -117,8 +121,12 @@ def test_the_more_numbers_are_compared_the_less_is_left_to_chance(
 ) -> None:
     few, more = sorted((few, more))
     hidden, wider = sorted((hidden, wider))
-    least = half_thresholds(metrics(positions=more, vocab=10**5, kl_mean=1.0), wider)
-    most = half_thresholds(metrics(positions=few, vocab=10**5, kl_mean=1.0), hidden)
+    least = half_thresholds(
+        metrics(positions=more, effective_positions=more, vocab=10**5, kl_mean=1.0), wider
+    )
+    most = half_thresholds(
+        metrics(positions=few, effective_positions=few, vocab=10**5, kl_mean=1.0), hidden
+    )
     assert least.times_own is not None and most.times_own is not None
     assert least.kl_mean is not None and most.kl_mean is not None
     assert 1.25 < least.times_own <= most.times_own
@@ -127,7 +135,8 @@ def test_the_more_numbers_are_compared_the_less_is_left_to_chance(
 
 def test_half_precision_is_bound_by_transformers_own_error_in_it() -> None:
     """As many positions as leave nothing to chance."""
-    own = metrics(rel_l2=0.01, kl_mean=1e-3, max_abs=0.3, positions=10**12, vocab=100)
+    many = {"positions": 10**12, "effective_positions": 10**12}
+    own = metrics(rel_l2=0.01, kl_mean=1e-3, max_abs=0.3, vocab=100, **many)
     bounds = half_thresholds(own, 64, 0.9)
     assert bounds.times_own == pytest.approx(1.25)
     assert bounds.kl_mean == pytest.approx(1.5625e-3, rel=1e-5)

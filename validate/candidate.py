@@ -120,7 +120,7 @@ class Candidate:
 
     def _whole(self, observe: Sequence[str]) -> CachedSession:
         target, package = self._target, self._target.package
-        size = {"max_batch": self._max_batch, "capacity": self._capacity}
+        size: dict[str, Any] = {"max_batch": self._max_batch, "capacity": self._capacity}
         if self._interpreter is not None:
             from qwenport.validate.network import NetworkSession
 

@@ -118,7 +118,7 @@ def _visible(value: Any) -> Any:
 
 
 def _figure(value: float | str | None, digits: int = 3) -> str:
-    """A number as report.md writes it; a dash where there is none."""
+    """A number to be read; a dash where there is none."""
     if value is None:
         return "–"
     if isinstance(value, int):

@@ -36,6 +36,8 @@ class Metrics:
         max_abs, mean_abs: of |candidate - reference|.
         rel_l2: ||candidate - reference|| / ||reference||, all positions as one vector.
         worst_rel_l2, worst_position: the position with the largest rel-L2 of its own, and that value.
+        effective_positions: how many positions the error is spread over: as many as there are if all are equally far
+            off, 1 if a single one makes all of it.
         cosine_p5: 5th percentile, over positions, of the cosine similarity.
         kl_mean, kl_p99: KL(reference || candidate) in nats, over positions.
         top1: share of positions with the same most likely token.
@@ -58,6 +60,7 @@ class Metrics:
     rel_l2: float
     worst_rel_l2: float
     worst_position: int
+    effective_positions: float
     cosine_p5: float
     kl_mean: float
     kl_p99: float
@@ -115,6 +118,7 @@ def compare(candidate: Float32, reference: Float32, *, near_tie_margin: float) -
         rel_l2=float(_ratio(np.sqrt(np.sum(rows.difference**2)), np.sqrt(np.sum(rows.norm**2)))),
         worst_rel_l2=float(own[worst]),
         worst_position=worst,
+        effective_positions=_spread(rows.difference**2),
         cosine_p5=float(np.percentile(rows.cosine, 5)),
         kl_mean=float(rows.kl.mean()),
         kl_p99=float(np.percentile(rows.kl, 99)),
@@ -129,6 +133,15 @@ def compare(candidate: Float32, reference: Float32, *, near_tie_margin: float) -
         own_ratio=None,
         by_position=ByPosition(tuple(own.tolist()), tuple(rows.kl.tolist())),
     )
+
+
+def _spread(shares: Float64) -> float:
+    """Over how many of its numbers a sum is spread: (sum x)^2 / sum x^2; all of them where that cannot be said."""
+    largest = shares.max()
+    if not 0 < largest < np.inf:
+        return float(len(shares))
+    scaled = shares / largest
+    return float(scaled.sum() ** 2 / (scaled**2).sum())
 
 
 def _ratio(numerator: Float64, denominator: Float64) -> Float64:

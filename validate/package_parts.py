@@ -45,7 +45,7 @@ class PackageParts:
             if value not in used:
                 graph.inputs.remove(value)
         piece = ir.Model(
-            graph, ir_version=self._model.ir_version, functions=self._model.functions.values()
+            graph, ir_version=self._model.ir_version, functions=list(self._model.functions.values())
         )
         return start_onnxruntime(piece, self._package.path)
 

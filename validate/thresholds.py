@@ -38,9 +38,10 @@ FP32_TOP1 = 1.0
 # 0.005 to 0.018, mean KL 1e-4 to 4e-4). 1.03 was measured for TensorRT's rounding on a 24-layer model.
 HALF_TIMES_OWN_REL_L2 = 1.25
 # Two errors of the same size, each measured on n numbers, differ by 1/sqrt(n) by chance, and rounding errors are not
-# independent of each other; four times that is allowed on top. n is positions times hidden_size (or vocab_size, if
-# that is less): for a real model it is nothing (1.02 for 64 positions of a hidden size of 896), for a toy of 16 x 16
-# it is 1.25, and there correct networks were found at up to 1.51 times transformers' own error.
+# independent of each other; four times that is allowed on top. n is the positions over which transformers' error is
+# spread, times hidden_size (or vocab_size, if that is less): for a real model it is little (1.02 for 64 positions of a
+# hidden size of 896), for a toy of 16 x 16 it is 1.25, and there correct networks were found at up to 1.51 times
+# transformers' own error.
 CHANCE_SIGMAS = 4
 
 # KL grows with the square of the error. Below 2e-4 it is better than 8-bit weights are (llama.cpp: 2.4e-4 on an 8B).
@@ -121,7 +122,7 @@ def half_thresholds(own: Metrics, hidden_size: int, own_agreement: float = 1.0) 
         own_agreement: the share of expert choices, outside near-ties, that it reaches in that dtype.
     """
     own_flips = HALF_TIMES_OWN_REL_L2 * (1 - own_agreement)
-    by_chance = 1 + CHANCE_SIGMAS / math.sqrt(own.positions * min(hidden_size, own.vocab))
+    by_chance = 1 + CHANCE_SIGMAS / math.sqrt(own.effective_positions * min(hidden_size, own.vocab))
     kl_by_chance = 1 + CHANCE_SIGMAS / math.sqrt(own.positions)
     return Thresholds(
         near_tie_margin=max(HALF_NEAR_TIE_MARGIN, own.max_abs),

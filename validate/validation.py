@@ -329,8 +329,8 @@ class Validation:
         oracle = np.concatenate(self._ask(observation.texts, "fp32"))
         if observation.candidate.shape != oracle.shape:
             shapes = f"{observation.candidate.shape}, expected {oracle.shape}"
-            reason = f"the target gave logits of shape {shapes}"
-            return _result(scenario, "failed", reason=reason, started=started)
+            why = f"the target gave logits of shape {shapes}"
+            return _result(scenario, "failed", reason=why, started=started)
         metrics, checks = self._measure(scenario, observation, oracle)
         if _status(checks) == "failed" and self._router_names:
             # a near-tie that fell the other way is no mistake: take it over, and judge what follows from it

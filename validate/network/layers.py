@@ -220,14 +220,14 @@ def _slice(context: Context, layer: Any) -> Compute:
         fill: torch.Tensor | None = None,
         axes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        given = [
-            fixed if tensor is None else _listed(tensor)
+        starts, counts, steps = (
+            (fixed or []) if tensor is None else _listed(tensor)
             for fixed, tensor in zip(parameters, (start, shape, stride), strict=True)
-        ]
+        )
         chosen = fixed_axes if axes is None else _listed(axes)
         if not chosen:
             chosen = list(range(x.ndim))
-        for axis, first, count, step in zip(chosen, *given, strict=True):  # type: ignore[arg-type]
+        for axis, first, count, step in zip(chosen, starts, counts, steps, strict=True):
             size = x.shape[axis]
             last = first + (count - 1) * step
             if count and not (0 <= first < size and 0 <= last < size):
@@ -292,7 +292,7 @@ def _squeeze(context: Context, layer: Any) -> Compute:
 
 def _topk(context: Context, layer: Any) -> Compute:
     axes, largest = axes_of(layer.axes), _name(layer.op) == "MAX"
-    fixed = None if _given(layer, 1) else layer.k
+    fixed = 0 if _given(layer, 1) else layer.k
     if len(axes) != 1:
         raise refuse(layer, "the largest over several axes")
 
