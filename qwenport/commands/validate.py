@@ -139,6 +139,8 @@ def lines_of(report: Report) -> list[str]:
             line += (
                 f"  rel-L2 {scenario.metrics.rel_l2:.1e}, {scenario.metrics.positions} positions"
             )
+            if report.compute_dtype != "fp32" and scenario.metrics.own_ratio is not None:
+                line += f", {scenario.metrics.own_ratio:.2f} x transformers' own error"
         elif scenario.name == "routing" and report.routing:
             same = sum(band.agreeing for band in report.routing)
             line += f"  same experts in {same} of {sum(b.choices for b in report.routing)} choices"
