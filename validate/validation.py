@@ -359,7 +359,7 @@ class Validation:
                 theirs.rel_l2,
             )
         metrics = compare(observation.candidate, oracle, near_tie_margin=bounds.near_tie_margin)
-        ratio = metrics.rel_l2 / own if own else float("inf")
+        ratio = metrics.rel_l2 / own if own else float("inf") if metrics.rel_l2 else 0.0
         metrics = dataclasses.replace(metrics, own_ratio=ratio)
         return metrics, checks_of(metrics, bounds, observation.labels, dtype)
 

@@ -178,7 +178,8 @@ class Reference:
         """rel-L2 between transformers' logits through its cache (`greedy`) and in one piece (`logits`)."""
         new, cached = self.greedy(tokens, count)
         (whole,) = self.logits([Text((*tokens, *new[:-1]), last=count)])
-        return float(np.linalg.norm(cached - whole) / np.linalg.norm(whole))
+        difference, size = np.linalg.norm(cached - whole), np.linalg.norm(whole)
+        return float(difference / size) if difference else 0.0
 
     @contextlib.contextmanager
     def layer(self, index: int, dtype: str) -> Iterator[Any]:
