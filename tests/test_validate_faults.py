@@ -42,7 +42,8 @@ SEEN_BY = {
     "yarn_without_attention_factor": (TABLES | EXTENDED, frozenset()),
     "yarn_without_floor_and_ceil": (TABLES | EXTENDED, frozenset()),
     "llama3_scaling_taken_for_default": (TABLES | EXTENDED, frozenset()),
-    "linear_scaling_ignored": (TABLES | EXTENDED, frozenset()),
+    # a config that says linear has the longer context already
+    "linear_scaling_ignored": (TABLES | LOGITS, frozenset()),
     "routers_of_each_other_s_layers": (LOGITS | {"routing"}, TABLES),
     "missing_shared_expert": (LOGITS | {"routing"}, TABLES),
     "one_expert_too_few": (LOGITS | {"routing"}, TABLES),
