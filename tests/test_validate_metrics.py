@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenport.validate import Check, Fault, Report, ScenarioResult, ValidationError
+from qwenport.validate.judging import checks_of
 from qwenport.validate.metrics import BLOCK, Metrics, compare
 from qwenport.validate.report import RouterBand
 from qwenport.validate.thresholds import fp32_thresholds
-from qwenport.validate.validation import checks_of
 
 
 def expected(candidate: np.ndarray, reference: np.ndarray, near_tie: float) -> dict[str, float]:

@@ -120,6 +120,30 @@ class Scenario:
     greedy: bool = False
 
 
+@dataclass(frozen=True)
+class BenchMaker:
+    """Benches for sessions, and rehearsals of what will be run on them. Attributes as in `Bench`."""
+
+    prompts: Prompts
+    greedy: tuple[int, ...]
+    original_context: int | None
+
+    def __call__(self, session: CachedSession) -> Bench:
+        return Bench(session, self.prompts, self.greedy, self.original_context)
+
+    def rehearsal(self, scenarios: Sequence[Scenario]) -> Any:
+        """What `Candidate.open` wants: uses a session as these scenarios will."""
+
+        def rehearse(session: CachedSession) -> None:
+            for scenario in scenarios:
+                try:
+                    scenario.run(self(session))
+                except NotApplicable:
+                    continue
+
+        return rehearse
+
+
 def _labels(start: int, count: int, row: int = 0) -> tuple[str, ...]:
     return tuple(f"row {row} position {start + i}" for i in range(count))
 

@@ -7,20 +7,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwenport.engines import CachedSession
 from qwenport.validate import localisation
 from qwenport.validate.candidate import Candidate, Refused
 from qwenport.validate.environment import describe_environment
 from qwenport.validate.errors import ValidationError
+from qwenport.validate.judging import checks_of, result_of, seconds_since, status_of
 from qwenport.validate.localisation import Fault, OperatorError
 from qwenport.validate.memory import must_stream
 from qwenport.validate.metrics import Metrics, compare
-from qwenport.validate.prompts import Prompts, make_prompts
+from qwenport.validate.prompts import make_prompts
 from qwenport.validate.report import Check, Report, ScenarioResult, Status
 from qwenport.validate.rope_check import check_tables
 from qwenport.validate.router_check import Routing, choices_of, compare_routing
@@ -29,6 +29,7 @@ from qwenport.validate.scenarios import (
     SCENARIOS,
     TAPPED,
     Bench,
+    BenchMaker,
     CandidateError,
     NotApplicable,
     Observation,
@@ -185,7 +186,7 @@ class Validation:
         prompt, count = greedy_request(self._prompts, self._capacity, bool(self._streamed))
         greedy, _ = self._reference.greedy(prompt, count)
         self._own_rounding = self._reference.own_rounding(prompt, count)
-        bench_of = _BenchMaker(self._prompts, tuple(greedy), _original_context(self._target))
+        bench_of = BenchMaker(self._prompts, tuple(greedy), _original_context(self._target))
         session = None
         if self._candidate is not None:
             try:
@@ -198,7 +199,7 @@ class Validation:
         for done, scenario in enumerate(SCENARIOS):
             self._progress(scenario.name, done, len(SCENARIOS) + 1)
             if session is None:
-                self._results.append(_result(scenario, "failed", reason=failure))
+                self._results.append(result_of(scenario, "failed", reason=failure))
             else:
                 known = observations.get(scenario.name)
                 self._results.append(self._judge(scenario, bench_of(session), bench_of, known))
@@ -213,7 +214,7 @@ class Validation:
         target = self._target
         done = {result.name for result in self._results}
         left = [
-            _result(scenario, "not run", reason="interrupted")
+            result_of(scenario, "not run", reason="interrupted")
             for scenario in SCENARIOS
             if scenario.name not in done
         ]
@@ -282,7 +283,11 @@ class Validation:
         checks = check_tables(target.package, self._reference)
         self._results.append(
             ScenarioResult(
-                ROPE_TABLES, TABLES_SUMMARY, _status(checks), checks, seconds=_since(started)
+                ROPE_TABLES,
+                TABLES_SUMMARY,
+                status_of(checks),
+                checks,
+                seconds=seconds_since(started),
             )
         )
 
@@ -315,7 +320,7 @@ class Validation:
         self,
         scenario: Scenario,
         bench: Bench,
-        bench_of: _BenchMaker,
+        bench_of: BenchMaker,
         observation: Observation | None,
     ) -> ScenarioResult:
         """Run one scenario and hold its metrics against their bounds. A target that raises has failed it."""
@@ -323,16 +328,16 @@ class Validation:
         try:
             observation = scenario.run(bench) if observation is None else observation
         except CandidateError as error:
-            return _result(scenario, "failed", reason=str(error), started=started)
+            return result_of(scenario, "failed", reason=str(error), started=started)
         except NotApplicable as reason:
-            return _result(scenario, "not run", reason=str(reason), started=started)
+            return result_of(scenario, "not run", reason=str(reason), started=started)
         oracle = np.concatenate(self._ask(observation.texts, "fp32"))
         if observation.candidate.shape != oracle.shape:
             shapes = f"{observation.candidate.shape}, expected {oracle.shape}"
             why = f"the target gave logits of shape {shapes}"
-            return _result(scenario, "failed", reason=why, started=started)
+            return result_of(scenario, "failed", reason=why, started=started)
         metrics, checks = self._measure(scenario, observation, oracle)
-        if _status(checks) == "failed" and self._router_names:
+        if status_of(checks) == "failed" and self._router_names:
             # a near-tie that fell the other way is no mistake: take it over, and judge what follows from it
             choices = self._choices(scenario, bench_of)
             if choices is not None:
@@ -343,7 +348,7 @@ class Validation:
                 if taken:
                     self._replayed += taken
                     metrics, checks = self._measure(scenario, observation, oracle)
-        return _result(scenario, _status(checks), checks, metrics, started=started)
+        return result_of(scenario, status_of(checks), checks, metrics, started=started)
 
     def _measure(
         self, scenario: Scenario, observation: Observation, oracle: Float32
@@ -381,7 +386,7 @@ class Validation:
     def _tap(
         self,
         scenario: Scenario,
-        bench_of: _BenchMaker,
+        bench_of: BenchMaker,
         names: Sequence[str],
         heads: Sequence[str] = (),
     ) -> tuple[Observation, list[Seen]] | None:
@@ -395,7 +400,7 @@ class Validation:
             return None
         return observation, taps.texts()
 
-    def _choices(self, scenario: Scenario, bench_of: _BenchMaker) -> list[Choices] | None:
+    def _choices(self, scenario: Scenario, bench_of: BenchMaker) -> list[Choices] | None:
         tapped = self._tap(scenario, bench_of, list(self._router_names.values()))
         return None if tapped is None else self._choices_seen(tapped[1])
 
@@ -410,7 +415,7 @@ class Validation:
         ours = FP32_ROUTER_MARGIN if in_fp32 else HALF_NEAR_TIE_MARGIN
         return self._options.thresholds.get("router_margin", ours)
 
-    def _look_inside(self, bench_of: _BenchMaker, failure: str) -> None:
+    def _look_inside(self, bench_of: BenchMaker, failure: str) -> None:
         """Errors from layer to layer, routers, and where a failure starts."""
         target = self._target
         sparse = bool(target.config.moe)
@@ -452,7 +457,7 @@ class Validation:
             self._choices_seen(seen),
         )
 
-    def _find_fault(self, scenario: Scenario, bench_of: _BenchMaker, names: Sequence[str]) -> None:
+    def _find_fault(self, scenario: Scenario, bench_of: BenchMaker, names: Sequence[str]) -> None:
         assert self._reference is not None and self._candidate is not None
         tapped = self._tap(scenario, bench_of, names)
         if tapped is None:
@@ -530,7 +535,7 @@ class Validation:
         bounds = self._override(bounds)
         check = self._routing.check(bounds.router_margin, bounds.router_agreement)
         return ScenarioResult(
-            ROUTING, ROUTING_SUMMARY, _status((check,)), (check,), seconds=_since(started)
+            ROUTING, ROUTING_SUMMARY, status_of((check,)), (check,), seconds=seconds_since(started)
         )
 
     def _own_agreement(self, texts: Sequence[Text], dtype: str, margin: float) -> float:
@@ -542,78 +547,8 @@ class Validation:
         return compare_routing(choices, expected).agreement(margin)
 
 
-@dataclass(frozen=True)
-class _BenchMaker:
-    """Benches for sessions, and the rehearsals of what will be run on them."""
-
-    prompts: Prompts
-    greedy: tuple[int, ...]
-    original_context: int | None
-
-    def __call__(self, session: CachedSession) -> Bench:
-        return Bench(session, self.prompts, self.greedy, self.original_context)
-
-    def rehearsal(self, scenarios: Sequence[Scenario]) -> Any:
-        """What `Candidate.open` wants: uses a session as these scenarios will."""
-
-        def rehearse(session: CachedSession) -> None:
-            for scenario in scenarios:
-                try:
-                    scenario.run(self(session))
-                except NotApplicable:
-                    continue
-
-        return rehearse
-
-
 def _original_context(target: Target) -> int | None:
     """Positions that the model was made for, where its rope settings go beyond them."""
     rope = target.config.rope
     original = rope.original_max_position_embeddings
     return original if rope.kind != "default" and original < target.capacity else None
-
-
-def checks_of(
-    metrics: Metrics, bounds: Thresholds, labels: Sequence[str], dtype: str
-) -> tuple[Check, ...]:
-    """Every bound on one scenario's metrics, each naming the position to look at first."""
-    worst = f"worst at {labels[metrics.worst_position]}, {metrics.worst_rel_l2:.3g} there"
-    first = None
-    if metrics.first_disagreement is not None:
-        first = (
-            f"first at {labels[metrics.first_disagreement]}, where transformers' margin is "
-            f"{metrics.first_disagreement_margin:.3g}"
-        )
-    checks = [Check("NaN and infinite logits", metrics.nonfinite, "==", 0)]
-    if bounds.rel_l2 is not None:
-        checks.append(Check("rel-L2", metrics.rel_l2, "<=", bounds.rel_l2, worst))
-    if bounds.times_own is not None and metrics.own_ratio is not None:
-        name = f"rel-L2 over transformers' own in {dtype}"
-        checks.append(Check(name, metrics.own_ratio, "<=", bounds.times_own, worst))
-    if bounds.kl_mean is not None:
-        checks.append(Check("mean KL", metrics.kl_mean, "<=", bounds.kl_mean))
-    checks.append(
-        Check("same top-1 outside near-ties", metrics.top1_clear, ">=", bounds.top1, first)
-    )
-    return tuple(checks)
-
-
-def _status(checks: Sequence[Check]) -> Status:
-    return "passed" if all(check.passed for check in checks) else "failed"
-
-
-def _since(started: float) -> float:
-    return round(time.monotonic() - started, 3)
-
-
-def _result(
-    scenario: Scenario,
-    status: Status,
-    checks: tuple[Check, ...] = (),
-    metrics: Metrics | None = None,
-    *,
-    reason: str | None = None,
-    started: float | None = None,
-) -> ScenarioResult:
-    seconds = 0.0 if started is None else _since(started)
-    return ScenarioResult(scenario.name, scenario.summary, status, checks, metrics, reason, seconds)
