@@ -1,0 +1,166 @@
+/* Qwenport's runtime for C, and for languages that bind to C. The twin of qwenport.hpp: same objects, same
+ * rules, same thread-safety contract; what is an exception there is a returned number here.
+ *
+ *     #include <qwenport/qwenport.h>
+ *     #include <stdio.h>
+ *
+ *     int main(void) {
+ *       qwenport_engine* engine = NULL;
+ *       qwenport_session* session = NULL;
+ *       int64_t prompt[] = {785, 3974, 13876}, tokens[40];
+ *       const int64_t* prompts[] = {prompt};
+ *       size_t sizes[] = {3};
+ *       qwenport_generate_options options = qwenport_generate_defaults();
+ *       qwenport_generated result;
+ *       options.max_new_tokens = 40;
+ *       if (qwenport_engine_load("engine", 0, &engine) || qwenport_session_create(engine, NULL, &session) ||
+ *           qwenport_generate(session, prompts, sizes, 1, &options, NULL, NULL, tokens, &result)) {
+ *         fprintf(stderr, "error: %s\n", qwenport_last_error());
+ *         return 2;
+ *       }
+ *       for (size_t i = 0; i < result.count; ++i) printf("%lld\n", (long long)tokens[i]);
+ *       qwenport_session_free(session);
+ *       qwenport_engine_free(engine);
+ *     }
+ *
+ * Every function that returns int returns 0, or an error code and leaves a text for qwenport_last_error.
+ * No argument may be NULL unless said so. The free functions accept NULL.
+ */
+#ifndef QWENPORT_QWENPORT_H
+#define QWENPORT_QWENPORT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <qwenport/export.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/** A token id that leaves its row alone in qwenport_session_decode. */
+#define QWENPORT_IDLE (-1)
+
+/** What went wrong; qwenport.hpp's ErrorCode says more. */
+enum {
+  QWENPORT_INVALID_ARGUMENT = 1,
+  QWENPORT_BAD_ENGINE = 2,
+  QWENPORT_MISSING_LIBRARY = 3,
+  QWENPORT_WRONG_GPU = 4,
+  QWENPORT_WRONG_VERSION = 5,
+  QWENPORT_CAPACITY = 6,
+  QWENPORT_SAMPLING = 7,
+  QWENPORT_BAD_SNAPSHOT = 8,
+  QWENPORT_DEVICE = 9,
+  QWENPORT_INTERNAL = 10
+};
+
+/** Why a row ended. */
+enum {
+  QWENPORT_FINISH_STOP = 0,
+  QWENPORT_FINISH_LENGTH = 1,
+  QWENPORT_FINISH_CAPACITY = 2,
+  QWENPORT_FINISH_CANCELLED = 3
+};
+
+typedef struct qwenport_engine qwenport_engine;
+typedef struct qwenport_session qwenport_session;
+typedef struct qwenport_cancellation qwenport_cancellation;
+
+/** What the manifest of an engine says. The texts live as long as the engine. */
+typedef struct {
+  int vocab_size;
+  int capacity;        /**< cache slots a row */
+  int max_batch;       /**< rows */
+  int max_step_tokens; /**< tokens a row and step */
+  const char* dtype;
+  const char* flavour;
+  const char* tensorrt_version;
+  const char* gpus; /**< "sm80,sm90" */
+  size_t cache_bytes_per_row;
+} qwenport_engine_info;
+
+typedef struct {
+  int max_batch;   /**< rows */
+  int capacity;    /**< slots a row that may be used; 0 is the engine's */
+  int cuda_graphs; /**< 0 or 1 */
+} qwenport_session_options;
+
+typedef struct {
+  int max_new_tokens;         /**< also the columns of the tokens that qwenport_generate writes */
+  const int64_t* stop_tokens; /**< may be NULL if stop_token_count is 0 */
+  size_t stop_token_count;
+  double temperature; /**< 0 is greedy */
+  int64_t top_k;      /**< 0 keeps all */
+  double top_p;       /**< 1 keeps all */
+  double repetition_penalty;
+  uint64_t seed;
+  const qwenport_cancellation* cancellation; /**< may be NULL */
+} qwenport_generate_options;
+
+typedef struct {
+  size_t count;       /**< new tokens, the stop token not counted */
+  int reason;         /**< QWENPORT_FINISH_... */
+  int64_t stop_token; /**< the one that was drawn, or -1 */
+} qwenport_generated;
+
+/** Called for each new token. Must not throw, longjmp, or use the session; may request cancellation. */
+typedef void (*qwenport_on_token)(void* user, int row, int64_t token);
+
+/** The text of this thread's last error: one line, says what to do. Valid until its next call. */
+QWENPORT_EXPORT const char* qwenport_last_error(void);
+
+/** Load an engine directory onto a GPU (a CUDA device number). */
+QWENPORT_EXPORT int qwenport_engine_load(const char* directory, int gpu, qwenport_engine** engine);
+/** Sessions of it stay valid. */
+QWENPORT_EXPORT void qwenport_engine_free(qwenport_engine* engine);
+QWENPORT_EXPORT qwenport_engine_info qwenport_engine_get_info(const qwenport_engine* engine);
+
+QWENPORT_EXPORT qwenport_session_options qwenport_session_defaults(void);
+/** options may be NULL: the defaults. */
+QWENPORT_EXPORT int qwenport_session_create(const qwenport_engine* engine,
+                                            const qwenport_session_options* options,
+                                            qwenport_session** session);
+QWENPORT_EXPORT void qwenport_session_free(qwenport_session* session);
+
+/** Append sizes[b] tokens rows[b] to row b; rows may be empty.
+ *  logits[b] becomes the fp32 [vocab_size] after its last token, or NULL; valid until the next call. */
+QWENPORT_EXPORT int qwenport_session_prefill(qwenport_session* session, const int64_t* const* rows,
+                                             const size_t* sizes, size_t count, const float** logits);
+/** Append one token a row, or none (QWENPORT_IDLE). logits as above. */
+QWENPORT_EXPORT int qwenport_session_decode(qwenport_session* session, const int64_t* tokens, size_t count,
+                                            const float** logits);
+
+QWENPORT_EXPORT qwenport_generate_options qwenport_generate_defaults(void);
+/** Reset, prefill `count` prompts and decode until all have ended.
+ *  options and on_token may be NULL. tokens is int64 [count, max_new_tokens], results [count]. */
+QWENPORT_EXPORT int qwenport_generate(qwenport_session* session, const int64_t* const* prompts,
+                                      const size_t* sizes, size_t count,
+                                      const qwenport_generate_options* options, qwenport_on_token on_token,
+                                      void* user, int64_t* tokens, qwenport_generated* results);
+
+QWENPORT_EXPORT void qwenport_session_reset(qwenport_session* session);
+/** Keep the first `length` tokens of a row. */
+QWENPORT_EXPORT int qwenport_session_truncate(qwenport_session* session, int length, int row);
+/** Write the tokens that each of the max_batch rows holds. */
+QWENPORT_EXPORT int qwenport_session_lengths(const qwenport_session* session, int* lengths);
+QWENPORT_EXPORT int qwenport_session_max_batch(const qwenport_session* session);
+QWENPORT_EXPORT int qwenport_session_capacity(const qwenport_session* session);
+
+/** The cache's content, to be freed by qwenport_snapshot_free. */
+QWENPORT_EXPORT int qwenport_session_save(const qwenport_session* session, void** snapshot, size_t* bytes);
+QWENPORT_EXPORT int qwenport_session_restore(qwenport_session* session, const void* snapshot, size_t bytes);
+QWENPORT_EXPORT void qwenport_snapshot_free(void* snapshot);
+
+/** Returns NULL if there is no memory. */
+QWENPORT_EXPORT qwenport_cancellation* qwenport_cancellation_create(void);
+/** From any thread. */
+QWENPORT_EXPORT void qwenport_cancellation_request(qwenport_cancellation* cancellation);
+/** Not while a generation looks at it. */
+QWENPORT_EXPORT void qwenport_cancellation_free(qwenport_cancellation* cancellation);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

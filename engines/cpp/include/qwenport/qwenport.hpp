@@ -1,0 +1,238 @@
+// Qwenport's C++ runtime: an engine directory that `qwenport build` wrote, inside your program.
+//
+// A whole program (link qwenport::runtime; examples/cpp/minimal is this one with its CMakeLists.txt):
+//
+//     #include <qwenport/qwenport.hpp>
+//
+//     #include <cstdio>
+//
+//     int main(int argc, char** argv) {
+//       try {
+//         qwenport::Engine engine = qwenport::Engine::load(argc > 1 ? argv[1] : "engine");
+//         qwenport::Session session(engine);
+//         qwenport::GenerateOptions options;
+//         options.max_new_tokens = 40;
+//         session.generate({785, 3974, 13876}, options,
+//                          [](int, qwenport::Token token) { std::printf("%lld\n", (long long)token); });
+//       } catch (const qwenport::Error& error) {
+//         std::fprintf(stderr, "error: %s\n", error.what());
+//         return 2;
+//       }
+//     }
+//
+// Threads. An Engine never changes after load: copy it and use it from any number of threads. A Session
+// belongs to one thread at a time; two sessions, also of one engine, may run at the same time on two
+// threads. Cancellation::request is the one call that any thread may make while a session works.
+#ifndef QWENPORT_QWENPORT_HPP
+#define QWENPORT_QWENPORT_HPP
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <qwenport/export.h>
+
+namespace qwenport {
+
+/// A token id of the model's vocabulary.
+using Token = std::int64_t;
+
+/// In decode_batch: leave this row alone.
+constexpr Token idle = -1;
+
+/// What went wrong. The C API has the same numbers.
+enum class ErrorCode : int {
+  invalid_argument = 1,  ///< a value outside its range: a token id, a sampling parameter, too many rows
+  bad_engine = 2,        ///< the directory is no engine, is damaged, or was changed
+  missing_library = 3,   ///< TensorRT, the CUDA driver or the plugin library cannot be loaded
+  wrong_gpu = 4,         ///< no GPU, or one that the engine was not built for
+  wrong_version = 5,     ///< the engine was built by another TensorRT release or flavour
+  capacity = 6,          ///< a row would pass the cache's capacity; nothing was written
+  sampling = 7,          ///< no token can be chosen from the logits (NaN, +inf, all -inf)
+  bad_snapshot = 8,      ///< restore: not a snapshot, a damaged one, or one of another engine
+  device = 9,            ///< CUDA or TensorRT failed; the session is unusable, the message says why
+  internal = 10,         ///< a defect of this library
+};
+
+/// Every exception that this library throws. The text is one line and says what to do.
+class QWENPORT_EXPORT Error : public std::runtime_error {
+ public:
+  Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  [[nodiscard]] ErrorCode code() const noexcept { return code_; }
+
+ private:
+  ErrorCode code_;
+};
+
+/// What the manifest of an engine says.
+struct EngineInfo {
+  int vocab_size = 0;
+  int capacity = 0;              ///< cache slots a row
+  int max_batch = 0;             ///< rows
+  int max_step_tokens = 0;       ///< tokens a row and step; longer prompts run in several steps
+  std::string dtype;             ///< of weights and cache: "fp32", "fp16" or "bf16"
+  std::string flavour;           ///< "tensorrt" or "tensorrt-rtx"
+  std::string tensorrt_version;  ///< that built it
+  std::vector<std::string> gpus;  ///< it was built for: "sm90", ...
+  std::size_t cache_bytes_per_row = 0;  ///< device memory a session takes for each row
+};
+
+namespace detail {
+class Model;
+class SessionCore;
+}  // namespace detail
+
+/// A loaded engine: the weights on the GPU. A handle; copies share one engine.
+class QWENPORT_EXPORT Engine {
+ public:
+  /// Load an engine directory (engine.plan and qwenport.json) onto a GPU.
+  ///
+  /// The plan is held against the manifest's SHA-256, the GPU, TensorRT's flavour and version against
+  /// what it was built for.
+  /// \param directory what `qwenport build` wrote.
+  /// \param gpu CUDA device number.
+  /// \throws Error bad_engine, missing_library, wrong_gpu, wrong_version, device.
+  static Engine load(const std::string& directory, int gpu = 0);
+
+  [[nodiscard]] const EngineInfo& info() const noexcept;
+
+  explicit Engine(std::shared_ptr<const detail::Model> model) : model_(std::move(model)) {}
+
+ private:
+  friend class Session;
+  std::shared_ptr<const detail::Model> model_;
+};
+
+struct SessionOptions {
+  int max_batch = 1;  ///< rows; at most the engine's
+  /// Cache slots a row that may be used, at most the engine's; 0 is the engine's. The memory is the
+  /// engine's capacity either way: TensorRT fixes it.
+  int capacity = 0;
+  bool cuda_graphs = true;  ///< replay single-token steps as CUDA graphs
+};
+
+/// Logits of a call: a view of host memory, valid until the session's next call.
+class Logits {
+ public:
+  Logits(const float* data, const char* present, int rows, int vocab_size)
+      : data_(data), present_(present), rows_(rows), vocab_size_(vocab_size) {}
+
+  /// The fp32 [vocab_size] logits after row's last token; nullptr for a row that was given none.
+  /// \throws Error invalid_argument: no such row.
+  [[nodiscard]] const float* row(int row) const {
+    if (row < 0 || row >= rows_) throw Error(ErrorCode::invalid_argument, "no such row of logits");
+    return present_[row] != 0 ? data_ + static_cast<std::ptrdiff_t>(row) * vocab_size_ : nullptr;
+  }
+  [[nodiscard]] int rows() const noexcept { return rows_; }
+  [[nodiscard]] int vocab_size() const noexcept { return vocab_size_; }
+
+ private:
+  const float* data_;
+  const char* present_;
+  int rows_;
+  int vocab_size_;
+};
+
+/// Ends a generation from another thread. Stays requested: use a new one for each request.
+class Cancellation {
+ public:
+  void request() noexcept { requested_.store(true, std::memory_order_relaxed); }
+  [[nodiscard]] bool requested() const noexcept { return requested_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<bool> requested_{false};
+};
+
+/// How tokens are chosen and when to stop. The values mean what they mean to transformers' generate;
+/// the same logits and seed give the token that `qwenport generate` gives, bit for bit.
+struct GenerateOptions {
+  int max_new_tokens = 256;         ///< at least 1; a stop token is not counted
+  std::vector<Token> stop_tokens;   ///< end of sequence, end of turn; may be empty
+  double temperature = 0;           ///< 0 is greedy
+  std::int64_t top_k = 0;           ///< keep the k highest and their ties; 0 keeps all
+  double top_p = 1;                 ///< nucleus, in [0, 1]; 1 keeps all
+  double repetition_penalty = 1;    ///< over prompt and new tokens; 1 is off
+  std::uint64_t seed = 0;           ///< row b draws from the stream (seed, b)
+  const Cancellation* cancellation = nullptr;  ///< looked at before every step
+};
+
+enum class FinishReason : int {
+  stop = 0,       ///< a stop token was drawn
+  length = 1,     ///< max_new_tokens
+  capacity = 2,   ///< the row's cache is full
+  cancelled = 3,  ///< Cancellation::request
+};
+
+/// What one row generated.
+struct Generated {
+  std::vector<Token> tokens;  ///< without the stop token
+  FinishReason reason = FinishReason::length;
+  Token stop_token = -1;  ///< the one that was drawn, if reason is stop
+};
+
+/// Called for each new token right after it was drawn. What it throws ends the generation.
+using OnToken = std::function<void(int row, Token token)>;
+
+/// An engine with a KV cache of max_batch rows, fed token by token. For one thread at a time.
+///
+/// All memory of a step is allocated on construction; only the first two steps with one number of rows and
+/// one span of the cache (it grows by 64 slots) make a CUDA graph. After an Error of code device a session
+/// can only be destroyed; after any other it is as before the call, except that generate has
+/// reset it if it began to run.
+class QWENPORT_EXPORT Session {
+ public:
+  /// \throws Error invalid_argument (more rows or slots than the engine has), device (out of memory).
+  explicit Session(const Engine& engine, const SessionOptions& options = {});
+  Session(Session&&) noexcept;
+  Session& operator=(Session&&) noexcept;
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+  ~Session();
+
+  /// Append tokens to row 0; again to continue. Returns the logits after the last one.
+  /// \throws Error invalid_argument, capacity: nothing was written.
+  Logits prefill(const std::vector<Token>& tokens);
+  /// Append rows[b] to row b. Rows may differ in length and may be empty.
+  Logits prefill_batch(const std::vector<std::vector<Token>>& rows);
+  /// Append one token to row 0.
+  Logits decode(Token token);
+  /// Append one token a row; `idle` leaves a row alone.
+  Logits decode_batch(const std::vector<Token>& tokens);
+
+  /// Reset, prefill the prompt and decode until it ends.
+  /// \throws Error invalid_argument, capacity (a prompt longer than the capacity): nothing was run;
+  ///   sampling.
+  Generated generate(const std::vector<Token>& prompt, const GenerateOptions& options = {},
+                     const OnToken& on_token = nullptr);
+  /// The same for several prompts at once, one a row; a row that ends idles while the others go on.
+  std::vector<Generated> generate_batch(const std::vector<std::vector<Token>>& prompts,
+                                        const GenerateOptions& options = {},
+                                        const OnToken& on_token = nullptr);
+
+  /// Forget all tokens.
+  void reset();
+  /// Keep the first `length` tokens of a row. \throws Error invalid_argument: it holds fewer.
+  void truncate(int length, int row = 0);
+  /// The tokens that each of the max_batch rows holds.
+  [[nodiscard]] std::vector<int> lengths() const;
+  [[nodiscard]] int max_batch() const noexcept;
+  [[nodiscard]] int capacity() const noexcept;
+
+  /// The cache's content (only the slots in use), to be restored into a session of the same engine with
+  /// as many rows, in this process or another.
+  [[nodiscard]] std::vector<std::byte> save() const;
+  /// \throws Error bad_snapshot, capacity: the session is as before.
+  void restore(const std::vector<std::byte>& snapshot);
+
+ private:
+  std::unique_ptr<detail::SessionCore> core_;
+};
+
+}  // namespace qwenport
+
+#endif

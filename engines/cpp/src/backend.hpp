@@ -1,0 +1,92 @@
+// What a session needs of a machine, as two small interfaces: memory and a stream (Device); bindings,
+// shapes and a step (Executor). CUDA and TensorRT implement them in src/tensorrt; the tests bring a
+// stand-in without a GPU. A Model is an engine that makes them.
+//
+// All work of one Device happens in order on its one stream. Copies are asynchronous: host memory given
+// to one must be from allocate_pinned and stay as it is until synchronize.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "manifest.hpp"
+
+namespace qwenport::detail {
+
+/// Work recorded once, to be replayed on the stream it was recorded on.
+class Graph {
+ public:
+  Graph() = default;
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  virtual ~Graph() = default;
+  virtual void launch() = 0;
+};
+
+class Device {
+ public:
+  Device() = default;
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+  virtual ~Device() = default;
+
+  /// Device memory, all zero bytes, aligned to 256.
+  virtual void* allocate(std::size_t bytes) = 0;
+  virtual void release(void* memory) noexcept = 0;
+  /// Page-locked host memory.
+  virtual void* allocate_pinned(std::size_t bytes) = 0;
+  virtual void release_pinned(void* memory) noexcept = 0;
+
+  virtual void copy_to_device(void* device, const void* pinned, std::size_t bytes) = 0;
+  virtual void copy_to_host(void* pinned, const void* device, std::size_t bytes) = 0;
+  /// Wait for everything on the stream.
+  virtual void synchronize() = 0;
+
+  /// Record what follows, without running it, until end_capture.
+  virtual void begin_capture() = 0;
+  virtual std::unique_ptr<Graph> end_capture() = 0;
+};
+
+/// The sizes of a tensor of up to four dimensions.
+struct Shape {
+  int rank = 0;
+  std::array<std::int64_t, 4> sizes{};
+};
+
+/// One way through the network: addresses and shapes that stay until set again.
+class Executor {
+ public:
+  Executor() = default;
+  Executor(const Executor&) = delete;
+  Executor& operator=(const Executor&) = delete;
+  virtual ~Executor() = default;
+
+  virtual void bind(const std::string& name, void* memory) = 0;
+  virtual void shape(const std::string& name, const Shape& shape) = 0;
+  /// Run a step on the device's stream.
+  virtual void enqueue() = 0;
+};
+
+/// A loaded engine. Its methods may be called from several threads at once.
+class Model {
+ public:
+  explicit Model(Manifest manifest) : manifest_(std::move(manifest)) {}
+  Model(const Model&) = delete;
+  Model& operator=(const Model&) = delete;
+  virtual ~Model() = default;
+
+  [[nodiscard]] const Manifest& manifest() const noexcept { return manifest_; }
+  [[nodiscard]] virtual std::unique_ptr<Device> make_device() const = 0;
+  /// Device memory that an executor works in. Executors that never run at the same time may share it.
+  [[nodiscard]] virtual std::size_t workspace_bytes() const = 0;
+  [[nodiscard]] virtual std::unique_ptr<Executor> make_executor(Device& device, void* workspace) const = 0;
+
+ private:
+  Manifest manifest_;
+};
+
+}  // namespace qwenport::detail

@@ -1,0 +1,217 @@
+// The C API over the C++ one. No exception leaves a function; its text stays with the calling thread.
+#include "qwenport/qwenport.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "qwenport/qwenport.hpp"
+
+struct qwenport_engine {
+  qwenport::Engine engine;
+  std::string gpus;
+};
+
+struct qwenport_session {
+  qwenport::Session session;
+};
+
+struct qwenport_cancellation {
+  qwenport::Cancellation cancellation;
+};
+
+namespace {
+
+using qwenport::ErrorCode;
+using qwenport::Token;
+
+static_assert(static_cast<int>(ErrorCode::invalid_argument) == QWENPORT_INVALID_ARGUMENT);
+static_assert(static_cast<int>(ErrorCode::bad_engine) == QWENPORT_BAD_ENGINE);
+static_assert(static_cast<int>(ErrorCode::missing_library) == QWENPORT_MISSING_LIBRARY);
+static_assert(static_cast<int>(ErrorCode::wrong_gpu) == QWENPORT_WRONG_GPU);
+static_assert(static_cast<int>(ErrorCode::wrong_version) == QWENPORT_WRONG_VERSION);
+static_assert(static_cast<int>(ErrorCode::capacity) == QWENPORT_CAPACITY);
+static_assert(static_cast<int>(ErrorCode::sampling) == QWENPORT_SAMPLING);
+static_assert(static_cast<int>(ErrorCode::bad_snapshot) == QWENPORT_BAD_SNAPSHOT);
+static_assert(static_cast<int>(ErrorCode::device) == QWENPORT_DEVICE);
+static_assert(static_cast<int>(ErrorCode::internal) == QWENPORT_INTERNAL);
+static_assert(static_cast<int>(qwenport::FinishReason::stop) == QWENPORT_FINISH_STOP);
+static_assert(static_cast<int>(qwenport::FinishReason::length) == QWENPORT_FINISH_LENGTH);
+static_assert(static_cast<int>(qwenport::FinishReason::capacity) == QWENPORT_FINISH_CAPACITY);
+static_assert(static_cast<int>(qwenport::FinishReason::cancelled) == QWENPORT_FINISH_CANCELLED);
+static_assert(qwenport::idle == QWENPORT_IDLE);
+
+/// What this thread was told last. Cut to a fixed size, so that keeping it cannot fail.
+thread_local char last_error[1024] = "";
+
+int keep(ErrorCode code, const char* text) noexcept {
+  std::strncpy(last_error, text, sizeof last_error - 1);
+  return static_cast<int>(code);
+}
+
+template <typename Work>
+int guarded(const Work& work) noexcept {
+  try {
+    work();
+    return 0;
+  } catch (const qwenport::Error& error) {
+    return keep(error.code(), error.what());
+  } catch (const std::bad_alloc&) {
+    return keep(ErrorCode::internal, "out of host memory");
+  } catch (const std::exception& error) {
+    return keep(ErrorCode::internal, error.what());
+  } catch (...) {
+    return keep(ErrorCode::internal, "an unknown exception");
+  }
+}
+
+std::vector<std::vector<Token>> rows_of(const int64_t* const* rows, const size_t* sizes, size_t count) {
+  std::vector<std::vector<Token>> all(count);
+  for (size_t b = 0; b < count; ++b) {
+    if (sizes[b] != 0) all[b].assign(rows[b], rows[b] + sizes[b]);
+  }
+  return all;
+}
+
+void put_rows(const qwenport::Logits& from, const float** logits) {
+  for (int b = 0; b < from.rows(); ++b) logits[b] = from.row(b);
+}
+
+qwenport::GenerateOptions options_of(const qwenport_generate_options& given) {
+  qwenport::GenerateOptions options;
+  options.max_new_tokens = given.max_new_tokens;
+  if (given.stop_token_count != 0) {
+    options.stop_tokens.assign(given.stop_tokens, given.stop_tokens + given.stop_token_count);
+  }
+  options.temperature = given.temperature;
+  options.top_k = given.top_k;
+  options.top_p = given.top_p;
+  options.repetition_penalty = given.repetition_penalty;
+  options.seed = given.seed;
+  if (given.cancellation != nullptr) options.cancellation = &given.cancellation->cancellation;
+  return options;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* qwenport_last_error(void) { return last_error; }
+
+int qwenport_engine_load(const char* directory, int gpu, qwenport_engine** engine) {
+  return guarded([&] {
+    qwenport::Engine loaded = qwenport::Engine::load(directory, gpu);
+    std::string gpus;
+    for (const std::string& name : loaded.info().gpus) gpus += (gpus.empty() ? "" : ",") + name;
+    *engine = new qwenport_engine{std::move(loaded), std::move(gpus)};
+  });
+}
+
+void qwenport_engine_free(qwenport_engine* engine) { delete engine; }
+
+qwenport_engine_info qwenport_engine_get_info(const qwenport_engine* engine) {
+  const qwenport::EngineInfo& info = engine->engine.info();
+  return {info.vocab_size,      info.capacity,        info.max_batch,
+          info.max_step_tokens, info.dtype.c_str(),   info.flavour.c_str(),
+          info.tensorrt_version.c_str(), engine->gpus.c_str(), info.cache_bytes_per_row};
+}
+
+qwenport_session_options qwenport_session_defaults(void) {
+  const qwenport::SessionOptions options;
+  return {options.max_batch, options.capacity, options.cuda_graphs ? 1 : 0};
+}
+
+int qwenport_session_create(const qwenport_engine* engine, const qwenport_session_options* options,
+                            qwenport_session** session) {
+  return guarded([&] {
+    const qwenport_session_options given = options != nullptr ? *options : qwenport_session_defaults();
+    *session = new qwenport_session{
+        qwenport::Session(engine->engine, {given.max_batch, given.capacity, given.cuda_graphs != 0})};
+  });
+}
+
+void qwenport_session_free(qwenport_session* session) { delete session; }
+
+int qwenport_session_prefill(qwenport_session* session, const int64_t* const* rows, const size_t* sizes,
+                             size_t count, const float** logits) {
+  return guarded([&] { put_rows(session->session.prefill_batch(rows_of(rows, sizes, count)), logits); });
+}
+
+int qwenport_session_decode(qwenport_session* session, const int64_t* tokens, size_t count,
+                            const float** logits) {
+  return guarded([&] { put_rows(session->session.decode_batch({tokens, tokens + count}), logits); });
+}
+
+qwenport_generate_options qwenport_generate_defaults(void) {
+  const qwenport::GenerateOptions options;
+  return {options.max_new_tokens, nullptr, 0, options.temperature, options.top_k, options.top_p,
+          options.repetition_penalty, options.seed, nullptr};
+}
+
+int qwenport_generate(qwenport_session* session, const int64_t* const* prompts, const size_t* sizes,
+                      size_t count, const qwenport_generate_options* options, qwenport_on_token on_token,
+                      void* user, int64_t* tokens, qwenport_generated* results) {
+  return guarded([&] {
+    const qwenport_generate_options given = options != nullptr ? *options : qwenport_generate_defaults();
+    qwenport::OnToken forward;
+    if (on_token != nullptr) forward = [=](int row, Token token) { on_token(user, row, token); };
+    const auto rows =
+        session->session.generate_batch(rows_of(prompts, sizes, count), options_of(given), forward);
+    for (size_t b = 0; b < count; ++b) {
+      const std::vector<Token>& row = rows[b].tokens;
+      std::copy(row.begin(), row.end(), tokens + b * static_cast<size_t>(given.max_new_tokens));
+      results[b] = {row.size(), static_cast<int>(rows[b].reason), rows[b].stop_token};
+    }
+  });
+}
+
+void qwenport_session_reset(qwenport_session* session) { session->session.reset(); }
+
+int qwenport_session_truncate(qwenport_session* session, int length, int row) {
+  return guarded([&] { session->session.truncate(length, row); });
+}
+
+int qwenport_session_lengths(const qwenport_session* session, int* lengths) {
+  return guarded([&] {
+    const std::vector<int> held = session->session.lengths();
+    std::copy(held.begin(), held.end(), lengths);
+  });
+}
+
+int qwenport_session_max_batch(const qwenport_session* session) { return session->session.max_batch(); }
+
+int qwenport_session_capacity(const qwenport_session* session) { return session->session.capacity(); }
+
+int qwenport_session_save(const qwenport_session* session, void** snapshot, size_t* bytes) {
+  return guarded([&] {
+    const std::vector<std::byte> saved = session->session.save();
+    void* copy = std::malloc(saved.size());
+    if (copy == nullptr) throw std::bad_alloc();
+    std::memcpy(copy, saved.data(), saved.size());
+    *snapshot = copy;
+    *bytes = saved.size();
+  });
+}
+
+int qwenport_session_restore(qwenport_session* session, const void* snapshot, size_t bytes) {
+  return guarded([&] {
+    const auto* data = static_cast<const std::byte*>(snapshot);
+    session->session.restore({data, data + bytes});
+  });
+}
+
+void qwenport_snapshot_free(void* snapshot) { std::free(snapshot); }
+
+qwenport_cancellation* qwenport_cancellation_create(void) { return new (std::nothrow) qwenport_cancellation; }
+
+void qwenport_cancellation_request(qwenport_cancellation* cancellation) {
+  cancellation->cancellation.request();
+}
+
+void qwenport_cancellation_free(qwenport_cancellation* cancellation) { delete cancellation; }
+
+}  // extern "C"

@@ -1,0 +1,16 @@
+// Generating with a session: the twin of engines/generation.py.
+//
+// A step computes the logits that follow the token it is given, so a row's last token (and a stop token)
+// is never fed back: a cache of `capacity` slots allows capacity - p + 1 new tokens after p.
+#pragma once
+
+#include <vector>
+
+#include "session.hpp"
+
+namespace qwenport::detail {
+
+std::vector<Generated> generate(SessionCore& session, const std::vector<TokenView>& prompts,
+                                const GenerateOptions& options, const OnToken& on_token);
+
+}  // namespace qwenport::detail

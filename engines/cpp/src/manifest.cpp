@@ -1,0 +1,223 @@
+#include "manifest.hpp"
+
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <set>
+
+namespace qwenport::detail {
+namespace {
+
+using nlohmann::json;
+
+constexpr std::int64_t max_int = 0x7fffffff;
+constexpr std::uint64_t max_row_bytes = std::uint64_t{1} << 48U;  // 256 TiB: anything above is damage
+
+[[noreturn]] void fail(const std::string& where, const std::string& message) {
+  throw Error(ErrorCode::bad_engine, where + ": " + message);
+}
+
+/// A value of the document, and the way to it for messages.
+class Node {
+ public:
+  Node(const json& value, std::string path, const std::string& where)
+      : value_(value), path_(std::move(path)), where_(where) {}
+
+  [[nodiscard]] bool has(const char* key) const { return object().contains(key); }
+  [[nodiscard]] Node at(const std::string& key) const {
+    const auto found = object().find(key);
+    if (found == value_.end()) fail(where_, "damaged: no " + join(key));
+    return {*found, join(key), where_};
+  }
+  [[nodiscard]] Node at(std::size_t index) const {
+    if (!value_.is_array() || index >= value_.size()) {
+      fail(where_, "damaged: no " + path_ + "[" + std::to_string(index) + "]");
+    }
+    return {value_[index], path_ + "[" + std::to_string(index) + "]", where_};
+  }
+  [[nodiscard]] std::size_t size() const {
+    if (!value_.is_array()) wrong("a list");
+    return value_.size();
+  }
+  [[nodiscard]] std::vector<std::string> keys() const {
+    std::vector<std::string> names;
+    for (const auto& item : object().items()) names.push_back(item.key());
+    return names;
+  }
+  [[nodiscard]] bool is_text() const { return value_.is_string(); }
+  [[nodiscard]] std::string text() const {
+    if (!value_.is_string()) wrong("a text");
+    return value_.get<std::string>();
+  }
+  [[nodiscard]] int positive() const {
+    const bool fits = value_.is_number_integer() &&
+                      (value_.is_number_unsigned() ? value_.get<std::uint64_t>() <= max_int
+                                                   : value_.get<std::int64_t>() <= max_int) &&
+                      value_.get<std::int64_t>() >= 1;
+    if (!fits) wrong("a positive integer");
+    return value_.get<int>();
+  }
+  [[nodiscard]] std::uint64_t count() const {
+    if (!value_.is_number_unsigned()) wrong("a number of bytes");
+    return value_.get<std::uint64_t>();
+  }
+  [[noreturn]] void wrong(const std::string& expected) const {
+    fail(where_, "damaged: " + path_ + " is not " + expected);
+  }
+
+ private:
+  [[nodiscard]] const json& object() const {
+    if (!value_.is_object()) wrong("an object");
+    return value_;
+  }
+  [[nodiscard]] std::string join(const std::string& key) const {
+    return path_.empty() ? key : path_ + "." + key;
+  }
+
+  const json& value_;
+  std::string path_;
+  const std::string& where_;
+};
+
+FileRecord file_record(const Node& files, const std::string& name) {
+  const Node recorded = files.at(name);
+  FileRecord file{name, recorded.at("bytes").count(), recorded.at("sha256").text()};
+  if (file.sha256.size() != 64 || file.sha256.find_first_not_of("0123456789abcdef") != std::string::npos) {
+    recorded.at("sha256").wrong("a SHA-256");
+  }
+  return file;
+}
+
+/// A binding's dtype and its shape as one text: "float [batch,2,512,32]".
+std::string signature(const Node& binding) {
+  std::string text = binding.at("dtype").text() + " [";
+  const Node shape = binding.at("shape");
+  for (std::size_t i = 0; i < shape.size(); ++i) {
+    const Node size = shape.at(i);
+    text += (i != 0 ? "," : "") + (size.is_text() ? size.text() : std::to_string(size.positive()));
+  }
+  return text + "]";
+}
+
+/// Name -> signature.
+std::map<std::string, std::string> signatures(const Node& bindings) {
+  std::map<std::string, std::string> found;
+  for (std::size_t i = 0; i < bindings.size(); ++i) {
+    const Node binding = bindings.at(i);
+    if (!found.emplace(binding.at("name").text(), signature(binding)).second) {
+      binding.at("name").wrong("a name of its own");
+    }
+  }
+  return found;
+}
+
+void read_sizes(const Node& root, Manifest& manifest) {
+  EngineInfo& info = manifest.info;
+  const Node model = root.at("model");
+  info.vocab_size = model.at("vocab_size").positive();
+  manifest.kv_heads = model.at("num_key_value_heads").positive();
+  manifest.head_dim = model.at("head_dim").positive();
+  info.capacity = root.at("max_seq_len").positive();
+  info.max_batch = root.at("max_batch").positive();
+  info.dtype = root.at("dtype").text();
+  const std::map<std::string, int> bytes{{"fp32", 4}, {"fp16", 2}, {"bf16", 2}};
+  const auto found = bytes.find(info.dtype);
+  if (found == bytes.end()) root.at("dtype").wrong("fp32, fp16 or bf16");
+  manifest.element_bytes = found->second;
+  // Below, sizes are products of these; none may overflow.
+  const auto limit = static_cast<long double>(max_row_bytes);
+  if (static_cast<long double>(manifest.kv_heads) * info.capacity * manifest.head_dim *
+          manifest.element_bytes * info.max_batch >
+      limit) {
+    root.at("model").wrong("of a size that any machine has");
+  }
+  const Node profile = root.at("profile");
+  const Node widest = profile.at("input_ids").at("max");
+  info.max_step_tokens = widest.at(1).positive();
+  if (widest.at(std::size_t{0}).positive() != info.max_batch) widest.wrong("of max_batch rows");
+  if (info.max_step_tokens > info.capacity) widest.wrong("within max_seq_len");
+}
+
+void read_bindings(const Node& root, Manifest& manifest) {
+  const std::map<std::string, std::string> element{{"fp32", "float"}, {"fp16", "float16"}, {"bf16", "bfloat16"}};
+  const std::string cache = element.at(manifest.info.dtype) + " [batch," +
+                            std::to_string(manifest.kv_heads) + "," +
+                            std::to_string(manifest.info.capacity) + "," +
+                            std::to_string(manifest.head_dim) + "]";
+  std::map<std::string, std::string> inputs{{"input_ids", "int64 [batch,seq]"},
+                                            {"position_ids", "int64 [batch,seq]"},
+                                            {"write_indices", "int64 [batch]"},
+                                            {"key_positions", "int64 [span]"},
+                                            {"logits_indices", "int64 [batch,n]"}};
+  std::map<std::string, std::string> outputs{
+      {"logits", "float [batch,n," + std::to_string(manifest.info.vocab_size) + "]"}};
+  const Node aliases = root.at("aliases");
+  for (const std::string& present : aliases.keys()) {
+    const std::string past = aliases.at(present).text();
+    if (!inputs.emplace(past, cache).second || !outputs.emplace(present, cache).second) {
+      aliases.at(present).wrong("a binding of its own");
+    }
+    manifest.caches.push_back({past, present});
+  }
+  const int layers = root.at("model").at("num_hidden_layers").positive();
+  if (manifest.caches.size() != 2 * static_cast<std::size_t>(layers)) {
+    aliases.wrong("a key and a value for each of " + std::to_string(layers) + " layers");
+  }
+  const Node bindings = root.at("bindings");
+  if (signatures(bindings.at("inputs")) != inputs) bindings.at("inputs").wrong("what this runtime feeds");
+  if (signatures(bindings.at("outputs")) != outputs) bindings.at("outputs").wrong("what this runtime reads");
+}
+
+void read_target(const Node& root, Manifest& manifest) {
+  EngineInfo& info = manifest.info;
+  info.flavour = root.at("flavour").text();
+  if (info.flavour != "tensorrt" && info.flavour != "tensorrt-rtx") {
+    root.at("flavour").wrong("tensorrt or tensorrt-rtx");
+  }
+  info.tensorrt_version = root.at("tensorrt_version").text();
+  const Node gpus = root.at("gpus");
+  for (std::size_t i = 0; i < gpus.size(); ++i) info.gpus.push_back(gpus.at(i).text());
+  if (info.gpus.empty()) gpus.wrong("a list of GPU architectures");
+}
+
+}  // namespace
+
+Manifest parse_manifest(std::string_view text, const std::string& where) {
+  const json document = json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
+  if (document.is_discarded()) fail(where, "not a manifest: not JSON");
+  const Node root(document, "", where);
+  if (root.at("format").text() != "qwenport-engine") {
+    fail(where, "holds a " + root.at("format").text() + ", expected a qwenport-engine");
+  }
+  const int version = root.at("format_version").positive();
+  if (version != manifest_format_version) {
+    fail(where, "qwenport-engine format version " + std::to_string(version) + ", this runtime reads " +
+                    std::to_string(manifest_format_version) + "; build the engine again");
+  }
+  Manifest manifest;
+  read_sizes(root, manifest);
+  read_bindings(root, manifest);
+  read_target(root, manifest);
+  const Node files = root.at("files");
+  manifest.plan = file_record(files, "engine.plan");
+  if (root.has("plugins")) {
+    const Node plugins = root.at("plugins");
+    for (std::size_t i = 0; i < plugins.size(); ++i) {
+      const std::string name = plugins.at(i).text();
+      if (name.empty() || name.find('/') != std::string::npos) plugins.at(i).wrong("a file's name");
+      manifest.plugins.push_back(file_record(files, name));
+    }
+  }
+  manifest.info.cache_bytes_per_row = manifest.caches.size() * manifest.row_bytes();
+  return manifest;
+}
+
+Manifest read_manifest(const std::string& directory) {
+  const std::string path = directory + "/qwenport.json";
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw Error(ErrorCode::bad_engine, directory + ": no qwenport.json; not an engine directory");
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  return parse_manifest(text, path);
+}
+
+}  // namespace qwenport::detail

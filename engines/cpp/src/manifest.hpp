@@ -1,0 +1,57 @@
+// qwenport.json of an engine directory: parsed, and every field that the runtime relies on checked.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "qwenport/qwenport.hpp"
+
+namespace qwenport::detail {
+
+constexpr int manifest_format_version = 2;
+
+/// A file beside the manifest.
+struct FileRecord {
+  std::string name;
+  std::uint64_t bytes = 0;
+  std::string sha256;  ///< 64 lower-case hexadecimal digits
+};
+
+/// A pair of bindings at one device address.
+struct CacheBinding {
+  std::string past;
+  std::string present;
+};
+
+struct Manifest {
+  EngineInfo info;
+  int kv_heads = 0;
+  int head_dim = 0;
+  int element_bytes = 0;  ///< of the cache
+  FileRecord plan;
+  std::vector<FileRecord> plugins;
+  std::vector<CacheBinding> caches;  ///< ordered by the names of their outputs
+
+  /// Of one cache binding: the bytes of one slot of one head.
+  [[nodiscard]] std::size_t slot_bytes() const noexcept {
+    return static_cast<std::size_t>(head_dim) * static_cast<std::size_t>(element_bytes);
+  }
+  /// Of one cache binding: the bytes of one row, [kv_heads, capacity, head_dim].
+  [[nodiscard]] std::size_t row_bytes() const noexcept {
+    return static_cast<std::size_t>(kv_heads) * static_cast<std::size_t>(info.capacity) * slot_bytes();
+  }
+};
+
+/// Parse and check a manifest.
+/// \param text the file's content. \param where its path, for messages.
+/// \throws Error bad_engine.
+Manifest parse_manifest(std::string_view text, const std::string& where);
+
+/// Read `directory`/qwenport.json. \throws Error bad_engine.
+Manifest read_manifest(const std::string& directory);
+
+}  // namespace qwenport::detail

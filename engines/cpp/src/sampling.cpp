@@ -1,0 +1,214 @@
+#include "sampling.hpp"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+
+static_assert(FLT_EVAL_METHOD == 0, "the sampler's bits need float and double to be rounded as such");
+static_assert(std::numeric_limits<double>::is_iec559, "the sampler's bits need IEEE-754");
+
+namespace qwenport::detail {
+namespace {
+
+constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+
+double in_range(const char* name, double value, double low, double high) {
+  if (!(value >= low && value <= high)) {
+    throw Error(ErrorCode::invalid_argument, std::string(name) + " is " + std::to_string(value) +
+                                                 ", outside its range; see GenerateOptions");
+  }
+  return value;
+}
+
+class SplitMix64 {
+ public:
+  explicit SplitMix64(std::uint64_t state) noexcept : state_(state) {}
+  std::uint64_t next() noexcept {
+    state_ += 0x9E3779B97F4A7C15;
+    std::uint64_t z = state_;
+    z = (z ^ (z >> 30U)) * 0xBF58476D1CE4E5B9;
+    z = (z ^ (z >> 27U)) * 0x94D049BB133111EB;
+    return z ^ (z >> 31U);
+  }
+
+ private:
+  std::uint64_t state_;
+};
+
+constexpr std::uint64_t rotl(std::uint64_t x, unsigned k) { return (x << k) | (x >> (64U - k)); }
+
+constexpr std::array<double, 14> exp_terms() {  // 1/13!, ..., 1/1!, 1/0!
+  std::array<double, 14> terms{};
+  double factorial = 1;
+  for (std::size_t n = 0; n < terms.size(); ++n) {
+    if (n > 1) factorial *= static_cast<double>(n);
+    terms[terms.size() - 1 - n] = 1.0 / factorial;
+  }
+  return terms;
+}
+
+/// exp(x) for x <= 0 with the same bits everywhere: see portable_exp in engines/sampling.py.
+double portable_exp(double x) noexcept {
+  constexpr double log2e = 0x1.71547652b82fep+0;
+  constexpr double ln2_hi = 0x1.62e42feep-1;
+  constexpr double ln2_lo = 0x1.a39ef35793c76p-33;
+  constexpr double to_integer = 0x1.8p52;  // adding and taking away rounds half to even
+  constexpr std::array<double, 14> terms = exp_terms();
+  if (x < -708.0) return 0;
+  const double k = (x * log2e + to_integer) - to_integer;
+  const double r = (x - k * ln2_hi) - k * ln2_lo;
+  double p = terms[0];
+  for (std::size_t n = 1; n < terms.size(); ++n) p = p * r + terms[n];
+  const std::uint64_t power_bits = static_cast<std::uint64_t>(static_cast<std::int64_t>(k) + 1023) << 52U;
+  double power = 0;
+  std::memcpy(&power, &power_bits, sizeof power);
+  return p * power;  // exact: the result is a normal number
+}
+
+/// The highest score. \throws Error sampling: it is not finite.
+float checked_max(const float* scores, std::size_t count, const char* what) {
+  float top = minus_infinity;
+  bool nan = false;
+  for (std::size_t i = 0; i < count; ++i) {
+    nan |= scores[i] != scores[i];
+    top = scores[i] > top ? scores[i] : top;
+  }
+  if (nan || !std::isfinite(top)) {
+    throw Error(ErrorCode::sampling, std::string("no token can be chosen: the highest of the ") + what +
+                                         " is " + (nan ? "nan" : top > 0 ? "inf" : "-inf"));
+  }
+  return top;
+}
+
+}  // namespace
+
+SamplingParams checked_params(const GenerateOptions& options) {
+  SamplingParams params;
+  params.temperature =
+      in_range("temperature", options.temperature, options.temperature == 0 ? 0 : 1e-30, 1e30);
+  in_range("top_k", static_cast<double>(options.top_k), 0, 0x1p63);
+  params.top_k = options.top_k;
+  params.top_p = in_range("top_p", options.top_p, 0, 1);
+  params.repetition_penalty = in_range("repetition_penalty", options.repetition_penalty, 1e-30, 1e30);
+  return params;
+}
+
+Random::Random(std::uint64_t seed, std::uint64_t row) noexcept {
+  SplitMix64 mix(SplitMix64(seed).next() + row);
+  for (std::uint64_t& word : state_) word = mix.next();
+}
+
+double Random::uniform() noexcept {
+  auto& s = state_;
+  const std::uint64_t result = rotl(s[1] * 5, 7) * 9;
+  const std::uint64_t t = s[1] << 17U;
+  s[2] ^= s[0];
+  s[3] ^= s[1];
+  s[1] ^= s[2];
+  s[0] ^= s[3];
+  s[2] ^= t;
+  s[3] = rotl(s[3], 45);
+  return static_cast<double>(result >> 11U) * 0x1p-53;
+}
+
+Sampler::Sampler(const SamplingParams& params, std::uint64_t seed, std::uint64_t row, int vocab_size)
+    : params_(params), random_(seed, row) {
+  const auto vocab = static_cast<std::size_t>(vocab_size);
+  scores_.resize(vocab);
+  if (params.greedy()) return;
+  kept_.reserve(vocab);
+  weights_.reserve(vocab);
+  order_.reserve(vocab);
+  sorted_.reserve(vocab);
+}
+
+Token Sampler::sample(const float* logits, const std::vector<Token>& seen) {
+  checked_max(logits, scores_.size(), "logits");
+  std::copy_n(logits, scores_.size(), scores_.begin());
+  penalise(logits, seen);
+  if (!params_.greedy() && params_.temperature != 1) {
+    const auto temperature = static_cast<float>(params_.temperature);
+    for (float& score : scores_) score /= temperature;
+  }
+  checked_max(scores_.data(), scores_.size(), "processed scores");
+  if (params_.greedy()) return std::max_element(scores_.begin(), scores_.end()) - scores_.begin();
+  keep_top_k();
+  keep_top_p();
+  weigh();
+  double total = 0;
+  for (double& weight : weights_) weight = total += weight;  // now cumulative
+  const double target = random_.uniform() * total;
+  const auto drawn = std::upper_bound(weights_.begin(), weights_.end(), target);
+  return kept_[static_cast<std::size_t>(drawn - weights_.begin())];
+}
+
+void Sampler::penalise(const float* logits, const std::vector<Token>& seen) {
+  if (params_.repetition_penalty == 1) return;
+  const auto penalty = static_cast<float>(params_.repetition_penalty);
+  for (const Token token : seen) {
+    const auto id = static_cast<std::size_t>(token);
+    if (id >= scores_.size()) continue;
+    scores_[id] = logits[id] < 0 ? logits[id] * penalty : logits[id] / penalty;
+  }
+}
+
+void Sampler::keep_top_k() {
+  const auto k = static_cast<std::uint64_t>(params_.top_k);
+  if (k == 0 || k >= scores_.size()) return;
+  sorted_.assign(scores_.begin(), scores_.end());
+  const auto kth = sorted_.begin() + static_cast<std::ptrdiff_t>(k - 1);
+  std::nth_element(sorted_.begin(), kth, sorted_.end(), std::greater<>());
+  const float threshold = *kth;
+  for (float& score : scores_) score = score < threshold ? minus_infinity : score;
+}
+
+/// Fill kept_ and weights_ from scores_.
+void Sampler::weigh() {
+  const float top = *std::max_element(scores_.begin(), scores_.end());
+  kept_.clear();
+  weights_.clear();
+  for (std::size_t i = 0; i < scores_.size(); ++i) {
+    if (scores_[i] == minus_infinity) continue;
+    kept_.push_back(static_cast<std::uint32_t>(i));
+    weights_.push_back(portable_exp(static_cast<double>(scores_[i] - top)));
+  }
+}
+
+/// Drop the least likely tokens whose cumulative probability is at most 1 - top_p: first the tail, whose
+/// members cannot reach half of it together, unsorted; then the rest, by ascending score.
+void Sampler::keep_top_p() {
+  if (params_.top_p == 1) return;
+  weigh();
+  double total = 0;
+  for (const double weight : weights_) total += weight;
+  const auto threshold = static_cast<float>(1.0 - params_.top_p);
+  const double in_tail = 0.5 * static_cast<double>(threshold) / static_cast<double>(kept_.size());
+  double sum = 0;
+  order_.clear();
+  for (std::size_t i = 0; i < kept_.size(); ++i) {
+    const double probability = static_cast<float>(weights_[i] / total);
+    weights_[i] = probability;
+    if (probability < in_tail) {
+      sum += probability;
+      scores_[kept_[i]] = minus_infinity;
+    } else {
+      order_.push_back(static_cast<std::uint32_t>(i));
+    }
+  }
+  // By score, then by id; kept_ ascends, so the second key is the index itself.
+  std::sort(order_.begin(), order_.end(), [this](std::uint32_t a, std::uint32_t b) {
+    const float left = scores_[kept_[a]];
+    const float right = scores_[kept_[b]];
+    return left < right || (left == right && a < b);
+  });
+  for (std::size_t i = 0; i + 1 < order_.size(); ++i) {
+    sum += weights_[order_[i]];
+    if (static_cast<float>(sum) > threshold) break;  // sums ascend
+    scores_[kept_[order_[i]]] = minus_infinity;
+  }
+}
+
+}  // namespace qwenport::detail

@@ -1,0 +1,64 @@
+// Choosing the next token from a row of logits, with the bits of the Python sampler.
+//
+// engines/sampling.py is the specification, down to the order of operations: transformers' processors
+// (repetition penalty, temperature, top-k, top-p), then one draw of xoshiro256**. It holds only where
+// nothing contracts a product and a sum into an FMA: this file is compiled with -ffp-contract=off.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "qwenport/qwenport.hpp"
+
+namespace qwenport::detail {
+
+struct SamplingParams {
+  double temperature = 0;
+  std::int64_t top_k = 0;
+  double top_p = 1;
+  double repetition_penalty = 1;
+
+  [[nodiscard]] bool greedy() const noexcept { return temperature == 0; }
+};
+
+/// The sampling part of the options. \throws Error invalid_argument: a value is outside its range.
+SamplingParams checked_params(const GenerateOptions& options);
+
+/// xoshiro256** 1.0, on the stream of (seed, row).
+class Random {
+ public:
+  Random(std::uint64_t seed, std::uint64_t row) noexcept;
+  /// A double in [0, 1): the upper 53 bits of the next word times 2^-53.
+  double uniform() noexcept;
+
+ private:
+  std::array<std::uint64_t, 4> state_{};
+};
+
+/// The token choice of one row of one request. Its memory is allocated on construction.
+class Sampler {
+ public:
+  Sampler(const SamplingParams& params, std::uint64_t seed, std::uint64_t row, int vocab_size);
+
+  /// The next token.
+  /// \param logits fp32 [vocab_size]. \param seen what the penalty applies to.
+  /// \throws Error sampling: NaN, +inf, all -inf.
+  Token sample(const float* logits, const std::vector<Token>& seen);
+
+ private:
+  void penalise(const float* logits, const std::vector<Token>& seen);
+  void keep_top_k();
+  void keep_top_p();
+  void weigh();
+
+  SamplingParams params_;
+  Random random_;
+  std::vector<float> scores_;
+  std::vector<std::uint32_t> kept_;   // ids of the scores above -inf, ascending
+  std::vector<double> weights_;       // theirs
+  std::vector<std::uint32_t> order_;  // scratch of top-p
+  std::vector<float> sorted_;         // scratch of top-k
+};
+
+}  // namespace qwenport::detail

@@ -1,0 +1,275 @@
+#include "session.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+namespace qwenport::detail {
+namespace {
+
+constexpr std::size_t int64_bytes = sizeof(std::int64_t);
+
+std::string text(std::int64_t number) { return std::to_string(number); }
+
+int checked_capacity(const EngineInfo& info, const SessionOptions& options) {
+  const int capacity = options.capacity == 0 ? info.capacity : options.capacity;
+  if (options.max_batch < 1 || options.max_batch > info.max_batch || capacity < 1 ||
+      capacity > info.capacity) {
+    throw Error(ErrorCode::invalid_argument,
+                text(options.max_batch) + " rows of " + text(capacity) +
+                    " slots, but the engine was built for " + text(info.max_batch) + " rows of " +
+                    text(info.capacity));
+  }
+  return capacity;
+}
+
+}  // namespace
+
+Memory SessionCore::device_memory(std::size_t bytes) {
+  Device* device = device_.get();
+  return {device->allocate(bytes), [device](void* memory) { device->release(memory); }};
+}
+
+Memory SessionCore::pinned_memory(std::size_t bytes) {
+  Device* device = device_.get();
+  return {device->allocate_pinned(bytes), [device](void* memory) { device->release_pinned(memory); }};
+}
+
+SessionCore::Input SessionCore::make_input(const char* name, std::size_t count) {
+  return {name, pinned_memory(count * int64_bytes), device_memory(count * int64_bytes)};
+}
+
+SessionCore::SessionCore(std::shared_ptr<const Model> model, const SessionOptions& options)
+    : model_(std::move(model)),
+      device_(model_->make_device()),
+      capacity_(checked_capacity(manifest().info, options)),
+      max_step_tokens_(std::min(manifest().info.max_step_tokens, capacity_)),
+      cuda_graphs_(options.cuda_graphs) {
+  const auto rows = static_cast<std::size_t>(options.max_batch);
+  const auto width = static_cast<std::size_t>(max_step_tokens_);
+  const auto slots = static_cast<std::size_t>(capacity_);
+  const std::size_t logits_bytes =
+      rows * static_cast<std::size_t>(manifest().info.vocab_size) * sizeof(float);
+  lengths_.resize(rows);
+  last_token_.resize(rows);
+  present_.resize(rows);
+  views_.resize(rows);
+  done_.resize(rows);
+  taken_.resize(rows);
+  finishing_.resize(rows);
+  for (std::size_t i = 0; i < manifest().caches.size(); ++i) {
+    caches_.push_back(device_memory(rows * manifest().row_bytes()));
+  }
+  workspace_ = device_memory(model_->workspace_bytes());
+  logits_ = device_memory(logits_bytes);
+  host_logits_ = pinned_memory(logits_bytes);
+  input_ids_ = make_input("input_ids", rows * width);
+  position_ids_ = make_input("position_ids", rows * width);
+  write_indices_ = make_input("write_indices", rows);
+  logits_indices_ = make_input("logits_indices", rows);
+
+  // Positions of the cache's slots never change: a step only says how many of them it looks at.
+  Input positions = make_input("key_positions", slots);
+  for (std::size_t i = 0; i < slots; ++i) positions.values()[i] = static_cast<std::int64_t>(i);
+  device_->copy_to_device(positions.device.get(), positions.pinned.get(), slots * int64_bytes);
+  device_->synchronize();
+  key_positions_ = std::move(positions.device);
+
+  executor_ = make_executor();
+  buckets_.reserve(max_graphs);
+}
+
+std::unique_ptr<Executor> SessionCore::make_executor() {
+  auto executor = model_->make_executor(*device_, workspace_.get());
+  for (const Input* input : {&input_ids_, &position_ids_, &write_indices_, &logits_indices_}) {
+    executor->bind(input->name, input->device.get());
+  }
+  executor->bind("key_positions", key_positions_.get());
+  executor->bind("logits", logits_.get());
+  for (std::size_t i = 0; i < caches_.size(); ++i) {  // past and present are the same memory
+    executor->bind(manifest().caches[i].past, caches_[i].get());
+    executor->bind(manifest().caches[i].present, caches_[i].get());
+  }
+  return executor;
+}
+
+void SessionCore::check_usable() const {
+  if (failed_) {
+    throw Error(ErrorCode::device, "an earlier step of this session failed on the device; make a new session");
+  }
+}
+
+void SessionCore::check(const TokenView* rows, std::size_t count) const {
+  check_usable();
+  if (count < 1 || count > lengths_.size()) {
+    throw Error(ErrorCode::invalid_argument, std::to_string(count) + " rows given to a session of " +
+                                                 std::to_string(lengths_.size()));
+  }
+  const int vocab = manifest().info.vocab_size;
+  for (std::size_t b = 0; b < count; ++b) {
+    const TokenView& row = rows[b];
+    const bool inside = std::all_of(row.data, row.data + row.size,
+                                    [vocab](Token id) { return id >= 0 && id < vocab; });
+    if (!inside) {
+      throw Error(ErrorCode::invalid_argument, "row " + std::to_string(b) +
+                                                   " has a token id outside the vocabulary of " + text(vocab));
+    }
+    // TensorRT ignores cache writes past the end, so nothing but this check would say so.
+    if (row.size > static_cast<std::size_t>(capacity_ - lengths_[b])) {
+      throw Error(ErrorCode::capacity, "row " + std::to_string(b) + " holds " + text(lengths_[b]) +
+                                           " tokens and is given " + std::to_string(row.size) +
+                                           " more; there are " + text(capacity_) + " slots");
+    }
+  }
+}
+
+Logits SessionCore::decode(const Token* tokens, std::size_t count) {
+  for (std::size_t b = 0; b < std::min(count, views_.size()); ++b) {
+    views_[b] = {tokens + b, tokens[b] == idle ? std::size_t{0} : std::size_t{1}};
+  }
+  return prefill(views_.data(), count);
+}
+
+Logits SessionCore::prefill(const TokenView* rows, std::size_t count) {
+  check(rows, count);
+  std::fill(done_.begin(), done_.end(), std::size_t{0});
+  for (std::size_t b = 0; b < count; ++b) present_[b] = static_cast<char>(rows[b].size != 0);
+  for (bool first = true;; first = false) {
+    std::int64_t longest = 0;
+    std::int64_t last_start = 0;
+    for (std::size_t b = 0; b < count; ++b) {
+      longest = std::max(longest, static_cast<std::int64_t>(rows[b].size - done_[b]));
+      last_start = std::max<std::int64_t>(last_start, std::min(lengths_[b], capacity_ - 1));
+    }
+    if (longest == 0) break;
+    // Padding, too, needs slots: one step is as wide as the fullest row has room for.
+    const std::int64_t width = std::min({longest, capacity_ - last_start, std::int64_t{max_step_tokens_}});
+    bool whole = first;  // every row that has tokens ends in this step
+    for (std::size_t b = 0; b < count; ++b) {
+      const auto left = static_cast<std::int64_t>(rows[b].size - done_[b]);
+      taken_[b] = std::min(left, width);
+      finishing_[b] = static_cast<char>(left != 0 && left <= width);
+      whole = whole && left <= width;
+      std::int64_t* ids = input_ids_.values() + static_cast<std::int64_t>(b) * width;
+      std::fill_n(ids, width, 0);
+      std::copy_n(rows[b].data + done_[b], taken_[b], ids);
+      if (lengths_[b] == capacity_) ids[0] = last_token_[b];
+    }
+    run_step(static_cast<std::int64_t>(count), width, whole, finishing_);
+    for (std::size_t b = 0; b < count; ++b) {
+      if (taken_[b] == 0) continue;
+      done_[b] += static_cast<std::size_t>(taken_[b]);
+      last_token_[b] = rows[b].data[done_[b] - 1];
+      lengths_[b] += static_cast<int>(taken_[b]);
+    }
+  }
+  return {static_cast<const float*>(host_logits_.get()), present_.data(), static_cast<int>(count),
+          manifest().info.vocab_size};
+}
+
+/// Run the step whose tokens lie in input_ids_: fill in the rest, issue it and wait for its logits.
+void SessionCore::run_step(std::int64_t rows, std::int64_t width, bool whole, const std::vector<char>& wanted) {
+  std::int64_t end = 0;
+  for (std::int64_t b = 0; b < rows; ++b) {
+    const auto row = static_cast<std::size_t>(b);
+    const std::int64_t start = std::min(lengths_[row], capacity_ - 1);
+    write_indices_.values()[b] = start;
+    logits_indices_.values()[b] = std::max<std::int64_t>(taken_[row] - 1, 0);
+    for (std::int64_t i = 0; i < width; ++i) position_ids_.values()[b * width + i] = start + i;
+    end = std::max(end, start + width);
+  }
+  const std::int64_t rounded = (end + span_multiple - 1) / span_multiple * span_multiple;
+  const std::int64_t span = std::min<std::int64_t>(rounded, capacity_);
+  failed_ = true;  // until the step has come to its end
+  const StepShape step{rows, width, span};
+  if (width == 1 && whole && cuda_graphs_) {
+    Bucket& decode = bucket(step);
+    if (decode.executor == nullptr) {
+      decode.executor = make_executor();
+      set_shapes(*decode.executor, step);
+      issue(*decode.executor, step, nullptr);  // TensorRT wants one run before a capture
+    } else {
+      if (decode.graph == nullptr) {
+        device_->begin_capture();
+        issue(*decode.executor, step, nullptr);
+        decode.graph = device_->end_capture();
+      }
+      decode.graph->launch();
+    }
+  } else {
+    if (!(step == executor_shape_)) set_shapes(*executor_, step);
+    executor_shape_ = step;
+    issue(*executor_, step, whole ? nullptr : &wanted);
+  }
+  device_->synchronize();
+  failed_ = false;
+}
+
+void SessionCore::set_shapes(Executor& executor, const StepShape& step) const {
+  executor.shape("input_ids", {2, {step.rows, step.width}});
+  executor.shape("position_ids", {2, {step.rows, step.width}});
+  executor.shape("write_indices", {1, {step.rows}});
+  executor.shape("key_positions", {1, {step.span}});
+  executor.shape("logits_indices", {2, {step.rows, 1}});
+  const Shape cache{4, {step.rows, manifest().kv_heads, manifest().info.capacity, manifest().head_dim}};
+  for (const CacheBinding& binding : manifest().caches) executor.shape(binding.past, cache);
+}
+
+/// Put a step on the stream: inputs to the device, the network, logits to the host (of all rows, or of
+/// those wanted: the others' are still to be read).
+void SessionCore::issue(Executor& executor, const StepShape& step, const std::vector<char>* wanted) {
+  const auto count = static_cast<std::size_t>(step.rows);
+  const std::size_t tokens = count * static_cast<std::size_t>(step.width);
+  device_->copy_to_device(input_ids_.device.get(), input_ids_.pinned.get(), tokens * int64_bytes);
+  device_->copy_to_device(position_ids_.device.get(), position_ids_.pinned.get(), tokens * int64_bytes);
+  device_->copy_to_device(write_indices_.device.get(), write_indices_.pinned.get(), count * int64_bytes);
+  device_->copy_to_device(logits_indices_.device.get(), logits_indices_.pinned.get(), count * int64_bytes);
+  executor.enqueue();
+  const auto vocab = static_cast<std::size_t>(manifest().info.vocab_size);
+  const auto* device = static_cast<const float*>(logits_.get());
+  auto* host = static_cast<float*>(host_logits_.get());
+  if (wanted == nullptr) {
+    device_->copy_to_host(host, device, count * vocab * sizeof(float));
+    return;
+  }
+  for (std::size_t b = 0; b < count; ++b) {
+    if ((*wanted)[b] == 0) continue;
+    device_->copy_to_host(host + b * vocab, device + b * vocab, vocab * sizeof(float));
+  }
+}
+
+/// The bucket of a shape; a new one, in place of the one unused for longest if there are many.
+SessionCore::Bucket& SessionCore::bucket(const StepShape& step) {
+  auto found =
+      std::find_if(buckets_.begin(), buckets_.end(), [&step](const Bucket& b) { return b.shape == step; });
+  if (found == buckets_.end()) {
+    if (buckets_.size() == max_graphs) {
+      buckets_.erase(std::min_element(buckets_.begin(), buckets_.end(), [](const Bucket& a, const Bucket& b) {
+        return a.last_use < b.last_use;
+      }));
+    }
+    found = buckets_.emplace(buckets_.end());
+    found->shape = step;
+  }
+  found->last_use = ++steps_;
+  return *found;
+}
+
+void SessionCore::reset() {
+  std::fill(lengths_.begin(), lengths_.end(), 0);
+  std::fill(last_token_.begin(), last_token_.end(), 0);
+}
+
+void SessionCore::truncate(int length, int row) {
+  if (row < 0 || row >= max_batch()) {
+    throw Error(ErrorCode::invalid_argument, "row " + text(row) + " of a session of " + text(max_batch()));
+  }
+  int& held = lengths_[static_cast<std::size_t>(row)];
+  if (length < 0 || length > held) {
+    throw Error(ErrorCode::invalid_argument,
+                "row " + text(row) + " holds " + text(held) + " tokens; it cannot keep " + text(length));
+  }
+  held = length;
+}
+
+}  // namespace qwenport::detail

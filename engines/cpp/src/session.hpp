@@ -1,0 +1,119 @@
+// The bookkeeping of a session: padding, positions, cache slots, active span, capacity, CUDA graphs.
+//
+// The C++ twin of CachedSession and TensorRTSession in engines/. Rows are right-padded: a pad token's
+// key and value land in slots that no query attends to before a real token overwrites them. A row with
+// nothing to do in a step is all padding; if it is full, it replays its last token into its own slot.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "backend.hpp"
+#include "qwenport/qwenport.hpp"
+
+namespace qwenport::detail {
+
+/// The active part of the cache is rounded up to this many slots, so that steps share shapes.
+constexpr int span_multiple = 64;
+/// CUDA graphs that a session keeps; the one unused for longest makes room.
+constexpr std::size_t max_graphs = 8;
+
+/// Tokens that somebody else owns.
+struct TokenView {
+  const Token* data = nullptr;
+  std::size_t size = 0;
+};
+
+/// Memory of a Device, released with its owner.
+using Memory = std::unique_ptr<void, std::function<void(void*)>>;
+
+class SessionCore {
+ public:
+  SessionCore(std::shared_ptr<const Model> model, const SessionOptions& options);
+
+  Logits prefill(const TokenView* rows, std::size_t count);
+  /// One token a row; `idle` leaves a row alone.
+  Logits decode(const Token* tokens, std::size_t count);
+  void reset();
+  void truncate(int length, int row);
+  [[nodiscard]] const std::vector<int>& lengths() const noexcept { return lengths_; }
+  [[nodiscard]] int max_batch() const noexcept { return static_cast<int>(lengths_.size()); }
+  [[nodiscard]] int capacity() const noexcept { return capacity_; }
+  [[nodiscard]] const Manifest& manifest() const noexcept { return model_->manifest(); }
+  /// Tokens a row that one step takes.
+  [[nodiscard]] int max_step_tokens() const noexcept { return max_step_tokens_; }
+
+  [[nodiscard]] std::vector<std::byte> save();
+  void restore(const std::vector<std::byte>& snapshot);
+
+ private:
+  /// An int64 input of a step: filled in pinned memory, copied to where it is bound.
+  struct Input {
+    const char* name;
+    Memory pinned;
+    Memory device;
+    [[nodiscard]] std::int64_t* values() const noexcept { return static_cast<std::int64_t*>(pinned.get()); }
+  };
+  /// The sizes that tell two steps apart.
+  struct StepShape {
+    std::int64_t rows = 0;
+    std::int64_t width = 0;
+    std::int64_t span = 0;
+    bool operator==(const StepShape& other) const noexcept {
+      return rows == other.rows && width == other.width && span == other.span;
+    }
+  };
+  /// A single-token step of one shape: an executor of its own, and its graph once it has run.
+  struct Bucket {
+    StepShape shape;
+    std::uint64_t last_use = 0;
+    std::unique_ptr<Executor> executor;
+    std::unique_ptr<Graph> graph;
+  };
+
+  Memory device_memory(std::size_t bytes);
+  Memory pinned_memory(std::size_t bytes);
+  Input make_input(const char* name, std::size_t count);
+  std::unique_ptr<Executor> make_executor();
+  void check(const TokenView* rows, std::size_t count) const;
+  void check_usable() const;
+  void set_shapes(Executor& executor, const StepShape& step) const;
+  void run_step(std::int64_t rows, std::int64_t width, bool whole, const std::vector<char>& wanted);
+  void issue(Executor& executor, const StepShape& step, const std::vector<char>* wanted);
+  Bucket& bucket(const StepShape& step);
+  template <typename Visit>
+  void for_each_used_slice(const std::vector<int>& lengths, const Visit& visit);
+
+  // Destroyed in reverse order: graphs and executors, then memory, then the device.
+  std::shared_ptr<const Model> model_;
+  std::unique_ptr<Device> device_;
+  int capacity_;
+  int max_step_tokens_;
+  bool cuda_graphs_;
+  bool failed_ = false;
+  std::uint64_t steps_ = 0;
+  std::vector<int> lengths_;
+  std::vector<Token> last_token_;
+  std::vector<char> present_;            // of the last call's logits
+  std::vector<TokenView> views_;         // scratch of decode
+  std::vector<std::size_t> done_;        // scratch of prefill
+  std::vector<std::int64_t> taken_;      // scratch of prefill
+  std::vector<char> finishing_;          // scratch of prefill
+  std::vector<Memory> caches_;           // one for each pair of cache bindings
+  Memory workspace_;
+  Memory key_positions_;
+  Memory logits_;
+  Memory host_logits_;
+  Input input_ids_;
+  Input position_ids_;
+  Input write_indices_;
+  Input logits_indices_;
+  std::unique_ptr<Executor> executor_;
+  StepShape executor_shape_;
+  std::vector<Bucket> buckets_;
+};
+
+}  // namespace qwenport::detail

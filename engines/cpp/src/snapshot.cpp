@@ -1,0 +1,141 @@
+// SessionCore::save and restore. A snapshot is
+//   "QWENPORT" version:u64 plan's SHA-256:64 bytes rows:u64 (length:i64 last token:i64)[rows]
+//   the slots in use of every cache, row and head     checksum:u64 of all before it
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "session.hpp"
+
+namespace qwenport::detail {
+namespace {
+
+constexpr std::size_t word = sizeof(std::uint64_t);
+constexpr std::uint64_t snapshot_version = 1;
+constexpr char magic[] = "QWENPORT";
+
+/// Finds damage, not forgery: every word changes every later state.
+std::uint64_t checksum(const std::byte* data, std::size_t bytes) {
+  std::uint64_t state = bytes;
+  while (bytes != 0) {
+    std::uint64_t next = 0;
+    const std::size_t taken = std::min(bytes, word);
+    std::memcpy(&next, data, taken);
+    state = (state ^ next) * 0x9E3779B97F4A7C15;
+    state ^= state >> 32U;
+    data += taken;
+    bytes -= taken;
+  }
+  return state;
+}
+
+template <typename T>
+void put(std::vector<std::byte>& out, const T* values, std::size_t count) {
+  const auto* bytes = reinterpret_cast<const std::byte*>(values);
+  out.insert(out.end(), bytes, bytes + count * sizeof(T));
+}
+
+[[noreturn]] void refuse(const std::string& why) { throw Error(ErrorCode::bad_snapshot, "snapshot: " + why); }
+
+struct Header {
+  char magic[8];
+  std::uint64_t version;
+  char plan[64];
+  std::uint64_t rows;
+};
+
+}  // namespace
+
+/// Call visit(device address, bytes) for the used slots of every cache, row and head.
+template <typename Visit>
+void SessionCore::for_each_used_slice(const std::vector<int>& lengths, const Visit& visit) {
+  const std::size_t head_bytes = static_cast<std::size_t>(manifest().info.capacity) * manifest().slot_bytes();
+  for (const Memory& cache : caches_) {
+    auto* head = static_cast<std::byte*>(cache.get());
+    for (const int length : lengths) {
+      for (int h = 0; h < manifest().kv_heads; ++h, head += head_bytes) {
+        if (length != 0) visit(head, static_cast<std::size_t>(length) * manifest().slot_bytes());
+      }
+    }
+  }
+}
+
+std::vector<std::byte> SessionCore::save() {
+  check_usable();
+  Header header{};
+  std::memcpy(header.magic, magic, sizeof header.magic);
+  header.version = snapshot_version;
+  std::memcpy(header.plan, manifest().plan.sha256.data(), sizeof header.plan);
+  header.rows = lengths_.size();
+  std::vector<std::byte> out;
+  put(out, &header, 1);
+  for (std::size_t b = 0; b < lengths_.size(); ++b) {
+    const std::int64_t row[] = {lengths_[b], last_token_[b]};
+    put(out, row, 2);
+  }
+  const auto longest = static_cast<std::size_t>(*std::max_element(lengths_.begin(), lengths_.end()));
+  const Memory bounce = pinned_memory(std::max<std::size_t>(longest * manifest().slot_bytes(), 1));
+  for_each_used_slice(lengths_, [&](const std::byte* device, std::size_t bytes) {
+    device_->copy_to_host(bounce.get(), device, bytes);
+    device_->synchronize();
+    put(out, static_cast<const std::byte*>(bounce.get()), bytes);
+  });
+  const std::uint64_t sum = checksum(out.data(), out.size());
+  put(out, &sum, 1);
+  return out;
+}
+
+void SessionCore::restore(const std::vector<std::byte>& snapshot) {
+  check_usable();
+  Header header{};
+  if (snapshot.size() < sizeof header + word) refuse("too short to be one");
+  std::memcpy(&header, snapshot.data(), sizeof header);
+  if (std::memcmp(header.magic, magic, sizeof header.magic) != 0) refuse("not a snapshot");
+  if (header.version != snapshot_version) refuse("of another version of this library");
+  std::uint64_t sum = 0;
+  std::memcpy(&sum, snapshot.data() + snapshot.size() - word, word);
+  if (sum != checksum(snapshot.data(), snapshot.size() - word)) refuse("damaged");
+  if (std::memcmp(header.plan, manifest().plan.sha256.data(), sizeof header.plan) != 0) {
+    refuse("of another engine");
+  }
+  if (header.rows != lengths_.size()) {
+    refuse("of " + std::to_string(header.rows) + " rows, this session has " + std::to_string(lengths_.size()));
+  }
+  std::vector<int> lengths(lengths_.size());
+  std::vector<Token> last(lengths_.size());
+  const std::byte* next = snapshot.data() + sizeof header;
+  std::size_t left = snapshot.size() - word - sizeof header;
+  if (left < lengths.size() * 2 * word) refuse("damaged");
+  for (std::size_t b = 0; b < lengths.size(); ++b) {
+    std::int64_t row[2];
+    std::memcpy(row, next, sizeof row);
+    next += sizeof row;
+    left -= sizeof row;
+    if (row[0] < 0 || row[0] > manifest().info.capacity) refuse("damaged");
+    if (row[0] > capacity_) {
+      throw Error(ErrorCode::capacity, "snapshot: row " + std::to_string(b) + " holds " + std::to_string(row[0]) +
+                                           " tokens; there are " + std::to_string(capacity_) + " slots");
+    }
+    if (row[1] < 0 || row[1] >= manifest().info.vocab_size) refuse("damaged");
+    lengths[b] = static_cast<int>(row[0]);
+    last[b] = row[1];
+  }
+  std::size_t needed = 0;
+  for_each_used_slice(lengths, [&needed](const std::byte*, std::size_t bytes) { needed += bytes; });
+  if (needed != left) refuse("damaged");
+
+  const auto longest = static_cast<std::size_t>(*std::max_element(lengths.begin(), lengths.end()));
+  const Memory bounce = pinned_memory(std::max<std::size_t>(longest * manifest().slot_bytes(), 1));
+  failed_ = true;  // until all of it is there
+  for_each_used_slice(lengths, [&](std::byte* device, std::size_t bytes) {
+    std::memcpy(bounce.get(), next, bytes);
+    next += bytes;
+    device_->copy_to_device(device, bounce.get(), bytes);
+    device_->synchronize();
+  });
+  failed_ = false;
+  lengths_ = lengths;
+  last_token_ = last;
+}
+
+}  // namespace qwenport::detail

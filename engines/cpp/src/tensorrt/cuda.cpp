@@ -1,0 +1,130 @@
+#include "cuda.hpp"
+
+namespace qwenport::detail {
+namespace {
+
+class CudaGraph final : public Graph {
+ public:
+  CudaGraph(const CudaDevice& device, cudaGraph_t recorded) : device_(device) {
+    const cudaError_t status = cudaGraphInstantiate(&graph_, recorded, 0);
+    cudaGraphDestroy(recorded);
+    check_cuda(status, "cudaGraphInstantiate");
+  }
+  ~CudaGraph() override { cudaGraphExecDestroy(graph_); }
+  CudaGraph(const CudaGraph&) = delete;
+  CudaGraph& operator=(const CudaGraph&) = delete;
+
+  void launch() override {
+    const CurrentGpu current(device_.gpu());
+    check_cuda(cudaGraphLaunch(graph_, device_.stream()), "cudaGraphLaunch");
+  }
+
+ private:
+  const CudaDevice& device_;
+  cudaGraphExec_t graph_ = nullptr;
+};
+
+}  // namespace
+
+void check_cuda(cudaError_t status, const char* call) {
+  if (status == cudaSuccess) return;
+  throw Error(ErrorCode::device, std::string(call) + ": " + cudaGetErrorString(status));
+}
+
+std::string gpu_architecture(int gpu, const std::string& needed) {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaErrorInsufficientDriver) {
+    throw Error(ErrorCode::missing_library,
+                "an engine needs an NVIDIA GPU (" + needed + ") and its driver, and there is no driver here "
+                "that CUDA " + std::to_string(CUDART_VERSION / 1000) + " works with");
+  }
+  if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) {
+    throw Error(ErrorCode::wrong_gpu, "an engine needs an NVIDIA GPU (" + needed + ") and there is none here");
+  }
+  check_cuda(status, "cudaGetDeviceCount");
+  if (gpu < 0 || gpu >= count) {
+    throw Error(ErrorCode::wrong_gpu,
+                "no GPU " + std::to_string(gpu) + "; there are " + std::to_string(count) + ", from 0");
+  }
+  int major = 0;
+  int minor = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu), "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, gpu), "cudaDeviceGetAttribute");
+  return "sm" + std::to_string(major) + std::to_string(minor);
+}
+
+CurrentGpu::CurrentGpu(int gpu) {
+  check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+  if (before_ == gpu) return;
+  check_cuda(cudaSetDevice(gpu), "cudaSetDevice");
+  changed_ = true;
+}
+
+CurrentGpu::~CurrentGpu() {
+  if (changed_) cudaSetDevice(before_);
+}
+
+CudaDevice::CudaDevice(int gpu) : gpu_(gpu) {
+  const CurrentGpu current(gpu_);
+  check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+}
+
+CudaDevice::~CudaDevice() { cudaStreamDestroy(stream_); }
+
+void* CudaDevice::allocate(std::size_t bytes) {
+  if (bytes == 0) return nullptr;
+  const CurrentGpu current(gpu_);
+  void* memory = nullptr;
+  if (cudaMalloc(&memory, bytes) != cudaSuccess) {
+    cudaGetLastError();  // it was told; the next call starts clean
+    throw Error(ErrorCode::device, "GPU " + std::to_string(gpu_) + " has no " + std::to_string(bytes) +
+                                       " bytes left; give the session fewer rows, or build with a smaller "
+                                       "--max-seq-len");
+  }
+  const cudaError_t status = cudaMemsetAsync(memory, 0, bytes, stream_);
+  if (status != cudaSuccess) release(memory);
+  check_cuda(status, "cudaMemsetAsync");
+  return memory;
+}
+
+void CudaDevice::release(void* memory) noexcept { cudaFree(memory); }
+
+void* CudaDevice::allocate_pinned(std::size_t bytes) {
+  const CurrentGpu current(gpu_);
+  void* memory = nullptr;
+  check_cuda(cudaHostAlloc(&memory, bytes, cudaHostAllocDefault), "cudaHostAlloc");
+  return memory;
+}
+
+void CudaDevice::release_pinned(void* memory) noexcept { cudaFreeHost(memory); }
+
+void CudaDevice::copy_to_device(void* device, const void* pinned, std::size_t bytes) {
+  const CurrentGpu current(gpu_);
+  check_cuda(cudaMemcpyAsync(device, pinned, bytes, cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");
+}
+
+void CudaDevice::copy_to_host(void* pinned, const void* device, std::size_t bytes) {
+  const CurrentGpu current(gpu_);
+  check_cuda(cudaMemcpyAsync(pinned, device, bytes, cudaMemcpyDeviceToHost, stream_), "cudaMemcpyAsync");
+}
+
+void CudaDevice::synchronize() {
+  const CurrentGpu current(gpu_);
+  check_cuda(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+}
+
+void CudaDevice::begin_capture() {
+  const CurrentGpu current(gpu_);
+  // thread-local: what other threads do with CUDA meanwhile is their own affair
+  check_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+}
+
+std::unique_ptr<Graph> CudaDevice::end_capture() {
+  const CurrentGpu current(gpu_);
+  cudaGraph_t recorded = nullptr;
+  check_cuda(cudaStreamEndCapture(stream_, &recorded), "cudaStreamEndCapture");
+  return std::make_unique<CudaGraph>(*this, recorded);
+}
+
+}  // namespace qwenport::detail

@@ -1,0 +1,107 @@
+// Engine::load, and the Model and Executor of TensorRT.
+#include <mutex>
+
+#include "cuda.hpp"
+#include "files.hpp"
+#include "library.hpp"
+#include "target.hpp"
+
+namespace qwenport {
+namespace detail {
+namespace {
+
+class TensorRTExecutor final : public Executor {
+ public:
+  TensorRTExecutor(const CudaDevice& device, std::unique_ptr<nvinfer1::IExecutionContext> context)
+      : device_(device), context_(std::move(context)) {}
+
+  void bind(const std::string& name, void* memory) override {
+    if (!context_->setTensorAddress(name.c_str(), memory)) refused("the address of " + name);
+  }
+  void shape(const std::string& name, const Shape& shape) override {
+    nvinfer1::Dims dims{};
+    dims.nbDims = shape.rank;
+    for (std::size_t i = 0; i < static_cast<std::size_t>(shape.rank); ++i) dims.d[i] = shape.sizes[i];
+    if (!context_->setInputShape(name.c_str(), dims)) refused("the shape of " + name);
+  }
+  void enqueue() override {
+    const CurrentGpu current(device_.gpu());
+    if (!context_->enqueueV3(device_.stream())) refused("a step");
+  }
+
+ private:
+  [[noreturn]] static void refused(const std::string& what) {
+    throw Error(ErrorCode::device, "TensorRT refused " + what + tensorrt_complaint());
+  }
+
+  const CudaDevice& device_;
+  std::unique_ptr<nvinfer1::IExecutionContext> context_;
+};
+
+class TensorRTModel final : public Model {
+ public:
+  TensorRTModel(Manifest manifest, int gpu, std::unique_ptr<nvinfer1::IRuntime> runtime,
+                std::unique_ptr<nvinfer1::ICudaEngine> engine)
+      : Model(std::move(manifest)), gpu_(gpu), runtime_(std::move(runtime)), engine_(std::move(engine)) {}
+
+  [[nodiscard]] std::unique_ptr<Device> make_device() const override {
+    return std::make_unique<CudaDevice>(gpu_);
+  }
+  [[nodiscard]] std::size_t workspace_bytes() const override {
+    return static_cast<std::size_t>(engine_->getDeviceMemorySizeV2());
+  }
+  [[nodiscard]] std::unique_ptr<Executor> make_executor(Device& device, void* workspace) const override {
+    const CurrentGpu current(gpu_);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_ptr<nvinfer1::IExecutionContext> context(
+        engine_->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
+    if (context == nullptr) {
+      throw Error(ErrorCode::device, "TensorRT refused an execution context" + tensorrt_complaint());
+    }
+    context->setDeviceMemoryV2(workspace, engine_->getDeviceMemorySizeV2());
+    return std::make_unique<TensorRTExecutor>(static_cast<CudaDevice&>(device), std::move(context));
+  }
+
+ private:
+  int gpu_;
+  mutable std::mutex mutex_;
+  std::unique_ptr<nvinfer1::IRuntime> runtime_;  // ends after its engine
+  std::unique_ptr<nvinfer1::ICudaEngine> engine_;
+};
+
+void load_plugins(const Manifest& manifest, const std::string& directory, nvinfer1::IRuntime& runtime) {
+  for (const FileRecord& plugin : manifest.plugins) {
+    const std::string path = directory + "/" + plugin.name;
+    {
+      const MappedFile file(path);
+      check_file(plugin, directory, file.data(), file.size());
+    }
+    if (runtime.getPluginRegistry().loadLibrary(path.c_str()) == nullptr) {
+      throw Error(ErrorCode::missing_library, path + ": TensorRT cannot load these plugins" + tensorrt_complaint());
+    }
+  }
+}
+
+}  // namespace
+}  // namespace detail
+
+Engine Engine::load(const std::string& directory, int gpu) {
+  using namespace detail;
+  Manifest manifest = read_manifest(directory);
+  check_flavour(manifest, directory, tensorrt_flavour);
+  const TensorRTLibrary& tensorrt = TensorRTLibrary::get();
+  check_version(manifest, directory, tensorrt.version());
+  check_gpu(manifest, directory, gpu_architecture(gpu, gpu_list(manifest)));
+  const MappedFile plan(directory + "/" + manifest.plan.name);
+  check_file(manifest.plan, directory, plan.data(), plan.size());
+  const CurrentGpu current(gpu);
+  std::unique_ptr<nvinfer1::IRuntime> runtime = tensorrt.make_runtime();
+  load_plugins(manifest, directory, *runtime);
+  std::unique_ptr<nvinfer1::ICudaEngine> engine(runtime->deserializeCudaEngine(plan.data(), plan.size()));
+  if (engine == nullptr) {
+    throw Error(ErrorCode::device, directory + ": TensorRT refused the plan" + tensorrt_complaint());
+  }
+  return Engine(std::make_shared<TensorRTModel>(std::move(manifest), gpu, std::move(runtime), std::move(engine)));
+}
+
+}  // namespace qwenport

@@ -1,0 +1,33 @@
+#include "files.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "qwenport/qwenport.hpp"
+
+namespace qwenport::detail {
+
+MappedFile::MappedFile(const std::string& path) {
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  struct stat status {};
+  bool ok = file >= 0 && fstat(file, &status) == 0;
+  if (ok && status.st_size > 0) {
+    size_ = static_cast<std::size_t>(status.st_size);
+    data_ = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
+    ok = data_ != MAP_FAILED;
+  }
+  const int reason = errno;
+  if (file >= 0) close(file);
+  if (!ok) throw Error(ErrorCode::bad_engine, path + ": cannot be read: " + std::strerror(reason));
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) munmap(data_, size_);
+}
+
+}  // namespace qwenport::detail

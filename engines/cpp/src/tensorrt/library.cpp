@@ -1,0 +1,111 @@
+#include "library.hpp"
+
+#include <dlfcn.h>
+
+#include <mutex>
+#include <utility>
+
+#include "qwenport/qwenport.hpp"
+
+namespace qwenport::detail {
+
+#ifdef QWENPORT_TENSORRT_RTX
+#ifndef TRT_MAJOR_RTX
+#error "configured for TensorRT-RTX, but these are TensorRT's headers"
+#endif
+const char* const tensorrt_flavour = "tensorrt-rtx";
+#else
+#ifdef TRT_MAJOR_RTX
+#error "configured for TensorRT, but these are TensorRT-RTX's headers"
+#endif
+const char* const tensorrt_flavour = "tensorrt";
+#endif
+
+namespace {
+
+#ifdef QWENPORT_TENSORRT_RTX
+const std::string library_name = "libtensorrt_rtx.so." + std::to_string(NV_TENSORRT_MAJOR);
+#else
+const std::string library_name = "libnvinfer.so." + std::to_string(NV_TENSORRT_MAJOR);
+#endif
+
+/// Keeps the last complaint. TensorRT holds on to the first logger of a process, so this one never ends.
+class Logger final : public nvinfer1::ILogger {
+ public:
+  void log(Severity severity, const char* message) noexcept override {
+    if (severity > Severity::kERROR) return;
+    try {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      last_ = message;
+    } catch (...) {  // no memory for a message: go on without
+    }
+  }
+  std::string take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(last_, {});
+  }
+
+ private:
+  std::mutex mutex_;
+  std::string last_;
+};
+
+Logger& logger() {
+  static auto* const one = new Logger;
+  return *one;
+}
+
+template <typename Function>
+Function symbol(void* library, const char* name) {
+  void* const found = dlsym(library, name);
+  if (found == nullptr) {
+    throw Error(ErrorCode::missing_library, library_name + " has no " + name + "; it is no TensorRT");
+  }
+  return reinterpret_cast<Function>(found);
+}
+
+}  // namespace
+
+TensorRTLibrary::TensorRTLibrary() {
+  void* const library = dlopen(library_name.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) {
+    const char* const reason = dlerror();
+    throw Error(ErrorCode::missing_library,
+                std::string(tensorrt_flavour) + " cannot be loaded: " + (reason != nullptr ? reason : "") +
+                    "; put its folder into LD_LIBRARY_PATH, or the library beside the program");
+  }
+  using Number = std::int32_t (*)() noexcept;
+  const auto part = [library](const char* name) { return symbol<Number>(library, name)(); };
+  const std::int32_t major = part("getInferLibMajorVersion");
+  const std::int32_t minor = part("getInferLibMinorVersion");
+  version_ = std::to_string(major) + "." + std::to_string(minor) + "." +
+             std::to_string(part("getInferLibPatchVersion")) + "." +
+             std::to_string(part("getInferLibBuildVersion"));
+  if (major != NV_TENSORRT_MAJOR || minor < NV_TENSORRT_MINOR) {
+    throw Error(ErrorCode::wrong_version,
+                library_name + " is " + version_ + ", but this library was compiled with the headers of " +
+                    std::to_string(NV_TENSORRT_MAJOR) + "." + std::to_string(NV_TENSORRT_MINOR) +
+                    "; compile it with the headers of the TensorRT that you ship");
+  }
+  create_runtime_ = symbol<decltype(create_runtime_)>(library, "createInferRuntime_INTERNAL");
+}
+
+const TensorRTLibrary& TensorRTLibrary::get() {
+  static const TensorRTLibrary one;  // a constructor that throws is tried again by the next call
+  return one;
+}
+
+std::unique_ptr<nvinfer1::IRuntime> TensorRTLibrary::make_runtime() const {
+  std::unique_ptr<nvinfer1::IRuntime> runtime(
+      static_cast<nvinfer1::IRuntime*>(create_runtime_(&logger(), NV_TENSORRT_VERSION)));
+  if (runtime == nullptr) throw Error(ErrorCode::device, "TensorRT refused to start" + tensorrt_complaint());
+  return runtime;
+}
+
+std::string tensorrt_complaint() {
+  std::string text = logger().take();
+  for (char& c : text) c = c == '\n' ? ' ' : c;
+  return text.empty() ? text : " (" + text + ")";
+}
+
+}  // namespace qwenport::detail

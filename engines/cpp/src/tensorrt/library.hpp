@@ -1,0 +1,38 @@
+// TensorRT or TensorRT-RTX, loaded when the first engine is, so that a program starts without it and a
+// missing library is an error message.
+//
+// The classes of the headers are used through their virtual tables, so the headers and the library must
+// be of one flavour and one major version: with others a call lands in another function.
+#pragma once
+
+#include <NvInferRuntime.h>
+
+#include <memory>
+#include <string>
+
+namespace qwenport::detail {
+
+/// The flavour that this library was configured for: "tensorrt" or "tensorrt-rtx".
+extern const char* const tensorrt_flavour;
+
+class TensorRTLibrary {
+ public:
+  /// The one of this process. \throws Error missing_library, wrong_version.
+  static const TensorRTLibrary& get();
+
+  /// "10.14.1.48"
+  [[nodiscard]] const std::string& version() const noexcept { return version_; }
+  /// \throws Error device.
+  [[nodiscard]] std::unique_ptr<nvinfer1::IRuntime> make_runtime() const;
+
+ private:
+  TensorRTLibrary();
+
+  void* (*create_runtime_)(void* logger, std::int32_t version) noexcept = nullptr;
+  std::string version_;
+};
+
+/// What TensorRT said since the last call, as " (its text)"; empty if nothing.
+std::string tensorrt_complaint();
+
+}  // namespace qwenport::detail
