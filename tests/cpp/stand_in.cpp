@@ -1,0 +1,196 @@
+#include "stand_in.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace stand_in {
+
+using qwenport::detail::Manifest;
+
+thread_local long allocations = 0;
+
+namespace {
+
+class StandInGraph final : public qwenport::detail::Graph {
+ public:
+  StandInGraph(StandInDevice& device, std::vector<std::function<void()>> work)
+      : device_(device), work_(std::move(work)) {}
+  void launch() override {
+    const Uncounted uncounted;
+    ++device_.counts().launches;
+    for (const auto& work : work_) device_.submit(work);
+  }
+
+ private:
+  StandInDevice& device_;
+  std::vector<std::function<void()>> work_;
+};
+
+class StandInExecutor final : public qwenport::detail::Executor {
+ public:
+  StandInExecutor(StandInDevice& device, void* workspace) : device_(device) {
+    device.check_device(workspace, 256);
+    ++device.counts().executors;
+  }
+  void bind(const std::string& name, void* memory) override {
+    const Uncounted uncounted;
+    call_.memory[name] = memory;
+  }
+  void shape(const std::string& name, const qwenport::detail::Shape& shape) override {
+    const Uncounted uncounted;
+    call_.shapes[name].assign(shape.sizes.begin(), shape.sizes.begin() + shape.rank);
+  }
+  void enqueue() override {
+    const Uncounted uncounted;
+    device_.submit([&device = device_, call = call_] { device.run(call); });
+  }
+
+ private:
+  StandInDevice& device_;
+  Call call_;
+};
+
+}  // namespace
+
+StandInDevice::~StandInDevice() {
+  if (!device_.empty() || !pinned_.empty()) std::abort();  // a leak; a destructor cannot say it otherwise
+}
+
+void* StandInDevice::allocate(std::size_t bytes) {
+  const Uncounted uncounted;
+  if (captured_) throw Misuse("an allocation during a capture");
+  auto* memory = static_cast<char*>(std::aligned_alloc(256, (bytes + 256) / 256 * 256));
+  std::memset(memory, 0, bytes);
+  device_[memory] = bytes;
+  counts_.device_bytes += static_cast<long>(bytes);
+  ++counts_.device_allocations;
+  return memory;
+}
+
+void StandInDevice::release(void* memory) noexcept {
+  counts_.device_bytes -= static_cast<long>(device_.at(static_cast<char*>(memory)));
+  device_.erase(static_cast<char*>(memory));
+  std::free(memory);
+}
+
+void* StandInDevice::allocate_pinned(std::size_t bytes) {
+  const Uncounted uncounted;
+  if (captured_) throw Misuse("an allocation during a capture");
+  auto* memory = static_cast<char*>(std::malloc(bytes));
+  std::memset(memory, 0xEE, bytes);  // nobody may count on zeros
+  pinned_[memory] = bytes;
+  return memory;
+}
+
+void StandInDevice::release_pinned(void* memory) noexcept {
+  pinned_.erase(static_cast<char*>(memory));
+  std::free(memory);
+}
+
+void StandInDevice::copy_to_device(void* device, const void* pinned, std::size_t bytes) {
+  const Uncounted uncounted;
+  check_inside(device_, device, bytes, "device");
+  check_inside(pinned_, pinned, bytes, "pinned");
+  submit([=] { std::memcpy(device, pinned, bytes); });
+}
+
+void StandInDevice::copy_to_host(void* pinned, const void* device, std::size_t bytes) {
+  const Uncounted uncounted;
+  check_inside(device_, device, bytes, "device");
+  check_inside(pinned_, pinned, bytes, "pinned");
+  submit([=] { std::memcpy(pinned, device, bytes); });
+}
+
+void StandInDevice::synchronize() {
+  const Uncounted uncounted;
+  if (captured_) throw Misuse("waiting during a capture");
+  ++counts_.synchronisations;
+  const auto work = std::move(queue_);
+  queue_.clear();
+  for (const auto& item : work) item();
+}
+
+void StandInDevice::begin_capture() {
+  const Uncounted uncounted;
+  if (captured_) throw Misuse("a capture in a capture");
+  captured_ = std::make_unique<std::vector<std::function<void()>>>();
+}
+
+std::unique_ptr<qwenport::detail::Graph> StandInDevice::end_capture() {
+  const Uncounted uncounted;
+  if (!captured_) throw Misuse("the end of no capture");
+  ++counts_.captures;
+  const auto work = std::move(captured_);
+  return std::make_unique<StandInGraph>(*this, std::move(*work));
+}
+
+void StandInDevice::run(const Call& call) {
+  ++counts_.steps;
+  network_(call);
+}
+
+void StandInDevice::submit(std::function<void()> work) {
+  (captured_ ? *captured_ : queue_).push_back(std::move(work));
+}
+
+void StandInDevice::check_device(const void* memory, std::size_t bytes) const {
+  check_inside(device_, memory, bytes, "device");
+}
+
+void StandInDevice::check_inside(const Ranges& ranges, const void* memory, std::size_t bytes, const char* kind) {
+  const auto* begin = static_cast<const char*>(memory);
+  auto after = ranges.upper_bound(begin);
+  if (after != ranges.begin()) {
+    --after;
+    if (begin + bytes <= after->first + after->second) return;
+  }
+  throw Misuse(std::string("memory that is no ") + kind + " memory");
+}
+
+std::unique_ptr<qwenport::detail::Device> StandInModel::make_device() const {
+  return std::make_unique<StandInDevice>(make_network_(), *counts_);
+}
+
+std::unique_ptr<qwenport::detail::Executor> StandInModel::make_executor(qwenport::detail::Device& device,
+                                                                        void* workspace) const {
+  return std::make_unique<StandInExecutor>(dynamic_cast<StandInDevice&>(device), workspace);
+}
+
+void check_call(const Manifest& manifest, const Call& call) {
+  const auto expect = [](bool holds, const char* what) {
+    if (!holds) throw Misuse(what);
+  };
+  const std::int64_t rows = call.rows();
+  const std::int64_t width = call.width();
+  const std::int64_t span = call.span();
+  const std::int64_t capacity = manifest.info.capacity;
+  expect(rows >= 1 && rows <= manifest.info.max_batch, "rows outside the profile");
+  expect(width >= 1 && width <= manifest.info.max_step_tokens, "tokens outside the profile");
+  expect(call.shapes.at("position_ids") == std::vector<std::int64_t>{rows, width}, "shape of position_ids");
+  expect(call.shapes.at("write_indices") == std::vector<std::int64_t>{rows}, "shape of write_indices");
+  expect(call.shapes.at("logits_indices") == std::vector<std::int64_t>{rows, 1}, "shape of logits_indices");
+  expect(span <= capacity, "a span outside the cache");
+  for (std::int64_t i = 0; i < span; ++i) expect(call.ints("key_positions")[i] == i, "key_positions");
+  for (std::int64_t b = 0; b < rows; ++b) {
+    const std::int64_t start = call.ints("write_indices")[b];
+    expect(start >= 0 && start + width <= span, "a slot outside the span");
+    const std::int64_t wanted = call.ints("logits_indices")[b];
+    expect(wanted >= 0 && wanted < width, "logits of a token outside the step");
+    for (std::int64_t i = 0; i < width; ++i) {
+      expect(call.ints("position_ids")[b * width + i] == start + i, "a position that is not its slot");
+      const std::int64_t id = call.ints("input_ids")[b * width + i];
+      expect(id >= 0 && id < manifest.info.vocab_size, "a token outside the vocabulary");
+    }
+  }
+  const std::vector<std::int64_t> cache{rows, manifest.kv_heads, capacity, manifest.head_dim};
+  std::vector<void*> addresses;
+  for (const auto& binding : manifest.caches) {
+    expect(call.shapes.at(binding.past) == cache, "shape of a cache");
+    expect(call.memory.at(binding.past) == call.memory.at(binding.present), "past and present apart");
+    addresses.push_back(call.memory.at(binding.past));
+  }
+  std::sort(addresses.begin(), addresses.end());
+  expect(std::unique(addresses.begin(), addresses.end()) == addresses.end(), "two caches in one place");
+}
+
+}  // namespace stand_in

@@ -1,0 +1,263 @@
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <random>
+
+#include "qwenport/qwenport.hpp"
+#include "stand_in.hpp"
+
+using qwenport::ErrorCode;
+using qwenport::Session;
+using qwenport::SessionOptions;
+using qwenport::Token;
+using Rows = std::vector<std::vector<Token>>;
+
+namespace {
+
+template <typename Work>
+ErrorCode code_of(const Work& work) {
+  try {
+    work();
+  } catch (const qwenport::Error& error) {
+    CHECK(std::string(error.what()).find('\n') == std::string::npos);
+    return error.code();
+  }
+  return static_cast<ErrorCode>(0);
+}
+
+/// Checks a call's logits against the definition of the network, given all tokens that the rows hold.
+void check_logits(const qwenport::detail::Manifest& manifest, const qwenport::Logits& logits, const Rows& held,
+                  const std::vector<char>& fed) {
+  for (std::size_t b = 0; b < fed.size(); ++b) {
+    const float* row = logits.row(static_cast<int>(b));
+    REQUIRE((row != nullptr) == (fed[b] != 0));
+    if (row == nullptr) continue;
+    const auto expected = stand_in::toy_logits(manifest, held[b]);
+    REQUIRE(std::equal(expected.begin(), expected.end(), row));
+  }
+}
+
+struct Setting {
+  int capacity;
+  int max_step_tokens;
+  bool cuda_graphs;
+};
+
+void random_operations(unsigned seed, const Setting& setting) {
+  std::mt19937 random(seed);
+  const auto below = [&random](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  const auto model = stand_in::toy_model(160, 4, setting.max_step_tokens);
+  const qwenport::Engine engine(model);
+  SessionOptions options;
+  options.max_batch = 1 + below(4);
+  options.capacity = setting.capacity;
+  options.cuda_graphs = setting.cuda_graphs;
+  Session session(engine, options);
+  const auto rows = static_cast<std::size_t>(options.max_batch);
+  Rows held(rows);
+  std::vector<std::byte> saved;
+  Rows saved_rows;
+  for (int operation = 0; operation < 60; ++operation) {
+    const int kind = below(20);
+    const auto some = 1 + static_cast<std::size_t>(below(options.max_batch));
+    if (kind < 5) {
+      Rows given(some);
+      bool fits = true;
+      for (std::size_t b = 0; b < some; ++b) {
+        given[b].resize(static_cast<std::size_t>(below(3) == 0 ? 0 : below(setting.capacity)));
+        for (Token& token : given[b]) token = below(97);
+        fits = fits && held[b].size() + given[b].size() <= static_cast<std::size_t>(setting.capacity);
+      }
+      if (!fits) {
+        REQUIRE(code_of([&] { session.prefill_batch(given); }) == ErrorCode::capacity);
+        continue;
+      }
+      std::vector<char> fed;
+      for (std::size_t b = 0; b < some; ++b) {
+        held[b].insert(held[b].end(), given[b].begin(), given[b].end());
+        fed.push_back(static_cast<char>(!given[b].empty()));
+      }
+      check_logits(model->manifest(), session.prefill_batch(given), held, fed);
+    } else if (kind < 15) {
+      std::vector<Token> given;
+      std::vector<char> fed;
+      for (std::size_t b = 0; b < some; ++b) {
+        const bool full = held[b].size() == static_cast<std::size_t>(setting.capacity);
+        given.push_back(full || below(4) == 0 ? qwenport::idle : below(97));
+        fed.push_back(static_cast<char>(given[b] != qwenport::idle));
+        if (fed[b] != 0) held[b].push_back(given[b]);
+      }
+      check_logits(model->manifest(), session.decode_batch(given), held, fed);
+    } else if (kind == 15) {
+      const auto b = static_cast<std::size_t>(below(options.max_batch));
+      held[b].resize(static_cast<std::size_t>(below(static_cast<int>(held[b].size()) + 1)));
+      session.truncate(static_cast<int>(held[b].size()), static_cast<int>(b));
+    } else if (kind == 16) {
+      session.reset();
+      for (auto& row : held) row.clear();
+    } else if (kind == 17) {
+      saved = session.save();
+      saved_rows = held;
+    } else if (kind == 18 && !saved.empty()) {
+      if (below(2) == 0) session = Session(engine, options);  // in another session as well as in this one
+      session.restore(saved);
+      held = saved_rows;
+    }
+    const auto lengths = session.lengths();
+    for (std::size_t b = 0; b < rows; ++b) REQUIRE(lengths[b] == static_cast<int>(held[b].size()));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("whatever was done before, logits are those of the tokens that the row holds") {
+  for (unsigned seed = 0; seed < 40; ++seed) {
+    CAPTURE(seed);
+    random_operations(seed, {160, 24, true});
+    random_operations(seed, {160, 160, false});
+    random_operations(seed, {20, 24, seed % 2 == 0});
+    random_operations(seed, {1, 1, true});
+  }
+}
+
+TEST_CASE("a step waits for the device once and allocates nothing on it") {
+  const auto model = stand_in::toy_model(160, 4, 24);
+  for (const bool graphs : {true, false}) {
+    Session session(qwenport::Engine(model), {4, 0, graphs});
+    auto& counts = model->counts();
+    const long waited = counts.synchronisations - counts.steps;
+    const long allocated = counts.device_allocations;
+    session.prefill_batch({{1, 2, 3}, std::vector<Token>(50, 7), {}, {4}});
+    for (Token token = 0; token < 97; ++token) session.decode_batch({token, token, qwenport::idle, token});
+    CHECK(counts.synchronisations - counts.steps == waited);
+    CHECK(counts.device_allocations == allocated);
+  }
+}
+
+TEST_CASE("decoding captures a graph for each span and replays it") {
+  const auto model = stand_in::toy_model(512, 2, 24);
+  Session session(qwenport::Engine(model), {2, 0, true});
+  auto& counts = model->counts();
+  for (int i = 0; i < 256; ++i) session.decode_batch({1, 2});
+  CHECK(counts.steps == 256);
+  CHECK(counts.captures == 4);         // spans 64, 128, 192, 256
+  CHECK(counts.launches == 256 - 4);   // the first step of each runs without
+  CHECK(counts.executors == 1 + 4);
+  session.reset();
+  for (int i = 0; i < 64; ++i) session.decode_batch({3, 4});
+  CHECK(counts.captures == 4);  // the graph of span 64 is still there
+  CHECK(counts.launches == 256 - 4 + 64);
+}
+
+TEST_CASE("no more than eight graphs are kept, and the one unused for longest goes") {
+  const auto model = stand_in::toy_model(1024, 1, 24);
+  Session session(qwenport::Engine(model), {1, 0, true});
+  auto& counts = model->counts();
+  for (int i = 0; i < 1024; ++i) session.decode(5);
+  CHECK(counts.captures == 16);
+  session.truncate(1000);
+  session.decode(5);
+  CHECK(counts.captures == 16);  // span 1024 is one of the last eight
+  session.reset();
+  session.decode(5);
+  session.decode(5);
+  CHECK(counts.captures == 17);  // span 64 is not
+}
+
+TEST_CASE("without graphs nothing is captured") {
+  const auto model = stand_in::toy_model(160, 2, 24);
+  Session session(qwenport::Engine(model), {1, 0, false});
+  for (int i = 0; i < 100; ++i) session.decode(5);
+  CHECK(model->counts().captures == 0);
+  CHECK(model->counts().executors == 1);
+}
+
+TEST_CASE("decoding allocates no host memory once its graph is there") {
+  const auto model = stand_in::toy_model(160, 3, 24);
+  for (const bool graphs : {true, false}) {
+    Session session(qwenport::Engine(model), {3, 0, graphs});
+    const std::vector<Token> tokens{1, qwenport::idle, 3};
+    session.decode_batch(tokens);
+    session.decode_batch(tokens);
+    const long before = stand_in::allocations;
+    for (int i = 2; i < 64; ++i) session.decode_batch(tokens);
+    CHECK(stand_in::allocations == before);
+  }
+}
+
+TEST_CASE("all memory is given back") {
+  const auto model = stand_in::toy_model(160, 3, 24);
+  {
+    Session session(qwenport::Engine(model), {3, 0, true});
+    session.prefill({1, 2, 3});
+    CHECK(model->counts().device_bytes > 0);
+  }
+  CHECK(model->counts().device_bytes == 0);
+}
+
+TEST_CASE("what cannot be done is refused by name, and the session goes on") {
+  const auto model = stand_in::toy_model(160, 2, 24);
+  const qwenport::Engine engine(model);
+  CHECK(code_of([&] { Session(engine, {3, 0, true}); }) == ErrorCode::invalid_argument);
+  CHECK(code_of([&] { Session(engine, {0, 0, true}); }) == ErrorCode::invalid_argument);
+  CHECK(code_of([&] { Session(engine, {1, 161, true}); }) == ErrorCode::invalid_argument);
+  CHECK(code_of([&] { Session(engine, {1, -1, true}); }) == ErrorCode::invalid_argument);
+  Session session(engine, {2, 10, true});
+  CHECK(session.capacity() == 10);
+  CHECK(session.max_batch() == 2);
+  session.prefill({1, 2, 3, 4, 5, 6, 7, 8, 9});
+  CHECK(code_of([&] { session.prefill({97}); }) == ErrorCode::invalid_argument);
+  CHECK(code_of([&] { session.prefill({-1}); }) == ErrorCode::invalid_argument);
+  CHECK(code_of([&] { session.decode(-2); }) == ErrorCode::invalid_argument);
+  CHECK(code_of([&] { session.decode_batch({1, 2, 3}); }) == ErrorCode::invalid_argument);
+  CHECK(code_of([&] { session.prefill_batch({}); }) == ErrorCode::invalid_argument);
+  CHECK(code_of([&] { session.prefill({1, 2}); }) == ErrorCode::capacity);
+  CHECK(code_of([&] { session.truncate(10); }) == ErrorCode::invalid_argument);
+  CHECK(code_of([&] { session.truncate(-1); }) == ErrorCode::invalid_argument);
+  CHECK(code_of([&] { session.truncate(0, 2); }) == ErrorCode::invalid_argument);
+  const auto logits = session.decode(10);
+  CHECK(code_of([&] { (void)logits.row(1); }) == ErrorCode::invalid_argument);
+  check_logits(model->manifest(), logits, {{1, 2, 3, 4, 5, 6, 7, 8, 9, 10}}, {1});
+  CHECK(code_of([&] { session.decode(11); }) == ErrorCode::capacity);
+}
+
+TEST_CASE("after a step that failed on the device a session refuses to go on") {
+  const auto manifest = qwenport::detail::parse_manifest(stand_in::toy_manifest_text(), "toy");
+  const auto model = std::make_shared<const stand_in::StandInModel>(manifest, [] {
+    return stand_in::Network([](const stand_in::Call&) { throw qwenport::Error(ErrorCode::device, "broken"); });
+  });
+  Session session{qwenport::Engine(model)};
+  CHECK(code_of([&] { session.prefill({1}); }) == ErrorCode::device);
+  CHECK(code_of([&] { session.prefill({1}); }) == ErrorCode::device);
+  CHECK(code_of([&] { (void)session.save(); }) == ErrorCode::device);
+  CHECK(code_of([&] { session.generate({1}); }) == ErrorCode::device);
+}
+
+TEST_CASE("a snapshot that is damaged, or another's, is refused and changes nothing") {
+  const auto model = stand_in::toy_model(160, 2, 24);
+  const qwenport::Engine engine(model);
+  Session session(engine, {2, 0, true});
+  session.prefill_batch({{1, 2, 3}, {4}});
+  const auto snapshot = session.save();
+  std::mt19937 random(1);
+  for (int i = 0; i < 200; ++i) {
+    auto damaged = snapshot;
+    damaged[random() % damaged.size()] ^= std::byte{1} << (random() % 8);
+    REQUIRE(code_of([&] { session.restore(damaged); }) == ErrorCode::bad_snapshot);
+    damaged = snapshot;
+    damaged.resize(random() % damaged.size());
+    REQUIRE(code_of([&] { session.restore(damaged); }) == ErrorCode::bad_snapshot);
+  }
+  Session fewer_rows(engine, {1, 0, true});
+  CHECK(code_of([&] { fewer_rows.restore(snapshot); }) == ErrorCode::bad_snapshot);
+  Session fewer_slots(engine, {2, 2, true});
+  CHECK(code_of([&] { fewer_slots.restore(snapshot); }) == ErrorCode::capacity);
+  std::string other = stand_in::toy_manifest_text(160, 2, 24);
+  other.replace(other.find("ba7816"), 6, "000000");
+  const auto manifest = qwenport::detail::parse_manifest(other, "toy");
+  Session another(qwenport::Engine(std::make_shared<const stand_in::StandInModel>(
+                      manifest, [&manifest] { return stand_in::toy_network(manifest); })),
+                  {2, 0, true});
+  CHECK(code_of([&] { another.restore(snapshot); }) == ErrorCode::bad_snapshot);
+  check_logits(model->manifest(), session.decode_batch({9, 9}), {{1, 2, 3, 9}, {4, 9}}, {1, 1});
+}

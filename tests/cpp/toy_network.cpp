@@ -1,0 +1,133 @@
+// The toy network. Every cache slot gets numbers that are made of its token, its position and its place in
+// the cache; the logits are a hash of all slots up to the last token, as read back from the caches. A slot
+// that was not written, was overwritten, or lies in another row, layer or head gives other logits.
+#include <cstdint>
+#include <sstream>
+
+#include "stand_in.hpp"
+
+namespace stand_in {
+
+using qwenport::detail::Manifest;
+
+namespace {
+
+std::uint64_t mix(std::uint64_t z) {
+  z = (z + 0x9E3779B97F4A7C15) * 0xBF58476D1CE4E5B9;
+  return z ^ (z >> 29U);
+}
+
+/// What lies at one place of a cache: a whole number that a float holds.
+float content(std::int64_t token, std::int64_t position, std::uint64_t place) {
+  const auto key = static_cast<std::uint64_t>(token) * 1000003 + static_cast<std::uint64_t>(position);
+  return static_cast<float>(mix(key * 1000003 + place) >> 40U);
+}
+
+/// Takes a slot's numbers in order of their places, one slot after the other.
+class Hash {
+ public:
+  void take(float value) { state_ = mix(state_ ^ static_cast<std::uint64_t>(value)); }
+  void logits(float* out, int vocab) const {
+    for (int v = 0; v < vocab; ++v) {
+      out[v] = static_cast<float>(mix(state_ + static_cast<std::uint64_t>(v)) >> 48U) / 4096.0F;
+    }
+  }
+
+ private:
+  std::uint64_t state_ = 0;
+};
+
+}  // namespace
+
+Network toy_network(const Manifest& manifest) {
+  return [&manifest](const Call& call) {
+    check_call(manifest, call);
+    const auto heads = static_cast<std::int64_t>(manifest.kv_heads);
+    const std::int64_t capacity = manifest.info.capacity;
+    const std::int64_t dim = manifest.head_dim;
+    const std::int64_t width = call.width();
+    const auto for_each_place = [&](std::int64_t b, std::int64_t slot, const auto& visit) {
+      std::uint64_t place = 0;
+      for (const auto& binding : manifest.caches) {
+        auto* cache = static_cast<float*>(call.memory.at(binding.present));
+        for (std::int64_t h = 0; h < heads; ++h) {
+          for (std::int64_t d = 0; d < dim; ++d) visit(cache[((b * heads + h) * capacity + slot) * dim + d], place++);
+        }
+      }
+    };
+    auto* logits = static_cast<float*>(call.memory.at("logits"));
+    for (std::int64_t b = 0; b < call.rows(); ++b) {
+      for (std::int64_t i = 0; i < width; ++i) {
+        const std::int64_t token = call.ints("input_ids")[b * width + i];
+        const std::int64_t position = call.ints("position_ids")[b * width + i];
+        for_each_place(b, call.ints("write_indices")[b] + i,
+                       [&](float& value, std::uint64_t place) { value = content(token, position, place); });
+      }
+      Hash hash;
+      const std::int64_t last = call.ints("position_ids")[b * width + call.ints("logits_indices")[b]];
+      for (std::int64_t slot = 0; slot <= last; ++slot) {
+        for_each_place(b, slot, [&hash](float& value, std::uint64_t) { hash.take(value); });
+      }
+      hash.logits(logits + b * manifest.info.vocab_size, manifest.info.vocab_size);
+    }
+  };
+}
+
+std::vector<float> toy_logits(const Manifest& manifest, const std::vector<std::int64_t>& tokens) {
+  Hash hash;
+  const std::uint64_t places = manifest.caches.size() * static_cast<std::size_t>(manifest.kv_heads * manifest.head_dim);
+  for (std::size_t slot = 0; slot < tokens.size(); ++slot) {
+    for (std::uint64_t place = 0; place < places; ++place) {
+      hash.take(content(tokens[slot], static_cast<std::int64_t>(slot), place));
+    }
+  }
+  std::vector<float> logits(static_cast<std::size_t>(manifest.info.vocab_size));
+  hash.logits(logits.data(), manifest.info.vocab_size);
+  return logits;
+}
+
+std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, int vocab) {
+  constexpr int layers = 2;
+  std::ostringstream inputs, outputs, aliases;
+  const auto binding = [](const std::string& name, const std::string& dtype, const std::string& shape) {
+    return R"({"name": ")" + name + R"(", "dtype": ")" + dtype + R"(", "shape": )" + shape + "}";
+  };
+  const std::string cache = R"(["batch", 2, )" + std::to_string(capacity) + ", 4]";
+  inputs << binding("input_ids", "int64", R"(["batch", "seq"])") << ","
+         << binding("position_ids", "int64", R"(["batch", "seq"])") << ","
+         << binding("write_indices", "int64", R"(["batch"])") << ","
+         << binding("key_positions", "int64", R"(["span"])") << ","
+         << binding("logits_indices", "int64", R"(["batch", "n"])");
+  outputs << binding("logits", "float", R"(["batch", "n", )" + std::to_string(vocab) + "]");
+  for (int layer = 0; layer < layers; ++layer) {
+    for (const std::string part : {"key", "value"}) {
+      const std::string tail = std::to_string(layer) + "." + part;
+      inputs << "," << binding("past_key_values." + tail, "float", cache);
+      outputs << "," << binding("present." + tail, "float", cache);
+      aliases << (aliases.str().empty() ? "" : ",") << "\"present." << tail << "\": \"past_key_values." << tail << "\"";
+    }
+  }
+  std::ostringstream text;
+  text << R"({"format": "qwenport-engine", "format_version": 2, "flavour": "tensorrt",
+    "tensorrt_version": "10.14.1.48", "gpus": ["sm80", "sm90"], "dtype": "fp32",
+    "max_seq_len": )" << capacity << R"(, "max_batch": )" << max_batch << R"(,
+    "model": {"vocab_size": )" << vocab << R"(, "num_key_value_heads": 2, "head_dim": 4,
+      "num_hidden_layers": )" << layers << R"(},
+    "profile": {"input_ids": {"max": [)" << max_batch << ", " << max_step_tokens << R"(]}},
+    "bindings": {"inputs": [)" << inputs.str() << R"(], "outputs": [)" << outputs.str() << R"(]},
+    "aliases": {)" << aliases.str() << R"(},
+    "files": {"engine.plan": {"bytes": 3, "sha256":
+      "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}}})";
+  return text.str();
+}
+
+std::shared_ptr<const StandInModel> toy_model(int capacity, int max_batch, int max_step_tokens) {
+  Manifest manifest =
+      qwenport::detail::parse_manifest(toy_manifest_text(capacity, max_batch, max_step_tokens), "toy");
+  const auto shared = std::make_shared<const Manifest>(manifest);
+  return std::make_shared<const StandInModel>(std::move(manifest), [shared] {
+    return Network([shared, network = toy_network(*shared)](const Call& call) { network(call); });
+  });
+}
+
+}  // namespace stand_in
