@@ -1,0 +1,218 @@
+"""The C API of the runtime, bound with ctypes as any other language would bind it."""
+
+from __future__ import annotations
+
+import ctypes as c
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ERRORS = {
+    1: "invalid argument",
+    2: "bad engine",
+    3: "missing library",
+    4: "wrong gpu",
+    5: "wrong version",
+    6: "capacity",
+    7: "sampling",
+    8: "bad snapshot",
+    9: "device",
+    10: "internal",
+}
+REASONS = ["stop", "length", "capacity", "cancelled"]
+IDLE = -1
+
+
+class Error(Exception):
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.kind = ERRORS[code]
+
+
+class EngineInfo(c.Structure):
+    _fields_ = [
+        *((name, c.c_int) for name in ("vocab_size", "capacity", "max_batch", "max_step_tokens")),
+        *((name, c.c_char_p) for name in ("dtype", "flavour", "tensorrt_version", "gpus")),
+        ("cache_bytes_per_row", c.c_size_t),
+    ]
+
+
+class SessionOptions(c.Structure):
+    _fields_ = [("max_batch", c.c_int), ("capacity", c.c_int), ("cuda_graphs", c.c_int)]
+
+
+class GenerateOptions(c.Structure):
+    _fields_ = [
+        ("max_new_tokens", c.c_int),
+        ("stop_tokens", c.POINTER(c.c_int64)),
+        ("stop_token_count", c.c_size_t),
+        ("temperature", c.c_double),
+        ("top_k", c.c_int64),
+        ("top_p", c.c_double),
+        ("repetition_penalty", c.c_double),
+        ("seed", c.c_uint64),
+        ("cancellation", c.c_void_p),
+    ]
+
+
+class Generated(c.Structure):
+    _fields_ = [("count", c.c_size_t), ("reason", c.c_int), ("stop_token", c.c_int64)]
+
+
+ON_TOKEN = c.CFUNCTYPE(None, c.c_void_p, c.c_int, c.c_int64)
+
+
+@dataclass(frozen=True)
+class Result:
+    token_ids: list[int]
+    finish_reason: str
+    stop_id: int | None
+
+
+class Library:
+    """libqwenport.so, or the tests' build of it on the stand-in."""
+
+    def __init__(self, path: Path) -> None:
+        self.c = c.CDLL(str(path))
+        self.c.qwenport_last_error.restype = c.c_char_p
+        self.c.qwenport_engine_get_info.restype = EngineInfo
+        self.c.qwenport_session_defaults.restype = SessionOptions
+        self.c.qwenport_generate_defaults.restype = GenerateOptions
+        self.c.qwenport_cancellation_create.restype = c.c_void_p
+        for name in ("engine_free", "session_free", "snapshot_free", "cancellation_free"):
+            getattr(self.c, f"qwenport_{name}").argtypes = [c.c_void_p]
+        self.c.qwenport_cancellation_request.argtypes = [c.c_void_p]
+
+    def check(self, code: int) -> None:
+        if code:
+            raise Error(code, self.c.qwenport_last_error().decode())
+
+    def load(self, directory: Path, gpu: int = 0) -> Engine:
+        engine = c.c_void_p()
+        self.check(self.c.qwenport_engine_load(str(directory).encode(), gpu, c.byref(engine)))
+        return Engine(self, engine)
+
+
+class Engine:
+    def __init__(self, library: Library, handle: c.c_void_p) -> None:
+        self.library, self.handle = library, handle
+
+    def __del__(self) -> None:
+        self.library.c.qwenport_engine_free(self.handle)
+
+    def info(self) -> EngineInfo:
+        return self.library.c.qwenport_engine_get_info(self.handle)
+
+    def session(self, **options: int) -> Session:
+        given = self.library.c.qwenport_session_defaults()
+        for name, value in options.items():
+            setattr(given, name, value)
+        session = c.c_void_p()
+        self.library.check(
+            self.library.c.qwenport_session_create(self.handle, c.byref(given), c.byref(session))
+        )
+        return Session(self.library, session, self.info().vocab_size)
+
+
+def _rows(rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+    arrays = [(c.c_int64 * max(len(row), 1))(*row) for row in rows]
+    pointers = (c.POINTER(c.c_int64) * len(rows))(*[c.cast(a, c.POINTER(c.c_int64)) for a in arrays])
+    return pointers, (c.c_size_t * len(rows))(*map(len, rows))
+
+
+class Session:
+    def __init__(self, library: Library, handle: c.c_void_p, vocab: int) -> None:
+        self.library, self.handle, self.vocab = library, handle, vocab
+
+    def __del__(self) -> None:
+        self.library.c.qwenport_session_free(self.handle)
+
+    def _logits(self, call: Callable[..., int], count: int, *arguments: Any) -> list[Any]:
+        found = (c.POINTER(c.c_float) * count)()
+        self.library.check(call(self.handle, *arguments, c.c_size_t(count), found))
+        return [
+            np.ctypeslib.as_array(row, (self.vocab,)).copy() if row else None for row in found
+        ]
+
+    def prefill(self, rows: Sequence[Sequence[int]]) -> list[Any]:
+        """A copy of each row's logits, None for a row that was given nothing."""
+        return self._logits(self.library.c.qwenport_session_prefill, len(rows), *_rows(rows))
+
+    def decode(self, tokens: Sequence[int]) -> list[Any]:
+        given = (c.c_int64 * len(tokens))(*tokens)
+        return self._logits(self.library.c.qwenport_session_decode, len(tokens), given)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        on_token: Callable[[int, int], None] | None = None,
+        stop_ids: Sequence[int] = (),
+        cancellation: c.c_void_p | None = None,
+        **options: float,
+    ) -> list[Result]:
+        given = self.library.c.qwenport_generate_defaults()
+        for name, value in options.items():
+            setattr(given, name, value)
+        stops = (c.c_int64 * max(len(stop_ids), 1))(*stop_ids)
+        given.stop_tokens, given.stop_token_count = stops, len(stop_ids)
+        given.cancellation = cancellation
+        tokens = np.full((len(prompts), max(given.max_new_tokens, 1)), -7, dtype=np.int64)
+        results = (Generated * len(prompts))()
+        callback = ON_TOKEN(lambda _, row, token: on_token(row, token)) if on_token else ON_TOKEN()
+        self.library.check(
+            self.library.c.qwenport_generate(
+                self.handle,
+                *_rows(prompts),
+                c.c_size_t(len(prompts)),
+                c.byref(given),
+                callback,
+                None,
+                c.c_void_p(tokens.ctypes.data),
+                results,
+            )
+        )
+        for row, result in zip(tokens, results, strict=True):
+            assert (row[result.count :] == -7).all()  # nothing is written past the count
+        return [
+            Result(
+                row[: result.count].tolist(),
+                REASONS[result.reason],
+                None if result.stop_token == -1 else result.stop_token,
+            )
+            for row, result in zip(tokens, results, strict=True)
+        ]
+
+    def reset(self) -> None:
+        self.library.c.qwenport_session_reset(self.handle)
+
+    def truncate(self, length: int, row: int = 0) -> None:
+        self.library.check(self.library.c.qwenport_session_truncate(self.handle, length, row))
+
+    @property
+    def lengths(self) -> list[int]:
+        found = (c.c_int * self.library.c.qwenport_session_max_batch(self.handle))()
+        self.library.check(self.library.c.qwenport_session_lengths(self.handle, found))
+        return list(found)
+
+    @property
+    def capacity(self) -> int:
+        return self.library.c.qwenport_session_capacity(self.handle)
+
+    def save(self) -> bytes:
+        data, size = c.c_void_p(), c.c_size_t()
+        self.library.check(
+            self.library.c.qwenport_session_save(self.handle, c.byref(data), c.byref(size))
+        )
+        try:
+            return c.string_at(data, size.value)
+        finally:
+            self.library.c.qwenport_snapshot_free(data)
+
+    def restore(self, snapshot: bytes) -> None:
+        self.library.check(
+            self.library.c.qwenport_session_restore(self.handle, snapshot, c.c_size_t(len(snapshot)))
+        )
