@@ -11,7 +11,7 @@ namespace {
 using nlohmann::json;
 
 constexpr std::int64_t max_int = 0x7fffffff;
-constexpr std::uint64_t max_row_bytes = std::uint64_t{1} << 48U;  // 256 TiB: anything above is damage
+constexpr std::uint64_t max_row_bytes = std::uint64_t{1} << 42U;  // 4 TiB: anything above is damage
 
 [[noreturn]] void fail(const std::string& where, const std::string& message) {
   throw Error(ErrorCode::bad_engine, where + ": " + message);

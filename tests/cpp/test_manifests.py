@@ -1,0 +1,182 @@
+"""The C++ reader takes the manifests that `build` writes, and names what is wrong with any other."""
+
+from __future__ import annotations
+
+import copy
+import ctypes as c
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenport import engines
+from qwenport.engines import EngineError
+from qwenport.engines.tensorrt_session import check_version
+
+from .runtime import ERRORS, Library
+from .toy import toy_manifest
+
+
+def read(
+    library: Library, text: str, *, flavour: str = "", version: str = "", gpu: str = ""
+) -> tuple[str, str, list[int]]:
+    """The reader's error or "", its text, and the numbers that it read."""
+    numbers, message = (c.c_int64 * 7)(), c.create_string_buffer(1024)
+    data = text.encode("utf-8", "surrogatepass")
+    code = library.c.test_manifest(
+        data,
+        c.c_size_t(len(data)),
+        flavour.encode(),
+        version.encode(),
+        gpu.encode(),
+        numbers,
+        message,
+    )
+    return ERRORS.get(code, ""), message.value.decode(), list(numbers)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_what_build_writes_is_read(
+    library: Library, package_in: Callable[[str], engines.Engine], dtype: str
+) -> None:
+    engine = package_in(dtype)
+    manifest = engine.manifest
+    error, text, numbers = read(library, (engine.path / "qwenport.json").read_text())
+    assert (error, text) == ("", "")
+    model = manifest["model"]
+    row = model["num_key_value_heads"] * manifest["max_seq_len"] * model["head_dim"]
+    element = {"fp32": 4, "fp16": 2, "bf16": 2}[dtype]
+    assert numbers == [
+        model["vocab_size"],
+        manifest["max_seq_len"],
+        manifest["max_batch"],
+        manifest["profile"]["input_ids"]["max"][1],
+        2 * model["num_hidden_layers"],
+        2 * model["num_hidden_layers"] * row * element,
+        engine.plan.stat().st_size,
+    ]
+
+
+@pytest.fixture(scope="module")
+def package_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], engines.Engine]:
+    from qwenport import exporter
+
+    from .conftest import ROOT
+
+    def make(dtype: str) -> engines.Engine:
+        folder = tmp_path_factory.mktemp(dtype)
+        exporter.export(ROOT / "examples" / "tiny-qwen2.5", folder / "package", dtype=dtype)
+        return engines.build(
+            folder / "package", folder / "engine", target="tensorrt-rtx", gpus="sm86"
+        )
+
+    return make
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The way to every value inside a JSON document."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        yield (*path, key)
+        if isinstance(inner, dict | list):
+            yield from places(inner, (*path, key))
+
+
+def changed(document: Any, path: tuple, value: Any) -> Any:
+    """A copy with one value replaced, or removed if it is `...`."""
+    document = copy.deepcopy(document)
+    inner = document
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is ...:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return document
+
+
+@given(data=st.data())
+def test_any_value_that_is_removed_or_of_another_kind_is_named(library: Library, data) -> None:
+    document = json.loads(toy_manifest(library))
+    path = data.draw(st.sampled_from(list(places(document))))
+    value = data.draw(st.sampled_from([..., None, -1, 1.5, [], {}, "x y"]))
+    before = document
+    for key in path:
+        before = before[key]
+    error, text, _ = read(library, json.dumps(changed(document, path, value)))
+    if path in ANY_TEXT and isinstance(value, str):
+        assert error == ""
+    elif path == ("files", "engine.plan", "bytes") and isinstance(value, int):
+        assert error == "bad engine"
+    else:
+        assert error == "bad engine", (path, value)
+        assert text.startswith("here/qwenport.json: ")
+        assert "\n" not in text
+
+
+ANY_TEXT = {("tensorrt_version",), ("gpus", 0), ("gpus", 1)}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        (("format",), "qwenport-package", "holds a qwenport-package"),
+        (("format_version",), 3, "format version 3, this runtime reads 2; build the engine again"),
+        (("dtype",), "int8", "dtype is not fp32, fp16 or bf16"),
+        (("dtype",), "bf16", "bindings.inputs is not what this runtime feeds"),
+        (("flavour",), "other", "flavour is not tensorrt or tensorrt-rtx"),
+        (("gpus",), [], "gpus is not a list of GPU architectures"),
+        (("max_seq_len",), 2**31, "max_seq_len is not a positive integer"),
+        (("max_seq_len",), 161, "bindings.inputs is not what this runtime feeds"),
+        (("max_batch",), 5, "profile.input_ids.max is not of max_batch rows"),
+        (("profile", "input_ids", "max"), [4, 161], "is not within max_seq_len"),
+        (("model", "head_dim"), 2**31 - 1, "model is not of a size that any machine has"),
+        (("model", "num_hidden_layers"), 3, "a key and a value for each of 3 layers"),
+        (("aliases", "present.0.key"), "past_key_values.0.value", "is not a binding of its own"),
+        (("bindings", "inputs", 0, "dtype"), "int32", "is not what this runtime feeds"),
+        (("bindings", "inputs", 5, "name"), "input_ids", "is not a name of its own"),
+        (("bindings", "outputs", 0, "shape", 2), 98, "is not what this runtime reads"),
+        (("files", "engine.plan", "sha256"), "A" * 64, "is not a SHA-256"),
+        (("files", "engine.plan", "bytes"), -1, "is not a number of bytes"),
+        (("plugins",), ["../evil.so"], "plugins[0] is not a file's name"),
+        (("plugins",), ["lib.so"], "no files.lib.so"),
+    ],
+)
+def test_what_is_wrong_is_said(library: Library, path, value, complaint: str) -> None:
+    document = changed(json.loads(toy_manifest(library)), path, value)
+    error, text, _ = read(library, json.dumps(document))
+    assert error == "bad engine"
+    assert complaint in text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format": "qwenport-engine"', "\ud800"])
+def test_what_is_no_manifest_is_refused(library: Library, text: str) -> None:
+    assert read(library, text)[0] == "bad engine"
+
+
+def test_another_machine_is_told_what_to_do(library: Library) -> None:
+    text = toy_manifest(library)  # of tensorrt 10.14.1.48 for sm80 and sm90
+    assert read(library, text, flavour="tensorrt", version="10.14.1.48", gpu="sm90")[0] == ""
+
+    error, message, _ = read(library, text, flavour="tensorrt-rtx")
+    assert error == "wrong version"
+    assert "--target tensorrt-rtx" in message
+    assert "-DQWENPORT_TENSORRT=tensorrt" in message
+
+    error, message, _ = read(library, text, gpu="sm120")
+    assert error == "wrong gpu"
+    assert message == (
+        "here: built for sm80, sm90, this GPU is sm120; build again with --gpu sm120"
+    )
+
+
+def test_another_version_is_refused_in_pythons_words(library: Library, engine_of) -> None:
+    engine = engine_of("tiny-qwen2.5")
+    error, message, _ = read(library, json.dumps(engine.manifest), version="1.2.3.4")
+    assert error == "wrong version"
+    with pytest.raises(EngineError) as theirs:
+        check_version(engine, "1.2.3.4")
+    assert message.removeprefix("here") == str(theirs.value).removeprefix(str(engine.path))

@@ -1,0 +1,134 @@
+"""The C++ sampler draws the tokens that engines/sampling.py draws: same logits, same seed, every time."""
+
+from __future__ import annotations
+
+import ctypes as c
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from qwenport.engines.sampling import Sampler, SamplingError, SamplingParams
+
+from .runtime import ERRORS, Library
+
+INF = float("inf")
+
+
+def drawn(
+    library: Library,
+    logits: np.ndarray,
+    seen: list[int],
+    params: SamplingParams,
+    row: int,
+    draws: int,
+) -> tuple[str, list[int], str]:
+    """What the C++ sampler says: its error or "", the tokens, the error's text."""
+    tokens = (c.c_int64 * draws)()
+    message = c.create_string_buffer(1024)
+    code = library.c.test_sample(
+        c.c_void_p(logits.ctypes.data),
+        len(logits),
+        (c.c_int64 * max(len(seen), 1))(*seen),
+        c.c_size_t(len(seen)),
+        (c.c_double * 3)(params.temperature, params.top_p, params.repetition_penalty),
+        c.c_int64(params.top_k),
+        c.c_uint64(params.seed or 0),
+        c.c_uint64(row),
+        c.c_size_t(draws),
+        tokens,
+        message,
+    )
+    return ERRORS.get(code, ""), list(tokens), message.value.decode()
+
+
+def check(library, logits, seen, params, row, draws) -> None:
+    error, tokens, text = drawn(library, logits, seen, params, row, draws)
+    sampler = Sampler(params, row=row)
+    try:
+        expected = [sampler.sample(logits, seen) for _ in range(draws)]
+    except SamplingError as theirs:
+        assert error == "sampling"
+        assert text == str(theirs)
+    else:
+        assert (error, tokens) == ("", expected)
+
+
+score = st.one_of(
+    st.sampled_from([-3.5, -1.0, -0.0, 0.0, 0.25, 1.0, 1.0, 7.0, -INF]),
+    st.floats(-90, 90, width=32),
+    st.floats(width=32, allow_nan=True, allow_infinity=True),
+)
+params = st.builds(
+    SamplingParams,
+    temperature=st.one_of(
+        st.sampled_from([0.0, 0.3, 0.7, 1.0, 1.9, 1e-30, 1e30]), st.floats(0.01, 5)
+    ),
+    top_k=st.one_of(st.sampled_from([0, 1, 2, 60, 2**62]), st.integers(0, 45)),
+    top_p=st.one_of(st.sampled_from([0.0, 0.5, 0.75, 0.9, 1.0]), st.floats(0, 1)),
+    repetition_penalty=st.one_of(st.sampled_from([1.0, 1.05, 1.3, 0.7]), st.floats(0.1, 9)),
+    seed=st.integers(0, 2**64 - 1),
+)
+
+
+@settings(max_examples=400)
+@given(
+    logits=st.lists(score, min_size=1, max_size=40).map(lambda row: np.array(row, np.float32)),
+    seen=st.lists(st.integers(0, 43), max_size=12),
+    params=params,
+    row=st.integers(0, 2**64 - 1),
+)
+@example(np.full(7, 2.5, np.float32), [], SamplingParams(temperature=1.0, top_p=0.5), 0)
+@example(np.zeros(1, np.float32), [0], SamplingParams(temperature=1.0, top_p=0.0), 1)
+def test_any_logits(library: Library, logits, seen, params, row) -> None:
+    check(library, logits, seen, params, row, draws=3)
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 2**32),
+    scale=st.sampled_from([0.5, 3.0, 12.0, 200.0]),
+    digits=st.sampled_from([0, 1, 6]),
+    vocab=st.sampled_from([2048, 32000, 151936]),
+    params=params,
+)
+def test_rows_of_real_sizes(library: Library, seed, scale, digits, vocab, params) -> None:
+    random = np.random.default_rng(seed)
+    logits = (random.standard_normal(vocab) * scale).round(digits).astype(np.float32)
+    seen = random.integers(0, vocab, 50).tolist()
+    assume(params.temperature == 0 or params.temperature > 1e-6)
+    check(library, logits, seen, params, row=3, draws=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.5),
+        ("temperature", float("nan")),
+        ("temperature", 1e-31),
+        ("top_k", -1),
+        ("top_p", 1.01),
+        ("top_p", -0.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", INF),
+    ],
+)
+def test_a_parameter_outside_its_range_is_named(library: Library, name: str, value: float) -> None:
+    params = SamplingParams()
+    object.__setattr__(params, name, value)
+    error, _, text = drawn(library, np.zeros(4, np.float32), [], params, 0, 1)
+    assert error == "invalid argument"
+    assert name in text
+
+
+@given(data=st.binary(max_size=300), first=st.integers(0, 300))
+@example(b"", 0)
+@example(b"x" * 55, 0)
+@example(b"x" * 56, 9)
+@example(b"x" * 64, 64)
+def test_sha256(library: Library, data: bytes, first: int) -> None:
+    text = c.create_string_buffer(64)
+    library.c.test_sha256(data, c.c_size_t(len(data)), c.c_size_t(min(first, len(data))), text)
+    assert text.raw.decode() == hashlib.sha256(data).hexdigest()
