@@ -12,18 +12,21 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 namespace {
 
-std::mt19937_64 generator(2024);
+std::mt19937_64& generator() {
+  static std::mt19937_64 one(2024);
+  return one;
+}
 
-std::size_t below(std::size_t n) { return n == 0 ? 0 : generator() % n; }
+std::size_t below(std::size_t n) { return n == 0 ? 0 : generator()() % n; }
 
 /// Mutations that keep a text nearly JSON: numbers, words and structure change places or meaning.
 void mutate(std::string& text, const std::vector<std::string>& corpus) {
   static const char* const pieces[] = {"-1", "0", "1e999", "9223372036854775808", "2147483648", "null", "true", "[]",
-                                       "{}", "\"\"", "\"\\u0000\"", ",", ":", "\"batch\"", "[[[[", "1.5", "\xff"};
+                                       "{}", "\"\"", R"("\u0000")", ",", ":", "\"batch\"", "[[[[", "1.5", "\xff"};
   const std::size_t at = below(text.size());
   switch (below(7)) {
     case 0:
-      if (!text.empty()) text[at] = static_cast<char>(generator());
+      if (!text.empty()) text[at] = static_cast<char>(generator()());
       break;
     case 1:
       text.erase(at, 1 + below(20));
@@ -63,7 +66,7 @@ int main(int argc, char** argv) {
     corpus.emplace_back(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
     if (corpus.back().empty()) return 2;
   }
-  const long runs = std::atol(argv[1]);
+  const long runs = std::strtol(argv[1], nullptr, 10);
   for (long run = 0; run < runs; ++run) {
     std::string text = corpus[below(corpus.size())];
     for (std::size_t i = below(4); i > 0; --i) mutate(text, corpus);

@@ -54,6 +54,7 @@ class GenerateOptions(c.Structure):
         ("top_p", c.c_double),
         ("repetition_penalty", c.c_double),
         ("seed", c.c_uint64),
+        ("append", c.c_int),
         ("cancellation", c.c_void_p),
     ]
 

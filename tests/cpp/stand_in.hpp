@@ -70,6 +70,8 @@ class StandInDevice final : public qwenport::detail::Device {
  public:
   StandInDevice(Network network, Counts& counts) : network_(std::move(network)), counts_(counts) {}
   ~StandInDevice() override;
+  StandInDevice(const StandInDevice&) = delete;
+  StandInDevice& operator=(const StandInDevice&) = delete;
 
   void* allocate(std::size_t bytes) override;
   void release(void* memory) noexcept override;

@@ -7,6 +7,6 @@ std::int32_t getInferLibMajorVersion() noexcept { return VERSION_MAJOR; }
 std::int32_t getInferLibMinorVersion() noexcept { return VERSION_MINOR; }
 std::int32_t getInferLibPatchVersion() noexcept { return 1; }
 std::int32_t getInferLibBuildVersion() noexcept { return 48; }
-void* createInferRuntime_INTERNAL(void*, std::int32_t) noexcept { return nullptr; }
+void* createInferRuntime_INTERNAL(void* /*logger*/, std::int32_t /*version*/) noexcept { return nullptr; }
 #endif
 }

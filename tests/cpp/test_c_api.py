@@ -99,30 +99,36 @@ def test_any_sequence_of_calls(library: Library, toy: Path) -> None:
             stop_ids=st.lists(token, max_size=2),
             temperature=st.sampled_from([0.0, 0.9]),
             max_new_tokens=st.integers(1, 60),
+            append=st.booleans(),
         )
-        def generate(self, prompts, seed, stop_ids, temperature, max_new_tokens) -> None:
+        def generate(self, prompts, seed, stop_ids, temperature, max_new_tokens, append) -> None:
             params = SamplingParams(temperature=temperature, seed=seed)
+            before = self.held if append else [[] for _ in range(ROWS)]
+            if any(len(h) + len(p) > CAPACITY for h, p in zip(before, prompts, strict=False)):
+                with pytest.raises(Error, match="the session has room for"):
+                    self.session.generate(prompts, append=1)
+                return
             found = self.session.generate(
                 prompts,
                 seed=seed,
                 stop_ids=stop_ids,
                 temperature=temperature,
                 max_new_tokens=max_new_tokens,
+                append=append,
             )
+            self.held = before
             for b, (prompt, result) in enumerate(zip(prompts, found, strict=True)):
-                expected, held = plain(prompt, b, params, stop_ids, max_new_tokens)
+                expected, held = plain(before[b], prompt, b, params, stop_ids, max_new_tokens)
                 assert result == expected
                 self.held[b] = held
-            for b in range(len(prompts), ROWS):
-                self.held[b] = []
 
         @invariant()
         def lengths_are_those_of_the_tokens(self) -> None:
             assert self.session.lengths == [len(row) for row in self.held]
 
-    def plain(prompt, row, params, stop_ids, max_new) -> tuple[Result, list[int]]:
+    def plain(before, prompt, row, params, stop_ids, max_new) -> tuple[Result, list[int]]:
         """Generation without a session, and the tokens that a session holds after it."""
-        sampler, held, new = Sampler(params, row=row), list(prompt), []
+        sampler, held, new = Sampler(params, row=row), [*before, *prompt], []
         while True:
             drawn = sampler.sample(toy_logits(library, manifest, held), held)
             if drawn in stop_ids:

@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <optional>
 #include <random>
 
 #include "qwenport/qwenport.hpp"
@@ -15,14 +16,14 @@ using Rows = std::vector<std::vector<Token>>;
 namespace {
 
 template <typename Work>
-ErrorCode code_of(const Work& work) {
+std::optional<ErrorCode> code_of(const Work& work) {
   try {
     work();
   } catch (const qwenport::Error& error) {
     CHECK(std::string(error.what()).find('\n') == std::string::npos);
     return error.code();
   }
-  return static_cast<ErrorCode>(0);
+  return std::nullopt;
 }
 
 /// Checks a call's logits against the definition of the network, given all tokens that the rows hold.

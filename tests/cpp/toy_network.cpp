@@ -88,7 +88,9 @@ std::vector<float> toy_logits(const Manifest& manifest, const std::vector<std::i
 
 std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, int vocab) {
   constexpr int layers = 2;
-  std::ostringstream inputs, outputs, aliases;
+  std::ostringstream inputs;
+  std::ostringstream outputs;
+  std::ostringstream aliases;
   const auto binding = [](const std::string& name, const std::string& dtype, const std::string& shape) {
     return R"({"name": ")" + name + R"(", "dtype": ")" + dtype + R"(", "shape": )" + shape + "}";
   };

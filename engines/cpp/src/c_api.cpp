@@ -92,6 +92,7 @@ qwenport::GenerateOptions options_of(const qwenport_generate_options& given) {
   options.top_p = given.top_p;
   options.repetition_penalty = given.repetition_penalty;
   options.seed = given.seed;
+  options.append = given.append != 0;
   if (given.cancellation != nullptr) options.cancellation = &given.cancellation->cancellation;
   return options;
 }
@@ -149,7 +150,7 @@ int qwenport_session_decode(qwenport_session* session, const int64_t* tokens, si
 qwenport_generate_options qwenport_generate_defaults(void) {
   const qwenport::GenerateOptions options;
   return {options.max_new_tokens, nullptr, 0, options.temperature, options.top_k, options.top_p,
-          options.repetition_penalty, options.seed, nullptr};
+          options.repetition_penalty, options.seed, options.append ? 1 : 0, nullptr};
 }
 
 int qwenport_generate(qwenport_session* session, const int64_t* const* prompts, const size_t* sizes,

@@ -8,6 +8,11 @@
 namespace qwenport::detail {
 namespace {
 
+/// Cache slots that a row's prompt may take.
+std::size_t free_slots(const SessionCore& session, const GenerateOptions& options, std::size_t row) {
+  return static_cast<std::size_t>(session.capacity() - (options.append ? session.lengths()[row] : 0));
+}
+
 /// One row of the batch: its sampler, what it has seen and what it still may do.
 class Row {
  public:
@@ -17,7 +22,7 @@ class Row {
         index_(index),
         stop_tokens_(options.stop_tokens),
         sampler_(params, options.seed, static_cast<std::uint64_t>(index), session.manifest().info.vocab_size) {
-    const auto room = static_cast<std::size_t>(session.capacity()) - prompt.size + 1;
+    const auto room = free_slots(session, options, static_cast<std::size_t>(index)) - prompt.size + 1;
     const auto most = static_cast<std::size_t>(options.max_new_tokens);
     limit_ = std::min(room, most);
     result.reason = most <= room ? FinishReason::length : FinishReason::capacity;
@@ -82,10 +87,10 @@ void check(const SessionCore& session, const std::vector<TokenView>& prompts, co
                 std::to_string(prompt.data[i]));
       }
     }
-    if (prompt.size > static_cast<std::size_t>(session.capacity())) {
+    const std::size_t room = free_slots(session, options, b);
+    if (prompt.size > room) {
       throw Error(ErrorCode::capacity, "prompt " + std::to_string(b) + " has " + std::to_string(prompt.size) +
-                                           " tokens, the session holds " + std::to_string(session.capacity()) +
-                                           " a row");
+                                           " tokens, the session has room for " + std::to_string(room));
     }
   }
 }
@@ -106,7 +111,7 @@ std::vector<Generated> generate(SessionCore& session, const std::vector<TokenVie
     rows.emplace_back(static_cast<int>(rows.size()), prompt, params, options, session);
     longest = std::max(longest, prompt.size);
   }
-  session.reset();
+  if (!options.append) session.reset();
   const auto chunk = static_cast<std::size_t>(session.max_step_tokens());
   std::vector<TokenView> fed(rows.size());
   std::vector<Token> tokens(rows.size());

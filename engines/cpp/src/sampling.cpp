@@ -16,7 +16,7 @@ namespace {
 constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
 
 double in_range(const char* name, double value, double low, double high) {
-  if (!(value >= low && value <= high)) {
+  if (value < low || value > high || std::isnan(value)) {
     throw Error(ErrorCode::invalid_argument, std::string(name) + " is " + std::to_string(value) +
                                                  ", outside its range; see GenerateOptions");
   }
@@ -73,12 +73,13 @@ float checked_max(const float* scores, std::size_t count, const char* what) {
   float top = minus_infinity;
   bool nan = false;
   for (std::size_t i = 0; i < count; ++i) {
-    nan |= scores[i] != scores[i];
+    nan |= std::isnan(scores[i]);
     top = scores[i] > top ? scores[i] : top;
   }
   if (nan || !std::isfinite(top)) {
+    const char* const infinity = top > 0 ? "inf" : "-inf";
     throw Error(ErrorCode::sampling, std::string("no token can be chosen: the highest of the ") + what +
-                                         " is " + (nan ? "nan" : top > 0 ? "inf" : "-inf"));
+                                         " is " + (nan ? "nan" : infinity));
   }
   return top;
 }

@@ -52,7 +52,7 @@ class SessionCore {
  private:
   /// An int64 input of a step: filled in pinned memory, copied to where it is bound.
   struct Input {
-    const char* name;
+    const char* name = nullptr;
     Memory pinned;
     Memory device;
     [[nodiscard]] std::int64_t* values() const noexcept { return static_cast<std::int64_t*>(pinned.get()); }

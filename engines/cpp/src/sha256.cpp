@@ -68,14 +68,12 @@ void Sha256::update(const void* data, std::size_t bytes) {
 }
 
 std::string Sha256::hex() {
+  // One bit, zeros up to 8 bytes before the end of a block, the length in bits.
   const std::uint64_t bits = total_bytes_ * 8;
-  const std::uint8_t one = 0x80;
-  const std::uint8_t zero = 0;
-  update(&one, 1);
-  while (pending_bytes_ != 56) update(&zero, 1);
-  std::array<std::uint8_t, 8> length{};
-  for (unsigned i = 0; i < 8; ++i) length[i] = static_cast<std::uint8_t>(bits >> (56U - 8U * i));
-  update(length.data(), length.size());
+  std::array<std::uint8_t, 72> padding{0x80};
+  const std::size_t before_length = 1 + (119 - pending_bytes_) % 64;
+  for (unsigned i = 0; i < 8; ++i) padding[before_length + i] = static_cast<std::uint8_t>(bits >> (56U - 8U * i));
+  update(padding.data(), before_length + 8);
   std::string text;
   for (const std::uint32_t word : state_) {
     for (unsigned shift = 32; shift != 0; shift -= 4) text += "0123456789abcdef"[(word >> (shift - 4U)) & 15U];

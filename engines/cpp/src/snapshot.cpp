@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "session.hpp"
 
@@ -134,8 +135,8 @@ void SessionCore::restore(const std::vector<std::byte>& snapshot) {
     device_->synchronize();
   });
   failed_ = false;
-  lengths_ = lengths;
-  last_token_ = last;
+  lengths_ = std::move(lengths);
+  last_token_ = std::move(last);
 }
 
 }  // namespace qwenport::detail

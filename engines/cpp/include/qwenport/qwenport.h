@@ -95,6 +95,7 @@ typedef struct {
   double top_p;       /**< 1 keeps all */
   double repetition_penalty;
   uint64_t seed;
+  int append; /**< 1: go on after the tokens that the rows hold; 0: reset the session */
   const qwenport_cancellation* cancellation; /**< may be NULL */
 } qwenport_generate_options;
 
@@ -132,7 +133,7 @@ QWENPORT_EXPORT int qwenport_session_decode(qwenport_session* session, const int
                                             const float** logits);
 
 QWENPORT_EXPORT qwenport_generate_options qwenport_generate_defaults(void);
-/** Reset, prefill `count` prompts and decode until all have ended.
+/** Reset (unless append), prefill `count` prompts and decode until all have ended.
  *  options and on_token may be NULL. tokens is int64 [count, max_new_tokens], results [count]. */
 QWENPORT_EXPORT int qwenport_generate(qwenport_session* session, const int64_t* const* prompts,
                                       const size_t* sizes, size_t count,

@@ -4,18 +4,19 @@
 //
 //     #include <qwenport/qwenport.hpp>
 //
-//     #include <cstdio>
+//     #include <iostream>
 //
-//     int main(int argc, char** argv) {
+//     int main(int argc, char** argv) {  // minimal ENGINE TOKEN...
 //       try {
-//         qwenport::Engine engine = qwenport::Engine::load(argc > 1 ? argv[1] : "engine");
+//         const auto engine = qwenport::Engine::load(argc > 1 ? argv[1] : "engine");
 //         qwenport::Session session(engine);
+//         std::vector<qwenport::Token> prompt;
+//         for (int i = 2; i < argc; ++i) prompt.push_back(std::stoll(argv[i]));
 //         qwenport::GenerateOptions options;
 //         options.max_new_tokens = 40;
-//         session.generate({785, 3974, 13876}, options,
-//                          [](int, qwenport::Token token) { std::printf("%lld\n", (long long)token); });
-//       } catch (const qwenport::Error& error) {
-//         std::fprintf(stderr, "error: %s\n", error.what());
+//         session.generate(prompt, options, [](int, qwenport::Token token) { std::cout << token << std::endl; });
+//       } catch (const std::exception& error) {
+//         std::cerr << "error: " << error.what() << std::endl;
 //         return 2;
 //       }
 //     }
@@ -156,8 +157,11 @@ struct GenerateOptions {
   double temperature = 0;           ///< 0 is greedy
   std::int64_t top_k = 0;           ///< keep the k highest and their ties; 0 keeps all
   double top_p = 1;                 ///< nucleus, in [0, 1]; 1 keeps all
-  double repetition_penalty = 1;    ///< over prompt and new tokens; 1 is off
+  double repetition_penalty = 1;    ///< over this prompt and the new tokens; 1 is off
   std::uint64_t seed = 0;           ///< row b draws from the stream (seed, b)
+  /// Go on after the tokens that the rows hold, instead of resetting the session. The last token of a
+  /// generation and its stop token are not in the cache: begin the next prompt with them.
+  bool append = false;
   const Cancellation* cancellation = nullptr;  ///< looked at before every step
 };
 
@@ -182,8 +186,8 @@ using OnToken = std::function<void(int row, Token token)>;
 ///
 /// All memory of a step is allocated on construction; only the first two steps with one number of rows and
 /// one span of the cache (it grows by 64 slots) make a CUDA graph. After an Error of code device a session
-/// can only be destroyed; after any other it is as before the call, except that generate has
-/// reset it if it began to run.
+/// can only be destroyed; after any other it is as before the call, except that generate
+/// leaves what it has run so far.
 class QWENPORT_EXPORT Session {
  public:
   /// \throws Error invalid_argument (more rows or slots than the engine has), device (out of memory).
@@ -204,12 +208,13 @@ class QWENPORT_EXPORT Session {
   /// Append one token a row; `idle` leaves a row alone.
   Logits decode_batch(const std::vector<Token>& tokens);
 
-  /// Reset, prefill the prompt and decode until it ends.
-  /// \throws Error invalid_argument, capacity (a prompt longer than the capacity): nothing was run;
+  /// Reset (unless options.append), prefill the prompt and decode until it ends.
+  /// \throws Error invalid_argument, capacity (no room for the prompt): nothing was run;
   ///   sampling.
   Generated generate(const std::vector<Token>& prompt, const GenerateOptions& options = {},
                      const OnToken& on_token = nullptr);
-  /// The same for several prompts at once, one a row; a row that ends idles while the others go on.
+  /// The same for several prompts at once, one a row; a row that ends idles while the others go on. What a
+  /// row gets does not depend on the others.
   std::vector<Generated> generate_batch(const std::vector<std::vector<Token>>& prompts,
                                         const GenerateOptions& options = {},
                                         const OnToken& on_token = nullptr);

@@ -52,7 +52,7 @@ class TensorRTModel final : public Model {
   }
   [[nodiscard]] std::unique_ptr<Executor> make_executor(Device& device, void* workspace) const override {
     const CurrentGpu current(gpu_);
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::scoped_lock lock(mutex_);
     std::unique_ptr<nvinfer1::IExecutionContext> context(
         engine_->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
     if (context == nullptr) {

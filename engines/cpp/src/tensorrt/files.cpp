@@ -6,7 +6,7 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
+#include <system_error>
 
 #include "qwenport/qwenport.hpp"
 
@@ -23,7 +23,7 @@ MappedFile::MappedFile(const std::string& path) {
   }
   const int reason = errno;
   if (file >= 0) close(file);
-  if (!ok) throw Error(ErrorCode::bad_engine, path + ": cannot be read: " + std::strerror(reason));
+  if (!ok) throw Error(ErrorCode::bad_engine, path + ": cannot be read: " + std::generic_category().message(reason));
 }
 
 MappedFile::~MappedFile() {

@@ -2,8 +2,9 @@
 
 #include <dlfcn.h>
 
+#include <array>
+#include <cstring>
 #include <mutex>
-#include <utility>
 
 #include "qwenport/qwenport.hpp"
 
@@ -24,30 +25,31 @@ const char* const tensorrt_flavour = "tensorrt";
 namespace {
 
 #ifdef QWENPORT_TENSORRT_RTX
-const std::string library_name = "libtensorrt_rtx.so." + std::to_string(NV_TENSORRT_MAJOR);
+constexpr const char* library_stem = "libtensorrt_rtx.so.";
 #else
-const std::string library_name = "libnvinfer.so." + std::to_string(NV_TENSORRT_MAJOR);
+constexpr const char* library_stem = "libnvinfer.so.";
 #endif
 
-/// Keeps the last complaint. TensorRT holds on to the first logger of a process, so this one never ends.
+std::string library_name() { return library_stem + std::to_string(NV_TENSORRT_MAJOR); }
+
+/// Keeps the last complaint, as much of it as fits. TensorRT holds on to the first logger of a process, so this one never ends.
 class Logger final : public nvinfer1::ILogger {
  public:
   void log(Severity severity, const char* message) noexcept override {
     if (severity > Severity::kERROR) return;
-    try {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      last_ = message;
-    } catch (...) {  // no memory for a message: go on without
-    }
+    const std::scoped_lock lock(mutex_);
+    std::strncpy(last_.data(), message, last_.size() - 1);
   }
   std::string take() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return std::exchange(last_, {});
+    const std::scoped_lock lock(mutex_);
+    std::string text = last_.data();
+    last_[0] = 0;
+    return text;
   }
 
  private:
   std::mutex mutex_;
-  std::string last_;
+  std::array<char, 1024> last_{};
 };
 
 Logger& logger() {
@@ -59,7 +61,7 @@ template <typename Function>
 Function symbol(void* library, const char* name) {
   void* const found = dlsym(library, name);
   if (found == nullptr) {
-    throw Error(ErrorCode::missing_library, library_name + " has no " + name + "; it is no TensorRT");
+    throw Error(ErrorCode::missing_library, library_name() + " has no " + name + "; it is no TensorRT");
   }
   return reinterpret_cast<Function>(found);
 }
@@ -67,9 +69,9 @@ Function symbol(void* library, const char* name) {
 }  // namespace
 
 TensorRTLibrary::TensorRTLibrary() {
-  void* const library = dlopen(library_name.c_str(), RTLD_NOW | RTLD_LOCAL);
+  void* const library = dlopen(library_name().c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
-    const char* const reason = dlerror();
+    const char* const reason = dlerror();  // NOLINT(concurrency-mt-unsafe): each thread has its own
     throw Error(ErrorCode::missing_library,
                 std::string(tensorrt_flavour) + " cannot be loaded: " + (reason != nullptr ? reason : "") +
                     "; put its folder into LD_LIBRARY_PATH, or the library beside the program");
@@ -83,7 +85,7 @@ TensorRTLibrary::TensorRTLibrary() {
              std::to_string(part("getInferLibBuildVersion"));
   if (major != NV_TENSORRT_MAJOR || minor < NV_TENSORRT_MINOR) {
     throw Error(ErrorCode::wrong_version,
-                library_name + " is " + version_ + ", but this library was compiled with the headers of " +
+                library_name() + " is " + version_ + ", but this library was compiled with the headers of " +
                     std::to_string(NV_TENSORRT_MAJOR) + "." + std::to_string(NV_TENSORRT_MINOR) +
                     "; compile it with the headers of the TensorRT that you ship");
   }

@@ -1,0 +1,18 @@
+#include <qwenport/qwenport.hpp>
+
+#include <iostream>
+
+int main(int argc, char** argv) {  // minimal ENGINE TOKEN...
+  try {
+    const auto engine = qwenport::Engine::load(argc > 1 ? argv[1] : "engine");
+    qwenport::Session session(engine);
+    std::vector<qwenport::Token> prompt;
+    for (int i = 2; i < argc; ++i) prompt.push_back(std::stoll(argv[i]));
+    qwenport::GenerateOptions options;
+    options.max_new_tokens = 40;
+    session.generate(prompt, options, [](int, qwenport::Token token) { std::cout << token << std::endl; });
+  } catch (const std::exception& error) {
+    std::cerr << "error: " << error.what() << std::endl;
+    return 2;
+  }
+}

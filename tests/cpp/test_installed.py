@@ -1,0 +1,306 @@
+"""The installed package: what its files show and hide, examples built against it, and what a machine lacks.
+
+The examples are linked to the real library. Without a GPU that library says so; to see the examples work,
+the loader is given the tests' build on the stand-in in its place, which exports the same names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qwenport.engines.targets import FLAVOURS
+
+from .conftest import BUILDS, ROOT, built, configure, run, tensorrt_headers, tool
+from .runtime import Error, Library
+from .toy import toy_directory, toy_logits, toy_manifest
+
+EXAMPLES = ["minimal", "chat", "server_loop"]
+RUNTIME = ROOT / "engines" / "cpp"
+
+
+@pytest.fixture(scope="module", params=["release", "static"])
+def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prefix that a shared or a static runtime was installed to, away from the source tree."""
+    prefix = tmp_path_factory.mktemp(request.param) / "usr"
+    run(tool("cmake"), "--install", built(request.param) / "runtime", "--prefix", prefix)
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def examples(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The examples' programs, built from copies, against the installed tree only."""
+    programs = {}
+    for name in EXAMPLES:
+        folder = tmp_path_factory.mktemp(name)
+        shutil.copytree(ROOT / "examples" / "cpp" / name, folder / "source")
+        warnings = "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror"
+        prefix = f"-DCMAKE_PREFIX_PATH={installed}"
+        run(*configure(folder / "source", folder / "build", prefix, warnings))
+        run(tool("cmake"), "--build", folder / "build")
+        programs[name] = folder / "build" / name
+    return programs
+
+
+@pytest.fixture(scope="module")
+def on_stand_in(release: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which programs find the stand-in's build as libqwenport."""
+    folder = tmp_path_factory.mktemp("library")
+    (soname,) = {path.name for path in (release / "runtime").glob("libqwenport.so.*.*")} - {
+        path.name for path in (release / "runtime").glob("libqwenport.so.*.*.*")
+    }
+    (folder / soname).symlink_to(release / "libqwenport_stand_in.so")
+    return {**os.environ, "LD_LIBRARY_PATH": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def toy(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_directory(library, tmp_path_factory.mktemp("toy"))
+
+
+def greedy(library: Library, prompt: list[int], count: int) -> list[int]:
+    manifest, held = toy_manifest(library), list(prompt)
+    for _ in range(count):
+        held.append(int(toy_logits(library, manifest, held).argmax()))
+    return held[len(prompt) :]
+
+
+def test_the_first_comment_of_the_header_is_the_minimal_example() -> None:
+    header = (RUNTIME / "include/qwenport/qwenport.hpp").read_text()
+    program = re.search(r"^//     #include.*?^//     }$", header, re.MULTILINE | re.DOTALL)
+    assert program
+    lines = [line.removeprefix("//").removeprefix("     ") for line in program[0].splitlines()]
+    assert "\n".join(lines) + "\n" == (ROOT / "examples/cpp/minimal/main.cpp").read_text()
+    assert len(lines) <= 20
+
+
+def test_public_headers_stand_alone_in_cpp_and_c(installed: Path, tmp_path: Path) -> None:
+    """The C header's first comment, a whole program, compiles as C; neither header needs CUDA or TensorRT."""
+    flags = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-c", f"-I{installed}/include"]
+    flags += ["-o", tmp_path / "object"]
+    for header in (installed / "include" / "qwenport").iterdir():
+        assert not re.search(r"#include [<\"](Nv|cuda)", header.read_text())
+    (tmp_path / "one.cpp").write_text("#include <qwenport/qwenport.hpp>\n")
+    run("g++", "-std=c++17", *flags, tmp_path / "one.cpp")
+    comment = (installed / "include/qwenport/qwenport.h").read_text()
+    program = re.search(r"^ \*     #include.*?^ \*     }$", comment, re.MULTILINE | re.DOTALL)
+    assert program
+    (tmp_path / "two.c").write_text(re.sub(r"^ \*", "", program[0], flags=re.MULTILINE))
+    run("gcc", "-std=c99", *flags, tmp_path / "two.c")
+
+
+def test_the_library_needs_neither_tensorrt_nor_cuda_to_start() -> None:
+    library = built("release") / "runtime" / "libqwenport.so"
+    needed = run("readelf", "--dynamic", library).stdout
+    assert not re.search(r"NEEDED.*(nvinfer|tensorrt|cuda)", needed)
+    names = run("nm", "--dynamic", "--defined-only", "--format=posix", library).stdout
+    strong = {line.split()[0] for line in names.splitlines() if line.split()[1] in "TDBR"}
+    assert strong
+    assert {name for name in strong if "qwenport" not in name} == set()
+
+
+def test_the_minimal_example_prints_the_tokens(
+    examples, installed: Path, on_stand_in, library: Library, toy: Path
+) -> None:
+    if "static" in str(installed):
+        needed = run("readelf", "--dynamic", examples["minimal"]).stdout
+        assert "qwenport" not in needed  # all of it is in the program
+        return
+    done = run(examples["minimal"], toy, 5, 6, 7, env=on_stand_in)
+    assert list(map(int, done.stdout.split())) == greedy(library, [5, 6, 7], 40)
+
+
+@pytest.fixture(scope="module")
+def shared_examples(examples, installed: Path) -> dict[str, Path]:
+    if "static" in str(installed):
+        pytest.skip("a static library cannot be replaced by the stand-in; the shared one is")
+    return examples
+
+
+def test_chat_goes_on_from_what_is_in_the_cache(shared_examples, on_stand_in, toy: Path) -> None:
+    turns = "1 2 3\n4\n" + "5 " * 30 + "\n6 7\n"
+    done = run(shared_examples["chat"], toy, *range(20), env=on_stand_in, input=turns)
+    replies = [line.split() for line in done.stdout.splitlines()]
+    assert len(replies) == 4
+    again = run(shared_examples["chat"], toy, *range(20), env=on_stand_in, input=turns)
+    assert again.stdout == done.stdout
+    other = run(shared_examples["chat"], toy, *range(20), env=on_stand_in, input="9 9\n4\n")
+    assert other.stdout.splitlines()[1] != done.stdout.splitlines()[1]  # the past matters
+
+
+def test_the_server_answers_every_request(
+    shared_examples, on_stand_in, library: Library, toy: Path
+) -> None:
+    prompts = [[n, n + 1, n + 2] for n in range(1, 13)]
+    lines = [" ".join(map(str, prompt)) for prompt in prompts]
+    lines.insert(5, "4000")  # outside the vocabulary: an answer, not the end
+    done = run(shared_examples["server_loop"], toy, env=on_stand_in, input="\n".join(lines))
+    answers = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert len(answers) == len(lines)
+    assert "must be in [0, 97)" in answers.pop("request 6")
+    for prompt, answer in zip(
+        prompts, (answers[key] for key in sorted(answers, key=lambda k: int(k.split()[1]))), strict=True
+    ):
+        assert list(map(int, answer.split())) == greedy(library, prompt, 64)
+
+
+# What a machine lacks, told by the real library
+
+
+def complaint(program: Path, engine: Path, libraries: Path | None = None) -> str:
+    """The one line that `minimal` ends with, in an environment without a GPU."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("LD_LIBRARY_PATH", None)
+    if libraries is not None:
+        environment["LD_LIBRARY_PATH"] = str(libraries)
+    done = subprocess.run([program, engine, "1"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+@pytest.fixture
+def engine_for(
+    engine_of: Callable, tmp_path: Path, release: Path
+) -> Callable[..., Path]:
+    """A real engine directory, its manifest changed as asked."""
+
+    def make(**changes: object) -> Path:
+        folder = tmp_path / "engine"
+        shutil.copytree(engine_of("tiny-qwen2.5").path, folder)
+        manifest = json.loads((folder / "qwenport.json").read_text())
+        (folder / "qwenport.json").write_text(json.dumps(manifest | changes))
+        return folder
+
+    return make
+
+
+def test_no_engine(examples, tmp_path: Path) -> None:
+    assert "no qwenport.json; not an engine directory" in complaint(examples["minimal"], tmp_path)
+
+
+def test_an_engine_of_the_other_flavour(examples, engine_for) -> None:
+    line = complaint(examples["minimal"], engine_for())
+    assert "built for tensorrt-rtx, and this library was configured for tensorrt;" in line
+    assert "build the engine with --target tensorrt" in line
+
+
+@pytest.mark.parametrize(
+    ("libraries", "version", "expected"),
+    [
+        (None, "10.99.1.48", "tensorrt cannot be loaded: libnvinfer.so.10: "),
+        ("empty", "10.99.1.48", "has no getInferLibMajorVersion; it is no TensorRT"),
+        ("too_old", "10.1.1.48", "is 10.1.1.48, but this library was compiled with the headers of 10."),
+        ("another", "11.0.1.48", "is 11.0.1.48, but this library was compiled with the headers of 10."),
+        ("fits", "10.98.1.48", "built by tensorrt 10.98.1.48, installed is 10.99.1.48; build it again"),
+        ("fits", "10.99.1.48", "an engine needs an NVIDIA GPU (sm80, sm90) and "),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(
+    examples, engine_for, release: Path, libraries: str | None, version: str, expected: str
+) -> None:
+    """From a missing TensorRT over another release to a missing GPU, in the order in which they are met."""
+    engine = engine_for(flavour="tensorrt", tensorrt_version=version, gpus=["sm80", "sm90"])
+    folder = release / "nvinfer" / libraries if libraries else None
+    if libraries is None and shutil.which("ldconfig"):
+        cache = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout
+        assert "libnvinfer.so.10" not in cache, "this machine has TensorRT installed: remove it"
+    assert expected in complaint(examples["minimal"], engine, folder)
+
+
+def test_the_real_library_answers_python_as_well(release: Path, engine_for) -> None:
+    library = Library(release / "runtime" / "libqwenport.so")
+    with pytest.raises(Error, match="configured for tensorrt") as error:
+        library.load(engine_for())
+    assert error.value.kind == "wrong version"
+
+
+# What configuring needs
+
+
+def configuring_fails(tmp_path: Path, *settings: object, **environment: str) -> str:
+    command = configure(RUNTIME, tmp_path / "build", *settings)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.returncode != 0
+    return " ".join(done.stderr.split())
+
+
+HEADERS = f"-DTENSORRT_INCLUDE_DIR={tensorrt_headers()}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["-DTENSORRT_INCLUDE_DIR=/nowhere"], "The headers of tensorrt were not found"),
+        ([HEADERS, "-DQWENPORT_TENSORRT=tensorrt-rtx"], "has the headers of TensorRT. Give those of"),
+        ([HEADERS, "-DQWENPORT_TENSORRT=trt"], "it is tensorrt or tensorrt-rtx"),
+        (
+            [HEADERS, "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON"],
+            "No CUDA toolkit of version 12 or newer was found",
+        ),
+        (
+            [HEADERS, "-DNLOHMANN_JSON_INCLUDE_DIR=NLOHMANN_JSON_INCLUDE_DIR-NOTFOUND",
+             "-DCMAKE_FIND_ROOT_PATH=/nowhere", "-DCMAKE_FIND_ROOT_PATH_MODE_INCLUDE=ONLY"],
+            "apt-get install nlohmann-json3-dev",
+        ),
+        (
+            [HEADERS, "-DCMAKE_CXX_COMPILER=/nowhere/c++"],
+            "/nowhere/c++",
+        ),
+    ],
+)  # fmt: skip
+def test_what_configuring_lacks_is_named(tmp_path: Path, settings: list[str], expected: str) -> None:
+    assert expected in configuring_fails(tmp_path, *settings)
+
+
+def test_headers_of_rtx_are_refused_for_tensorrt(tmp_path: Path) -> None:
+    """The flavours' classes have other virtual tables: compiled against one, a call to the other crashes."""
+    headers = tmp_path / "headers"
+    headers.mkdir()
+    (headers / "NvInferVersion.h").write_text("#define TRT_MAJOR_RTX 1\n")
+    error = configuring_fails(tmp_path, f"-DTENSORRT_INCLUDE_DIR={headers}")
+    assert "has the headers of TensorRT-RTX" in error
+
+
+def test_versions(tmp_path: Path, installed: Path) -> None:
+    """find_package takes the version that pyproject states, and no other minor one."""
+    import tomllib
+
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    major, minor, _ = version.split(".")
+    for wanted, works in [(version, True), (f"{major}.{minor}", True), (f"{major}.{int(minor) + 1}", False)]:
+        folder = tmp_path / wanted
+        folder.mkdir()
+        (folder / "CMakeLists.txt").write_text(
+            "cmake_minimum_required(VERSION 3.22)\nproject(p LANGUAGES CXX)\n"
+            f"find_package(qwenport {wanted} CONFIG REQUIRED)\n"
+        )
+        command = configure(folder, folder / "build", f"-DCMAKE_PREFIX_PATH={installed}")
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode == 0) == works, done.stderr
+
+
+def test_flavours_are_those_of_build() -> None:
+    text = (RUNTIME / "cmake" / "dependencies.cmake").read_text()
+    assert f'MATCHES "^({"|".join(sorted(FLAVOURS))})$"' in text
+
+
+def test_clang_tidy_finds_nothing(release: Path) -> None:
+    sources = [*RUNTIME.rglob("*.cpp"), *(ROOT / "tests" / "cpp").glob("*.cpp")]
+    sources = [path for path in sources if path.name != "stand_in_nvinfer.cpp"]
+    assert len(sources) > 20
+    done = subprocess.run(
+        [tool("clang-tidy"), "--quiet", "-p", release, *sources], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert BUILDS in release.parents or release.parent == BUILDS
