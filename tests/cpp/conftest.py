@@ -21,8 +21,8 @@ BUILDS = ROOT / "build" / "cpp"
 SETTINGS = {
     "release": ["-DCMAKE_BUILD_TYPE=Release"],
     "static": ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF"],
-    "address": ["-DSANITIZE=address,undefined"],
-    "thread": ["-DSANITIZE=thread"],
+    "address": ["-DSANITIZE=address,undefined", "-DCMAKE_CXX_FLAGS=-O1"],
+    "thread": ["-DSANITIZE=thread", "-DCMAKE_CXX_FLAGS=-O1"],
 }
 
 
@@ -54,13 +54,14 @@ def configure(source: Path, build: Path, *settings: object) -> list[str]:
 
 
 def built(setting: str) -> Path:
-    """The folder of an up-to-date build of tests/cpp in one of SETTINGS."""
+    """The folder of an up-to-date build in one of SETTINGS: of tests/cpp, or of the runtime alone ("static")."""
     folder = BUILDS / setting
     folder.mkdir(parents=True, exist_ok=True)
     with (BUILDS / f"{setting}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         headers = f"-DTENSORRT_INCLUDE_DIR={tensorrt_headers()}"
-        run(*configure(ROOT / "tests" / "cpp", folder, headers, *SETTINGS[setting]))
+        source = ROOT / ("engines/cpp" if setting == "static" else "tests/cpp")
+        run(*configure(source, folder, headers, *SETTINGS[setting]))
         run(tool("cmake"), "--build", folder)
     return folder
 

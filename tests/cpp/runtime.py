@@ -120,7 +120,9 @@ class Engine:
 
 def _rows(rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
     arrays = [(c.c_int64 * max(len(row), 1))(*row) for row in rows]
-    pointers = (c.POINTER(c.c_int64) * len(rows))(*[c.cast(a, c.POINTER(c.c_int64)) for a in arrays])
+    pointers = (c.POINTER(c.c_int64) * len(rows))(
+        *[c.cast(a, c.POINTER(c.c_int64)) for a in arrays]
+    )
     return pointers, (c.c_size_t * len(rows))(*map(len, rows))
 
 
@@ -134,9 +136,7 @@ class Session:
     def _logits(self, call: Callable[..., int], count: int, *arguments: Any) -> list[Any]:
         found = (c.POINTER(c.c_float) * count)()
         self.library.check(call(self.handle, *arguments, c.c_size_t(count), found))
-        return [
-            np.ctypeslib.as_array(row, (self.vocab,)).copy() if row else None for row in found
-        ]
+        return [np.ctypeslib.as_array(row, (self.vocab,)).copy() if row else None for row in found]
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> list[Any]:
         """A copy of each row's logits, None for a row that was given nothing."""
@@ -215,5 +215,7 @@ class Session:
 
     def restore(self, snapshot: bytes) -> None:
         self.library.check(
-            self.library.c.qwenport_session_restore(self.handle, snapshot, c.c_size_t(len(snapshot)))
+            self.library.c.qwenport_session_restore(
+                self.handle, snapshot, c.c_size_t(len(snapshot))
+            )
         )

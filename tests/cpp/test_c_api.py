@@ -144,10 +144,17 @@ def test_any_sequence_of_calls(library: Library, toy: Path) -> None:
     Calls.TestCase("runTest").runTest()
 
 
-def test_an_engine_says_what_it_is_and_may_go_before_its_sessions(library: Library, toy: Path) -> None:
+def test_an_engine_says_what_it_is_and_may_go_before_its_sessions(
+    library: Library, toy: Path
+) -> None:
     engine = library.load(toy)
     info = engine.info()
-    assert (info.vocab_size, info.capacity, info.max_batch, info.max_step_tokens) == (97, 160, 4, 24)
+    assert (info.vocab_size, info.capacity, info.max_batch, info.max_step_tokens) == (
+        97,
+        160,
+        4,
+        24,
+    )
     assert (info.dtype, info.flavour, info.gpus) == (b"fp32", b"tensorrt", b"sm80,sm90")
     assert info.cache_bytes_per_row == 4 * 2 * 160 * 4 * 4
     session = engine.session()
@@ -157,7 +164,9 @@ def test_an_engine_says_what_it_is_and_may_go_before_its_sessions(library: Libra
 
 
 def test_errors_are_codes_with_a_text_for_each_thread(library: Library, toy: Path) -> None:
-    with pytest.raises(Error, match=r"nowhere: no qwenport\.json; not an engine directory") as error:
+    with pytest.raises(
+        Error, match=r"nowhere: no qwenport\.json; not an engine directory"
+    ) as error:
         library.load(Path("nowhere"))
     assert error.value.kind == "bad engine"
     session = library.load(toy).session()

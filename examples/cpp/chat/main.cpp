@@ -41,11 +41,11 @@ int main(int argc, char** argv) {
       options.cancellation = current.get();
       std::vector<qwenport::Token> prompt = pending;
       std::istringstream words(line);
-      for (qwenport::Token token; words >> token;) prompt.push_back(token);
+      for (qwenport::Token token = 0; words >> token;) prompt.push_back(token);
       const auto reply = session.generate(prompt, options, [](int /*row*/, qwenport::Token token) {
         std::cout << token << ' ' << std::flush;
       });
-      std::cout << std::endl;
+      std::cout << '\n' << std::flush;
       pending.clear();
       if (!reply.tokens.empty()) pending.push_back(reply.tokens.back());
       if (reply.reason == qwenport::FinishReason::stop) pending.push_back(reply.stop_token);

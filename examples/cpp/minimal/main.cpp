@@ -10,9 +10,9 @@ int main(int argc, char** argv) {  // minimal ENGINE TOKEN...
     for (int i = 2; i < argc; ++i) prompt.push_back(std::stoll(argv[i]));
     qwenport::GenerateOptions options;
     options.max_new_tokens = 40;
-    session.generate(prompt, options, [](int, qwenport::Token token) { std::cout << token << std::endl; });
+    session.generate(prompt, options, [](int, auto token) { std::cout << token << ' ' << std::flush; });
   } catch (const std::exception& error) {
-    std::cerr << "error: " << error.what() << std::endl;
+    std::cerr << "error: " << error.what() << '\n';
     return 2;
   }
 }

@@ -22,13 +22,13 @@ class Requests {
     number = ++count_;
     prompt.clear();
     std::istringstream words(line);
-    for (qwenport::Token token; words >> token;) prompt.push_back(token);
+    for (qwenport::Token token = 0; words >> token;) prompt.push_back(token);
     return true;
   }
 
   void answer(int number, const std::string& text) {
     const std::scoped_lock lock(mutex_);
-    std::cout << "request " << number << ": " << text << std::endl;
+    std::cout << "request " << number << ": " << text << '\n' << std::flush;
   }
 
  private:
