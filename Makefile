@@ -8,8 +8,10 @@ FOLDERS := exporter plugins engines validate
 INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(VENV)/bin/pip install --quiet -c constraints.txt
 PYTEST := $(VENV)/bin/pytest -n 2
+# the C++ tests are `make cpp`'s
+PYTHON_TESTS := $(PYTEST) --ignore tests/cpp
 
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test cpp test-all lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -19,10 +21,14 @@ demo: $(VENV)/.installed  ## install what is needed and run the demo
 	$(VENV)/bin/qwenport demo
 
 test: lint  ## lint and run the fast tests
-	$(PYTEST) -m "not slow"
+	$(PYTHON_TESTS) -m "not slow"
 
-test-all: test  ## lint and run every test
-	$(PYTEST) -m slow
+cpp: $(VENV)/.installed-cpp  ## build, check and test the C++ library
+	$(VENV)/bin/python tests/cpp/builds.py
+	$(PYTEST) tests/cpp
+
+test-all: test cpp  ## lint and run every test
+	$(PYTHON_TESTS) -m slow
 
 # mypy does not follow setuptools' package-dir, so it is shown links laid out as the packages are
 # imported; build/typing/qwenport/exporter/x.py in its output is exporter/x.py.
@@ -50,3 +56,9 @@ $(VENV)/.installed-dev: $(VENV)/bin/pip pyproject.toml constraints.txt
 	@echo 'Installing into $(VENV): PyTorch and TensorRT are large, this takes minutes the first time.'
 	$(INSTALL) -e '.[dev]'
 	touch $@ $(VENV)/.installed
+
+# The TensorRT headers come with a package whose own code and dependencies are not wanted.
+$(VENV)/.installed-cpp: $(VENV)/.installed-dev
+	$(INSTALL) -e '.[dev,cpp]'
+	$(INSTALL) --no-deps kernel-lens
+	touch $@

@@ -18,7 +18,7 @@ import pytest
 
 from qwenport.engines.targets import FLAVOURS
 
-from .conftest import ROOT, built, configure, run, tensorrt_headers, tool
+from .builds import ROOT, built, configure, run, tensorrt_headers, tool
 from .runtime import Error, Library
 from .toy import toy_directory, toy_logits, toy_manifest
 

@@ -64,7 +64,7 @@ def test_what_build_writes_is_read(
 def package_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], engines.Engine]:
     from qwenport import exporter
 
-    from .conftest import ROOT
+    from .builds import ROOT
 
     def make(dtype: str) -> engines.Engine:
         folder = tmp_path_factory.mktemp(dtype)

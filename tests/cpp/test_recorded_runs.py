@@ -18,7 +18,7 @@ import pytest
 from qwenport import engines, exporter
 from qwenport.engines.onnxruntime_session import OnnxRuntimeSession
 
-from .conftest import built
+from .builds import built
 from .recording import Recorder
 from .runtime import Error, Library, Result
 

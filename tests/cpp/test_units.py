@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import built, run
+from .builds import built, run
 from .runtime import Library
 from .toy import toy_manifest
 

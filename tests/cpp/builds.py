@@ -1,0 +1,79 @@
+"""Builds of the runtime and its tests, below build/cpp: made by whoever asks first, then kept up to date.
+
+As a program it makes the release build, so that what a machine lacks is said before any test runs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BUILDS = ROOT / "build" / "cpp"
+SETTINGS = {
+    "release": ["-DCMAKE_BUILD_TYPE=Release"],
+    "static": ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF"],
+    "address": ["-DSANITIZE=address,undefined", "-DCMAKE_CXX_FLAGS=-O1"],
+    "thread": ["-DSANITIZE=thread", "-DCMAKE_CXX_FLAGS=-O1"],
+}
+
+
+class BuildError(Exception):
+    """What a command that had to succeed said."""
+
+
+def tool(name: str) -> str:
+    """A program of the development environment."""
+    found = shutil.which(name, path=sysconfig.get_path("scripts"))
+    if not found:
+        raise BuildError(f"{name} is missing: run `make cpp`, or pip install -e '.[dev,cpp]'")
+    return found
+
+
+def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a command that must succeed; its output is the error."""
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    if done.returncode:
+        raise BuildError(f"{command[0]} failed\n{done.stdout[-6000:]}{done.stderr[-6000:]}")
+    return done
+
+
+def tensorrt_headers() -> Path:
+    """NvInfer.h and its siblings, from the wheel of the development environment that carries them."""
+    spec = importlib.util.find_spec("kernel_lens")
+    if spec is None or not spec.submodule_search_locations:
+        raise BuildError(
+            "TensorRT's headers are missing: run `make cpp`, or pip install --no-deps kernel-lens"
+        )
+    return Path(spec.submodule_search_locations[0]) / "include" / "tensorrt"
+
+
+def configure(source: Path, build: Path, *settings: object) -> list[str]:
+    """The command that configures a build."""
+    ninja = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    return [tool("cmake"), "-S", str(source), "-B", str(build), *ninja, *map(str, settings)]
+
+
+def built(setting: str) -> Path:
+    """The folder of an up-to-date build in one of SETTINGS: of tests/cpp, or of the runtime alone ("static")."""
+    folder = BUILDS / setting
+    folder.mkdir(parents=True, exist_ok=True)
+    with (BUILDS / f"{setting}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        headers = f"-DTENSORRT_INCLUDE_DIR={tensorrt_headers()}"
+        source = ROOT / ("engines/cpp" if setting == "static" else "tests/cpp")
+        run(*configure(source, folder, headers, *SETTINGS[setting]))
+        run(tool("cmake"), "--build", folder)
+    return folder
+
+
+if __name__ == "__main__":
+    try:
+        built("release")
+    except BuildError as error:
+        sys.exit(str(error))
