@@ -1,0 +1,52 @@
+"""docs/embedding.md: its commands run, its C++ compiles, its table of errors is the header's."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from .builds import ROOT, run, tensorrt_headers, tool
+
+PAGE = (ROOT / "docs" / "embedding.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def test_the_commands_of_the_page_build_a_program(tmp_path: Path) -> None:
+    for folder in ("engines", "examples"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    (tmp_path / "sdk").mkdir()
+    (tmp_path / "sdk" / "include").symlink_to(tensorrt_headers())
+    environment = {
+        **os.environ,
+        "TENSORRT": str(tmp_path / "sdk"),
+        "PREFIX": str(tmp_path / "prefix"),
+        "PATH": f"{Path(tool('cmake')).parent}:{os.environ['PATH']}",
+    }
+    commands = "".join(blocks("sh"))
+    assert commands.count("cmake ") == 5
+    run("bash", "-euc", commands, cwd=tmp_path, env=environment)
+    assert (tmp_path / "build" / "minimal" / "minimal").exists()
+    assert blocks("cmake")[0] in (ROOT / "examples/cpp/minimal/CMakeLists.txt").read_text()
+
+    program = tmp_path / "page.cpp"  # each example in a function of its own
+    functions = [f"void example_{n}() {{\n{code}\n}}" for n, code in enumerate(blocks("cpp"))]
+    outside = "qwenport::Session& session = *static_cast<qwenport::Session*>(nullptr);\n"
+    outside += "std::vector<qwenport::Token> prompt;\n"
+    program.write_text("#include <qwenport/qwenport.hpp>\n" + outside + "\n".join(functions))
+    run("g++", "-std=c++17", "-fsyntax-only", f"-I{tmp_path}/prefix/include", program)
+
+
+def test_the_page_has_the_codes_of_the_headers() -> None:
+    header = (ROOT / "engines/cpp/include/qwenport/qwenport.hpp").read_text()
+    enum = re.search(r"enum class ErrorCode.*?};", header, re.DOTALL)
+    assert enum
+    codes = re.findall(r"(\w+) = (\d+),", enum[0])
+    assert len(codes) == 10
+    assert re.findall(r"^\| `(\w+)` \| (\d+) \|", PAGE, re.MULTILINE) == codes
+    c_header = (ROOT / "engines/cpp/include/qwenport/qwenport.h").read_text()
+    for name, number in codes:
+        assert f"QWENPORT_{name.upper()} = {number}" in c_header
