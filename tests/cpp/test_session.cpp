@@ -7,6 +7,7 @@
 #include "qwenport/qwenport.hpp"
 #include "stand_in.hpp"
 
+using qwenport::Engine;
 using qwenport::ErrorCode;
 using qwenport::Session;
 using qwenport::SessionOptions;
@@ -48,7 +49,7 @@ void random_operations(unsigned seed, const Setting& setting) {
   std::mt19937 random(seed);
   const auto below = [&random](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
   const auto model = stand_in::toy_model(160, 4, setting.max_step_tokens);
-  const qwenport::Engine engine(model);
+  const Engine engine(model);
   SessionOptions options;
   options.max_batch = 1 + below(4);
   options.capacity = setting.capacity;
@@ -124,7 +125,7 @@ TEST_CASE("whatever was done before, logits are those of the tokens that the row
 TEST_CASE("a step waits for the device once and allocates nothing on it") {
   const auto model = stand_in::toy_model(160, 4, 24);
   for (const bool graphs : {true, false}) {
-    Session session(qwenport::Engine(model), {4, 0, graphs});
+    Session session(Engine(model), {4, 0, graphs});
     auto& counts = model->counts();
     const long waited = counts.synchronisations - counts.steps;
     const long allocated = counts.device_allocations;
@@ -137,7 +138,7 @@ TEST_CASE("a step waits for the device once and allocates nothing on it") {
 
 TEST_CASE("decoding captures a graph for each span and replays it") {
   const auto model = stand_in::toy_model(512, 2, 24);
-  Session session(qwenport::Engine(model), {2, 0, true});
+  Session session(Engine(model), {2, 0, true});
   auto& counts = model->counts();
   for (int i = 0; i < 256; ++i) session.decode_batch({1, 2});
   CHECK(counts.steps == 256);
@@ -152,7 +153,7 @@ TEST_CASE("decoding captures a graph for each span and replays it") {
 
 TEST_CASE("no more than eight graphs are kept, and the one unused for longest goes") {
   const auto model = stand_in::toy_model(1024, 1, 24);
-  Session session(qwenport::Engine(model), {1, 0, true});
+  Session session(Engine(model), {1, 0, true});
   auto& counts = model->counts();
   for (int i = 0; i < 1024; ++i) session.decode(5);
   CHECK(counts.captures == 16);
@@ -165,9 +166,29 @@ TEST_CASE("no more than eight graphs are kept, and the one unused for longest go
   CHECK(counts.captures == 17);  // span 64 is not
 }
 
+TEST_CASE("a graph that was used lately stays, however old it is") {
+  const auto model = stand_in::toy_model(1024, 1, 24);
+  Session session(Engine(model), {1, 0, true});
+  auto& counts = model->counts();
+  for (int i = 0; i < 512; ++i) session.decode(5);  // eight spans
+  session.reset();
+  session.decode(5);  // the first of them again
+  session.prefill(std::vector<Token>(520, 5));
+  session.decode(5);
+  session.decode(5);  // a ninth takes the place of the second
+  CHECK(counts.captures == 9);
+  session.reset();
+  session.decode(5);
+  CHECK(counts.captures == 9);
+  session.prefill(std::vector<Token>(70, 5));
+  session.decode(5);
+  session.decode(5);
+  CHECK(counts.captures == 10);
+}
+
 TEST_CASE("without graphs nothing is captured") {
   const auto model = stand_in::toy_model(160, 2, 24);
-  Session session(qwenport::Engine(model), {1, 0, false});
+  Session session(Engine(model), {1, 0, false});
   for (int i = 0; i < 100; ++i) session.decode(5);
   CHECK(model->counts().captures == 0);
   CHECK(model->counts().executors == 1);
@@ -176,7 +197,7 @@ TEST_CASE("without graphs nothing is captured") {
 TEST_CASE("decoding allocates no host memory once its graph is there") {
   const auto model = stand_in::toy_model(160, 3, 24);
   for (const bool graphs : {true, false}) {
-    Session session(qwenport::Engine(model), {3, 0, graphs});
+    Session session(Engine(model), {3, 0, graphs});
     const std::vector<Token> tokens{1, qwenport::idle, 3};
     session.decode_batch(tokens);
     session.decode_batch(tokens);
@@ -189,7 +210,7 @@ TEST_CASE("decoding allocates no host memory once its graph is there") {
 TEST_CASE("all memory is given back") {
   const auto model = stand_in::toy_model(160, 3, 24);
   {
-    Session session(qwenport::Engine(model), {3, 0, true});
+    Session session(Engine(model), {3, 0, true});
     session.prefill({1, 2, 3});
     CHECK(model->counts().device_bytes > 0);
   }
@@ -198,7 +219,7 @@ TEST_CASE("all memory is given back") {
 
 TEST_CASE("what cannot be done is refused by name, and the session goes on") {
   const auto model = stand_in::toy_model(160, 2, 24);
-  const qwenport::Engine engine(model);
+  const Engine engine(model);
   CHECK(code_of([&] { Session(engine, {3, 0, true}); }) == ErrorCode::invalid_argument);
   CHECK(code_of([&] { Session(engine, {0, 0, true}); }) == ErrorCode::invalid_argument);
   CHECK(code_of([&] { Session(engine, {1, 161, true}); }) == ErrorCode::invalid_argument);
@@ -227,7 +248,7 @@ TEST_CASE("after a step that failed on the device a session refuses to go on") {
   const auto model = std::make_shared<const stand_in::StandInModel>(manifest, [] {
     return stand_in::Network([](const stand_in::Call&) { throw qwenport::Error(ErrorCode::device, "broken"); });
   });
-  Session session{qwenport::Engine(model)};
+  Session session{Engine(model)};
   CHECK(code_of([&] { session.prefill({1}); }) == ErrorCode::device);
   CHECK(code_of([&] { session.prefill({1}); }) == ErrorCode::device);
   CHECK(code_of([&] { (void)session.save(); }) == ErrorCode::device);
@@ -236,7 +257,7 @@ TEST_CASE("after a step that failed on the device a session refuses to go on") {
 
 TEST_CASE("a snapshot that is damaged, or another's, is refused and changes nothing") {
   const auto model = stand_in::toy_model(160, 2, 24);
-  const qwenport::Engine engine(model);
+  const Engine engine(model);
   Session session(engine, {2, 0, true});
   session.prefill_batch({{1, 2, 3}, {4}});
   const auto snapshot = session.save();
@@ -256,7 +277,7 @@ TEST_CASE("a snapshot that is damaged, or another's, is refused and changes noth
   std::string other = stand_in::toy_manifest_text(160, 2, 24);
   other.replace(other.find("ba7816"), 6, "000000");
   const auto manifest = qwenport::detail::parse_manifest(other, "toy");
-  Session another(qwenport::Engine(std::make_shared<const stand_in::StandInModel>(
+  Session another(Engine(std::make_shared<const stand_in::StandInModel>(
                       manifest, [&manifest] { return stand_in::toy_network(manifest); })),
                   {2, 0, true});
   CHECK(code_of([&] { another.restore(snapshot); }) == ErrorCode::bad_snapshot);

@@ -50,38 +50,64 @@ constexpr std::array<double, 14> exp_terms() {  // 1/13!, ..., 1/1!, 1/0!
   return terms;
 }
 
-/// exp(x) for x <= 0 with the same bits everywhere: see portable_exp in engines/sampling.py.
-double portable_exp(double x) noexcept {
+/// exp(x) for x <= 0 with the same bits everywhere: see portable_exp in engines/sampling.py. Without
+/// branches, so that a loop over it is vectorised.
+inline double portable_exp(double x) noexcept {
   constexpr double log2e = 0x1.71547652b82fep+0;
   constexpr double ln2_hi = 0x1.62e42feep-1;
   constexpr double ln2_lo = 0x1.a39ef35793c76p-33;
   constexpr double to_integer = 0x1.8p52;  // adding and taking away rounds half to even
   constexpr std::array<double, 14> terms = exp_terms();
-  if (x < -708.0) return 0;
-  const double k = (x * log2e + to_integer) - to_integer;
-  const double r = (x - k * ln2_hi) - k * ln2_lo;
+  const bool small = x < -708.0;
+  const double y = small ? 0 : x;
+  const double shifted = y * log2e + to_integer;
+  const double k = shifted - to_integer;
+  const double r = (y - k * ln2_hi) - k * ln2_lo;
   double p = terms[0];
   for (std::size_t n = 1; n < terms.size(); ++n) p = p * r + terms[n];
-  const std::uint64_t power_bits = static_cast<std::uint64_t>(static_cast<std::int64_t>(k) + 1023) << 52U;
+  std::uint64_t bits = 0;  // the low bits of `shifted` are k; its exponent leaves at the top
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 1023U) << 52U;
   double power = 0;
-  std::memcpy(&power, &power_bits, sizeof power);
-  return p * power;  // exact: the result is a normal number
+  std::memcpy(&power, &bits, sizeof power);
+  return small ? 0 : p * power;  // exact: the result is a normal number
 }
 
-/// The highest score. \throws Error sampling: it is not finite.
+/// The highest score. \throws Error sampling: it is not finite, or there is a NaN.
 float checked_max(const float* scores, std::size_t count, const char* what) {
-  float top = minus_infinity;
-  bool nan = false;
+  // As integers whose order is that of the floats: that loop is vectorised, one over floats is not.
+  std::int32_t top = std::numeric_limits<std::int32_t>::min();
+  std::int32_t largest = 0;
   for (std::size_t i = 0; i < count; ++i) {
-    nan |= std::isnan(scores[i]);
-    top = scores[i] > top ? scores[i] : top;
+    std::int32_t bits = 0;
+    std::memcpy(&bits, scores + i, sizeof bits);
+    const std::int32_t magnitude = bits & 0x7fffffff;
+    const std::int32_t ordered = bits ^ ((bits >> 31) & 0x7fffffff);
+    top = ordered > top ? ordered : top;
+    largest = magnitude > largest ? magnitude : largest;
   }
-  if (nan || !std::isfinite(top)) {
-    const char* const infinity = top > 0 ? "inf" : "-inf";
+  const std::int32_t bits = top ^ ((top >> 31) & 0x7fffffff);
+  float highest = 0;
+  std::memcpy(&highest, &bits, sizeof highest);
+  const bool nan = largest > 0x7f800000;
+  if (nan || !std::isfinite(highest)) {
+    const char* const infinity = highest > 0 ? "inf" : "-inf";
     throw Error(ErrorCode::sampling, std::string("no token can be chosen: the highest of the ") + what +
                                          " is " + (nan ? "nan" : infinity));
   }
-  return top;
+  return highest;
+}
+
+/// The lowest id whose score is `top`, which is one of them.
+Token first_of(const float* scores, std::size_t count, float top) {
+  constexpr std::size_t block = 256;
+  std::size_t i = 0;
+  for (; i + block <= count; i += block) {
+    int found = 0;
+    for (std::size_t j = i; j < i + block; ++j) found |= static_cast<int>(scores[j] == top);
+    if (found != 0) break;
+  }
+  return std::find(scores + i, scores + count, top) - scores;
 }
 
 }  // namespace
@@ -116,34 +142,35 @@ double Random::uniform() noexcept {
 }
 
 Sampler::Sampler(const SamplingParams& params, std::uint64_t seed, std::uint64_t row, int vocab_size)
-    : params_(params), random_(seed, row) {
-  const auto vocab = static_cast<std::size_t>(vocab_size);
-  scores_.resize(vocab);
+    : params_(params), random_(seed, row), vocab_(static_cast<std::size_t>(vocab_size)) {
+  if (params.greedy() && params.repetition_penalty == 1) return;
+  scores_.resize(vocab_);
   if (params.greedy()) return;
-  kept_.reserve(vocab);
-  weights_.reserve(vocab);
-  order_.reserve(vocab);
-  sorted_.reserve(vocab);
+  kept_.resize(vocab_);
+  weights_.resize(vocab_);
+  order_.reserve(vocab_);
+  highest_.reserve(vocab_);
 }
 
 Token Sampler::sample(const float* logits, const std::vector<Token>& seen) {
-  checked_max(logits, scores_.size(), "logits");
-  std::copy_n(logits, scores_.size(), scores_.begin());
+  float top = checked_max(logits, vocab_, "logits");
+  if (scores_.empty()) return first_of(logits, vocab_, top);
+  std::copy_n(logits, vocab_, scores_.begin());
   penalise(logits, seen);
   if (!params_.greedy() && params_.temperature != 1) {
     const auto temperature = static_cast<float>(params_.temperature);
     for (float& score : scores_) score /= temperature;
   }
-  checked_max(scores_.data(), scores_.size(), "processed scores");
-  if (params_.greedy()) return std::max_element(scores_.begin(), scores_.end()) - scores_.begin();
+  top = checked_max(scores_.data(), vocab_, "processed scores");
+  if (params_.greedy()) return first_of(scores_.data(), vocab_, top);
   keep_top_k();
-  keep_top_p();
-  weigh();
+  keep_top_p(top);
+  const std::size_t count = weigh(top);
   double total = 0;
-  for (double& weight : weights_) weight = total += weight;  // now cumulative
+  for (std::size_t i = 0; i < count; ++i) weights_[i] = total += weights_[i];  // now cumulative
   const double target = random_.uniform() * total;
-  const auto drawn = std::upper_bound(weights_.begin(), weights_.end(), target);
-  return kept_[static_cast<std::size_t>(drawn - weights_.begin())];
+  const auto end = weights_.begin() + static_cast<std::ptrdiff_t>(count);
+  return kept_[static_cast<std::size_t>(std::upper_bound(weights_.begin(), end, target) - weights_.begin())];
 }
 
 void Sampler::penalise(const float* logits, const std::vector<Token>& seen) {
@@ -158,42 +185,52 @@ void Sampler::penalise(const float* logits, const std::vector<Token>& seen) {
 
 void Sampler::keep_top_k() {
   const auto k = static_cast<std::uint64_t>(params_.top_k);
-  if (k == 0 || k >= scores_.size()) return;
-  sorted_.assign(scores_.begin(), scores_.end());
-  const auto kth = sorted_.begin() + static_cast<std::ptrdiff_t>(k - 1);
-  std::nth_element(sorted_.begin(), kth, sorted_.end(), std::greater<>());
-  const float threshold = *kth;
+  if (k == 0 || k >= vocab_) return;
+  // The k-th highest: of at most 2k candidates at a time, whose lower half can be forgotten.
+  const auto kth = static_cast<std::ptrdiff_t>(k - 1);
+  float threshold = minus_infinity;
+  highest_.clear();
+  for (const float score : scores_) {
+    if (score <= threshold) continue;
+    highest_.push_back(score);
+    if (highest_.size() < 2 * k) continue;
+    std::nth_element(highest_.begin(), highest_.begin() + kth, highest_.end(), std::greater<>());
+    highest_.resize(k);
+    threshold = highest_[k - 1];
+  }
+  if (highest_.size() < k) return;  // the others are -inf
+  std::nth_element(highest_.begin(), highest_.begin() + kth, highest_.end(), std::greater<>());
+  threshold = highest_[k - 1];
   for (float& score : scores_) score = score < threshold ? minus_infinity : score;
 }
 
-/// Fill kept_ and weights_ from scores_.
-void Sampler::weigh() {
-  const float top = *std::max_element(scores_.begin(), scores_.end());
-  kept_.clear();
-  weights_.clear();
-  for (std::size_t i = 0; i < scores_.size(); ++i) {
-    if (scores_[i] == minus_infinity) continue;
-    kept_.push_back(static_cast<std::uint32_t>(i));
-    weights_.push_back(portable_exp(static_cast<double>(scores_[i] - top)));
+/// Fill kept_ and weights_ from scores_, whose highest is `top`. Returns how many there are.
+std::size_t Sampler::weigh(float top) {
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < vocab_; ++i) {
+    kept_[count] = static_cast<std::uint32_t>(i);
+    weights_[count] = static_cast<double>(scores_[i] - top);
+    count += static_cast<std::size_t>(scores_[i] > minus_infinity);
   }
+  for (std::size_t i = 0; i < count; ++i) weights_[i] = portable_exp(weights_[i]);
+  return count;
 }
 
 /// Drop the least likely tokens whose cumulative probability is at most 1 - top_p: first the tail, whose
 /// members cannot reach half of it together, unsorted; then the rest, by ascending score.
-void Sampler::keep_top_p() {
+void Sampler::keep_top_p(float top) {
   if (params_.top_p == 1) return;
-  weigh();
+  const std::size_t count = weigh(top);
   double total = 0;
-  for (const double weight : weights_) total += weight;
+  for (std::size_t i = 0; i < count; ++i) total += weights_[i];
   const auto threshold = static_cast<float>(1.0 - params_.top_p);
-  const double in_tail = 0.5 * static_cast<double>(threshold) / static_cast<double>(kept_.size());
+  const double in_tail = 0.5 * static_cast<double>(threshold) / static_cast<double>(count);
+  for (std::size_t i = 0; i < count; ++i) weights_[i] = static_cast<float>(weights_[i] / total);
   double sum = 0;
   order_.clear();
-  for (std::size_t i = 0; i < kept_.size(); ++i) {
-    const double probability = static_cast<float>(weights_[i] / total);
-    weights_[i] = probability;
-    if (probability < in_tail) {
-      sum += probability;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (weights_[i] < in_tail) {
+      sum += weights_[i];
       scores_[kept_[i]] = minus_infinity;
     } else {
       order_.push_back(static_cast<std::uint32_t>(i));

@@ -49,16 +49,17 @@ class Sampler {
  private:
   void penalise(const float* logits, const std::vector<Token>& seen);
   void keep_top_k();
-  void keep_top_p();
-  void weigh();
+  void keep_top_p(float top);
+  std::size_t weigh(float top);
 
   SamplingParams params_;
   Random random_;
+  std::size_t vocab_;
   std::vector<float> scores_;
   std::vector<std::uint32_t> kept_;   // ids of the scores above -inf, ascending
   std::vector<double> weights_;       // theirs
   std::vector<std::uint32_t> order_;  // scratch of top-p
-  std::vector<float> sorted_;         // scratch of top-k
+  std::vector<float> highest_;        // scratch of top-k
 };
 
 }  // namespace qwenport::detail
