@@ -48,6 +48,7 @@ REQUESTS = {
         {"max_new_tokens": 40, "temperature": 1.1, "repetition_penalty": 1.2, "seed": 1},
     ),
     "full": ([[11] * 508, [12] * 3], {"max_new_tokens": 12}),
+    "full at once": ([list(range(1000, 1512)), [12] * 3], {"max_new_tokens": 6}),
 }
 
 

@@ -283,3 +283,20 @@ TEST_CASE("a snapshot that is damaged, or another's, is refused and changes noth
   CHECK(code_of([&] { another.restore(snapshot); }) == ErrorCode::bad_snapshot);
   check_logits(model->manifest(), session.decode_batch({9, 9}), {{1, 2, 3, 9}, {4, 9}}, {1, 1});
 }
+
+TEST_CASE("a full row, restored or not, keeps its slots while others go on") {
+  const auto model = stand_in::toy_model(20, 2, 24);
+  const Engine engine(model);
+  Session session(engine, {2, 0, true});
+  std::vector<Token> full(20);
+  for (std::size_t i = 0; i < full.size(); ++i) full[i] = static_cast<Token>(i);
+  session.prefill_batch({full, {5}});
+  const auto snapshot = session.save();
+  Session restored(engine, {2, 0, true});
+  restored.restore(snapshot);
+  for (Session* one : {&session, &restored}) {
+    one->decode_batch({qwenport::idle, 5});
+    one->truncate(1, 1);
+    CHECK(one->save() == snapshot);
+  }
+}
