@@ -285,7 +285,7 @@ TEST_CASE("a snapshot that is damaged, or another's, is refused and changes noth
 }
 
 TEST_CASE("a full row, restored or not, keeps its slots while others go on") {
-  const auto model = stand_in::toy_model(20, 2, 24);
+  const auto model = stand_in::toy_model(20, 2, 20);
   const Engine engine(model);
   Session session(engine, {2, 0, true});
   std::vector<Token> full(20);
