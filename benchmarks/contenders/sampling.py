@@ -39,6 +39,7 @@ def cpp(request: dict[str, Any]) -> Draw:
             c.c_uint64(0),
             c.c_size_t(TOGETHER),
             tokens,
+            c.byref(c.c_double()),
             message,
         )
         if code:

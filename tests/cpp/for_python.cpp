@@ -30,10 +30,11 @@ int guarded(char* message, const Work& work) {
 
 extern "C" {
 
-/// Draw `draws` tokens from the same logits with one sampler; `seen` stays what it is.
+/// Draw `draws` tokens from the same logits with one sampler; `seen` stays what it is. `total` is the sum of the
+/// weights that they were drawn from.
 QWENPORT_EXPORT int test_sample(const float* logits, int vocab, const std::int64_t* seen, std::size_t seen_count,
                                 const double* temperature_p_penalty, std::int64_t top_k, std::uint64_t seed,
-                                std::uint64_t row, std::size_t draws, std::int64_t* tokens, char* message) {
+                                std::uint64_t row, std::size_t draws, std::int64_t* tokens, double* total, char* message) {
   return guarded(message, [&] {
     qwenport::GenerateOptions options;
     options.temperature = temperature_p_penalty[0];
@@ -43,12 +44,13 @@ QWENPORT_EXPORT int test_sample(const float* logits, int vocab, const std::int64
     qwenport::detail::Sampler sampler(qwenport::detail::checked_params(options), seed, row, vocab);
     const std::vector<std::int64_t> history(seen, seen + seen_count);
     for (std::size_t i = 0; i < draws; ++i) tokens[i] = sampler.sample(logits, history);
+    *total = sampler.total_weight();
   });
 }
 
 /// The SHA-256 of data, fed in two parts.
-QWENPORT_EXPORT void test_sha256(const char* data, std::size_t bytes, std::size_t first, char* hex) {
-  qwenport::detail::Sha256 hash;
+QWENPORT_EXPORT void test_sha256(const char* data, std::size_t bytes, std::size_t first, int hardware, char* hex) {
+  qwenport::detail::Sha256 hash(hardware != 0);
   hash.update(data, first);
   hash.update(data + first, bytes - first);
   std::memcpy(hex, hash.hex().data(), 64);

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes as c
-import hashlib
 
 import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from qwenport.engines.sampling import Sampler, SamplingError, SamplingParams
+from qwenport.engines import sampling
+from qwenport.engines.sampling import Sampler, SamplingError, SamplingParams, process_scores
 
 from .runtime import ERRORS, Library
 
@@ -24,10 +24,10 @@ def drawn(
     params: SamplingParams,
     row: int,
     draws: int,
-) -> tuple[str, list[int], str]:
-    """What the C++ sampler says: its error or "", the tokens, the error's text."""
+) -> tuple[str, list[int], float, str]:
+    """What the C++ sampler says: its error or "", tokens, the sum of their weights, the error's text."""
     tokens = (c.c_int64 * draws)()
-    message = c.create_string_buffer(1024)
+    total, message = c.c_double(), c.create_string_buffer(1024)
     code = library.c.test_sample(
         c.c_void_p(logits.ctypes.data),
         len(logits),
@@ -39,13 +39,14 @@ def drawn(
         c.c_uint64(row),
         c.c_size_t(draws),
         tokens,
+        c.byref(total),
         message,
     )
-    return ERRORS.get(code, ""), list(tokens), message.value.decode()
+    return ERRORS.get(code, ""), list(tokens), total.value, message.value.decode()
 
 
 def check(library, logits, seen, params, row, draws) -> None:
-    error, tokens, text = drawn(library, logits, seen, params, row, draws)
+    error, tokens, total, text = drawn(library, logits, seen, params, row, draws)
     sampler = Sampler(params, row=row)
     theirs: str | None = None
     try:
@@ -56,6 +57,10 @@ def check(library, logits, seen, params, row, draws) -> None:
         assert (error, text) == ("sampling", theirs)
     else:
         assert (error, tokens) == ("", expected)
+        if not params.greedy:
+            scores = process_scores(logits, seen, params)
+            weights = sampling._weights(scores[scores > -INF])
+            assert total == np.cumsum(weights)[-1]
 
 
 score = st.one_of(
@@ -78,7 +83,7 @@ params = st.builds(
 @settings(max_examples=400)
 @given(
     logits=st.lists(score, min_size=1, max_size=40).map(lambda row: np.array(row, np.float32)),
-    seen=st.lists(st.integers(0, 43), max_size=12),
+    seen=st.lists(st.one_of(st.integers(0, 43), st.integers(0, 3)), max_size=12),
     params=params,
     row=st.integers(0, 2**64 - 1),
 )
@@ -86,6 +91,20 @@ params = st.builds(
 @example(np.zeros(1, np.float32), [0], SamplingParams(temperature=1.0, top_p=0.0), 1)
 def test_any_logits(library: Library, logits, seen, params, row) -> None:
     check(library, logits, seen, params, row, draws=3)
+
+
+@given(
+    count=st.integers(2, 200),
+    share=st.integers(1, 200),
+    nudge=st.sampled_from([-INF, None, INF]),
+    score=st.sampled_from([0.0, 1.5]),
+)
+def test_top_p_on_the_edge_of_a_sum(library: Library, count, share, nudge, score) -> None:
+    """Equal scores and a threshold that is a sum of their probabilities, or the next number to it."""
+    top_p = min(share / count, 1.0)
+    top_p = top_p if nudge is None else min(max(float(np.nextafter(top_p, nudge)), 0.0), 1.0)
+    logits = np.full(count, score, np.float32)
+    check(library, logits, [], SamplingParams(temperature=1.0, top_p=top_p), row=0, draws=3)
 
 
 @settings(max_examples=40)
@@ -120,17 +139,6 @@ def test_rows_of_real_sizes(library: Library, seed, scale, digits, vocab, params
 def test_a_parameter_outside_its_range_is_named(library: Library, name: str, value: float) -> None:
     params = SamplingParams()
     object.__setattr__(params, name, value)
-    error, _, text = drawn(library, np.zeros(4, np.float32), [], params, 0, 1)
+    error, _, _, text = drawn(library, np.zeros(4, np.float32), [], params, 0, 1)
     assert error == "invalid argument"
     assert name in text
-
-
-@given(data=st.binary(max_size=300), first=st.integers(0, 300))
-@example(b"", 0)
-@example(b"x" * 55, 0)
-@example(b"x" * 56, 9)
-@example(b"x" * 64, 64)
-def test_sha256(library: Library, data: bytes, first: int) -> None:
-    text = c.create_string_buffer(64)
-    library.c.test_sha256(data, c.c_size_t(len(data)), c.c_size_t(min(first, len(data))), text)
-    assert text.raw.decode() == hashlib.sha256(data).hexdigest()

@@ -76,17 +76,19 @@ inline double portable_exp(double x) noexcept {
 /// The highest score. \throws Error sampling: it is not finite, or there is a NaN.
 float checked_max(const float* scores, std::size_t count, const char* what) {
   // As integers whose order is that of the floats: that loop is vectorised, one over floats is not.
+  constexpr std::uint32_t sign = 0x80000000;
+  const auto negative = [](std::uint32_t bits) { return bits >= sign ? ~sign : 0U; };
   std::int32_t top = std::numeric_limits<std::int32_t>::min();
   std::int32_t largest = 0;
   for (std::size_t i = 0; i < count; ++i) {
-    std::int32_t bits = 0;
+    std::uint32_t bits = 0;
     std::memcpy(&bits, scores + i, sizeof bits);
-    const std::int32_t magnitude = bits & 0x7fffffff;
-    const std::int32_t ordered = bits ^ ((bits >> 31) & 0x7fffffff);
+    const auto magnitude = static_cast<std::int32_t>(bits & ~sign);
+    const auto ordered = static_cast<std::int32_t>(bits ^ negative(bits));
     top = ordered > top ? ordered : top;
     largest = magnitude > largest ? magnitude : largest;
   }
-  const std::int32_t bits = top ^ ((top >> 31) & 0x7fffffff);
+  const std::uint32_t bits = static_cast<std::uint32_t>(top) ^ negative(static_cast<std::uint32_t>(top));
   float highest = 0;
   std::memcpy(&highest, &bits, sizeof highest);
   const bool nan = largest > 0x7f800000;
@@ -103,8 +105,8 @@ Token first_of(const float* scores, std::size_t count, float top) {
   constexpr std::size_t block = 256;
   std::size_t i = 0;
   for (; i + block <= count; i += block) {
-    int found = 0;
-    for (std::size_t j = i; j < i + block; ++j) found |= static_cast<int>(scores[j] == top);
+    unsigned found = 0;
+    for (std::size_t j = i; j < i + block; ++j) found |= static_cast<unsigned>(scores[j] == top);
     if (found != 0) break;
   }
   return std::find(scores + i, scores + count, top) - scores;
@@ -166,9 +168,9 @@ Token Sampler::sample(const float* logits, const std::vector<Token>& seen) {
   keep_top_k();
   keep_top_p(top);
   const std::size_t count = weigh(top);
-  double total = 0;
-  for (std::size_t i = 0; i < count; ++i) weights_[i] = total += weights_[i];  // now cumulative
-  const double target = random_.uniform() * total;
+  total_ = 0;
+  for (std::size_t i = 0; i < count; ++i) weights_[i] = total_ += weights_[i];  // now cumulative
+  const double target = random_.uniform() * total_;
   const auto end = weights_.begin() + static_cast<std::ptrdiff_t>(count);
   return kept_[static_cast<std::size_t>(std::upper_bound(weights_.begin(), end, target) - weights_.begin())];
 }

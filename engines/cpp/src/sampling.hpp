@@ -45,6 +45,8 @@ class Sampler {
   /// \param logits fp32 [vocab_size]. \param seen what the penalty applies to.
   /// \throws Error sampling: NaN, +inf, all -inf.
   Token sample(const float* logits, const std::vector<Token>& seen);
+  /// The sum of the weights that the last token was drawn from: all their bits are in it, for the tests.
+  [[nodiscard]] double total_weight() const noexcept { return total_; }
 
  private:
   void penalise(const float* logits, const std::vector<Token>& seen);
@@ -55,6 +57,7 @@ class Sampler {
   SamplingParams params_;
   Random random_;
   std::size_t vocab_;
+  double total_ = 0;
   std::vector<float> scores_;
   std::vector<std::uint32_t> kept_;   // ids of the scores above -inf, ascending
   std::vector<double> weights_;       // theirs

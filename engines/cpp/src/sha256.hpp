@@ -10,11 +10,14 @@ namespace qwenport::detail {
 
 class Sha256 {
  public:
+  /// \param hardware use the processor's SHA extensions, if it has any.
+  explicit Sha256(bool hardware = true);
   void update(const void* data, std::size_t bytes);
   /// 64 lower-case hexadecimal digits. Ends the computation.
   std::string hex();
 
  private:
+  void take_blocks(const std::uint8_t* data, std::size_t blocks);
   void block(const std::uint8_t* data);
 
   std::array<std::uint32_t, 8> state_{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
@@ -22,6 +25,7 @@ class Sha256 {
   std::array<std::uint8_t, 64> pending_{};
   std::size_t pending_bytes_ = 0;
   std::uint64_t total_bytes_ = 0;
+  bool hardware_ = false;
 };
 
 }  // namespace qwenport::detail
