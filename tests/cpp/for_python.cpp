@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "files.hpp"
 #include "qwenport/export.h"
 #include "sampling.hpp"
 #include "sha256.hpp"
@@ -70,6 +71,18 @@ QWENPORT_EXPORT int test_manifest(const char* text, std::size_t bytes, const cha
                                   static_cast<std::int64_t>(info.cache_bytes_per_row),
                                   static_cast<std::int64_t>(manifest.plan.bytes)};
     std::memcpy(numbers, found, sizeof found);
+  });
+}
+
+/// Hold the plan and the plugins of an engine directory against its manifest.
+QWENPORT_EXPORT int test_files(const char* directory, char* message) {
+  return guarded(message, [&] {
+    const Manifest manifest = qwenport::detail::read_manifest(directory);
+    std::vector<qwenport::detail::FileRecord> files = manifest.plugins;
+    files.push_back(manifest.plan);
+    for (const auto& file : files) {
+      qwenport::detail::check_file(file, directory, qwenport::detail::MappedFile(std::string(directory) + "/" + file.name));
+    }
   });
 }
 

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "sha256.hpp"
-
 namespace qwenport::detail {
 
 std::string gpu_list(const Manifest& manifest) {
@@ -34,20 +32,6 @@ void check_gpu(const Manifest& manifest, const std::string& where, const std::st
   if (std::find(gpus.begin(), gpus.end(), gpu) != gpus.end()) return;
   throw Error(ErrorCode::wrong_gpu, where + ": built for " + gpu_list(manifest) + ", this GPU is " + gpu +
                                         "; build again with --gpu " + gpu);
-}
-
-void check_file(const FileRecord& record, const std::string& where, const void* data, std::size_t bytes) {
-  const std::string path = where + "/" + record.name;
-  if (bytes != record.bytes) {
-    throw Error(ErrorCode::bad_engine, path + ": " + std::to_string(bytes) + " bytes, the manifest says " +
-                                           std::to_string(record.bytes) + "; build the engine again");
-  }
-  Sha256 hash;
-  hash.update(data, bytes);
-  if (hash.hex() != record.sha256) {
-    throw Error(ErrorCode::bad_engine,
-                path + ": changed since it was built (another SHA-256); build the engine again");
-  }
 }
 
 }  // namespace qwenport::detail

@@ -1,5 +1,5 @@
-// Whether an engine may run here: its flavour, its TensorRT release, its GPU and its files, each held
-// against the manifest. Pure functions of what was found; each error says what to build again or install.
+// Whether an engine may run here: its flavour, its TensorRT release and its GPU, each held against the
+// manifest. Pure functions of what was found; each error says what to build again or install.
 #pragma once
 
 #include <string>
@@ -19,8 +19,5 @@ void check_gpu(const Manifest& manifest, const std::string& where, const std::st
 
 /// The architectures of an engine as a text, "sm80, sm90".
 std::string gpu_list(const Manifest& manifest);
-
-/// Hold content against its record. \throws Error bad_engine: another size or SHA-256.
-void check_file(const FileRecord& record, const std::string& where, const void* data, std::size_t bytes);
 
 }  // namespace qwenport::detail

@@ -74,7 +74,7 @@ void load_plugins(const Manifest& manifest, const std::string& directory, nvinfe
     const std::string path = directory + "/" + plugin.name;
     {
       const MappedFile file(path);
-      check_file(plugin, directory, file.data(), file.size());
+      check_file(plugin, directory, file);
     }
     if (runtime.getPluginRegistry().loadLibrary(path.c_str()) == nullptr) {
       throw Error(ErrorCode::missing_library, path + ": TensorRT cannot load these plugins" + tensorrt_complaint());
@@ -93,7 +93,7 @@ Engine Engine::load(const std::string& directory, int gpu) {
   check_version(manifest, directory, tensorrt.version());
   check_gpu(manifest, directory, gpu_architecture(gpu, gpu_list(manifest)));
   const MappedFile plan(directory + "/" + manifest.plan.name);
-  check_file(manifest.plan, directory, plan.data(), plan.size());
+  check_file(manifest.plan, directory, plan);
   const CurrentGpu current(gpu);
   std::unique_ptr<nvinfer1::IRuntime> runtime = tensorrt.make_runtime();
   load_plugins(manifest, directory, *runtime);

@@ -8,7 +8,7 @@
 #include <cerrno>
 #include <system_error>
 
-#include "qwenport/qwenport.hpp"
+#include "sha256.hpp"
 
 namespace qwenport::detail {
 
@@ -28,6 +28,20 @@ MappedFile::MappedFile(const std::string& path) {
 
 MappedFile::~MappedFile() {
   if (data_ != nullptr) munmap(data_, size_);
+}
+
+void check_file(const FileRecord& record, const std::string& directory, const MappedFile& file) {
+  const std::string path = directory + "/" + record.name;
+  if (file.size() != record.bytes) {
+    throw Error(ErrorCode::bad_engine, path + ": " + std::to_string(file.size()) + " bytes, the manifest says " +
+                                           std::to_string(record.bytes) + "; build the engine again");
+  }
+  Sha256 hash;
+  hash.update(file.data(), file.size());
+  if (hash.hex() != record.sha256) {
+    throw Error(ErrorCode::bad_engine,
+                path + ": changed since it was built (another SHA-256); build the engine again");
+  }
 }
 
 }  // namespace qwenport::detail

@@ -1,8 +1,10 @@
-// A file of an engine directory, mapped into memory.
+// Files of an engine directory, mapped into memory and held against the manifest.
 #pragma once
 
 #include <cstddef>
 #include <string>
+
+#include "manifest.hpp"
 
 namespace qwenport::detail {
 
@@ -22,5 +24,8 @@ class MappedFile {
   void* data_ = nullptr;
   std::size_t size_ = 0;
 };
+
+/// Hold a file's size and SHA-256 against its record. \throws Error bad_engine.
+void check_file(const FileRecord& record, const std::string& directory, const MappedFile& file);
 
 }  // namespace qwenport::detail
