@@ -107,7 +107,9 @@ def test_quick_run_of_experts_measures_both_parts_and_checks_every_output(work: 
     assert str(BENCHMARKS.parent) not in text
 
 
-@pytest.mark.parametrize("name", ["export", "build", "decode", "experts", "shapes", "peers"])
+@pytest.mark.parametrize(
+    "name", ["export", "build", "decode", "experts", "embedded", "shapes", "peers"]
+)
 def test_help_says_what_a_script_does(name: str) -> None:
     run = subprocess.run(
         [sys.executable, BENCHMARKS / f"{name}.py", "--help"],

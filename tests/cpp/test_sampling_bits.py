@@ -93,9 +93,10 @@ def test_any_logits(library: Library, logits, seen, params, row) -> None:
     check(library, logits, seen, params, row, draws=3)
 
 
+@settings(max_examples=300)
 @given(
-    count=st.integers(2, 200),
-    share=st.integers(1, 200),
+    count=st.integers(2, 3000),
+    share=st.integers(1, 3000),
     nudge=st.sampled_from([-INF, None, INF]),
     score=st.sampled_from([0.0, 1.5]),
 )
