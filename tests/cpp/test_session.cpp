@@ -179,6 +179,7 @@ TEST_CASE("a graph that was used lately stays, however old it is") {
   CHECK(counts.captures == 9);
   session.reset();
   session.decode(5);
+  session.decode(5);
   CHECK(counts.captures == 9);
   session.prefill(std::vector<Token>(70, 5));
   session.decode(5);
