@@ -33,9 +33,10 @@ extern "C" {
 
 /// Draw `draws` tokens from the same logits with one sampler; `seen` stays what it is. `total` is the sum of the
 /// weights that they were drawn from.
-QWENPORT_EXPORT int test_sample(const float* logits, int vocab, const std::int64_t* seen, std::size_t seen_count,
-                                const double* temperature_p_penalty, std::int64_t top_k, std::uint64_t seed,
-                                std::uint64_t row, std::size_t draws, std::int64_t* tokens, double* total, char* message) {
+QWENPORT_EXPORT int test_sample(const float* logits, int vocab, const std::int64_t* seen,
+                                std::size_t seen_count, const double* temperature_p_penalty,
+                                std::int64_t top_k, std::uint64_t seed, std::uint64_t row, std::size_t draws,
+                                std::int64_t* tokens, double* total, char* message) {
   return guarded(message, [&] {
     qwenport::GenerateOptions options;
     options.temperature = temperature_p_penalty[0];
@@ -50,7 +51,8 @@ QWENPORT_EXPORT int test_sample(const float* logits, int vocab, const std::int64
 }
 
 /// The SHA-256 of data, fed in two parts.
-QWENPORT_EXPORT void test_sha256(const char* data, std::size_t bytes, std::size_t first, int hardware, char* hex) {
+QWENPORT_EXPORT void test_sha256(const char* data, std::size_t bytes, std::size_t first, int hardware,
+                                 char* hex) {
   qwenport::detail::Sha256 hash(hardware != 0);
   hash.update(data, first);
   hash.update(data + first, bytes - first);
@@ -58,15 +60,19 @@ QWENPORT_EXPORT void test_sha256(const char* data, std::size_t bytes, std::size_
 }
 
 /// Parse a manifest and hold it against what a machine has; an empty text skips that check.
-QWENPORT_EXPORT int test_manifest(const char* text, std::size_t bytes, const char* flavour, const char* version,
-                                  const char* gpu, qwenport::Token* numbers, char* message) {
+QWENPORT_EXPORT int test_manifest(const char* text, std::size_t bytes, const char* flavour,
+                                  const char* version, const char* gpu, qwenport::Token* numbers,
+                                  char* message) {
   return guarded(message, [&] {
     const Manifest manifest = qwenport::detail::parse_manifest({text, bytes}, "here/qwenport.json");
     if (*flavour != 0) qwenport::detail::check_flavour(manifest, "here", flavour);
     if (*version != 0) qwenport::detail::check_version(manifest, "here", version);
     if (*gpu != 0) qwenport::detail::check_gpu(manifest, "here", gpu);
     const auto& info = manifest.info;
-    const std::int64_t found[] = {info.vocab_size, info.capacity, info.max_batch, info.max_step_tokens,
+    const std::int64_t found[] = {info.vocab_size,
+                                  info.capacity,
+                                  info.max_batch,
+                                  info.max_step_tokens,
                                   static_cast<std::int64_t>(manifest.caches.size()),
                                   static_cast<std::int64_t>(info.cache_bytes_per_row),
                                   static_cast<std::int64_t>(manifest.plan.bytes)};
@@ -81,7 +87,8 @@ QWENPORT_EXPORT int test_files(const char* directory, char* message) {
     std::vector<qwenport::detail::FileRecord> files = manifest.plugins;
     files.push_back(manifest.plan);
     for (const auto& file : files) {
-      qwenport::detail::check_file(file, directory, qwenport::detail::MappedFile(std::string(directory) + "/" + file.name));
+      qwenport::detail::check_file(file, directory,
+                                   qwenport::detail::MappedFile(std::string(directory) + "/" + file.name));
     }
   });
 }

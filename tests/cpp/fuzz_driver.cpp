@@ -21,8 +21,9 @@ std::size_t below(std::size_t n) { return n == 0 ? 0 : generator()() % n; }
 
 /// Mutations that keep a text nearly JSON: numbers, words and structure change places or meaning.
 void mutate(std::string& text, const std::vector<std::string>& corpus) {
-  static const char* const pieces[] = {"-1", "0", "1e999", "9223372036854775808", "2147483648", "null", "true", "[]",
-                                       "{}", "\"\"", R"("\u0000")", ",", ":", "\"batch\"", "[[[[", "1.5", "\xff"};
+  static const char* const pieces[] = {
+      "-1",          "0", "1e999", "9223372036854775808", "2147483648", "null", "true", "[]", "{}", "\"\"",
+      R"("\u0000")", ",", ":",     "\"batch\"",           "[[[[",       "1.5",  "\xff"};
   const std::size_t at = below(text.size());
   switch (below(7)) {
     case 0:
@@ -37,7 +38,8 @@ void mutate(std::string& text, const std::vector<std::string>& corpus) {
     case 3: {  // a number or a word becomes another
       const std::size_t begin = text.find_first_of("0123456789\"", at);
       if (begin == std::string::npos) break;
-      std::size_t end = text[begin] == '"' ? text.find('"', begin + 1) : text.find_first_not_of("0123456789", begin);
+      std::size_t end =
+          text[begin] == '"' ? text.find('"', begin + 1) : text.find_first_not_of("0123456789", begin);
       if (end == std::string::npos) break;
       end += text[begin] == '"' ? 1 : 0;
       text.replace(begin, end - begin, pieces[below(std::size(pieces))]);

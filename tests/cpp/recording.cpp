@@ -19,7 +19,8 @@ namespace {
 
 class Recording {
  public:
-  Recording(const Manifest& manifest, const std::string& path) : manifest_(manifest), file_(path, std::ios::binary) {
+  Recording(const Manifest& manifest, const std::string& path)
+      : manifest_(manifest), file_(path, std::ios::binary) {
     steps_ = read<std::int64_t>(1).at(0);
     const std::size_t cache = static_cast<std::size_t>(manifest.info.max_batch) * row_floats();
     mirror_.assign(manifest.caches.size(), std::vector<float>(cache));
@@ -35,10 +36,12 @@ class Recording {
     const auto rows = static_cast<std::size_t>(sizes[0]);
     const auto width = static_cast<std::size_t>(sizes[1]);
     const auto span = static_cast<std::size_t>(sizes[2]);
-    for (const auto& [name, count] : {std::pair{"input_ids", rows * width}, std::pair{"position_ids", rows * width},
-                                      std::pair{"write_indices", rows}, std::pair{"key_positions", span},
-                                      std::pair{"logits_indices", rows}}) {
-      if (std::memcmp(call.memory.at(name), read<std::int64_t>(count).data(), count * sizeof(std::int64_t)) != 0) {
+    for (const auto& [name, count] :
+         {std::pair{"input_ids", rows * width}, std::pair{"position_ids", rows * width},
+          std::pair{"write_indices", rows}, std::pair{"key_positions", span},
+          std::pair{"logits_indices", rows}}) {
+      if (std::memcmp(call.memory.at(name), read<std::int64_t>(count).data(), count * sizeof(std::int64_t)) !=
+          0) {
         throw Misuse(here + name + " is not the recorded one");
       }
     }
@@ -67,7 +70,8 @@ class Recording {
       const auto slot = static_cast<std::size_t>(call.ints("write_indices")[b]);
       for (std::size_t h = 0; h < heads(); ++h) {
         const float* from = part.data() + (b * heads() + h) * width * dim();
-        std::memcpy(mirror.data() + ((b * heads() + h) * capacity() + slot) * dim(), from, width * dim() * sizeof(float));
+        std::memcpy(mirror.data() + ((b * heads() + h) * capacity() + slot) * dim(), from,
+                    width * dim() * sizeof(float));
       }
     }
   }

@@ -137,7 +137,8 @@ void StandInDevice::check_device(const void* memory, std::size_t bytes) const {
   check_inside(device_, memory, bytes, "device");
 }
 
-void StandInDevice::check_inside(const Ranges& ranges, const void* memory, std::size_t bytes, const char* kind) {
+void StandInDevice::check_inside(const Ranges& ranges, const void* memory, std::size_t bytes,
+                                 const char* kind) {
   const auto* begin = static_cast<const char*>(memory);
   auto after = ranges.upper_bound(begin);
   if (after != ranges.begin()) {

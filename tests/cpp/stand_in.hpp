@@ -130,11 +130,14 @@ Network toy_network(const qwenport::detail::Manifest& manifest);
 Network recorded_network(const qwenport::detail::Manifest& manifest, const std::string& path);
 
 /// The manifest of a small engine for toy_network.
-std::string toy_manifest_text(int capacity = 160, int max_batch = 4, int max_step_tokens = 24, int vocab = 97);
+std::string toy_manifest_text(int capacity = 160, int max_batch = 4, int max_step_tokens = 24,
+                              int vocab = 97);
 
-std::shared_ptr<const StandInModel> toy_model(int capacity = 160, int max_batch = 4, int max_step_tokens = 24);
+std::shared_ptr<const StandInModel> toy_model(int capacity = 160, int max_batch = 4,
+                                              int max_step_tokens = 24);
 
 /// The logits [vocab] of toy_network after these tokens, from its definition.
-std::vector<float> toy_logits(const qwenport::detail::Manifest& manifest, const std::vector<std::int64_t>& tokens);
+std::vector<float> toy_logits(const qwenport::detail::Manifest& manifest,
+                              const std::vector<std::int64_t>& tokens);
 
 }  // namespace stand_in

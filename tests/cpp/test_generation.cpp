@@ -175,7 +175,8 @@ TEST_CASE("generating allocates no host memory a token once its graph is there")
   options.repetition_penalty = 1.1;
   std::array<long, 128> at{};
   std::size_t tokens = 0;
-  session.generate_batch({{1, 2, 3}, {4}}, options, [&](int, Token) { at.at(tokens++) = stand_in::allocations; });
+  session.generate_batch({{1, 2, 3}, {4}}, options,
+                         [&](int, Token) { at.at(tokens++) = stand_in::allocations; });
   REQUIRE(tokens == 100);
   CHECK(at.at(99) == at.at(10));
 }
@@ -183,7 +184,8 @@ TEST_CASE("generating allocates no host memory a token once its graph is there")
 TEST_CASE("what a callback throws ends the generation and arrives") {
   const auto model = stand_in::toy_model();
   Session session{Engine(model)};
-  CHECK_THROWS_AS(session.generate({1}, {}, [](int, Token) { throw std::range_error("enough"); }), std::range_error);
+  CHECK_THROWS_AS(session.generate({1}, {}, [](int, Token) { throw std::range_error("enough"); }),
+                  std::range_error);
   CHECK(session.generate({1}, {}).tokens.size() == 160);
 }
 

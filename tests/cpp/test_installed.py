@@ -332,6 +332,18 @@ def test_flavours_are_those_of_build() -> None:
     assert f'MATCHES "^({"|".join(sorted(FLAVOURS))})$"' in text
 
 
+def test_clang_format_changes_nothing() -> None:
+    folders = (RUNTIME, ROOT / "tests" / "cpp", ROOT / "examples" / "cpp")
+    sources = [
+        path
+        for folder in folders
+        for path in folder.rglob("*.[ch]*")
+        if path.suffix in (".cpp", ".hpp", ".h")
+    ]
+    assert len(sources) > 30
+    run(tool("clang-format"), "--dry-run", "--Werror", *sources)
+
+
 def test_clang_tidy_finds_nothing(release: Path, installed) -> None:
     sources = [*RUNTIME.rglob("*.cpp"), *(ROOT / "tests" / "cpp").glob("*.cpp")]
     assert len(sources) > 20

@@ -28,8 +28,8 @@ std::optional<ErrorCode> code_of(const Work& work) {
 }
 
 /// Checks a call's logits against the definition of the network, given all tokens that the rows hold.
-void check_logits(const qwenport::detail::Manifest& manifest, const qwenport::Logits& logits, const Rows& held,
-                  const std::vector<char>& fed) {
+void check_logits(const qwenport::detail::Manifest& manifest, const qwenport::Logits& logits,
+                  const Rows& held, const std::vector<char>& fed) {
   for (std::size_t b = 0; b < fed.size(); ++b) {
     const float* row = logits.row(static_cast<int>(b));
     REQUIRE((row != nullptr) == (fed[b] != 0));
@@ -142,8 +142,8 @@ TEST_CASE("decoding captures a graph for each span and replays it") {
   auto& counts = model->counts();
   for (int i = 0; i < 256; ++i) session.decode_batch({1, 2});
   CHECK(counts.steps == 256);
-  CHECK(counts.captures == 4);         // spans 64, 128, 192, 256
-  CHECK(counts.launches == 256 - 4);   // the first step of each runs without
+  CHECK(counts.captures == 4);        // spans 64, 128, 192, 256
+  CHECK(counts.launches == 256 - 4);  // the first step of each runs without
   CHECK(counts.executors == 1 + 4);
   session.reset();
   for (int i = 0; i < 64; ++i) session.decode_batch({3, 4});
@@ -247,7 +247,8 @@ TEST_CASE("what cannot be done is refused by name, and the session goes on") {
 TEST_CASE("after a step that failed on the device a session refuses to go on") {
   const auto manifest = qwenport::detail::parse_manifest(stand_in::toy_manifest_text(), "toy");
   const auto model = std::make_shared<const stand_in::StandInModel>(manifest, [] {
-    return stand_in::Network([](const stand_in::Call&) { throw qwenport::Error(ErrorCode::device, "broken"); });
+    return stand_in::Network(
+        [](const stand_in::Call&) { throw qwenport::Error(ErrorCode::device, "broken"); });
   });
   Session session{Engine(model)};
   CHECK(code_of([&] { session.prefill({1}); }) == ErrorCode::device);

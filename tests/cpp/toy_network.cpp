@@ -51,7 +51,8 @@ Network toy_network(const Manifest& manifest) {
       for (const auto& binding : manifest.caches) {
         auto* cache = static_cast<float*>(call.memory.at(binding.present));
         for (std::int64_t h = 0; h < heads; ++h) {
-          for (std::int64_t d = 0; d < dim; ++d) visit(cache[((b * heads + h) * capacity + slot) * dim + d], place++);
+          for (std::int64_t d = 0; d < dim; ++d)
+            visit(cache[((b * heads + h) * capacity + slot) * dim + d], place++);
         }
       }
     };
@@ -75,7 +76,8 @@ Network toy_network(const Manifest& manifest) {
 
 std::vector<float> toy_logits(const Manifest& manifest, const std::vector<std::int64_t>& tokens) {
   Hash hash;
-  const std::uint64_t places = manifest.caches.size() * static_cast<std::size_t>(manifest.kv_heads * manifest.head_dim);
+  const std::uint64_t places =
+      manifest.caches.size() * static_cast<std::size_t>(manifest.kv_heads * manifest.head_dim);
   for (std::size_t slot = 0; slot < tokens.size(); ++slot) {
     for (std::uint64_t place = 0; place < places; ++place) {
       hash.take(content(tokens[slot], static_cast<std::int64_t>(slot), place));
@@ -106,18 +108,25 @@ std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, 
       const std::string tail = std::to_string(layer) + "." + part;
       inputs << "," << binding("past_key_values." + tail, "float", cache);
       outputs << "," << binding("present." + tail, "float", cache);
-      aliases << (aliases.str().empty() ? "" : ",") << "\"present." << tail << "\": \"past_key_values." << tail << "\"";
+      aliases << (aliases.str().empty() ? "" : ",") << "\"present." << tail << "\": \"past_key_values."
+              << tail << "\"";
     }
   }
   std::ostringstream text;
   text << R"({"format": "qwenport-engine", "format_version": 2, "flavour": "tensorrt",
     "tensorrt_version": "10.14.1.48", "gpus": ["sm80", "sm90"], "dtype": "fp32",
-    "max_seq_len": )" << capacity << R"(, "max_batch": )" << max_batch << R"(,
-    "model": {"vocab_size": )" << vocab << R"(, "num_key_value_heads": 2, "head_dim": 4,
-      "num_hidden_layers": )" << layers << R"(},
-    "profile": {"input_ids": {"max": [)" << max_batch << ", " << max_step_tokens << R"(]}},
-    "bindings": {"inputs": [)" << inputs.str() << R"(], "outputs": [)" << outputs.str() << R"(]},
-    "aliases": {)" << aliases.str() << R"(},
+    "max_seq_len": )"
+       << capacity << R"(, "max_batch": )" << max_batch << R"(,
+    "model": {"vocab_size": )"
+       << vocab << R"(, "num_key_value_heads": 2, "head_dim": 4,
+      "num_hidden_layers": )"
+       << layers << R"(},
+    "profile": {"input_ids": {"max": [)"
+       << max_batch << ", " << max_step_tokens << R"(]}},
+    "bindings": {"inputs": [)"
+       << inputs.str() << R"(], "outputs": [)" << outputs.str() << R"(]},
+    "aliases": {)"
+       << aliases.str() << R"(},
     "files": {"engine.plan": {"bytes": 3, "sha256":
       "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}}})";
   return text.str();

@@ -39,9 +39,7 @@ Logits Session::prefill_batch(const std::vector<std::vector<Token>>& rows) {
   return core_->prefill(all.data(), all.size());
 }
 
-Logits Session::decode(Token token) {
-  return core_->decode(&token, 1);
-}
+Logits Session::decode(Token token) { return core_->decode(&token, 1); }
 
 Logits Session::decode_batch(const std::vector<Token>& tokens) {
   return core_->decode(tokens.data(), tokens.size());

@@ -116,9 +116,15 @@ void qwenport_engine_free(qwenport_engine* engine) { delete engine; }
 
 qwenport_engine_info qwenport_engine_get_info(const qwenport_engine* engine) {
   const qwenport::EngineInfo& info = engine->engine.info();
-  return {info.vocab_size,      info.capacity,        info.max_batch,
-          info.max_step_tokens, info.dtype.c_str(),   info.flavour.c_str(),
-          info.tensorrt_version.c_str(), engine->gpus.c_str(), info.cache_bytes_per_row};
+  return {info.vocab_size,
+          info.capacity,
+          info.max_batch,
+          info.max_step_tokens,
+          info.dtype.c_str(),
+          info.flavour.c_str(),
+          info.tensorrt_version.c_str(),
+          engine->gpus.c_str(),
+          info.cache_bytes_per_row};
 }
 
 qwenport_session_options qwenport_session_defaults(void) {
@@ -149,8 +155,16 @@ int qwenport_session_decode(qwenport_session* session, const int64_t* tokens, si
 
 qwenport_generate_options qwenport_generate_defaults(void) {
   const qwenport::GenerateOptions options;
-  return {options.max_new_tokens, nullptr, 0, options.temperature, options.top_k, options.top_p,
-          options.repetition_penalty, options.seed, options.append ? 1 : 0, nullptr};
+  return {options.max_new_tokens,
+          nullptr,
+          0,
+          options.temperature,
+          options.top_k,
+          options.top_p,
+          options.repetition_penalty,
+          options.seed,
+          options.append ? 1 : 0,
+          nullptr};
 }
 
 int qwenport_generate(qwenport_session* session, const int64_t* const* prompts, const size_t* sizes,

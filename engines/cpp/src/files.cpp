@@ -14,7 +14,7 @@ namespace qwenport::detail {
 
 MappedFile::MappedFile(const std::string& path) {
   const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  struct stat status {};
+  struct stat status{};
   bool ok = file >= 0 && fstat(file, &status) == 0;
   if (ok && status.st_size > 0) {
     size_ = static_cast<std::size_t>(status.st_size);
@@ -23,7 +23,8 @@ MappedFile::MappedFile(const std::string& path) {
   }
   const int reason = errno;
   if (file >= 0) close(file);
-  if (!ok) throw Error(ErrorCode::bad_engine, path + ": cannot be read: " + std::generic_category().message(reason));
+  if (!ok)
+    throw Error(ErrorCode::bad_engine, path + ": cannot be read: " + std::generic_category().message(reason));
 }
 
 MappedFile::~MappedFile() {
@@ -33,8 +34,9 @@ MappedFile::~MappedFile() {
 void check_file(const FileRecord& record, const std::string& directory, const MappedFile& file) {
   const std::string path = directory + "/" + record.name;
   if (file.size() != record.bytes) {
-    throw Error(ErrorCode::bad_engine, path + ": " + std::to_string(file.size()) + " bytes, the manifest says " +
-                                           std::to_string(record.bytes) + "; build the engine again");
+    throw Error(ErrorCode::bad_engine, path + ": " + std::to_string(file.size()) +
+                                           " bytes, the manifest says " + std::to_string(record.bytes) +
+                                           "; build the engine again");
   }
   Sha256 hash;
   hash.update(file.data(), file.size());

@@ -21,7 +21,8 @@ class Row {
       : prompt(given),
         index_(index),
         stop_tokens_(options.stop_tokens),
-        sampler_(params, options.seed, static_cast<std::uint64_t>(index), session.manifest().info.vocab_size) {
+        sampler_(params, options.seed, static_cast<std::uint64_t>(index),
+                 session.manifest().info.vocab_size) {
     const auto room = free_slots(session, options, static_cast<std::size_t>(index)) - prompt.size + 1;
     const auto most = static_cast<std::size_t>(options.max_new_tokens);
     limit_ = std::min(room, most);
@@ -67,7 +68,8 @@ class Row {
   std::size_t limit_ = 0;
 };
 
-void check(const SessionCore& session, const std::vector<TokenView>& prompts, const GenerateOptions& options) {
+void check(const SessionCore& session, const std::vector<TokenView>& prompts,
+           const GenerateOptions& options) {
   const auto invalid = [](const std::string& message) { throw Error(ErrorCode::invalid_argument, message); };
   if (prompts.size() > static_cast<std::size_t>(session.max_batch())) {
     invalid(std::to_string(prompts.size()) + " prompts, but the session has " +
@@ -80,11 +82,12 @@ void check(const SessionCore& session, const std::vector<TokenView>& prompts, co
   const int vocab = session.manifest().info.vocab_size;
   for (std::size_t b = 0; b < prompts.size(); ++b) {
     const TokenView& prompt = prompts[b];
-    if (prompt.size == 0) invalid("prompt " + std::to_string(b) + " is empty: a model needs at least one token");
+    if (prompt.size == 0)
+      invalid("prompt " + std::to_string(b) + " is empty: a model needs at least one token");
     for (std::size_t i = 0; i < prompt.size; ++i) {
       if (prompt.data[i] < 0 || prompt.data[i] >= vocab) {
-        invalid("an id of prompt " + std::to_string(b) + " must be in [0, " + std::to_string(vocab) + "), got " +
-                std::to_string(prompt.data[i]));
+        invalid("an id of prompt " + std::to_string(b) + " must be in [0, " + std::to_string(vocab) +
+                "), got " + std::to_string(prompt.data[i]));
       }
     }
     const std::size_t room = free_slots(session, options, b);

@@ -139,10 +139,10 @@ void read_sizes(const Node& root, Manifest& manifest) {
 }
 
 void read_bindings(const Node& root, Manifest& manifest) {
-  const std::map<std::string, std::string> element{{"fp32", "float"}, {"fp16", "float16"}, {"bf16", "bfloat16"}};
-  const std::string cache = element.at(manifest.info.dtype) + " [batch," +
-                            std::to_string(manifest.kv_heads) + "," +
-                            std::to_string(manifest.info.capacity) + "," +
+  const std::map<std::string, std::string> element{
+      {"fp32", "float"}, {"fp16", "float16"}, {"bf16", "bfloat16"}};
+  const std::string cache = element.at(manifest.info.dtype) + " [batch," + std::to_string(manifest.kv_heads) +
+                            "," + std::to_string(manifest.info.capacity) + "," +
                             std::to_string(manifest.head_dim) + "]";
   std::map<std::string, std::string> inputs{{"input_ids", "int64 [batch,seq]"},
                                             {"position_ids", "int64 [batch,seq]"},

@@ -15,10 +15,9 @@ int checked_capacity(const EngineInfo& info, const SessionOptions& options) {
   const int capacity = options.capacity == 0 ? info.capacity : options.capacity;
   if (options.max_batch < 1 || options.max_batch > info.max_batch || capacity < 1 ||
       capacity > info.capacity) {
-    throw Error(ErrorCode::invalid_argument,
-                text(options.max_batch) + " rows of " + text(capacity) +
-                    " slots, but the engine was built for " + text(info.max_batch) + " rows of " +
-                    text(info.capacity));
+    throw Error(ErrorCode::invalid_argument, text(options.max_batch) + " rows of " + text(capacity) +
+                                                 " slots, but the engine was built for " +
+                                                 text(info.max_batch) + " rows of " + text(info.capacity));
   }
   return capacity;
 }
@@ -95,24 +94,25 @@ std::unique_ptr<Executor> SessionCore::make_executor() {
 
 void SessionCore::check_usable() const {
   if (failed_) {
-    throw Error(ErrorCode::device, "an earlier step of this session failed on the device; make a new session");
+    throw Error(ErrorCode::device,
+                "an earlier step of this session failed on the device; make a new session");
   }
 }
 
 void SessionCore::check(const TokenView* rows, std::size_t count) const {
   check_usable();
   if (count < 1 || count > lengths_.size()) {
-    throw Error(ErrorCode::invalid_argument, std::to_string(count) + " rows given to a session of " +
-                                                 std::to_string(lengths_.size()));
+    throw Error(ErrorCode::invalid_argument,
+                std::to_string(count) + " rows given to a session of " + std::to_string(lengths_.size()));
   }
   const int vocab = manifest().info.vocab_size;
   for (std::size_t b = 0; b < count; ++b) {
     const TokenView& row = rows[b];
-    const bool inside = std::all_of(row.data, row.data + row.size,
-                                    [vocab](Token id) { return id >= 0 && id < vocab; });
+    const bool inside =
+        std::all_of(row.data, row.data + row.size, [vocab](Token id) { return id >= 0 && id < vocab; });
     if (!inside) {
-      throw Error(ErrorCode::invalid_argument, "row " + std::to_string(b) +
-                                                   " has a token id outside the vocabulary of " + text(vocab));
+      throw Error(ErrorCode::invalid_argument,
+                  "row " + std::to_string(b) + " has a token id outside the vocabulary of " + text(vocab));
     }
     // TensorRT ignores cache writes past the end, so nothing but this check would say so.
     if (row.size > static_cast<std::size_t>(capacity_ - lengths_[b])) {
@@ -168,7 +168,8 @@ Logits SessionCore::prefill(const TokenView* rows, std::size_t count) {
 }
 
 /// Run the step whose tokens lie in input_ids_: fill in the rest, issue it and wait for its logits.
-void SessionCore::run_step(std::int64_t rows, std::int64_t width, bool whole, const std::vector<char>& wanted) {
+void SessionCore::run_step(std::int64_t rows, std::int64_t width, bool whole,
+                           const std::vector<char>& wanted) {
   std::int64_t end = 0;
   for (std::int64_t b = 0; b < rows; ++b) {
     const auto row = static_cast<std::size_t>(b);

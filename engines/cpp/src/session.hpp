@@ -97,12 +97,12 @@ class SessionCore {
   std::uint64_t steps_ = 0;
   std::vector<int> lengths_;
   std::vector<Token> last_token_;
-  std::vector<char> present_;            // of the last call's logits
-  std::vector<TokenView> views_;         // scratch of decode
-  std::vector<std::size_t> done_;        // scratch of prefill
-  std::vector<std::int64_t> taken_;      // scratch of prefill
-  std::vector<char> finishing_;          // scratch of prefill
-  std::vector<Memory> caches_;           // one for each pair of cache bindings
+  std::vector<char> present_;        // of the last call's logits
+  std::vector<TokenView> views_;     // scratch of decode
+  std::vector<std::size_t> done_;    // scratch of prefill
+  std::vector<std::int64_t> taken_;  // scratch of prefill
+  std::vector<char> finishing_;      // scratch of prefill
+  std::vector<Memory> caches_;       // one for each pair of cache bindings
   Memory workspace_;
   Memory key_positions_;
   Memory logits_;

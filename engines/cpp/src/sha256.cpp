@@ -56,7 +56,8 @@ __attribute__((target("sha,sse4.1"))) void hardware_blocks(std::array<std::uint3
       } else {
         const __m128i last = w[(g + 3) % 4];
         const __m128i seven_before = _mm_alignr_epi8(last, w[(g + 2) % 4], 4);
-        now = _mm_sha256msg2_epu32(_mm_add_epi32(_mm_sha256msg1_epu32(now, w[(g + 1) % 4]), seven_before), last);
+        now = _mm_sha256msg2_epu32(_mm_add_epi32(_mm_sha256msg1_epu32(now, w[(g + 1) % 4]), seven_before),
+                                   last);
       }
       const __m128i sum = _mm_add_epi32(now, _mm_loadu_si128(reinterpret_cast<const __m128i*>(k.data()) + g));
       cdgh = _mm_sha256rnds2_epu32(cdgh, abef, sum);
@@ -141,11 +142,13 @@ std::string Sha256::hex() {
   const std::uint64_t bits = total_bytes_ * 8;
   std::array<std::uint8_t, 72> padding{0x80};
   const std::size_t before_length = 1 + (119 - pending_bytes_) % 64;
-  for (unsigned i = 0; i < 8; ++i) padding[before_length + i] = static_cast<std::uint8_t>(bits >> (56U - 8U * i));
+  for (unsigned i = 0; i < 8; ++i)
+    padding[before_length + i] = static_cast<std::uint8_t>(bits >> (56U - 8U * i));
   update(padding.data(), before_length + 8);
   std::string text;
   for (const std::uint32_t word : state_) {
-    for (unsigned shift = 32; shift != 0; shift -= 4) text += "0123456789abcdef"[(word >> (shift - 4U)) & 15U];
+    for (unsigned shift = 32; shift != 0; shift -= 4)
+      text += "0123456789abcdef"[(word >> (shift - 4U)) & 15U];
   }
   return text;
 }

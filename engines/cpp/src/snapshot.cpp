@@ -100,7 +100,8 @@ void SessionCore::restore(const std::vector<std::byte>& snapshot) {
     refuse("of another engine");
   }
   if (header.rows != lengths_.size()) {
-    refuse("of " + std::to_string(header.rows) + " rows, this session has " + std::to_string(lengths_.size()));
+    refuse("of " + std::to_string(header.rows) + " rows, this session has " +
+           std::to_string(lengths_.size()));
   }
   std::vector<int> lengths(lengths_.size());
   std::vector<Token> last(lengths_.size());
@@ -114,8 +115,9 @@ void SessionCore::restore(const std::vector<std::byte>& snapshot) {
     left -= sizeof row;
     if (row[0] < 0 || row[0] > manifest().info.capacity) refuse("damaged");
     if (row[0] > capacity_) {
-      throw Error(ErrorCode::capacity, "snapshot: row " + std::to_string(b) + " holds " + std::to_string(row[0]) +
-                                           " tokens; there are " + std::to_string(capacity_) + " slots");
+      throw Error(ErrorCode::capacity, "snapshot: row " + std::to_string(b) + " holds " +
+                                           std::to_string(row[0]) + " tokens; there are " +
+                                           std::to_string(capacity_) + " slots");
     }
     if (row[1] < 0 || row[1] >= manifest().info.vocab_size) refuse("damaged");
     lengths[b] = static_cast<int>(row[0]);

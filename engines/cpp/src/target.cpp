@@ -12,11 +12,10 @@ std::string gpu_list(const Manifest& manifest) {
 
 void check_flavour(const Manifest& manifest, const std::string& where, const std::string& flavour) {
   if (manifest.info.flavour == flavour) return;
-  throw Error(ErrorCode::wrong_version, where + ": built for " + manifest.info.flavour +
-                                            ", and this library was configured for " + flavour +
-                                            "; build the engine with --target " + flavour +
-                                            ", or this library with -DQWENPORT_TENSORRT=" +
-                                            manifest.info.flavour);
+  throw Error(ErrorCode::wrong_version,
+              where + ": built for " + manifest.info.flavour + ", and this library was configured for " +
+                  flavour + "; build the engine with --target " + flavour +
+                  ", or this library with -DQWENPORT_TENSORRT=" + manifest.info.flavour);
 }
 
 void check_version(const Manifest& manifest, const std::string& where, const std::string& version) {

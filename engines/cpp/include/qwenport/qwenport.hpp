@@ -73,13 +73,13 @@ class QWENPORT_EXPORT Error : public std::runtime_error {
 /// What the manifest of an engine says.
 struct EngineInfo {
   int vocab_size = 0;
-  int capacity = 0;              ///< cache slots a row
-  int max_batch = 0;             ///< rows
-  int max_step_tokens = 0;       ///< tokens a row and step; longer prompts run in several steps
-  std::string dtype;             ///< of weights and cache: "fp32", "fp16" or "bf16"
-  std::string flavour;           ///< "tensorrt" or "tensorrt-rtx"
-  std::string tensorrt_version;  ///< that built it
-  std::vector<std::string> gpus;  ///< it was built for: "sm90", ...
+  int capacity = 0;                     ///< cache slots a row
+  int max_batch = 0;                    ///< rows
+  int max_step_tokens = 0;              ///< tokens a row and step; longer prompts run in several steps
+  std::string dtype;                    ///< of weights and cache: "fp32", "fp16" or "bf16"
+  std::string flavour;                  ///< "tensorrt" or "tensorrt-rtx"
+  std::string tensorrt_version;         ///< that built it
+  std::vector<std::string> gpus;        ///< it was built for: "sm90", ...
   std::size_t cache_bytes_per_row = 0;  ///< device memory a session takes for each row
 };
 
@@ -152,13 +152,13 @@ class Cancellation {
 /// How tokens are chosen and when to stop. The values mean what they mean to transformers' generate;
 /// the same logits and seed give the token that `qwenport generate` gives, bit for bit.
 struct GenerateOptions {
-  int max_new_tokens = 256;         ///< at least 1; a stop token is not counted
-  std::vector<Token> stop_tokens;   ///< end of sequence, end of turn; may be empty
-  double temperature = 0;           ///< 0 is greedy
-  std::int64_t top_k = 0;           ///< keep the k highest and their ties; 0 keeps all
-  double top_p = 1;                 ///< nucleus, in [0, 1]; 1 keeps all
-  double repetition_penalty = 1;    ///< over this prompt and the new tokens; 1 is off
-  std::uint64_t seed = 0;           ///< row b draws from the stream (seed, b)
+  int max_new_tokens = 256;        ///< at least 1; a stop token is not counted
+  std::vector<Token> stop_tokens;  ///< end of sequence, end of turn; may be empty
+  double temperature = 0;          ///< 0 is greedy
+  std::int64_t top_k = 0;          ///< keep the k highest and their ties; 0 keeps all
+  double top_p = 1;                ///< nucleus, in [0, 1]; 1 keeps all
+  double repetition_penalty = 1;   ///< over this prompt and the new tokens; 1 is off
+  std::uint64_t seed = 0;          ///< row b draws from the stream (seed, b)
   /// Go on after the tokens that the rows hold, instead of resetting the session. The last token of a
   /// generation and its stop token are not in the cache: begin the next prompt with them.
   bool append = false;

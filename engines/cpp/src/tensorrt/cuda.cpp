@@ -35,12 +35,14 @@ std::string gpu_architecture(int gpu, const std::string& needed) {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status == cudaErrorInsufficientDriver) {
-    throw Error(ErrorCode::missing_library,
-                "an engine needs an NVIDIA GPU (" + needed + ") and its driver, and there is no driver here "
-                "that CUDA " + std::to_string(CUDART_VERSION / 1000) + " works with");
+    throw Error(ErrorCode::missing_library, "an engine needs an NVIDIA GPU (" + needed +
+                                                ") and its driver, and there is no driver here "
+                                                "that CUDA " +
+                                                std::to_string(CUDART_VERSION / 1000) + " works with");
   }
   if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) {
-    throw Error(ErrorCode::wrong_gpu, "an engine needs an NVIDIA GPU (" + needed + ") and there is none here");
+    throw Error(ErrorCode::wrong_gpu,
+                "an engine needs an NVIDIA GPU (" + needed + ") and there is none here");
   }
   check_cuda(status, "cudaGetDeviceCount");
   if (gpu < 0 || gpu >= count) {
@@ -49,8 +51,10 @@ std::string gpu_architecture(int gpu, const std::string& needed) {
   }
   int major = 0;
   int minor = 0;
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu), "cudaDeviceGetAttribute");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, gpu), "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu),
+             "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, gpu),
+             "cudaDeviceGetAttribute");
   return "sm" + std::to_string(major) + std::to_string(minor);
 }
 

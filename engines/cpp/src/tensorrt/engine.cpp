@@ -77,7 +77,8 @@ void load_plugins(const Manifest& manifest, const std::string& directory, nvinfe
       check_file(plugin, directory, file);
     }
     if (runtime.getPluginRegistry().loadLibrary(path.c_str()) == nullptr) {
-      throw Error(ErrorCode::missing_library, path + ": TensorRT cannot load these plugins" + tensorrt_complaint());
+      throw Error(ErrorCode::missing_library,
+                  path + ": TensorRT cannot load these plugins" + tensorrt_complaint());
     }
   }
 }
@@ -101,7 +102,8 @@ Engine Engine::load(const std::string& directory, int gpu) {
   if (engine == nullptr) {
     throw Error(ErrorCode::device, directory + ": TensorRT refused the plan" + tensorrt_complaint());
   }
-  return Engine(std::make_shared<TensorRTModel>(std::move(manifest), gpu, std::move(runtime), std::move(engine)));
+  return Engine(
+      std::make_shared<TensorRTModel>(std::move(manifest), gpu, std::move(runtime), std::move(engine)));
 }
 
 }  // namespace qwenport
