@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
 
 static_assert(FLT_EVAL_METHOD == 0, "the sampler's bits need float and double to be rounded as such");
 static_assert(std::numeric_limits<double>::is_iec559, "the sampler's bits need IEEE-754");
@@ -50,27 +51,35 @@ constexpr std::array<double, 14> exp_terms() {  // 1/13!, ..., 1/1!, 1/0!
   return terms;
 }
 
-/// exp(x) for x <= 0 with the same bits everywhere: see portable_exp in engines/sampling.py. Without
-/// branches, so that a loop over it is vectorised.
+/// The terms' polynomial, without a loop.
+template <std::size_t... N>
+double horner(double r, std::index_sequence<N...> /*the terms after the first*/) noexcept {
+  constexpr std::array<double, 14> terms = exp_terms();
+  double p = terms[0];
+  ((p = p * r + terms[N + 1]), ...);
+  return p;
+}
+
+/// Below -708, exp is defined to be 0; for this value portable_exp computes 0.
+constexpr double exp_argument(double x) noexcept { return x < -708.0 ? -709.0 : x; }
+
+/// exp(x) with the same bits everywhere, of what exp_argument gives for x <= 0: see portable_exp in
+/// engines/sampling.py. Without branches, so that a loop over it is vectorised.
 inline double portable_exp(double x) noexcept {
   constexpr double log2e = 0x1.71547652b82fep+0;
   constexpr double ln2_hi = 0x1.62e42feep-1;
   constexpr double ln2_lo = 0x1.a39ef35793c76p-33;
   constexpr double to_integer = 0x1.8p52;  // adding and taking away rounds half to even
-  constexpr std::array<double, 14> terms = exp_terms();
-  const bool small = x < -708.0;
-  const double y = small ? 0 : x;
-  const double shifted = y * log2e + to_integer;
+  const double shifted = x * log2e + to_integer;
   const double k = shifted - to_integer;
-  const double r = (y - k * ln2_hi) - k * ln2_lo;
-  double p = terms[0];
-  for (std::size_t n = 1; n < terms.size(); ++n) p = p * r + terms[n];
+  const double r = (x - k * ln2_hi) - k * ln2_lo;
+  const double p = horner(r, std::make_index_sequence<13>());
   std::uint64_t bits = 0;  // the low bits of `shifted` are k; its exponent leaves at the top
   std::memcpy(&bits, &shifted, sizeof bits);
   bits = (bits + 1023U) << 52U;
-  double power = 0;
+  double power = 0;  // 2^k, or 0 for k = -1023
   std::memcpy(&power, &bits, sizeof power);
-  return small ? 0 : p * power;  // exact: the result is a normal number
+  return p * power;  // exact: the result is a normal number, or 0
 }
 
 /// The highest score. \throws Error sampling: it is not finite, or there is a NaN.
@@ -211,7 +220,7 @@ std::size_t Sampler::weigh(float top) {
   std::size_t count = 0;
   for (std::size_t i = 0; i < vocab_; ++i) {
     kept_[count] = static_cast<std::uint32_t>(i);
-    weights_[count] = static_cast<double>(scores_[i] - top);
+    weights_[count] = exp_argument(static_cast<double>(scores_[i] - top));
     count += static_cast<std::size_t>(scores_[i] > minus_infinity);
   }
   for (std::size_t i = 0; i < count; ++i) weights_[i] = portable_exp(weights_[i]);
