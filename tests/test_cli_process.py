@@ -36,9 +36,17 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(*arguments: object, folder: Path) -> subprocess.Popen[str]:
-    command = [*QWENPORT, *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True)
+    command, pipe = [*QWENPORT, *map(str, arguments)], subprocess.PIPE
+
+    def as_in_a_terminal() -> (
+        None
+    ):  # tests that run in the background have been told to ignore signals
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        command, cwd=folder, stdout=pipe, stderr=pipe, text=True, preexec_fn=as_in_a_terminal
+    )
 
 
 def wait_until(true: Callable[[], object], process: subprocess.Popen[str]) -> None:
