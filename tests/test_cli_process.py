@@ -35,17 +35,17 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "package"
 
 
-def start(*arguments: object, folder: Path) -> subprocess.Popen[str]:
+def start(
+    *arguments: object, folder: Path, hang_up: signal.Handlers = signal.SIG_DFL
+) -> subprocess.Popen[str]:
     command, pipe = [*QWENPORT, *map(str, arguments)], subprocess.PIPE
 
-    def as_in_a_terminal() -> (
-        None
-    ):  # tests that run in the background have been told to ignore signals
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+    def set_signals() -> None:  # tests that run in the background have been told to ignore both
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, hang_up)
 
     return subprocess.Popen(
-        command, cwd=folder, stdout=pipe, stderr=pipe, text=True, preexec_fn=as_in_a_terminal
+        command, cwd=folder, stdout=pipe, stderr=pipe, text=True, preexec_fn=set_signals
     )
 
 
@@ -88,12 +88,7 @@ def test_sigterm_during_a_build_leaves_nothing(package: Path, tmp_path: Path) ->
 
 
 def test_nohup_keeps_an_export_alive(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        process = start("inspect", TINY, "--json", folder=tmp_path)
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    with process:
+    with start("inspect", TINY, "--json", folder=tmp_path, hang_up=signal.SIG_IGN) as process:
         process.send_signal(signal.SIGHUP)
         out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and json.loads(out)["kind"] == "checkpoint"
