@@ -60,7 +60,12 @@ class GenerateOptions(c.Structure):
 
 
 class Generated(c.Structure):
-    _fields_ = [("count", c.c_size_t), ("reason", c.c_int), ("stop_token", c.c_int64)]
+    _fields_ = [
+        ("count", c.c_size_t),
+        ("reason", c.c_int),
+        ("stop_token", c.c_int64),
+        ("pending", c.c_size_t),
+    ]
 
 
 ON_TOKEN = c.CFUNCTYPE(None, c.c_void_p, c.c_int, c.c_int64)
@@ -129,6 +134,7 @@ def _rows(rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
 class Session:
     def __init__(self, library: Library, handle: c.c_void_p, vocab: int) -> None:
         self.library, self.handle, self.vocab = library, handle, vocab
+        self.pending: list[list[int]] = []  # of the last generation's rows
 
     def __del__(self) -> None:
         self.library.c.qwenport_session_free(self.handle)
@@ -176,8 +182,12 @@ class Session:
                 results,
             )
         )
-        for row, result in zip(tokens, results, strict=True):
+        self.pending = []
+        for prompt, row, result in zip(prompts, tokens, results, strict=True):
             assert (row[result.count :] == -7).all()  # nothing is written past the count
+            said = [*prompt, *row[: result.count].tolist()]
+            said += [] if result.stop_token == -1 else [result.stop_token]
+            self.pending.append(said[len(said) - result.pending :])
         return [
             Result(
                 row[: result.count].tolist(),
@@ -202,6 +212,10 @@ class Session:
     @property
     def capacity(self) -> int:
         return self.library.c.qwenport_session_capacity(self.handle)
+
+    @property
+    def cuda_graphs(self) -> bool:
+        return bool(self.library.c.qwenport_session_cuda_graphs(self.handle))
 
     def save(self) -> bytes:
         data, size = c.c_void_p(), c.c_size_t()

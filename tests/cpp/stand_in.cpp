@@ -30,7 +30,9 @@ class StandInExecutor final : public qwenport::detail::Executor {
  public:
   StandInExecutor(StandInDevice& device, void* workspace) : device_(device) {
     device.check_device(workspace, 256);
-    ++device.counts().executors;
+    if (++device.counts().executors > device.counts().most_executors) {
+      throw qwenport::Error(qwenport::ErrorCode::device, "no memory for an executor");
+    }
   }
   void bind(const std::string& name, void* memory) override {
     const Uncounted uncounted;
@@ -110,18 +112,20 @@ void StandInDevice::synchronize() {
   for (const auto& item : work) item();
 }
 
-void StandInDevice::begin_capture() {
+std::unique_ptr<qwenport::detail::Graph> StandInDevice::capture(const std::function<void()>& work) {
   const Uncounted uncounted;
   if (captured_) throw Misuse("a capture in a capture");
   captured_ = std::make_unique<std::vector<std::function<void()>>>();
-}
-
-std::unique_ptr<qwenport::detail::Graph> StandInDevice::end_capture() {
-  const Uncounted uncounted;
-  if (!captured_) throw Misuse("the end of no capture");
+  try {
+    work();
+    if (counts_.no_captures) throw qwenport::Error(qwenport::ErrorCode::device, "no capture");
+  } catch (...) {
+    captured_.reset();
+    throw;
+  }
   ++counts_.captures;
-  const auto work = std::move(captured_);
-  return std::make_unique<StandInGraph>(*this, std::move(*work));
+  const auto recorded = std::move(captured_);
+  return std::make_unique<StandInGraph>(*this, std::move(*recorded));
 }
 
 void StandInDevice::run(const Call& call) {

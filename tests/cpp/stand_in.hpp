@@ -57,6 +57,9 @@ using Network = std::function<void(const Call&)>;
 
 /// What the devices of a model did, all together.
 struct Counts {
+  // what the devices are to refuse from now on
+  std::atomic<bool> no_captures{false};
+  std::atomic<long> most_executors{1000};
   std::atomic<long> steps{0};
   std::atomic<long> synchronisations{0};
   std::atomic<long> captures{0};
@@ -80,8 +83,7 @@ class StandInDevice final : public qwenport::detail::Device {
   void copy_to_device(void* device, const void* pinned, std::size_t bytes) override;
   void copy_to_host(void* pinned, const void* device, std::size_t bytes) override;
   void synchronize() override;
-  void begin_capture() override;
-  std::unique_ptr<qwenport::detail::Graph> end_capture() override;
+  std::unique_ptr<qwenport::detail::Graph> capture(const std::function<void()>& work) override;
 
   void run(const Call& call);
   void submit(std::function<void()> work);

@@ -120,6 +120,11 @@ def test_any_sequence_of_calls(library: Library, toy: Path) -> None:
             for b, (prompt, result) in enumerate(zip(prompts, found, strict=True)):
                 expected, held = plain(before[b], prompt, b, params, stop_ids, max_new_tokens)
                 assert result == expected
+                drawn = [
+                    *expected.token_ids,
+                    *([] if expected.stop_id is None else [expected.stop_id]),
+                ]
+                assert held + self.session.pending[b] == [*before[b], *prompt, *drawn]
                 self.held[b] = held
 
         @invariant()
@@ -202,3 +207,8 @@ def test_a_callback_may_cancel_and_so_may_another_thread(library: Library, tmp_p
     library.c.qwenport_cancellation_free(cancellation)
     assert result == Result(seen, "cancelled", None)
     assert len(seen) == 5
+
+
+def test_sessions_say_whether_they_use_graphs(library: Library, toy: Path) -> None:
+    engine = library.load(toy)
+    assert [engine.session(cuda_graphs=flag).cuda_graphs for flag in (0, 1)] == [False, True]

@@ -117,6 +117,57 @@ TEST_CASE("cancellation ends a generation with what there is") {
   CHECK(same(session.generate_batch({{1, 2, 3}, {4}}, options)[0], whole[0]));
 }
 
+TEST_CASE("a generation goes on from what it left pending, as if nothing had ended") {
+  std::mt19937 random(11);
+  const auto below = [&random](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  std::array<int, 4> reasons{};
+  for (int round = 0; round < 80; ++round) {
+    CAPTURE(round);
+    const auto model = stand_in::toy_model(160, 3, 24);
+    Session session(Engine(model), {3, 0, round % 2 == 0});
+    Rows said(3);  // all that was given and drawn
+    Rows pending(3);
+    for (int turn = 0; turn < 5; ++turn) {
+      Cancellation cancellation;
+      const int cancel_at = below(3) == 0 ? below(6) : 1000;
+      if (cancel_at == 0) cancellation.request();
+      int seen = 0;
+      GenerateOptions options;
+      options.append = true;
+      options.max_new_tokens = 1 + below(12);
+      for (int i = below(6); i > 0; --i) options.stop_tokens.push_back(below(97));
+      options.cancellation = &cancellation;
+      Rows prompts = pending;
+      for (std::size_t b = 0; b < 3; ++b) {
+        for (int i = below(9) == 0 ? 30 : 1 + below(3); i > 0; --i) {
+          prompts[b].push_back(below(97));
+          said[b].push_back(prompts[b].back());
+        }
+      }
+      if (std::any_of(said.begin(), said.end(), [](const auto& row) { return row.size() > 140; })) break;
+      const auto results = session.generate_batch(prompts, options, [&](int, Token) {
+        if (++seen == cancel_at) cancellation.request();
+      });
+      for (std::size_t b = 0; b < 3; ++b) {
+        const Generated& result = results[b];
+        ++reasons.at(static_cast<std::size_t>(result.reason));
+        if (result.reason != FinishReason::cancelled) {
+          REQUIRE(same(result, expected(model->manifest(), said[b], b, 160, options)));
+        }
+        said[b].insert(said[b].end(), result.tokens.begin(), result.tokens.end());
+        if (result.reason == FinishReason::stop) said[b].push_back(result.stop_token);
+        pending[b] = result.pending;
+        const auto held = static_cast<std::size_t>(session.lengths()[b]);
+        REQUIRE(held + pending[b].size() == said[b].size());
+        REQUIRE(std::equal(pending[b].begin(), pending[b].end(), said[b].begin() + static_cast<long>(held)));
+      }
+    }
+  }
+  for (const auto reason : {FinishReason::stop, FinishReason::length, FinishReason::cancelled}) {
+    CHECK(reasons.at(static_cast<std::size_t>(reason)) > 20);
+  }
+}
+
 TEST_CASE("another thread may cancel") {
   const auto model = stand_in::toy_model(2048, 1, 24);
   Session session{Engine(model)};

@@ -69,6 +69,7 @@ def recorded(
         engine = engine_of(name)
         manifest = json.loads(json.dumps(engine.manifest))
         manifest["profile"]["input_ids"]["max"][1] = MAX_STEP_TOKENS
+        manifest["flavour"] = "tensorrt"  # which has graphs
         (directory / "qwenport.json").write_text(json.dumps(manifest))
         session = OnnxRuntimeSession(package_of(name), max_batch=3, threads=1)
         session.max_step_tokens = MAX_STEP_TOKENS
@@ -104,6 +105,7 @@ def test_the_same_steps_and_the_same_tokens(
 ) -> None:
     run = recorded(name, request_name)
     session = library.load(run.directory).session(max_batch=3, cuda_graphs=cuda_graphs)
+    assert session.cuda_graphs == bool(cuda_graphs)
     streamed: list[list[int]] = [[] for _ in run.prompts]
     results = session.generate(
         run.prompts,

@@ -145,6 +145,7 @@ TEST_CASE("decoding captures a graph for each span and replays it") {
   CHECK(counts.captures == 4);        // spans 64, 128, 192, 256
   CHECK(counts.launches == 256 - 4);  // the first step of each runs without
   CHECK(counts.executors == 1 + 4);
+  CHECK(session.cuda_graphs());
   session.reset();
   for (int i = 0; i < 64; ++i) session.decode_batch({3, 4});
   CHECK(counts.captures == 4);  // the graph of span 64 is still there
@@ -185,6 +186,56 @@ TEST_CASE("a graph that was used lately stays, however old it is") {
   session.decode(5);
   session.decode(5);
   CHECK(counts.captures == 10);
+}
+
+TEST_CASE("where the device refuses a graph, the session goes on without") {
+  for (const bool refuse_capture : {true, false}) {
+    for (const int graphs_before : {0, 1}) {
+      const auto model = stand_in::toy_model(160, 2, 24);
+      Session session(Engine(model), {2, 0, true});
+      auto& counts = model->counts();
+      Rows held(2);
+      const auto decode = [&](Token token) {
+        held[0].push_back(token);
+        held[1].push_back(token + 1);
+        check_logits(model->manifest(), session.decode_batch({token, token + 1}), held, {1, 1});
+      };
+      if (graphs_before == 1) {  // one span has its graph; it is the next span's that is refused
+        for (Token token = 0; token < 60; ++token) decode(token);
+        REQUIRE(counts.captures == 1);
+      }
+      if (refuse_capture) {
+        counts.no_captures = true;
+      } else {
+        counts.most_executors = counts.executors.load();
+      }
+      for (Token token = 0; token < 70; ++token) decode(token);
+      CHECK_FALSE(session.cuda_graphs());
+      CHECK(counts.captures == graphs_before);
+      session.reset();
+      held = Rows(2);
+      for (Token token = 0; token < 10; ++token) decode(token);
+      CHECK(counts.captures == graphs_before);
+    }
+  }
+}
+
+TEST_CASE("what the device refuses while nothing can be done without it is an error") {
+  const auto model = stand_in::toy_model(160, 2, 24);
+  model->counts().most_executors = 0;
+  CHECK(code_of([&] { Session{Engine(model)}; }) == ErrorCode::device);
+}
+
+TEST_CASE("TensorRT-RTX has no graphs") {
+  std::string text = stand_in::toy_manifest_text(160, 2, 24);
+  text.replace(text.find("\"tensorrt\""), 10, "\"tensorrt-rtx\"");
+  const auto manifest = qwenport::detail::parse_manifest(text, "toy");
+  const auto model = std::make_shared<const stand_in::StandInModel>(
+      manifest, [&manifest] { return stand_in::toy_network(manifest); });
+  Session session(Engine(model), {1, 0, true});
+  for (int i = 0; i < 5; ++i) session.decode(5);
+  CHECK_FALSE(session.cuda_graphs());
+  CHECK(model->counts().captures == 0);
 }
 
 TEST_CASE("without graphs nothing is captured") {
@@ -301,4 +352,18 @@ TEST_CASE("a full row, restored or not, keeps its slots while others go on") {
     one->truncate(1, 1);
     CHECK(one->save() == snapshot);
   }
+}
+
+TEST_CASE("a row cut short, saved and restored as a full one keeps its last slot") {
+  const auto model = stand_in::toy_model(160, 2, 24);
+  const Engine engine(model);
+  Session large(engine, {2, 0, true});
+  large.prefill_batch({{1, 2, 3, 4, 5, 6}, {7}});
+  large.truncate(4);
+  Session small(engine, {2, 4, true});
+  small.restore(large.save());
+  check_logits(model->manifest(), small.decode_batch({qwenport::idle, 8}), {{}, {7, 8}}, {0, 1});
+  Session again(engine, {2, 0, true});
+  again.restore(small.save());
+  check_logits(model->manifest(), again.decode_batch({9, 9}), {{1, 2, 3, 4, 9}, {7, 8, 9}}, {1, 1});
 }

@@ -1,8 +1,8 @@
 # What the runtime is compiled with: CUDA, TensorRT's headers, nlohmann/json. What is missing is named.
 
-find_package(CUDAToolkit 12 QUIET)
+find_package(CUDAToolkit 12.5 QUIET)
 if(NOT CUDAToolkit_FOUND)
-  message(FATAL_ERROR "No CUDA toolkit of version 12 or newer was found. Install one "
+  message(FATAL_ERROR "No CUDA toolkit of version 12.5 or newer was found. Install one "
     "(https://developer.nvidia.com/cuda-downloads) or say where it is: -DCUDAToolkit_ROOT=/usr/local/cuda")
 endif()
 

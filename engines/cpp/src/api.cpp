@@ -57,9 +57,14 @@ std::vector<Generated> Session::generate_batch(const std::vector<std::vector<Tok
 
 void Session::reset() { core_->reset(); }
 void Session::truncate(int length, int row) { core_->truncate(length, row); }
-std::vector<int> Session::lengths() const { return core_->lengths(); }
+std::vector<int> Session::lengths() const {
+  std::vector<int> all(static_cast<std::size_t>(core_->max_batch()));
+  for (std::size_t b = 0; b < all.size(); ++b) all[b] = core_->length(b);
+  return all;
+}
 int Session::max_batch() const noexcept { return core_->max_batch(); }
 int Session::capacity() const noexcept { return core_->capacity(); }
+bool Session::cuda_graphs() const noexcept { return core_->cuda_graphs(); }
 std::vector<std::byte> Session::save() const { return core_->save(); }
 void Session::restore(const std::vector<std::byte>& snapshot) { core_->restore(snapshot); }
 

@@ -9,6 +9,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -46,9 +47,9 @@ class Device {
   /// Wait for everything on the stream.
   virtual void synchronize() = 0;
 
-  /// Record what follows, without running it, until end_capture.
-  virtual void begin_capture() = 0;
-  virtual std::unique_ptr<Graph> end_capture() = 0;
+  /// Record what `work` puts on the stream, without running it. If work throws, nothing was recorded and
+  /// the stream is as before.
+  virtual std::unique_ptr<Graph> capture(const std::function<void()>& work) = 0;
 };
 
 /// The sizes of a tensor of up to four dimensions.

@@ -179,7 +179,7 @@ int qwenport_generate(qwenport_session* session, const int64_t* const* prompts, 
     for (size_t b = 0; b < count; ++b) {
       const std::vector<Token>& row = rows[b].tokens;
       std::copy(row.begin(), row.end(), tokens + b * static_cast<size_t>(given.max_new_tokens));
-      results[b] = {row.size(), static_cast<int>(rows[b].reason), rows[b].stop_token};
+      results[b] = {row.size(), static_cast<int>(rows[b].reason), rows[b].stop_token, rows[b].pending.size()};
     }
   });
 }
@@ -200,6 +200,10 @@ int qwenport_session_lengths(const qwenport_session* session, int* lengths) {
 int qwenport_session_max_batch(const qwenport_session* session) { return session->session.max_batch(); }
 
 int qwenport_session_capacity(const qwenport_session* session) { return session->session.capacity(); }
+
+int qwenport_session_cuda_graphs(const qwenport_session* session) {
+  return session->session.cuda_graphs() ? 1 : 0;
+}
 
 int qwenport_session_save(const qwenport_session* session, void** snapshot, size_t* bytes) {
   return guarded([&] {

@@ -10,7 +10,7 @@ namespace {
 
 /// Cache slots that a row's prompt may take.
 std::size_t free_slots(const SessionCore& session, const GenerateOptions& options, std::size_t row) {
-  return static_cast<std::size_t>(session.capacity() - (options.append ? session.lengths()[row] : 0));
+  return static_cast<std::size_t>(session.capacity() - (options.append ? session.length(row) : 0));
 }
 
 /// One row of the batch: its sampler, what it has seen and what it still may do.
@@ -45,6 +45,13 @@ class Row {
     seen_.push_back(token);
     ended = result.tokens.size() == limit_;
     if (on_token) on_token(index_, token);
+  }
+
+  /// What the row has of prompt, new tokens and stop token beyond the first `fed`.
+  [[nodiscard]] std::vector<Token> beyond(std::size_t fed) const {
+    std::vector<Token> rest(seen_.begin() + static_cast<std::ptrdiff_t>(fed), seen_.end());
+    if (result.reason == FinishReason::stop) rest.push_back(result.stop_token);
+    return rest;
   }
 
   TokenView prompt;
@@ -107,14 +114,17 @@ std::vector<Generated> generate(SessionCore& session, const std::vector<TokenVie
   const auto cancelled = [&options] {
     return options.cancellation != nullptr && options.cancellation->requested();
   };
+  if (!options.append) session.reset();
   std::vector<Row> rows;
+  std::vector<int> before;
   std::size_t longest = 0;
   rows.reserve(prompts.size());
+  before.reserve(prompts.size());
   for (const TokenView& prompt : prompts) {
+    before.push_back(session.length(rows.size()));
     rows.emplace_back(static_cast<int>(rows.size()), prompt, params, options, session);
     longest = std::max(longest, prompt.size);
   }
-  if (!options.append) session.reset();
   const auto chunk = static_cast<std::size_t>(session.max_step_tokens());
   std::vector<TokenView> fed(rows.size());
   std::vector<Token> tokens(rows.size());
@@ -148,8 +158,10 @@ std::vector<Generated> generate(SessionCore& session, const std::vector<TokenVie
   }
   std::vector<Generated> results;
   results.reserve(rows.size());
-  for (Row& row : rows) {
+  for (std::size_t b = 0; b < rows.size(); ++b) {
+    Row& row = rows[b];
     if (!row.ended) row.result.reason = FinishReason::cancelled;
+    row.result.pending = row.beyond(static_cast<std::size_t>(session.length(b) - before[b]));
     results.push_back(std::move(row.result));
   }
   return results;

@@ -1,7 +1,7 @@
 // Generating with a session: the twin of engines/generation.py.
 //
-// A step computes the logits that follow the token it is given, so a row's last token (and a stop token)
-// is never fed back: a cache of `capacity` slots allows capacity - p + 1 new tokens after p.
+// A step computes the logits that follow the token it is given, so the last token that a row draws, be it a
+// stop token, is never fed back: a cache of `capacity` slots allows capacity - p + 1 new tokens after p.
 #pragma once
 
 #include <vector>

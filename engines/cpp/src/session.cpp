@@ -43,14 +43,15 @@ SessionCore::SessionCore(std::shared_ptr<const Model> model, const SessionOption
       device_(model_->make_device()),
       capacity_(checked_capacity(manifest().info, options)),
       max_step_tokens_(std::min(manifest().info.max_step_tokens, capacity_)),
-      cuda_graphs_(options.cuda_graphs) {
+      // TensorRT-RTX compiles better kernels while it runs; a graph would keep the first ones.
+      cuda_graphs_(options.cuda_graphs && manifest().info.flavour == "tensorrt") {
   const auto rows = static_cast<std::size_t>(options.max_batch);
   const auto width = static_cast<std::size_t>(max_step_tokens_);
   const auto slots = static_cast<std::size_t>(capacity_);
   const std::size_t logits_bytes =
       rows * static_cast<std::size_t>(manifest().info.vocab_size) * sizeof(float);
-  lengths_.resize(rows);
-  last_token_.resize(rows);
+  held_.resize(rows);
+  for (std::vector<Token>& row : held_) row.reserve(slots);
   present_.resize(rows);
   views_.resize(rows);
   done_.resize(rows);
@@ -101,9 +102,9 @@ void SessionCore::check_usable() const {
 
 void SessionCore::check(const TokenView* rows, std::size_t count) const {
   check_usable();
-  if (count < 1 || count > lengths_.size()) {
+  if (count < 1 || count > held_.size()) {
     throw Error(ErrorCode::invalid_argument,
-                std::to_string(count) + " rows given to a session of " + std::to_string(lengths_.size()));
+                std::to_string(count) + " rows given to a session of " + std::to_string(held_.size()));
   }
   const int vocab = manifest().info.vocab_size;
   for (std::size_t b = 0; b < count; ++b) {
@@ -115,8 +116,8 @@ void SessionCore::check(const TokenView* rows, std::size_t count) const {
                   "row " + std::to_string(b) + " has a token id outside the vocabulary of " + text(vocab));
     }
     // TensorRT ignores cache writes past the end, so nothing but this check would say so.
-    if (row.size > static_cast<std::size_t>(capacity_ - lengths_[b])) {
-      throw Error(ErrorCode::capacity, "row " + std::to_string(b) + " holds " + text(lengths_[b]) +
+    if (row.size > static_cast<std::size_t>(capacity_ - length(b))) {
+      throw Error(ErrorCode::capacity, "row " + std::to_string(b) + " holds " + text(length(b)) +
                                            " tokens and is given " + std::to_string(row.size) +
                                            " more; there are " + text(capacity_) + " slots");
     }
@@ -139,7 +140,7 @@ Logits SessionCore::prefill(const TokenView* rows, std::size_t count) {
     std::int64_t last_start = 0;
     for (std::size_t b = 0; b < count; ++b) {
       longest = std::max(longest, static_cast<std::int64_t>(rows[b].size - done_[b]));
-      last_start = std::max<std::int64_t>(last_start, std::min(lengths_[b], capacity_ - 1));
+      last_start = std::max<std::int64_t>(last_start, std::min(length(b), capacity_ - 1));
     }
     if (longest == 0) break;
     // Padding, too, needs slots: one step is as wide as the fullest row has room for.
@@ -153,14 +154,14 @@ Logits SessionCore::prefill(const TokenView* rows, std::size_t count) {
       std::int64_t* ids = input_ids_.values() + static_cast<std::int64_t>(b) * width;
       std::fill_n(ids, width, 0);
       std::copy_n(rows[b].data + done_[b], taken_[b], ids);
-      if (lengths_[b] == capacity_) ids[0] = last_token_[b];
+      if (length(b) == capacity_) ids[0] = held_[b].back();
     }
     run_step(static_cast<std::int64_t>(count), width, whole, finishing_);
     for (std::size_t b = 0; b < count; ++b) {
       if (taken_[b] == 0) continue;
+      const Token* first_taken = rows[b].data + done_[b];
+      held_[b].insert(held_[b].end(), first_taken, first_taken + taken_[b]);
       done_[b] += static_cast<std::size_t>(taken_[b]);
-      last_token_[b] = rows[b].data[done_[b] - 1];
-      lengths_[b] += static_cast<int>(taken_[b]);
     }
   }
   return {static_cast<const float*>(host_logits_.get()), present_.data(), static_cast<int>(count),
@@ -173,7 +174,7 @@ void SessionCore::run_step(std::int64_t rows, std::int64_t width, bool whole,
   std::int64_t end = 0;
   for (std::int64_t b = 0; b < rows; ++b) {
     const auto row = static_cast<std::size_t>(b);
-    const std::int64_t start = std::min(lengths_[row], capacity_ - 1);
+    const std::int64_t start = std::min(length(row), capacity_ - 1);
     write_indices_.values()[b] = start;
     logits_indices_.values()[b] = std::max<std::int64_t>(taken_[row] - 1, 0);
     for (std::int64_t i = 0; i < width; ++i) position_ids_.values()[b * width + i] = start + i;
@@ -181,29 +182,44 @@ void SessionCore::run_step(std::int64_t rows, std::int64_t width, bool whole,
   }
   const std::int64_t rounded = (end + span_multiple - 1) / span_multiple * span_multiple;
   const std::int64_t span = std::min<std::int64_t>(rounded, capacity_);
-  failed_ = true;  // until the step has come to its end
   const StepShape step{rows, width, span};
-  if (width == 1 && whole && cuda_graphs_) {
-    Bucket& decode = bucket(step);
-    if (decode.executor == nullptr) {
-      decode.executor = make_executor();
-      set_shapes(*decode.executor, step);
-      issue(*decode.executor, step, nullptr);  // TensorRT wants one run before a capture
-    } else {
-      if (decode.graph == nullptr) {
-        device_->begin_capture();
-        issue(*decode.executor, step, nullptr);
-        decode.graph = device_->end_capture();
-      }
-      decode.graph->launch();
-    }
-  } else {
+  failed_ = true;  // until the step has come to its end
+  const bool by_graph = width == 1 && whole && cuda_graphs_ && issue_by_graph(step);
+  if (!by_graph) {
     if (!(step == executor_shape_)) set_shapes(*executor_, step);
     executor_shape_ = step;
     issue(*executor_, step, whole ? nullptr : &wanted);
   }
   device_->synchronize();
   failed_ = false;
+}
+
+/// Issue a single-token step by its bucket. False if the device refuses what that needs (memory for one
+/// more execution context, a capture): the session goes on without graphs, beginning with this step, which
+/// writes what it may have written already to the same places.
+bool SessionCore::issue_by_graph(const StepShape& step) {
+  try {
+    Bucket& decode = bucket(step);
+    if (decode.graph != nullptr) {
+      decode.graph->launch();
+      return true;
+    }
+    if (decode.executor != nullptr) {
+      decode.graph = device_->capture([&] { issue(*decode.executor, step, nullptr); });
+      decode.graph->launch();
+      return true;
+    }
+    decode.executor = make_executor();
+    set_shapes(*decode.executor, step);
+    issue(*decode.executor, step, nullptr);  // TensorRT wants one run before a capture
+    return true;
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::device) throw;
+    device_->synchronize();  // what was issued still uses them
+    buckets_.clear();
+    cuda_graphs_ = false;
+    return false;
+  }
 }
 
 void SessionCore::set_shapes(Executor& executor, const StepShape& step) const {
@@ -257,20 +273,19 @@ SessionCore::Bucket& SessionCore::bucket(const StepShape& step) {
 }
 
 void SessionCore::reset() {
-  std::fill(lengths_.begin(), lengths_.end(), 0);
-  std::fill(last_token_.begin(), last_token_.end(), 0);
+  for (std::vector<Token>& row : held_) row.clear();
 }
 
 void SessionCore::truncate(int length, int row) {
   if (row < 0 || row >= max_batch()) {
     throw Error(ErrorCode::invalid_argument, "row " + text(row) + " of a session of " + text(max_batch()));
   }
-  int& held = lengths_[static_cast<std::size_t>(row)];
-  if (length < 0 || length > held) {
-    throw Error(ErrorCode::invalid_argument,
-                "row " + text(row) + " holds " + text(held) + " tokens; it cannot keep " + text(length));
+  std::vector<Token>& held = held_[static_cast<std::size_t>(row)];
+  if (length < 0 || static_cast<std::size_t>(length) > held.size()) {
+    throw Error(ErrorCode::invalid_argument, "row " + text(row) + " holds " + std::to_string(held.size()) +
+                                                 " tokens; it cannot keep " + text(length));
   }
-  held = length;
+  held.resize(static_cast<std::size_t>(length));
 }
 
 }  // namespace qwenport::detail

@@ -32,6 +32,8 @@ using Memory = std::unique_ptr<void, std::function<void(void*)>>;
 
 class SessionCore {
  public:
+  using Rows = std::vector<std::vector<Token>>;
+
   SessionCore(std::shared_ptr<const Model> model, const SessionOptions& options);
 
   Logits prefill(const TokenView* rows, std::size_t count);
@@ -39,12 +41,14 @@ class SessionCore {
   Logits decode(const Token* tokens, std::size_t count);
   void reset();
   void truncate(int length, int row);
-  [[nodiscard]] const std::vector<int>& lengths() const noexcept { return lengths_; }
-  [[nodiscard]] int max_batch() const noexcept { return static_cast<int>(lengths_.size()); }
+  /// Tokens that a row holds.
+  [[nodiscard]] int length(std::size_t row) const noexcept { return static_cast<int>(held_[row].size()); }
+  [[nodiscard]] int max_batch() const noexcept { return static_cast<int>(held_.size()); }
   [[nodiscard]] int capacity() const noexcept { return capacity_; }
   [[nodiscard]] const Manifest& manifest() const noexcept { return model_->manifest(); }
   /// Tokens a row that one step takes.
   [[nodiscard]] int max_step_tokens() const noexcept { return max_step_tokens_; }
+  [[nodiscard]] bool cuda_graphs() const noexcept { return cuda_graphs_; }
 
   [[nodiscard]] std::vector<std::byte> save();
   void restore(const std::vector<std::byte>& snapshot);
@@ -82,10 +86,12 @@ class SessionCore {
   void check_usable() const;
   void set_shapes(Executor& executor, const StepShape& step) const;
   void run_step(std::int64_t rows, std::int64_t width, bool whole, const std::vector<char>& wanted);
+  bool issue_by_graph(const StepShape& step);
   void issue(Executor& executor, const StepShape& step, const std::vector<char>* wanted);
   Bucket& bucket(const StepShape& step);
   template <typename Visit>
-  void for_each_used_slice(const std::vector<int>& lengths, const Visit& visit);
+  void for_each_used_slice(const Rows& rows, const Visit& visit);
+  [[nodiscard]] std::size_t longest_slice(const Rows& rows) const;
 
   // Destroyed in reverse order: graphs and executors, then memory, then the device.
   std::shared_ptr<const Model> model_;
@@ -95,8 +101,7 @@ class SessionCore {
   bool cuda_graphs_;
   bool failed_ = false;
   std::uint64_t steps_ = 0;
-  std::vector<int> lengths_;
-  std::vector<Token> last_token_;
+  Rows held_;                        // the tokens whose keys and values are in the cache
   std::vector<char> present_;        // of the last call's logits
   std::vector<TokenView> views_;     // scratch of decode
   std::vector<std::size_t> done_;    // scratch of prefill

@@ -1,5 +1,5 @@
 // SessionCore::save and restore. A snapshot is
-//   "QWENPORT" version:u64 plan's SHA-256:64 bytes rows:u64 (length:i64 last token:i64)[rows]
+//   "QWENPORT" version:u64 plan's SHA-256:64 bytes rows:u64 (length:i64 tokens:i64[length])[rows]
 //   the slots in use of every cache, row and head     checksum:u64 of all before it
 #include <algorithm>
 #include <cstring>
@@ -49,16 +49,23 @@ struct Header {
 
 /// Call visit(device address, bytes) for the used slots of every cache, row and head.
 template <typename Visit>
-void SessionCore::for_each_used_slice(const std::vector<int>& lengths, const Visit& visit) {
+void SessionCore::for_each_used_slice(const Rows& rows, const Visit& visit) {
   const std::size_t head_bytes = static_cast<std::size_t>(manifest().info.capacity) * manifest().slot_bytes();
   for (const Memory& cache : caches_) {
     auto* head = static_cast<std::byte*>(cache.get());
-    for (const int length : lengths) {
+    for (const std::vector<Token>& row : rows) {
       for (int h = 0; h < manifest().kv_heads; ++h, head += head_bytes) {
-        if (length != 0) visit(head, static_cast<std::size_t>(length) * manifest().slot_bytes());
+        if (!row.empty()) visit(head, row.size() * manifest().slot_bytes());
       }
     }
   }
+}
+
+/// Bytes of the largest slice; at least 1.
+std::size_t SessionCore::longest_slice(const Rows& rows) const {
+  std::size_t longest = 0;
+  for (const std::vector<Token>& row : rows) longest = std::max(longest, row.size());
+  return std::max<std::size_t>(longest * manifest().slot_bytes(), 1);
 }
 
 std::vector<std::byte> SessionCore::save() {
@@ -67,16 +74,16 @@ std::vector<std::byte> SessionCore::save() {
   std::memcpy(header.magic, magic, sizeof header.magic);
   header.version = snapshot_version;
   std::memcpy(header.plan, manifest().plan.sha256.data(), sizeof header.plan);
-  header.rows = lengths_.size();
+  header.rows = held_.size();
   std::vector<std::byte> out;
   put(out, &header, 1);
-  for (std::size_t b = 0; b < lengths_.size(); ++b) {
-    const std::int64_t row[] = {lengths_[b], last_token_[b]};
-    put(out, row, 2);
+  for (const std::vector<Token>& row : held_) {
+    const auto length = static_cast<std::int64_t>(row.size());
+    put(out, &length, 1);
+    put(out, row.data(), row.size());
   }
-  const auto longest = static_cast<std::size_t>(*std::max_element(lengths_.begin(), lengths_.end()));
-  const Memory bounce = pinned_memory(std::max<std::size_t>(longest * manifest().slot_bytes(), 1));
-  for_each_used_slice(lengths_, [&](const std::byte* device, std::size_t bytes) {
+  const Memory bounce = pinned_memory(longest_slice(held_));
+  for_each_used_slice(held_, [&](const std::byte* device, std::size_t bytes) {
     device_->copy_to_host(bounce.get(), device, bytes);
     device_->synchronize();
     put(out, static_cast<const std::byte*>(bounce.get()), bytes);
@@ -99,46 +106,47 @@ void SessionCore::restore(const std::vector<std::byte>& snapshot) {
   if (std::memcmp(header.plan, manifest().plan.sha256.data(), sizeof header.plan) != 0) {
     refuse("of another engine");
   }
-  if (header.rows != lengths_.size()) {
-    refuse("of " + std::to_string(header.rows) + " rows, this session has " +
-           std::to_string(lengths_.size()));
+  if (header.rows != held_.size()) {
+    refuse("of " + std::to_string(header.rows) + " rows, this session has " + std::to_string(held_.size()));
   }
-  std::vector<int> lengths(lengths_.size());
-  std::vector<Token> last(lengths_.size());
   const std::byte* next = snapshot.data() + sizeof header;
   std::size_t left = snapshot.size() - word - sizeof header;
-  if (left < lengths.size() * 2 * word) refuse("damaged");
-  for (std::size_t b = 0; b < lengths.size(); ++b) {
-    std::int64_t row[2];
-    std::memcpy(row, next, sizeof row);
-    next += sizeof row;
-    left -= sizeof row;
-    if (row[0] < 0 || row[0] > manifest().info.capacity) refuse("damaged");
-    if (row[0] > capacity_) {
+  const auto take = [&](void* to, std::size_t bytes) {
+    if (left < bytes) refuse("damaged");
+    std::memcpy(to, next, bytes);
+    next += bytes;
+    left -= bytes;
+  };
+  Rows rows(held_.size());
+  for (std::size_t b = 0; b < rows.size(); ++b) {
+    std::int64_t length = 0;
+    take(&length, sizeof length);
+    if (length < 0 || length > manifest().info.capacity) refuse("damaged");
+    if (length > capacity_) {
       throw Error(ErrorCode::capacity, "snapshot: row " + std::to_string(b) + " holds " +
-                                           std::to_string(row[0]) + " tokens; there are " +
+                                           std::to_string(length) + " tokens; there are " +
                                            std::to_string(capacity_) + " slots");
     }
-    if (row[1] < 0 || row[1] >= manifest().info.vocab_size) refuse("damaged");
-    lengths[b] = static_cast<int>(row[0]);
-    last[b] = row[1];
+    rows[b].reserve(static_cast<std::size_t>(capacity_));
+    rows[b].resize(static_cast<std::size_t>(length));
+    take(rows[b].data(), rows[b].size() * sizeof(Token));
+    for (const Token token : rows[b]) {
+      if (token < 0 || token >= manifest().info.vocab_size) refuse("damaged");
+    }
   }
   std::size_t needed = 0;
-  for_each_used_slice(lengths, [&needed](const std::byte*, std::size_t bytes) { needed += bytes; });
+  for_each_used_slice(rows, [&needed](const std::byte*, std::size_t bytes) { needed += bytes; });
   if (needed != left) refuse("damaged");
 
-  const auto longest = static_cast<std::size_t>(*std::max_element(lengths.begin(), lengths.end()));
-  const Memory bounce = pinned_memory(std::max<std::size_t>(longest * manifest().slot_bytes(), 1));
+  const Memory bounce = pinned_memory(longest_slice(rows));
   failed_ = true;  // until all of it is there
-  for_each_used_slice(lengths, [&](std::byte* device, std::size_t bytes) {
-    std::memcpy(bounce.get(), next, bytes);
-    next += bytes;
+  for_each_used_slice(rows, [&](std::byte* device, std::size_t bytes) {
+    take(bounce.get(), bytes);
     device_->copy_to_device(device, bounce.get(), bytes);
     device_->synchronize();
   });
   failed_ = false;
-  lengths_ = std::move(lengths);
-  last_token_ = std::move(last);
+  held_ = std::move(rows);
 }
 
 }  // namespace qwenport::detail

@@ -33,7 +33,7 @@ int main(int argc, char** argv) {
     options.top_p = 0.9;
     for (int i = 2; i < argc; ++i) options.stop_tokens.push_back(std::stoll(argv[i]));
 
-    std::vector<qwenport::Token> pending;  // drawn, but not in the cache yet
+    std::vector<qwenport::Token> pending;  // said, but not in the cache yet
     std::string line;
     while (std::getline(std::cin, line)) {
       current = std::make_shared<qwenport::Cancellation>();
@@ -46,9 +46,7 @@ int main(int argc, char** argv) {
         std::cout << token << ' ' << std::flush;
       });
       std::cout << '\n' << std::flush;
-      pending.clear();
-      if (!reply.tokens.empty()) pending.push_back(reply.tokens.back());
-      if (reply.reason == qwenport::FinishReason::stop) pending.push_back(reply.stop_token);
+      pending = reply.pending;
       if (reply.reason == qwenport::FinishReason::capacity) {
         std::cerr << "the cache is full; the conversation begins anew\n";
         session.reset();

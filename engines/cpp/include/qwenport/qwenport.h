@@ -24,7 +24,8 @@
  *     }
  *
  * Every function that returns int returns 0, or an error code and leaves a text for qwenport_last_error.
- * No argument may be NULL unless said so. The free functions accept NULL.
+ * No argument may be NULL unless said so. The free functions accept NULL. Free sessions and engines before
+ * main returns.
  */
 #ifndef QWENPORT_QWENPORT_H
 #define QWENPORT_QWENPORT_H
@@ -83,7 +84,7 @@ typedef struct {
 typedef struct {
   int max_batch;   /**< rows */
   int capacity;    /**< slots a row that may be used; 0 is the engine's */
-  int cuda_graphs; /**< 0 or 1 */
+  int cuda_graphs; /**< 1: replay single-token steps as CUDA graphs; nothing on TensorRT-RTX */
 } qwenport_session_options;
 
 typedef struct {
@@ -103,6 +104,9 @@ typedef struct {
   size_t count;       /**< new tokens, the stop token not counted */
   int reason;         /**< QWENPORT_FINISH_... */
   int64_t stop_token; /**< the one that was drawn, or -1 */
+  /** How many of prompt, new tokens and stop token, from the end, the cache does not hold: begin the next
+   *  prompt with them to go on with `append`. */
+  size_t pending;
 } qwenport_generated;
 
 /** Called for each new token. Must not throw, longjmp, or use the session; may request cancellation. */
@@ -147,6 +151,8 @@ QWENPORT_EXPORT int qwenport_session_truncate(qwenport_session* session, int len
 QWENPORT_EXPORT int qwenport_session_lengths(const qwenport_session* session, int* lengths);
 QWENPORT_EXPORT int qwenport_session_max_batch(const qwenport_session* session);
 QWENPORT_EXPORT int qwenport_session_capacity(const qwenport_session* session);
+/** 1 or 0: whether single-token steps are replayed as CUDA graphs. */
+QWENPORT_EXPORT int qwenport_session_cuda_graphs(const qwenport_session* session);
 
 /** The cache's content, to be freed by qwenport_snapshot_free. */
 QWENPORT_EXPORT int qwenport_session_save(const qwenport_session* session, void** snapshot, size_t* bytes);

@@ -24,6 +24,9 @@
 // Threads. An Engine never changes after load: copy it and use it from any number of threads. A Session
 // belongs to one thread at a time; two sessions, also of one engine, may run at the same time on two
 // threads. Cancellation::request is the one call that any thread may make while a session works.
+//
+// Destroy sessions and engines before main returns: CUDA ends with the process, in an order that a global or
+// static object cannot rely on. A call makes its GPU current and, at its end, what was current before.
 #ifndef QWENPORT_QWENPORT_HPP
 #define QWENPORT_QWENPORT_HPP
 
@@ -60,7 +63,8 @@ enum class ErrorCode : int {
   internal = 10,         ///< a defect of this library
 };
 
-/// Every exception that this library throws. The text is one line and says what to do.
+/// What this library throws. The text is one line and says what to do. Besides it, std::bad_alloc and
+/// what a callback throws pass through.
 class QWENPORT_EXPORT Error : public std::runtime_error {
  public:
   Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
@@ -114,7 +118,10 @@ struct SessionOptions {
   /// Cache slots a row that may be used, at most the engine's; 0 is the engine's. The memory is the
   /// engine's capacity either way: TensorRT fixes it.
   int capacity = 0;
-  bool cuda_graphs = true;  ///< replay single-token steps as CUDA graphs
+  /// Replay single-token steps as CUDA graphs. Each shape (rows, and the span of the cache in 64 slots) has
+  /// one, made in its first two steps: some milliseconds, and an execution context's memory. Nothing on
+  /// TensorRT-RTX, which compiles better kernels while it runs: a graph would keep the first ones.
+  bool cuda_graphs = true;
 };
 
 /// Logits of a call: a view of host memory, valid until the session's next call.
@@ -159,8 +166,8 @@ struct GenerateOptions {
   double top_p = 1;                ///< nucleus, in [0, 1]; 1 keeps all
   double repetition_penalty = 1;   ///< over this prompt and the new tokens; 1 is off
   std::uint64_t seed = 0;          ///< row b draws from the stream (seed, b)
-  /// Go on after the tokens that the rows hold, instead of resetting the session. The last token of a
-  /// generation and its stop token are not in the cache: begin the next prompt with them.
+  /// Go on after the tokens that the rows hold, instead of resetting the session. To go on from a
+  /// generation, begin the prompt with what it left in Generated::pending.
   bool append = false;
   const Cancellation* cancellation = nullptr;  ///< looked at before every step
 };
@@ -177,17 +184,20 @@ struct Generated {
   std::vector<Token> tokens;  ///< without the stop token
   FinishReason reason = FinishReason::length;
   Token stop_token = -1;  ///< the one that was drawn, if reason is stop
+  /// What the cache does not hold of prompt, tokens and stop token: the one drawn last, and after a
+  /// cancellation that came early the rest of the prompt.
+  std::vector<Token> pending;
 };
 
-/// Called for each new token right after it was drawn. What it throws ends the generation.
+/// Called for each new token right after it was drawn. Must not use the session. What it throws ends the
+/// generation.
 using OnToken = std::function<void(int row, Token token)>;
 
 /// An engine with a KV cache of max_batch rows, fed token by token. For one thread at a time.
 ///
-/// All memory of a step is allocated on construction; only the first two steps with one number of rows and
-/// one span of the cache (it grows by 64 slots) make a CUDA graph. After an Error of code device a session
-/// can only be destroyed; after any other it is as before the call, except that generate
-/// leaves what it has run so far.
+/// Caches, workspace and a step's buffers are allocated on construction; only making a CUDA graph takes
+/// memory later. After an Error of code device a session can only be destroyed; after any other it is as
+/// before the call, except that generate leaves what it has run so far.
 class QWENPORT_EXPORT Session {
  public:
   /// \throws Error invalid_argument (more rows or slots than the engine has), device (out of memory).
@@ -201,7 +211,8 @@ class QWENPORT_EXPORT Session {
   /// Append tokens to row 0; again to continue. Returns the logits after the last one.
   /// \throws Error invalid_argument, capacity: nothing was written.
   Logits prefill(const std::vector<Token>& tokens);
-  /// Append rows[b] to row b. Rows may differ in length and may be empty.
+  /// Append rows[b] to row b. Rows may differ in length and may be empty. A step is no wider than the room
+  /// in the fullest row, given tokens or not: truncate a row that has ended before others get long prompts.
   Logits prefill_batch(const std::vector<std::vector<Token>>& rows);
   /// Append one token to row 0.
   Logits decode(Token token);
@@ -227,6 +238,8 @@ class QWENPORT_EXPORT Session {
   [[nodiscard]] std::vector<int> lengths() const;
   [[nodiscard]] int max_batch() const noexcept;
   [[nodiscard]] int capacity() const noexcept;
+  /// Whether single-token steps are replayed as CUDA graphs; false, too, once the device refused one.
+  [[nodiscard]] bool cuda_graphs() const noexcept;
 
   /// The cache's content (only the slots in use), to be restored into a session of the same engine with
   /// as many rows, in this process or another.

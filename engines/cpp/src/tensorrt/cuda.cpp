@@ -10,7 +10,10 @@ class CudaGraph final : public Graph {
     cudaGraphDestroy(recorded);
     check_cuda(status, "cudaGraphInstantiate");
   }
-  ~CudaGraph() override { cudaGraphExecDestroy(graph_); }
+  ~CudaGraph() override {
+    const CurrentGpu current(device_.gpu());
+    cudaGraphExecDestroy(graph_);
+  }
   CudaGraph(const CudaGraph&) = delete;
   CudaGraph& operator=(const CudaGraph&) = delete;
 
@@ -24,10 +27,20 @@ class CudaGraph final : public Graph {
   cudaGraphExec_t graph_ = nullptr;
 };
 
+/// A function of the driver, as CUDA 12.0 has it.
+template <typename Function>
+Function driver_function(const char* name) {
+  void* found = nullptr;
+  check_cuda(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault), name);
+  if (found == nullptr) throw Error(ErrorCode::device, std::string("the driver has no ") + name);
+  return reinterpret_cast<Function>(found);
+}
+
 }  // namespace
 
 void check_cuda(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // it is told here; the next call starts clean
   throw Error(ErrorCode::device, std::string(call) + ": " + cudaGetErrorString(status));
 }
 
@@ -58,41 +71,55 @@ std::string gpu_architecture(int gpu, const std::string& needed) {
   return "sm" + std::to_string(major) + std::to_string(minor);
 }
 
-CurrentGpu::CurrentGpu(int gpu) {
-  check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-  if (before_ == gpu) return;
-  check_cuda(cudaSetDevice(gpu), "cudaSetDevice");
-  changed_ = true;
+Gpu::Gpu(int number)
+    : number_(number),
+      push_(driver_function<PFN_cuCtxPushCurrent_v4000>("cuCtxPushCurrent")),
+      pop_(driver_function<PFN_cuCtxPopCurrent_v4000>("cuCtxPopCurrent")) {
+  CUdevice device = 0;
+  const auto check = [](CUresult status, const char* call) {
+    if (status != CUDA_SUCCESS) {
+      throw Error(ErrorCode::device, std::string(call) + " failed with CUDA error " + std::to_string(status));
+    }
+  };
+  check(driver_function<PFN_cuInit_v2000>("cuInit")(0), "cuInit");
+  check(driver_function<PFN_cuDeviceGet_v2000>("cuDeviceGet")(&device, number), "cuDeviceGet");
+  check(driver_function<PFN_cuDevicePrimaryCtxRetain_v7000>("cuDevicePrimaryCtxRetain")(&context_, device),
+        "cuDevicePrimaryCtxRetain");
 }
 
-CurrentGpu::~CurrentGpu() {
-  if (changed_) cudaSetDevice(before_);
-}
-
-CudaDevice::CudaDevice(int gpu) : gpu_(gpu) {
+CudaDevice::CudaDevice(const Gpu& gpu) : gpu_(gpu) {
   const CurrentGpu current(gpu_);
   check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
 }
 
-CudaDevice::~CudaDevice() { cudaStreamDestroy(stream_); }
+CudaDevice::~CudaDevice() {
+  const CurrentGpu current(gpu_);
+  cudaStreamDestroy(stream_);
+}
 
 void* CudaDevice::allocate(std::size_t bytes) {
   if (bytes == 0) return nullptr;
   const CurrentGpu current(gpu_);
   void* memory = nullptr;
-  if (cudaMalloc(&memory, bytes) != cudaSuccess) {
-    cudaGetLastError();  // it was told; the next call starts clean
-    throw Error(ErrorCode::device, "GPU " + std::to_string(gpu_) + " has no " + std::to_string(bytes) +
+  cudaError_t status = cudaMalloc(&memory, bytes);
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    throw Error(ErrorCode::device, "GPU " + std::to_string(gpu_.number()) + " has no " +
+                                       std::to_string(bytes) +
                                        " bytes left; give the session fewer rows, or build with a smaller "
                                        "--max-seq-len");
   }
-  const cudaError_t status = cudaMemsetAsync(memory, 0, bytes, stream_);
+  check_cuda(status, "cudaMalloc");
+  status = cudaMemsetAsync(memory, 0, bytes, stream_);
   if (status != cudaSuccess) release(memory);
   check_cuda(status, "cudaMemsetAsync");
   return memory;
 }
 
-void CudaDevice::release(void* memory) noexcept { cudaFree(memory); }
+void CudaDevice::release(void* memory) noexcept {
+  const CurrentGpu current(gpu_);
+  cudaFree(memory);
+}
 
 void* CudaDevice::allocate_pinned(std::size_t bytes) {
   const CurrentGpu current(gpu_);
@@ -101,7 +128,10 @@ void* CudaDevice::allocate_pinned(std::size_t bytes) {
   return memory;
 }
 
-void CudaDevice::release_pinned(void* memory) noexcept { cudaFreeHost(memory); }
+void CudaDevice::release_pinned(void* memory) noexcept {
+  const CurrentGpu current(gpu_);
+  cudaFreeHost(memory);
+}
 
 void CudaDevice::copy_to_device(void* device, const void* pinned, std::size_t bytes) {
   const CurrentGpu current(gpu_);
@@ -118,15 +148,18 @@ void CudaDevice::synchronize() {
   check_cuda(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
 }
 
-void CudaDevice::begin_capture() {
+std::unique_ptr<Graph> CudaDevice::capture(const std::function<void()>& work) {
   const CurrentGpu current(gpu_);
   // thread-local: what other threads do with CUDA meanwhile is their own affair
   check_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-}
-
-std::unique_ptr<Graph> CudaDevice::end_capture() {
-  const CurrentGpu current(gpu_);
   cudaGraph_t recorded = nullptr;
+  try {
+    work();
+  } catch (...) {
+    if (cudaStreamEndCapture(stream_, &recorded) == cudaSuccess) cudaGraphDestroy(recorded);
+    cudaGetLastError();  // a capture that something made invalid ends with an error of its own
+    throw;
+  }
   check_cuda(cudaStreamEndCapture(stream_, &recorded), "cudaStreamEndCapture");
   return std::make_unique<CudaGraph>(*this, recorded);
 }

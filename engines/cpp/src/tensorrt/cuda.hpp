@@ -2,6 +2,8 @@
 // time, so a machine without one gets an error message.
 #pragma once
 
+#include <cuda.h>
+#include <cudaTypedefs.h>
 #include <cuda_runtime_api.h>
 
 #include "backend.hpp"
@@ -16,27 +18,48 @@ void check_cuda(cudaError_t status, const char* call);
 /// \throws Error missing_library (no driver), wrong_gpu (no such GPU).
 std::string gpu_architecture(int gpu, const std::string& needed);
 
-/// Makes a GPU the calling thread's current one, and the former one again at its end.
+/// A GPU by its number and its primary context, which is the one that the CUDA runtime works in. The context
+/// stays until the process ends, as it does for any user of the CUDA runtime.
+class Gpu {
+ public:
+  /// \throws Error device.
+  explicit Gpu(int number);
+  [[nodiscard]] int number() const noexcept { return number_; }
+
+ private:
+  friend class CurrentGpu;
+  int number_;
+  CUcontext context_ = nullptr;
+  PFN_cuCtxPushCurrent_v4000 push_ = nullptr;
+  PFN_cuCtxPopCurrent_v4000 pop_ = nullptr;
+};
+
+/// Makes a GPU the calling thread's current one, and at its end what was current before, which may be
+/// nothing (cudaSetDevice would have to make a context on GPU 0 to go back to).
 class CurrentGpu {
  public:
-  explicit CurrentGpu(int gpu);
-  ~CurrentGpu();
+  explicit CurrentGpu(const Gpu& gpu) noexcept
+      : gpu_(gpu), pushed_(gpu.push_(gpu.context_) == CUDA_SUCCESS) {}
+  ~CurrentGpu() {
+    CUcontext popped = nullptr;
+    if (pushed_) gpu_.pop_(&popped);
+  }
   CurrentGpu(const CurrentGpu&) = delete;
   CurrentGpu& operator=(const CurrentGpu&) = delete;
 
  private:
-  int before_ = 0;
-  bool changed_ = false;
+  const Gpu& gpu_;
+  bool pushed_;
 };
 
 class CudaDevice final : public Device {
  public:
-  explicit CudaDevice(int gpu);
+  explicit CudaDevice(const Gpu& gpu);
   ~CudaDevice() override;
   CudaDevice(const CudaDevice&) = delete;
   CudaDevice& operator=(const CudaDevice&) = delete;
 
-  [[nodiscard]] int gpu() const noexcept { return gpu_; }
+  [[nodiscard]] const Gpu& gpu() const noexcept { return gpu_; }
   [[nodiscard]] cudaStream_t stream() const noexcept { return stream_; }
 
   void* allocate(std::size_t bytes) override;
@@ -46,11 +69,10 @@ class CudaDevice final : public Device {
   void copy_to_device(void* device, const void* pinned, std::size_t bytes) override;
   void copy_to_host(void* pinned, const void* device, std::size_t bytes) override;
   void synchronize() override;
-  void begin_capture() override;
-  std::unique_ptr<Graph> end_capture() override;
+  std::unique_ptr<Graph> capture(const std::function<void()>& work) override;
 
  private:
-  int gpu_;
+  Gpu gpu_;
   cudaStream_t stream_ = nullptr;
 };
 

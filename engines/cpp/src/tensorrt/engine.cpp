@@ -12,8 +12,17 @@ namespace {
 
 class TensorRTExecutor final : public Executor {
  public:
-  TensorRTExecutor(const CudaDevice& device, std::unique_ptr<nvinfer1::IExecutionContext> context)
-      : device_(device), context_(std::move(context)) {}
+  /// \param contexts held while an execution context is made or destroyed.
+  TensorRTExecutor(const CudaDevice& device, std::unique_ptr<nvinfer1::IExecutionContext> context,
+                   std::mutex& contexts)
+      : device_(device), contexts_(contexts), context_(std::move(context)) {}
+  ~TensorRTExecutor() override {
+    const CurrentGpu current(device_.gpu());
+    const std::scoped_lock lock(contexts_);
+    context_.reset();
+  }
+  TensorRTExecutor(const TensorRTExecutor&) = delete;
+  TensorRTExecutor& operator=(const TensorRTExecutor&) = delete;
 
   void bind(const std::string& name, void* memory) override {
     if (!context_->setTensorAddress(name.c_str(), memory)) refused("the address of " + name);
@@ -35,38 +44,52 @@ class TensorRTExecutor final : public Executor {
   }
 
   const CudaDevice& device_;
+  std::mutex& contexts_;
   std::unique_ptr<nvinfer1::IExecutionContext> context_;
 };
 
 class TensorRTModel final : public Model {
  public:
-  TensorRTModel(Manifest manifest, int gpu, std::unique_ptr<nvinfer1::IRuntime> runtime,
+  TensorRTModel(Manifest manifest, const Gpu& gpu, std::unique_ptr<nvinfer1::IRuntime> runtime,
                 std::unique_ptr<nvinfer1::ICudaEngine> engine)
-      : Model(std::move(manifest)), gpu_(gpu), runtime_(std::move(runtime)), engine_(std::move(engine)) {}
+      : Model(std::move(manifest)),
+        gpu_(gpu),
+        runtime_(std::move(runtime)),
+        engine_(std::move(engine)),
+        workspace_bytes_(engine_->getDeviceMemorySizeV2()) {}
+  ~TensorRTModel() override {
+    const CurrentGpu current(gpu_);
+    engine_.reset();
+    runtime_.reset();
+  }
+  TensorRTModel(const TensorRTModel&) = delete;
+  TensorRTModel& operator=(const TensorRTModel&) = delete;
 
   [[nodiscard]] std::unique_ptr<Device> make_device() const override {
     return std::make_unique<CudaDevice>(gpu_);
   }
   [[nodiscard]] std::size_t workspace_bytes() const override {
-    return static_cast<std::size_t>(engine_->getDeviceMemorySizeV2());
+    return static_cast<std::size_t>(workspace_bytes_);
   }
   [[nodiscard]] std::unique_ptr<Executor> make_executor(Device& device, void* workspace) const override {
     const CurrentGpu current(gpu_);
-    const std::scoped_lock lock(mutex_);
+    const std::scoped_lock lock(contexts_);
     std::unique_ptr<nvinfer1::IExecutionContext> context(
         engine_->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
     if (context == nullptr) {
       throw Error(ErrorCode::device, "TensorRT refused an execution context" + tensorrt_complaint());
     }
-    context->setDeviceMemoryV2(workspace, engine_->getDeviceMemorySizeV2());
-    return std::make_unique<TensorRTExecutor>(static_cast<CudaDevice&>(device), std::move(context));
+    context->setDeviceMemoryV2(workspace, workspace_bytes_);
+    return std::make_unique<TensorRTExecutor>(static_cast<CudaDevice&>(device), std::move(context),
+                                              contexts_);
   }
 
  private:
-  int gpu_;
-  mutable std::mutex mutex_;
-  std::unique_ptr<nvinfer1::IRuntime> runtime_;  // ends after its engine
+  Gpu gpu_;
+  mutable std::mutex contexts_;
+  std::unique_ptr<nvinfer1::IRuntime> runtime_;
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
+  std::int64_t workspace_bytes_;
 };
 
 void load_plugins(const Manifest& manifest, const std::string& directory, nvinfer1::IRuntime& runtime) {
@@ -78,7 +101,9 @@ void load_plugins(const Manifest& manifest, const std::string& directory, nvinfe
     }
     if (runtime.getPluginRegistry().loadLibrary(path.c_str()) == nullptr) {
       throw Error(ErrorCode::missing_library,
-                  path + ": TensorRT cannot load these plugins" + tensorrt_complaint());
+                  path +
+                      ": TensorRT cannot load these plugins, or plugins of these names are loaded already" +
+                      tensorrt_complaint());
     }
   }
 }
@@ -95,7 +120,8 @@ Engine Engine::load(const std::string& directory, int gpu) {
   check_gpu(manifest, directory, gpu_architecture(gpu, gpu_list(manifest)));
   const MappedFile plan(directory + "/" + manifest.plan.name);
   check_file(manifest.plan, directory, plan);
-  const CurrentGpu current(gpu);
+  const Gpu device(gpu);
+  const CurrentGpu current(device);
   std::unique_ptr<nvinfer1::IRuntime> runtime = tensorrt.make_runtime();
   load_plugins(manifest, directory, *runtime);
   std::unique_ptr<nvinfer1::ICudaEngine> engine(runtime->deserializeCudaEngine(plan.data(), plan.size()));
@@ -103,7 +129,7 @@ Engine Engine::load(const std::string& directory, int gpu) {
     throw Error(ErrorCode::device, directory + ": TensorRT refused the plan" + tensorrt_complaint());
   }
   return Engine(
-      std::make_shared<TensorRTModel>(std::move(manifest), gpu, std::move(runtime), std::move(engine)));
+      std::make_shared<TensorRTModel>(std::move(manifest), device, std::move(runtime), std::move(engine)));
 }
 
 }  // namespace qwenport

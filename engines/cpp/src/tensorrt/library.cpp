@@ -74,7 +74,7 @@ TensorRTLibrary::TensorRTLibrary() {
     const char* const reason = dlerror();  // NOLINT(concurrency-mt-unsafe): each thread has its own
     throw Error(ErrorCode::missing_library,
                 std::string(tensorrt_flavour) + " cannot be loaded: " + (reason != nullptr ? reason : "") +
-                    "; put its folder into LD_LIBRARY_PATH, or the library beside the program");
+                    "; put its folder into LD_LIBRARY_PATH, or the library beside libqwenport.so");
   }
   using Number = std::int32_t (*)() noexcept;
   const auto part = [library](const char* name) { return symbol<Number>(library, name)(); };
