@@ -255,6 +255,21 @@ def test_what_is_missing_is_said_in_one_line(
     assert expected in complaint(example("minimal", kind), engine, folder)
 
 
+def test_tensorrt_may_lie_beside_the_library(
+    installed, engine_for, release: Path, tmp_path: Path
+) -> None:
+    engine = engine_for(flavour="tensorrt", tensorrt_version="10.98.1.48")
+    prefix = tmp_path / "usr"
+    shutil.copytree(installed("shared"), prefix, symlinks=True)
+    build, source = tmp_path / "build", ROOT / "examples" / "cpp" / "minimal"
+    run(*configure(source, build, f"-DCMAKE_PREFIX_PATH={prefix}"))
+    run(tool("cmake"), "--build", build)
+    assert "cannot be loaded" in complaint(build / "minimal", engine)
+    (library,) = prefix.rglob("libqwenport.so")
+    shutil.copy(release / "nvinfer" / "fits" / "libnvinfer.so.10", library.parent)
+    assert "installed is 10.99.1.48" in complaint(build / "minimal", engine)
+
+
 def test_the_real_library_answers_python_as_well(release: Path, engine_for) -> None:
     library = Library(release / "runtime" / "libqwenport.so")
     with pytest.raises(Error, match="configured for tensorrt") as error:
@@ -302,6 +317,39 @@ def test_what_configuring_lacks_is_named(
     tmp_path: Path, settings: list[str], expected: str
 ) -> None:
     assert expected in configuring_fails(tmp_path, *settings)
+
+
+def test_a_static_library_asks_a_c_project_for_cpp(installed, tmp_path: Path) -> None:
+    text = "cmake_minimum_required(VERSION 3.22)\nproject(p LANGUAGES C)\n"
+    (tmp_path / "CMakeLists.txt").write_text(text + "find_package(qwenport CONFIG REQUIRED)\n")
+    for kind, works in (("static", False), ("shared", True)):
+        command = configure(tmp_path, tmp_path / kind, f"-DCMAKE_PREFIX_PATH={installed(kind)}")
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode == 0) == works
+        assert works or "needs C++ enabled" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [("", "libqwenport.a"), ("set(BUILD_SHARED_LIBS ON)", "libqwenport.so")],
+)
+def test_as_part_of_a_project_it_is_built_as_the_project_says(
+    tmp_path: Path, setting: str, name: str
+) -> None:
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.22)\nproject(p LANGUAGES CXX)\n"
+        f"{setting}\nadd_subdirectory({RUNTIME} runtime)\n"
+        'file(GENERATE OUTPUT name CONTENT "$<TARGET_FILE_NAME:qwenport> $<CONFIG>")\n'
+    )
+    run(*configure(tmp_path, tmp_path / "build", HEADERS))
+    built_name, _, configuration = (tmp_path / "build" / "name").read_text().partition(" ")
+    assert built_name.startswith(name)
+    assert configuration == ""  # the build type, too, is the project's own affair
+
+
+def test_alone_it_is_built_optimised(tmp_path: Path) -> None:
+    run(*configure(RUNTIME, tmp_path, HEADERS))
+    assert "CMAKE_BUILD_TYPE:STRING=Release" in (tmp_path / "CMakeCache.txt").read_text()
 
 
 def test_headers_of_rtx_are_refused_for_tensorrt(tmp_path: Path) -> None:
