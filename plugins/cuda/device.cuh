@@ -1,0 +1,155 @@
+// What the kernels build on: number conversions, vectors of them, shared memory, warp sums, launching, and the
+// three tensor-core instructions. Kernels use CUDA's own names for the rest.
+//
+// With QWENPORT_CUDA_ON_CPU defined the tests' header takes CUDA's place and the same sources run on the CPU.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef QWENPORT_CUDA_ON_CPU
+#include "cuda_on_cpu.hpp"
+#endif
+
+namespace qwenport::cuda {
+
+constexpr int warp_size = 32;
+constexpr unsigned all_lanes = 0xFFFFFFFFU;
+
+__device__ inline float to_float(float value) { return value; }
+__device__ inline float to_float(__half value) { return __half2float(value); }
+__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+__device__ T from_float(float value);
+template <>
+__device__ inline float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ inline __half from_float<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+/// N numbers that are read and written together; their address must be a multiple of their size.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T values[N];
+};
+
+template <int N, typename T>
+__device__ Vector<T, N> load(const T* from) {
+  return *reinterpret_cast<const Vector<T, N>*>(from);
+}
+template <int N, typename T>
+__device__ void store(T* to, const Vector<T, N>& vector) {
+  *reinterpret_cast<Vector<T, N>*>(to) = vector;
+}
+
+/// Numbers in 16 bytes, the widest access.
+template <typename T>
+constexpr int widest = 16 / static_cast<int>(sizeof(T));
+
+inline bool aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; }
+
+__device__ inline float warp_sum(float value) {
+  for (int other = warp_size / 2; other > 0; other /= 2) value += __shfl_xor_sync(all_lanes, value, other);
+  return value;
+}
+
+/// silu(gate) * up
+__device__ inline float swiglu(float gate, float up) { return gate / (1 + expf(-gate)) * up; }
+
+__host__ __device__ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+
+#ifdef QWENPORT_CUDA_ON_CPU
+
+using cuda_on_cpu::copy_16_bytes;
+using cuda_on_cpu::copy_commit;
+using cuda_on_cpu::copy_wait;
+using cuda_on_cpu::launch;
+using cuda_on_cpu::load_matrices;
+using cuda_on_cpu::multiply_accumulate;
+using cuda_on_cpu::shared_memory;
+
+#else
+
+/// The block's dynamic shared memory.
+template <typename T>
+__device__ T* shared_memory() {
+  extern __shared__ __align__(128) unsigned char shared_bytes[];
+  return reinterpret_cast<T*>(shared_bytes);
+}
+
+/// Start a kernel. `shared` may be more than the 48 KiB that need no asking for.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared,
+                   cudaStream_t stream, Arguments... arguments) {
+  if (shared > 48 * 1024) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (status != cudaSuccess) return status;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+/// Copy 16 bytes to shared memory in the background; zeros instead, if there is nothing to copy.
+__device__ inline void copy_16_bytes(void* shared, const void* from, bool wanted) {
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0)
+               : "memory");
+}
+/// End a group of this thread's copies.
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/// Wait until no more than the last `Left` groups of this thread are under way.
+template <int Left>
+__device__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
+}
+
+/// Four 8x8 matrices of 16-bit numbers from shared memory; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ inline void load_matrices(std::uint32_t (&matrices)[4], const void* row) {
+  const auto from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(from)
+               : "memory");
+}
+
+/// c [16, 8] += a [16, 16] b [16, 8], in the register layout of mma.m16n8k16.
+__device__ inline void multiply_accumulate(float (&c)[4], const std::uint32_t (&a)[4],
+                                           const std::uint32_t (&b)[2], __nv_bfloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void multiply_accumulate(float (&c)[4], const std::uint32_t (&a)[4],
+                                           const std::uint32_t (&b)[2], __half) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+#endif
+
+}  // namespace qwenport::cuda

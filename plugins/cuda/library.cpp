@@ -1,0 +1,108 @@
+// What TensorRT's plugin registry looks for in the library, and what all plugins share.
+#include <cstdio>
+
+#include "plugin.hpp"
+
+namespace qwenport::cuda {
+namespace {
+
+nvinfer1::ILoggerFinder* logger_finder = nullptr;
+
+std::string quoted(const char* name) {
+  return "attribute '" + std::string(name != nullptr ? name : "") + "'";
+}
+
+/// Empty if the field may stand for the attribute.
+Complaint check_field(const Attribute& attribute, const nvinfer1::PluginField& field) {
+  if (field.type != nvinfer1::PluginFieldType::kINT32 || field.length != 1 || field.data == nullptr) {
+    return quoted(attribute.name) + " is not one int32";
+  }
+  const std::int32_t value = *static_cast<const std::int32_t*>(field.data);
+  if (value >= attribute.least && value <= attribute.most) return {};
+  return quoted(attribute.name) + " is " + std::to_string(value) + ", outside " +
+         std::to_string(attribute.least) + ".." + std::to_string(attribute.most);
+}
+
+}  // namespace
+
+void complain(const char* plugin, const std::string& what) noexcept {
+  nvinfer1::ILogger* const logger = logger_finder != nullptr ? logger_finder->findLogger() : nullptr;
+  try {
+    const std::string line = std::string(plugin) + ": " + what;
+    if (logger != nullptr) {
+      logger->log(nvinfer1::ILogger::Severity::kERROR, line.c_str());
+    } else {
+      std::fprintf(stderr, "%s\n", line.c_str());
+    }
+  } catch (...) {  // no memory for a message
+    if (logger != nullptr) logger->log(nvinfer1::ILogger::Severity::kERROR, plugin);
+  }
+}
+
+void find_logger_with(nvinfer1::ILoggerFinder* finder) noexcept { logger_finder = finder; }
+
+bool read_attributes(const char* plugin, const std::vector<Attribute>& attributes,
+                     const nvinfer1::PluginFieldCollection* fields,
+                     std::vector<std::int32_t>& values) noexcept {
+  try {
+    values.assign(attributes.size(), 0);
+    std::vector<int> seen(attributes.size());
+    Complaint complaint;
+    const int count = fields != nullptr ? fields->nbFields : 0;
+    for (int i = 0; i < count && complaint.empty(); ++i) {
+      const nvinfer1::PluginField& field = fields->fields[i];
+      std::size_t which = 0;
+      while (which < attributes.size() &&
+             (field.name == nullptr || std::string(field.name) != attributes[which].name)) {
+        ++which;
+      }
+      if (which == attributes.size()) {
+        complaint = quoted(field.name) + " is unknown";
+      } else if (++seen[which] > 1) {
+        complaint = quoted(field.name) + " is given twice";
+      } else {
+        complaint = check_field(attributes[which], field);
+        if (complaint.empty()) values[which] = *static_cast<const std::int32_t*>(field.data);
+      }
+    }
+    for (std::size_t i = 0; i < attributes.size() && complaint.empty(); ++i) {
+      if (seen[i] == 0) complaint = quoted(attributes[i].name) + " is missing";
+    }
+    if (!complaint.empty()) complain(plugin, complaint);
+    return complaint.empty();
+  } catch (const std::exception& error) {
+    complain(plugin, error.what());
+    return false;
+  }
+}
+
+bool gpu_is_new_enough(const char* plugin) noexcept {
+  int gpu = 0;
+  int major = 0;
+  int minor = 0;
+  const bool found = cudaGetDevice(&gpu) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, gpu) == cudaSuccess;
+  if (!found) cudaGetLastError();
+  if (!found || major >= oldest_gpu) return true;
+  complain(plugin, "needs a GPU of compute capability 8.0 or newer, this one has " + std::to_string(major) +
+                       "." + std::to_string(minor));
+  return false;
+}
+
+}  // namespace qwenport::cuda
+
+#define QWENPORT_VISIBLE extern "C" __attribute__((visibility("default")))
+
+/// TensorRT calls this when it loads the library.
+QWENPORT_VISIBLE void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
+  qwenport::cuda::find_logger_with(finder);
+}
+
+/// And this.
+QWENPORT_VISIBLE nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+  using namespace qwenport::cuda;
+  static const std::array creators{rotary_embedding_creator(), moe_router_creator(), moe_experts_creator()};
+  count = static_cast<int32_t>(creators.size());
+  return creators.data();
+}

@@ -1,0 +1,49 @@
+// MoEExperts (by token) on a GPU.
+//
+// Few tokens: two kernels that read each chosen expert once, bound by memory. Many tokens: pairs (token, expert) are
+// ordered by expert, two grouped products run on tensor cores, and a last kernel adds up each token's rows. Both add
+// a token's experts in the order in which the router names them, without atomics: results are reproducible bit by bit
+// and do not depend on the other tokens' places.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace qwenport::cuda {
+
+/// x and y [tokens, hidden]; indices and weights [tokens, k]; gate_up [experts, 2*inner, hidden]; down [experts,
+/// hidden, inner], all in device memory. An index outside [0, experts) gives its token NaN.
+template <typename T>
+struct ExpertsArguments {
+  const T* x;
+  const std::int64_t* indices;
+  const float* weights;
+  const T* gate_up;
+  const T* down;
+  T* y;
+  int tokens;
+  int k;
+  int experts;
+  int hidden;
+  int inner;
+  void* workspace;  ///< of experts_workspace bytes, aligned to 256
+};
+
+/// Bytes of workspace for so many tokens; it grows with them.
+template <typename T>
+std::size_t experts_workspace(int tokens, int k, int experts, int hidden, int inner);
+
+/// T is float, __half or __nv_bfloat16. Products are summed in fp32.
+template <typename T>
+cudaError_t apply_experts(const ExpertsArguments<T>& arguments, cudaStream_t stream);
+
+/// Tokens up to which the kernels for few tokens are used.
+constexpr int few_tokens = 8;
+constexpr int most_experts = 512;
+/// tokens * k may not be larger.
+constexpr std::int64_t most_pairs = std::int64_t{1} << 30;
+constexpr int most_experts_a_token = 16;
+
+}  // namespace qwenport::cuda

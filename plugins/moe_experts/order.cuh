@@ -1,0 +1,129 @@
+// The pairs (token, expert) in order of their experts, stably: a counting sort over chunks of pairs, without atomics
+// whose order matters. Beside it the list of tiles that a grouped product works through.
+#pragma once
+
+#include "device.cuh"
+#include "kernel.hpp"
+
+namespace qwenport::cuda {
+
+constexpr int order_chunk = 256;  // pairs
+constexpr int tile_rows = 128;    // of a grouped product
+
+/// What the ordering leaves in device memory.
+struct Order {
+  int* counts;       ///< [chunks, experts]: pairs of an expert in a chunk; then, those before the chunk's
+  int* pairs;        ///< [pairs]: the pair of each place
+  int* places;       ///< [pairs]: the place of each pair; -1 if it names no expert
+  int* tile_expert;  ///< [tiles]
+  int* tile_place;   ///< [tiles]: the tile's first place
+  int* tile_end;     ///< [tiles]: one after its last place
+  int* tiles;        ///< [1]: how many there are
+};
+
+__host__ __device__ constexpr std::int64_t order_chunks(std::int64_t pairs) {
+  return ceil_div(pairs, order_chunk);
+}
+/// Tiles that there can be: full ones, and one for each expert.
+__host__ __device__ constexpr std::int64_t most_tiles(std::int64_t pairs, std::int64_t experts) {
+  return pairs / tile_rows + (pairs < experts ? pairs : experts);
+}
+
+/// counts [chunks, experts] = how often each expert is named in a chunk. grid: chunks.
+static __global__ void __launch_bounds__(order_chunk)
+    count_experts(const std::int64_t* indices, int pairs, int experts, Order order) {
+  int* counts = shared_memory<int>();
+  const auto thread = static_cast<int>(threadIdx.x);
+  const auto chunk = static_cast<int>(blockIdx.x);
+  for (int expert = thread; expert < experts; expert += order_chunk) counts[expert] = 0;
+  __syncthreads();
+  const int pair = chunk * order_chunk + thread;
+  if (pair < pairs) {
+    const std::int64_t expert = indices[pair];
+    if (expert >= 0 && expert < experts) atomicAdd(&counts[expert], 1);
+  }
+  __syncthreads();
+  for (int expert = thread; expert < experts; expert += order_chunk) {
+    order.counts[static_cast<std::int64_t>(chunk) * experts + expert] = counts[expert];
+  }
+}
+
+/// counts = the first place of each expert's pairs of each chunk; the tiles. One block of most_experts threads.
+static __global__ void __launch_bounds__(most_experts) place_experts(int chunks, int experts, Order order) {
+  int* rows = shared_memory<int>();      // [most_experts + 1]: where an expert's places begin
+  int* tiles = rows + most_experts + 1;  // the same of tiles
+  const auto expert = static_cast<int>(threadIdx.x);
+  int total = 0;
+  if (expert < experts) {
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      int& count = order.counts[static_cast<std::int64_t>(chunk) * experts + expert];
+      const int here = count;
+      count = total;
+      total += here;
+    }
+  }
+  rows[expert + 1] = total;
+  tiles[expert + 1] = (total + tile_rows - 1) / tile_rows;
+  if (expert == 0) rows[0] = tiles[0] = 0;
+  __syncthreads();
+  for (int step = 1; step <= most_experts; step *= 2) {  // running sums
+    const int i = expert + 1;
+    const int row = i >= step ? rows[i - step] : 0;
+    const int tile = i >= step ? tiles[i - step] : 0;
+    __syncthreads();
+    rows[i] += row;
+    tiles[i] += tile;
+    __syncthreads();
+  }
+  if (expert < experts) {
+    const int begin = rows[expert];
+    const int end = rows[expert + 1];
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      order.counts[static_cast<std::int64_t>(chunk) * experts + expert] += begin;
+    }
+    int tile = tiles[expert];
+    for (int place = begin; place < end; place += tile_rows, ++tile) {
+      order.tile_expert[tile] = expert;
+      order.tile_place[tile] = place;
+      order.tile_end[tile] = place + tile_rows < end ? place + tile_rows : end;
+    }
+  }
+  if (expert == 0) *order.tiles = tiles[most_experts];
+}
+
+/// pairs and places. grid: chunks.
+static __global__ void __launch_bounds__(order_chunk)
+    order_pairs(const std::int64_t* indices, int pairs, int experts, Order order) {
+  int* named = shared_memory<int>();  // [order_chunk]
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int pair = static_cast<int>(blockIdx.x) * order_chunk + thread;
+  int expert = -1;
+  if (pair < pairs && indices[pair] >= 0 && indices[pair] < experts) expert = static_cast<int>(indices[pair]);
+  named[thread] = expert;
+  __syncthreads();
+  if (pair >= pairs) return;
+  int place = -1;
+  if (expert >= 0) {
+    place = order.counts[static_cast<std::int64_t>(blockIdx.x) * experts + expert];
+    for (int other = 0; other < thread; ++other) place += named[other] == expert ? 1 : 0;
+    order.pairs[place] = pair;
+  }
+  order.places[pair] = place;
+}
+
+template <typename T>
+cudaError_t order_by_expert(const ExpertsArguments<T>& a, const Order& order, cudaStream_t stream) {
+  const int pairs = a.tokens * a.k;
+  const dim3 chunks(static_cast<unsigned>(order_chunks(pairs)));
+  const std::size_t shared = static_cast<std::size_t>(a.experts) * sizeof(int);
+  cudaError_t status =
+      launch(count_experts, chunks, dim3(order_chunk), shared, stream, a.indices, pairs, a.experts, order);
+  if (status != cudaSuccess) return status;
+  status = launch(place_experts, dim3(1), dim3(most_experts), 2 * (most_experts + 1) * sizeof(int), stream,
+                  static_cast<int>(chunks.x), a.experts, order);
+  if (status != cudaSuccess) return status;
+  return launch(order_pairs, chunks, dim3(order_chunk), order_chunk * sizeof(int), stream, a.indices, pairs,
+                a.experts, order);
+}
+
+}  // namespace qwenport::cuda
