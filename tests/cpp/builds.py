@@ -1,4 +1,4 @@
-"""Builds of the runtime and its tests, below build/cpp: made by whoever asks first, then kept up to date.
+"""Builds of the C++ library, the plugins and their tests, below build/cpp: made when asked for, then kept up to date.
 
 As a program it makes the release build, so that what a machine lacks is said before any test runs.
 """
@@ -15,11 +15,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BUILDS = ROOT / "build" / "cpp"
+OPTIMISED, CHECKED = "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS=-O1"
+# name -> what is built, and how
 SETTINGS = {
-    "release": ["-DCMAKE_BUILD_TYPE=Release"],
-    "static": ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF"],
-    "address": ["-DSANITIZE=address,undefined", "-DCMAKE_CXX_FLAGS=-O1"],
-    "thread": ["-DSANITIZE=thread", "-DCMAKE_CXX_FLAGS=-O1"],
+    "release": ("tests/cpp", OPTIMISED),
+    "static": ("engines/cpp", OPTIMISED, "-DBUILD_SHARED_LIBS=OFF"),
+    "address": ("tests/cpp", "-DSANITIZE=address,undefined", CHECKED),
+    "thread": ("tests/cpp", "-DSANITIZE=thread", CHECKED),
+    "plugins": ("tests/plugins/native", OPTIMISED),
+    "plugins-address": ("tests/plugins/native", "-DSANITIZE=address,undefined", CHECKED),
+    "plugins-cuda": ("plugins", OPTIMISED),
 }
 
 
@@ -60,14 +65,14 @@ def configure(source: Path, build: Path, *settings: object) -> list[str]:
 
 
 def built(setting: str) -> Path:
-    """The folder of an up-to-date build in one of SETTINGS: of tests/cpp, or of the runtime alone ("static")."""
+    """The folder of an up-to-date build in one of SETTINGS."""
     folder = BUILDS / setting
     folder.mkdir(parents=True, exist_ok=True)
     with (BUILDS / f"{setting}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        source, *settings = SETTINGS[setting]
         headers = f"-DTENSORRT_INCLUDE_DIR={tensorrt_headers()}"
-        source = ROOT / ("engines/cpp" if setting == "static" else "tests/cpp")
-        run(*configure(source, folder, headers, *SETTINGS[setting]))
+        run(*configure(ROOT / source, folder, headers, *settings))
         run(tool("cmake"), "--build", folder)
     return folder
 

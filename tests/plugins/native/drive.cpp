@@ -125,28 +125,27 @@ class Sizes final : public IExprBuilder, public apiv::VExprBuilder {
   std::list<Size> all_;
 };
 
-/// Memory with a guard after its end, on the host or on the GPU.
+/// Memory on the host, of exactly its size for the address sanitizer, or on the GPU, with a guard after its end.
 class Buffer {
  public:
   Buffer(std::size_t bytes, bool on_device, int fill) : bytes_(bytes), on_device_(on_device) {
-    std::vector<unsigned char> content(bytes + guard, static_cast<unsigned char>(fill));
-    std::fill(content.end() - guard, content.end(), static_cast<unsigned char>(0xA5));
-    if (on_device) {
-#ifdef QWENPORT_WITH_CUDA
-      expect(cudaMalloc(&memory_, bytes + guard) == cudaSuccess, "no device memory");
-      expect(cudaMemcpy(memory_, content.data(), content.size(), cudaMemcpyHostToDevice) == cudaSuccess,
-             "a copy");
-#else
-      throw Failure("built without CUDA");
-#endif
-    } else {  // of exactly this size, so that the address sanitizer sees what a guard would not
-      memory_ = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-      tight_.reset(memory_);
-      std::memcpy(memory_, content.data(), bytes);
-      std::memset(static_cast<char*>(memory_) + bytes, 0xA5, (bytes + 255) / 256 * 256 - bytes);
+    if (!on_device) {
+      memory_ = std::malloc(std::max<std::size_t>(bytes, 1));
+      expect(memory_ != nullptr, "no memory");
+      std::memset(memory_, fill, bytes);
+      return;
     }
+#ifdef QWENPORT_WITH_CUDA
+    std::vector<unsigned char> content(bytes + guard, static_cast<unsigned char>(fill));
+    std::fill(content.end() - guard, content.end(), guard_byte);
+    expect(cudaMalloc(&memory_, bytes + guard) == cudaSuccess, "no device memory");
+    copy(memory_, content.data(), content.size());
+#else
+    throw Failure("built without CUDA");
+#endif
   }
   ~Buffer() {
+    if (!on_device_) std::free(memory_);
 #ifdef QWENPORT_WITH_CUDA
     if (on_device_) cudaFree(memory_);
 #endif
@@ -156,27 +155,14 @@ class Buffer {
 
   [[nodiscard]] void* get() const { return memory_; }
   void write(const std::vector<char>& content) {
-    expect(content.size() == bytes_,
-           "a file of " + std::to_string(content.size()) + " bytes, not " + std::to_string(bytes_));
-#ifdef QWENPORT_WITH_CUDA
-    if (on_device_) {
-      expect(cudaMemcpy(memory_, content.data(), bytes_, cudaMemcpyHostToDevice) == cudaSuccess, "a copy");
-      return;
-    }
-#endif
-    std::memcpy(memory_, content.data(), bytes_);
+    expect(content.size() == bytes_, "a file of another size than its tensor");
+    copy(memory_, content.data(), bytes_);
   }
   [[nodiscard]] std::vector<char> read() const {
-    const std::size_t after = on_device_ ? guard : (bytes_ + 255) / 256 * 256 - bytes_;
-    std::vector<char> content(bytes_ + after);
-#ifdef QWENPORT_WITH_CUDA
-    if (on_device_)
-      expect(cudaMemcpy(content.data(), memory_, content.size(), cudaMemcpyDeviceToHost) == cudaSuccess,
-             "a copy");
-#endif
-    if (!on_device_) std::memcpy(content.data(), memory_, content.size());
+    std::vector<char> content(bytes_ + (on_device_ ? guard : 0));
+    copy(content.data(), memory_, content.size());
     for (std::size_t i = bytes_; i < content.size(); ++i) {
-      expect(static_cast<unsigned char>(content[i]) == 0xA5, "written past the end");
+      expect(static_cast<unsigned char>(content[i]) == guard_byte, "written past the end");
     }
     content.resize(bytes_);
     return content;
@@ -184,13 +170,19 @@ class Buffer {
 
  private:
   static constexpr std::ptrdiff_t guard = 4096;
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
+  static constexpr unsigned char guard_byte = 0xA5;
+  void copy(void* to, const void* from, std::size_t bytes) const {
+    if (!on_device_) {
+      if (bytes != 0) std::memcpy(to, from, bytes);
+      return;
+    }
+#ifdef QWENPORT_WITH_CUDA
+    expect(cudaMemcpy(to, from, bytes, cudaMemcpyDefault) == cudaSuccess, "a copy failed");
+#endif
+  }
   std::size_t bytes_;
   bool on_device_;
   void* memory_ = nullptr;
-  std::unique_ptr<void, Free> tight_;
 };
 
 /// Fields that own their content.

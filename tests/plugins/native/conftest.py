@@ -1,0 +1,23 @@
+"""The plugins' drivers: the kernels on the CPU, plain and under sanitizers, and the library that TensorRT loads."""
+
+from __future__ import annotations
+
+import pytest
+from cpp.builds import built
+from plugin_driver import Driver
+
+
+def _on_cpu(setting: str) -> Driver:
+    build = built(setting)
+    return Driver(build / "drive", build / "libqwenport_plugins_cpu.so")
+
+
+@pytest.fixture(scope="session")
+def on_cpu() -> Driver:
+    return _on_cpu("plugins")
+
+
+@pytest.fixture(scope="session")
+def sanitized() -> Driver:
+    """Under AddressSanitizer and UBSan."""
+    return _on_cpu("plugins-address")

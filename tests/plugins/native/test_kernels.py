@@ -1,0 +1,185 @@
+"""The kernels' own sources, run on the CPU, against the operators' torch references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plugin_checks import DTYPES, check_experts, check_rotary, check_router, ran
+from plugin_driver import Driver
+
+from qwenport.plugins.moe_experts import moe_experts
+
+seeds = st.integers(0, 2**32 - 1)
+dtypes = st.sampled_from(DTYPES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@settings(max_examples=40)
+@given(
+    dtype=dtypes,
+    batch=st.integers(1, 3),
+    seq=st.integers(1, 9),
+    heads=st.tuples(st.integers(1, 5), st.integers(1, 3)),
+    half=st.integers(1, 34),
+    positions=st.integers(1, 50),
+    seed=seeds,
+)
+def test_rotary_embedding_of_any_shape(on_cpu, dtype, batch, seq, heads, half, positions, seed):
+    check_rotary(
+        on_cpu,
+        dtype,
+        batch=batch,
+        seq=seq,
+        heads=heads,
+        head_dim=2 * half,
+        positions=positions,
+        seed=seed,
+    )
+
+
+@every_dtype
+def test_a_position_outside_the_tables_gives_nan(on_cpu: Driver, dtype: torch.dtype) -> None:
+    q, k = torch.ones(1, 2, 3, 16, dtype=dtype), torch.ones(1, 1, 3, 16, dtype=dtype)
+    table = torch.ones(4, 8, dtype=dtype)
+    positions = torch.tensor([[4, 3, -1]])
+    for y in ran(on_cpu.drive("RotaryEmbeddingQK", [q, k, table, table, positions])):
+        assert y[:, :, [0, 2]].isnan().all() and not y[:, :, 1].isnan().any()
+
+
+@st.composite
+def logits(draw) -> torch.Tensor:
+    """Steps of 1/16 (with many ties), no differences whose softmax would be subnormal."""
+    experts = draw(st.integers(1, 512))
+    shape = (*draw(st.lists(st.integers(1, 4), min_size=0, max_size=2)), experts)
+    random = torch.Generator().manual_seed(draw(seeds))
+    most = draw(st.sampled_from([1, 20, 500]))
+    values = torch.randint(-most, most + 1, shape, generator=random) / 16
+    low = torch.rand(shape, generator=random) < draw(st.sampled_from([0, 0.3]))
+    return torch.where(low, -1000.0, values).to(draw(dtypes))
+
+
+@settings(max_examples=60)
+@given(logits=logits(), k=st.integers(1, 16), normalize=st.booleans())
+def test_router_of_any_shape(on_cpu, logits, k, normalize):
+    check_router(on_cpu, logits, k=min(k, logits.shape[-1]), normalize=normalize)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_have_no_softmax_give_nan_and_existing_experts(on_cpu: Driver, value) -> None:
+    logits = torch.randn(5, 60)
+    logits[1, 7] = value
+    logits[3] = value
+    check_router(on_cpu, logits, k=4, normalize=True)
+
+
+@settings(max_examples=60)
+@given(
+    dtype=dtypes,
+    tokens=st.one_of(st.integers(1, 12), st.sampled_from([17, 31, 64, 131, 300])),
+    experts=st.integers(1, 20),
+    k=st.integers(1, 5),
+    hidden=st.one_of(st.integers(1, 40), st.sampled_from([64, 72, 136])),
+    inner=st.one_of(st.integers(1, 40), st.sampled_from([64, 72, 104])),
+    routing=st.sampled_from(["any", "one", "few"]),
+    seed=seeds,
+)
+def test_experts_of_any_shape(on_cpu, dtype, tokens, experts, k, hidden, inner, routing, seed):
+    check_experts(
+        on_cpu,
+        dtype,
+        tokens=tokens,
+        experts=experts,
+        k=min(k, experts),
+        hidden=hidden,
+        inner=inner,
+        routing=routing,
+        seed=seed,
+    )
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k", "hidden", "inner"),
+    [
+        (1, 60, 4, 128, 88),  # Qwen1.5-MoE's experts, smaller
+        (8, 128, 8, 64, 48),  # Qwen3-30B's
+        (9, 512, 16, 32, 16),  # the most of both
+        (139, 8, 2, 264, 200),  # more rows and columns than a tile
+        (600, 4, 2, 16, 16),  # more pairs than a chunk, more rows of an expert than a tile
+    ],
+)
+def test_experts_of_chosen_shapes(
+    on_cpu: Driver,
+    dtype: torch.dtype,
+    tokens: int,
+    experts: int,
+    k: int,
+    hidden: int,
+    inner: int,
+) -> None:
+    check_experts(
+        on_cpu, dtype, tokens=tokens, experts=experts, k=k, hidden=hidden, inner=inner, seed=tokens
+    )
+
+
+@every_dtype
+@pytest.mark.parametrize("tokens", [8, 40])
+def test_an_expert_named_twice_counts_twice_and_one_that_does_not_exist_gives_nan(
+    on_cpu: Driver, dtype: torch.dtype, tokens: int
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, 16, generator=random).to(dtype)
+    gate_up = torch.randn(3, 16, 16, generator=random).to(dtype)
+    down = torch.randn(3, 16, 8, generator=random).to(dtype)
+    indices = torch.randint(0, 3, (tokens, 4), generator=random)
+    indices[0] = 1
+    indices[1, 2], indices[2, 0] = 3, -1
+    weights = torch.rand(tokens, 4, generator=random)
+    (y,) = ran(on_cpu.drive("MoEExperts", [x, indices, weights, gate_up, down]))
+    assert y[1].isnan().all() and y[2].isnan().all()
+    good = [t for t in range(tokens) if t not in (1, 2)]
+    exact = moe_experts(
+        x[good].double(), indices[good], weights[good], gate_up.double(), down.double()
+    )
+    torch.testing.assert_close(y[good].double(), exact, rtol=0.03, atol=0.03 * float(exact.std()))
+
+
+@every_dtype
+@pytest.mark.parametrize("tokens", [6, 40])
+def test_a_token_gets_the_same_bits_whatever_is_beside_it(
+    on_cpu: Driver, dtype: torch.dtype, tokens: int
+) -> None:
+    random = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 64, generator=random).to(dtype)
+    gate_up = torch.randn(6, 48, 64, generator=random).to(dtype)
+    down = torch.randn(6, 64, 24, generator=random).to(dtype)
+    indices = torch.rand(tokens, 6, generator=random).topk(3).indices
+    weights = torch.rand(tokens, 3, generator=random)
+    order = torch.randperm(tokens, generator=random)
+    (y,) = ran(on_cpu.drive("MoEExperts", [x, indices, weights, gate_up, down]))
+    shuffled = [x[order], indices[order], weights[order], gate_up, down]
+    (other,) = ran(on_cpu.drive("MoEExperts", shuffled))
+    assert torch.equal(y[order], other)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 8, 9, 33])
+@every_dtype
+def test_the_kernels_are_clean_under_sanitizers(
+    sanitized: Driver, dtype: torch.dtype, tokens: int
+) -> None:
+    """Inputs, outputs, workspace and shared memory are exactly as large as asked for."""
+    for hidden, inner in ((72, 40), (19, 7)):
+        check_experts(sanitized, dtype, tokens=tokens, experts=5, k=2, hidden=hidden, inner=inner)
+    check_rotary(
+        sanitized,
+        dtype,
+        batch=2,
+        seq=tokens,
+        heads=(3, 1),
+        head_dim=2 + tokens * 2,
+        positions=40,
+        seed=1,
+    )
+    check_router(sanitized, torch.ones(tokens, 60, dtype=dtype), k=4, normalize=False)
