@@ -8,8 +8,9 @@ FOLDERS := exporter plugins engines validate
 INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(VENV)/bin/pip install --quiet -c constraints.txt
 PYTEST := $(VENV)/bin/pytest -n 2
-# the C++ tests are `make cpp`'s
-PYTHON_TESTS := $(PYTEST) --ignore tests/cpp
+# what compiles C++ or CUDA is `make cpp`'s
+NATIVE := tests/cpp tests/plugins/native
+PYTHON_TESTS := $(PYTEST) $(addprefix --ignore ,$(NATIVE))
 
 .PHONY: help demo test cpp test-all lint clean
 
@@ -23,9 +24,9 @@ demo: $(VENV)/.installed  ## install what is needed and run the demo
 test: lint  ## lint and run the fast tests
 	$(PYTHON_TESTS) -m "not slow"
 
-cpp: $(VENV)/.installed-cpp  ## build, check and test the C++ library
+cpp: $(VENV)/.installed-cpp  ## build, check and test the C++ library and the CUDA plugins
 	$(VENV)/bin/python tests/cpp/builds.py
-	$(PYTEST) tests/cpp
+	$(PYTEST) $(NATIVE)
 
 test-all: test cpp  ## lint and run every test
 	$(PYTHON_TESTS) -m slow

@@ -1,6 +1,7 @@
 """package -> engine directory: lower, parse, check, build, all or nothing.
 
 engine.plan     the TensorRT plan
+libqwenport_plugins.so, if the engine uses the CUDA plugins
 qwenport.json   the manifest: bindings, profile, GPUs, TensorRT flavour and version, hashes
 config.json, tokenizer and generation files, as in the package
 """
@@ -15,8 +16,9 @@ from typing import Any
 from qwenport import __version__
 from qwenport.engines.engine import FORMAT, FORMAT_VERSION, PLAN, Engine
 from qwenport.engines.errors import BuildError
-from qwenport.engines.lowering import check_graph, for_tensorrt
+from qwenport.engines.lowering import check_graph, for_tensorrt, plugin_layers
 from qwenport.engines.plan import Progress, build_plan
+from qwenport.engines.plugin_library import check_library, register_for_build
 from qwenport.engines.targets import flavour_of, load_tensorrt, parse_gpus
 from qwenport.exporter import (
     COMPANIONS,
@@ -28,6 +30,7 @@ from qwenport.exporter import (
     sha256,
     write_json,
 )
+from qwenport.plugins.compiled import LIBRARY
 
 # One step of a session: longer prompts are prefilled in pieces, so that activations stay bounded.
 MAX_STEP_TOKENS = 2048
@@ -43,6 +46,7 @@ def build(
     gpus: str | None = None,
     max_seq_len: int | None = None,
     max_batch: int | None = None,
+    plugins: Path | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Engine:
     """Build the engine of a package.
@@ -54,19 +58,28 @@ def build(
         gpus: "sm86,sm89"; see `parse_gpus` for the default.
         max_seq_len: cache slots, at most (and by default) the package's.
         max_batch: rows, at most (and by default) the package's.
+        plugins: library of the CUDA plugins, to be used and copied; without it the custom operators are
+            computed from their function bodies.
         progress: called with (what, done, total).
 
     Raises:
-        PackageError, MissingExtraError, LoweringError, BuildError: nothing is left at engine_path.
+        PackageError, MissingExtraError, PluginError, LoweringError, BuildError: nothing is left at engine_path.
     """
     flavour = flavour_of(target)
     package = load_package(package_path)
     architectures = parse_gpus(gpus, flavour, package.dtype)
     capacity = _limit("max sequence length", max_seq_len, package.max_seq_len)
     batch = _limit("max batch", max_batch, package.max_batch)
+    if plugins is not None:
+        check_library(plugins, flavour, architectures)
     trt = load_tensorrt(flavour, "build engines")
     with atomic_directory(engine_path) as scratch:
-        lowered = _write_lowered(package, scratch / "lowered", capacity)
+        if plugins is not None:
+            shutil.copyfile(plugins, scratch / LIBRARY)
+            register_for_build(trt, scratch / LIBRARY)
+        lowered, layers = write_lowered(
+            package, scratch / "lowered", capacity, plugins=plugins is not None
+        )
         profile = profile_shapes(package, capacity, batch)
         built = build_plan(
             trt,
@@ -100,6 +113,8 @@ def build(
                 for part in ("key", "value")
             },
             "layers": built["layers"],
+            "plugins": [LIBRARY] if plugins is not None else [],
+            "plugin_layers": layers,
             "package": {
                 "manifest_sha256": sha256(package.path / MANIFEST),
                 "source": package.manifest["source"],
@@ -163,8 +178,14 @@ def _with_capacity(bindings: dict[str, Any], capacity: int) -> dict[str, Any]:
     }
 
 
-def _write_lowered(package: Package, folder: Path, capacity: int) -> Path:
-    """Write the lowered model where the parser finds the weights: beside a link to them."""
+def write_lowered(
+    package: Package, folder: Path, capacity: int, *, plugins: bool
+) -> tuple[Path, dict[str, int]]:
+    """Write the lowered model where the parser finds the weights: beside a link to them.
+
+    Returns:
+        The model's file, and how often it uses each plugin.
+    """
     import onnx_ir as ir
 
     model = for_tensorrt(
@@ -173,10 +194,11 @@ def _write_lowered(package: Package, folder: Path, capacity: int) -> Path:
         capacity=capacity,
         positions=capacity,
         kv_heads=package.config.num_key_value_heads,
+        plugins=plugins,
     )
     check_graph(model)
     folder.mkdir()
     os.symlink(os.path.abspath(package.path / "weights"), folder / "weights")
     path = folder / "model.onnx"
     ir.save(model, path)
-    return path
+    return path, plugin_layers(model)

@@ -47,6 +47,9 @@ def load_engine(path: Path) -> Engine:
     try:
         manifest = read_manifest(path, FORMAT, FORMAT_VERSION, "build the engine again")
         check_files(path, manifest["files"])
+        for name in manifest["plugins"]:
+            if name not in manifest["files"]:
+                raise EngineError(f"{path / MANIFEST}: the plugins {name} are not among its files")
     except PackageError as error:
         raise EngineError(str(error)) from error
     except (KeyError, TypeError, AttributeError) as error:

@@ -11,6 +11,7 @@ import numpy as np
 
 from qwenport.engines.engine import Engine
 from qwenport.engines.errors import EngineError, SessionError
+from qwenport.engines.plugin_library import register_for_run
 from qwenport.engines.session import CachedSession, Float32, Int64
 from qwenport.engines.targets import FLAVOURS, load_tensorrt
 
@@ -67,6 +68,8 @@ class TensorRTSession(CachedSession):
         check_version(engine, tensorrt.__version__)
         self._trt, self._device = tensorrt, torch.device(device)
         self._runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
+        for name in manifest["plugins"]:
+            register_for_run(self._runtime, engine.path / name)
         self._engine = self._runtime.deserialize_cuda_engine(engine.plan.read_bytes())
         if self._engine is None:
             raise EngineError(

@@ -2,7 +2,7 @@
 
 A model carries each operator it uses as an ONNX function, so it runs without any plugin. The operators are modules
 of this package, imported by those who compute with them (`from qwenport.plugins import moe_router`), since they bring
-torch; here are only the names that graphs use.
+torch; here are only the names that graphs use. `compiled` makes the library of CUDA kernels that TensorRT loads.
 """
 
 from qwenport.plugins.names import DOMAIN, MOE_EXPERTS, MOE_ROUTER, ROTARY_EMBEDDING, VERSION

@@ -33,6 +33,7 @@ COMMANDS = {
     "validate": ("qwenport.commands.validate", "Compare a package or an engine with PyTorch."),
     "generate": ("qwenport.commands.generate", "Generate text with a package or an engine."),
     "inspect": ("qwenport.commands.inspect", "Show what a checkpoint, package or engine holds."),
+    "plugins": ("qwenport.commands.plugins", "Compile the CUDA plugins for TensorRT."),
     "doctor": ("qwenport.commands.doctor", "Show what is installed and which targets work here."),
     "demo": ("qwenport.commands.demo", "Run the whole path on a small checkpoint."),
 }

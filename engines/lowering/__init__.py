@@ -11,6 +11,7 @@ from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
 from qwenport.engines.lowering.rope_tables import FoldRopeTables, folded
 from qwenport.engines.lowering.targets import for_onnxruntime, for_tensorrt
+from qwenport.engines.lowering.use_plugins import UsePlugins, plugin_layers
 
 __all__ = [
     "ComputeInFloat32",
@@ -19,9 +20,11 @@ __all__ = [
     "FuseTransposedMatMul",
     "SplitExperts",
     "StaticCapacity",
+    "UsePlugins",
     "check_graph",
     "check_network",
     "folded",
     "for_onnxruntime",
     "for_tensorrt",
+    "plugin_layers",
 ]

@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from qwenport.engines.errors import LoweringError
+from qwenport.engines.lowering.use_plugins import is_plugin
 
 ATTENTION_INPUTS = 4  # q, k, v, mask
 
@@ -29,7 +30,8 @@ def check_graph(model: ir.Model) -> None:
     for function in model.functions.values():
         _check_name(function)
     for node in model.graph:
-        if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) not in functions:
+        defined = (node.domain, node.op_type) in functions or is_plugin(node)
+        if node.domain not in ("", "ai.onnx") and not defined:
             raise LoweringError(
                 f"{node.name}: {node.domain}.{node.op_type} has neither a function body nor a plugin"
             )

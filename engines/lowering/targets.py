@@ -11,6 +11,7 @@ from qwenport.engines.lowering.experts import SplitExperts
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
 from qwenport.engines.lowering.rope_tables import FoldRopeTables
+from qwenport.engines.lowering.use_plugins import UsePlugins
 
 
 def for_onnxruntime(model: ir.Model, *, on_cpu: bool) -> ir.Model:
@@ -22,7 +23,13 @@ def for_onnxruntime(model: ir.Model, *, on_cpu: bool) -> ir.Model:
 
 
 def for_tensorrt(
-    model: ir.Model, *, dtype: str, capacity: int, positions: int, kv_heads: int
+    model: ir.Model,
+    *,
+    dtype: str,
+    capacity: int,
+    positions: int,
+    kv_heads: int,
+    plugins: bool = False,
 ) -> ir.Model:
     """Lower a package's graph for TensorRT or TensorRT-RTX. Changes `model`.
 
@@ -32,8 +39,11 @@ def for_tensorrt(
         capacity: cache slots of the engine.
         positions: rows of its rope tables.
         kv_heads: the model's num_key_value_heads.
+        plugins: whether the custom operators become plugins.
     """
     passes = [StaticCapacity(capacity), FoldRopeTables(positions)]
     if dtype == "fp32":
         passes.append(DecomposeAttention(kv_heads))
+    if plugins:
+        passes.append(UsePlugins())
     return Sequential(*passes)(model).model

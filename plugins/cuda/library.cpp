@@ -92,6 +92,10 @@ bool gpu_is_new_enough(const char* plugin) noexcept {
 
 }  // namespace qwenport::cuda
 
+static_assert(NV_TENSORRT_MAJOR == 10, "the plugins are for TensorRT 10");
+
+#define QWENPORT_STRING_OF(number) #number
+#define QWENPORT_STRING(number) QWENPORT_STRING_OF(number)
 #define QWENPORT_VISIBLE extern "C" __attribute__((visibility("default")))
 
 /// TensorRT calls this when it loads the library.
@@ -105,4 +109,12 @@ QWENPORT_VISIBLE nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& 
   static const std::array creators{rotary_embedding_creator(), moe_router_creator(), moe_experts_creator()};
   count = static_cast<int32_t>(creators.size());
   return creators.data();
+}
+
+/// Not TensorRT's: "version;GPUs;release of TensorRT's headers", for whoever chooses a library.
+QWENPORT_VISIBLE const char* qwenport_plugins_description() {
+  static const std::string text = std::string(qwenport::cuda::plugin_version) +
+                                  ";" QWENPORT_ARCHITECTURES ";" +
+                                  QWENPORT_STRING(NV_TENSORRT_MAJOR) "." QWENPORT_STRING(NV_TENSORRT_MINOR);
+  return text.c_str();
 }

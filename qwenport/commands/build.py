@@ -31,6 +31,13 @@ if TYPE_CHECKING:
     help="Architectures that the engine is to run on, comma-separated.",
     show_default="tensorrt-rtx: all that can run the model; tensorrt: the GPU at hand",
 )
+@click.option(
+    "--plugins",
+    type=PATH,
+    metavar="LIBRARY",
+    help="Compute RoPE and MoE with the CUDA plugins in LIBRARY, of `qwenport plugins build`; tensorrt only.",
+    show_default="without plugins, from their definitions in ONNX",
+)
 @limits("the package")
 @output_options
 def command(
@@ -38,6 +45,7 @@ def command(
     engine_dir: Path,
     target: str,
     gpus: str | None,
+    plugins: Path | None,
     max_seq_len: int | None,
     max_batch: int | None,
     quiet: bool,
@@ -53,6 +61,7 @@ def command(
       qwenport build qwen.package qwen.engine --target tensorrt-rtx
       qwenport build qwen.package qwen.engine --target tensorrt-rtx --gpu sm86,sm89,sm120
       qwenport build qwen.package small.engine --target tensorrt --max-seq-len 4096 --max-batch 1
+      qwenport build qwen.package fast.engine --target tensorrt --plugins libqwenport_plugins.so
     """
     from qwenport import engines
 
@@ -65,6 +74,7 @@ def command(
             gpus=gpus,
             max_seq_len=max_seq_len,
             max_batch=max_batch,
+            plugins=plugins,
             progress=progress,
         )
     report = _report(engine, time.perf_counter() - start)
@@ -82,7 +92,15 @@ def command(
 
 def _report(engine: Engine, seconds: float) -> dict[str, Any]:
     manifest = engine.manifest
-    same = ("flavour", "tensorrt_version", "gpus", "dtype", "max_seq_len", "max_batch")
+    same = (
+        "flavour",
+        "tensorrt_version",
+        "gpus",
+        "dtype",
+        "max_seq_len",
+        "max_batch",
+        "plugin_layers",
+    )
     return {
         "engine": str(engine.path),
         **{key: manifest[key] for key in same},

@@ -108,6 +108,10 @@ def engine(path: Path) -> dict[str, Any]:
         "architectures": manifest["gpus"],
         "weights": {"bytes": manifest["package"]["weight_bytes"]},
         "plan": {"bytes": plan_bytes, "layers": manifest["layers"]},
+        "plugins": {
+            "libraries": {name: manifest["files"][name]["sha256"] for name in manifest["plugins"]},
+            "layers": manifest["plugin_layers"],
+        },
         "notes": [],
         "bindings": manifest["bindings"],
         "profile": manifest["profile"],
@@ -219,6 +223,10 @@ def headline(facts: dict[str, Any]) -> list[str]:
         lines.append(
             f"engine    {size(facts['plan']['bytes'])}, {facts['plan']['layers']} layers, by "
             f"{facts['flavour']} {facts['tensorrt_version']} for {', '.join(facts['architectures'])}"
+        )
+        used = [f"{name} x {count}" for name, count in facts["plugins"]["layers"].items()]
+        lines.append(
+            f"plugins   {', '.join(used) or 'none; operators by their definitions in ONNX'}"
         )
     lines.append(
         f"KV cache  {size(kv['bytes_per_token'])} a token, "

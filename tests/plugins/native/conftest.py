@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from cpp.builds import built
 from plugin_driver import Driver
@@ -21,3 +23,9 @@ def on_cpu() -> Driver:
 def sanitized() -> Driver:
     """Under AddressSanitizer and UBSan."""
     return _on_cpu("plugins-address")
+
+
+@pytest.fixture(scope="session")
+def release() -> Path:
+    """The C++ library's release build."""
+    return built("release")

@@ -1,0 +1,68 @@
+"""The library of CUDA plugins on its way into an engine directory: held against the target, shown to TensorRT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qwenport.engines.errors import BuildError, EngineError
+from qwenport.engines.lowering.use_plugins import PLUGINS
+from qwenport.engines.targets import Flavour
+from qwenport.exporter import sha256
+from qwenport.plugins.compiled import PLUGIN_NAMESPACE, PLUGIN_VERSION, open_library
+
+_registered: dict[int, str] = {}
+"""TensorRT module -> SHA-256 of the library in its registry; it takes each plugin's name once a process."""
+
+
+def check_library(path: Path, flavour: Flavour, gpus: tuple[str, ...]) -> None:
+    """Refuse a library that an engine for these GPUs could not use.
+
+    Raises:
+        PluginError: not a library of the plugins.
+        BuildError: the flavour has no plugins, or the library has no code for a GPU.
+    """
+    if flavour.builds_anywhere:
+        raise BuildError(
+            f"{flavour.name} has no plugins: build with --target tensorrt, or without --plugins"
+        )
+    library = open_library(path)
+    missing = [gpu for gpu in gpus if gpu not in library.gpus]
+    if missing:
+        raise BuildError(
+            f"{path}: compiled for {', '.join(library.gpus)}, not for {', '.join(missing)}; compile it with "
+            f"`qwenport plugins build --arch {','.join(missing)}`"
+        )
+
+
+def register_for_build(trt: Any, path: Path) -> None:
+    """Let TensorRT's parser find the plugins of a library.
+
+    Raises:
+        BuildError: TensorRT cannot load it, or this process has built with another.
+    """
+    digest = sha256(path)
+    known = _registered.get(id(trt))
+    if known == digest:
+        return
+    if known is not None:
+        raise BuildError(
+            f"{path}: this process has built with other plugins; start another process"
+        )
+    registry = trt.get_plugin_registry()
+    if registry.load_library(str(path)) is None:
+        raise BuildError(f"{path}: TensorRT {trt.__version__} cannot load these plugins")
+    for name in PLUGINS:
+        if registry.get_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE) is None:
+            raise BuildError(f"{path}: TensorRT does not find the plugin {name} in it")
+    _registered[id(trt)] = digest
+
+
+def register_for_run(runtime: Any, path: Path) -> None:
+    """Let a TensorRT runtime find the plugins of an engine that it is about to load.
+
+    Raises:
+        EngineError: TensorRT cannot load the library.
+    """
+    if runtime.get_plugin_registry().load_library(str(path)) is None:
+        raise EngineError(f"{path}: TensorRT cannot load the engine's plugins; build it again")

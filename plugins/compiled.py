@@ -1,0 +1,199 @@
+"""The CUDA plugins as a shared library: compiled where they are wanted, found again by what the library says of itself.
+
+nvcc and TensorRT's headers are the user's. A library is used by its plugins' names and version; without one the
+operators' function bodies serve.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from qwenport import QwenportError
+
+LIBRARY = "libqwenport_plugins.so"
+PLUGIN_NAMESPACE, PLUGIN_VERSION = "qwenport", "1"
+ROTARY_EMBEDDING_QK = "RotaryEmbeddingQK"
+"""Two RotaryEmbedding nodes in one. MoERouter and MoEExperts are called what the operators are called."""
+
+MOST_EXPERTS, MOST_CHOSEN = 512, 16
+"""What the kernels of MoERouter and MoEExperts are made for."""
+
+GPUS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
+OLDEST_GPU = 80
+SOURCES = Path(__file__).parent
+CUDA = Path("/usr/local/cuda/bin")
+HEADER_FOLDERS = (
+    "/usr/include/x86_64-linux-gnu",
+    "/usr/include/aarch64-linux-gnu",
+    "/usr/include",
+    "/usr/local/tensorrt/include",
+)
+
+
+class PluginError(QwenportError):
+    """The plugins cannot be compiled or used: a tool is missing, the compiler failed, not such a library."""
+
+
+@dataclass(frozen=True)
+class PluginLibrary:
+    """A compiled library.
+
+    Attributes:
+        path: the file.
+        gpus: architectures that it has code for, "sm90".
+        tensorrt: release of the headers that it was compiled with, "10.14".
+    """
+
+    path: Path
+    gpus: tuple[str, ...]
+    tensorrt: str
+
+
+def parse_architectures(text: str | None) -> tuple[str, ...]:
+    """Read "sm80,sm90"; None is all of GPUS.
+
+    Raises:
+        PluginError: not such a list, or a GPU older than SM80.
+    """
+    if text is None:
+        return GPUS
+    found = tuple(part.strip() for part in text.split(","))
+    for gpu in found:
+        if not re.fullmatch(r"sm\d+", gpu):
+            raise PluginError(f"no such GPU architecture: {gpu!r}; write them as sm80,sm90")
+        if int(gpu[2:]) < OLDEST_GPU:
+            raise PluginError(f"the plugins need a GPU of sm{OLDEST_GPU} or newer, not {gpu}")
+    if len(set(found)) != len(found):
+        raise PluginError(f"a GPU architecture is named twice: {text}")
+    return found
+
+
+def compile_library(
+    path: Path,
+    *,
+    architectures: tuple[str, ...] = GPUS,
+    tensorrt_include: Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> PluginLibrary:
+    """Compile the plugins; a library that is there already is replaced when the new one is whole.
+
+    Args:
+        path: the library to write.
+        architectures: as `parse_architectures` gives them.
+        tensorrt_include: folder of NvInfer.h; by default where packages of TensorRT put it.
+        progress: called with (what, done, total).
+
+    Raises:
+        PluginError: cmake, nvcc or the headers are missing, or the compiler failed.
+    """
+    cmake = shutil.which("cmake") or shutil.which("cmake", path=sysconfig.get_path("scripts"))
+    if cmake is None:
+        raise PluginError("cmake is missing, needed to compile the plugins: pip install cmake")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(CUDA))
+    if nvcc is None:
+        raise PluginError(
+            "nvcc is missing, needed to compile the plugins: install a CUDA toolkit of version 12.5 or newer "
+            "(https://developer.nvidia.com/cuda-downloads), or put its bin folder into PATH"
+        )
+    headers = _headers(tensorrt_include)
+    if not path.parent.is_dir():
+        raise PluginError(f"{path.parent}: no such folder")
+    numbers = [gpu.removeprefix("sm") for gpu in architectures]
+    with TemporaryDirectory() as scratch:
+        build = Path(scratch)
+        settings = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_CUDA_ARCHITECTURES": ";".join(numbers),
+            "CMAKE_CUDA_COMPILER": nvcc,
+            "TENSORRT_INCLUDE_DIR": str(headers),
+        }
+        options = [f"-D{name}={value}" for name, value in settings.items()]
+        _run([cmake, "-S", str(SOURCES), "-B", str(build), *options], progress, "configuring")
+        _run([cmake, "--build", str(build), "--parallel"], progress, "compiling the plugins")
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            shutil.copyfile(build / LIBRARY, partial)
+            open_library(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return open_library(path)
+
+
+def open_library(path: Path) -> PluginLibrary:
+    """Ask a library what it is; neither a GPU nor TensorRT is needed.
+
+    Raises:
+        PluginError: no such file, or no library of these plugins.
+    """
+    if not path.is_file():
+        raise PluginError(f"{path}: no such file; compile it with `qwenport plugins build {path}`")
+    try:
+        library = ctypes.CDLL(str(path.resolve()))
+        description = library.qwenport_plugins_description
+    except (OSError, AttributeError) as error:
+        raise PluginError(f"{path}: not a library of these plugins ({error})") from error
+    description.restype = ctypes.c_char_p
+    version, gpus, tensorrt = description().decode().split(";")
+    if version != PLUGIN_VERSION:
+        raise PluginError(
+            f"{path}: plugins of version {version}, this is for {PLUGIN_VERSION}; compile them again"
+        )
+    return PluginLibrary(path, tuple(f"sm{number}" for number in gpus.split(",")), tensorrt)
+
+
+def _headers(given: Path | None) -> Path:
+    folders = [given] if given is not None else [Path(folder) for folder in HEADER_FOLDERS]
+    for folder in folders:
+        if (folder / "NvInferRuntime.h").is_file():
+            version = (folder / "NvInferVersion.h").read_text()
+            if "TRT_MAJOR_RTX" in version:
+                raise PluginError(f"{folder}: headers of TensorRT-RTX, which has no plugins")
+            return folder
+    if given is not None:
+        raise PluginError(
+            f"{given}: no NvInferRuntime.h there; give the folder of TensorRT's headers"
+        )
+    raise PluginError(
+        "TensorRT's headers are missing: install them (on Debian and Ubuntu libnvinfer-headers-dev), or say "
+        "where they are with --tensorrt-include"
+    )
+
+
+def _run(command: list[str], progress: Callable[[str, int, int], None], what: str) -> None:
+    """Run a build step; its errors are the exception."""
+    lines: list[str] = []
+    progress(what, 0, 100)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            for line in process.stdout or ():
+                lines.append(line.strip())
+                for done, total in _steps(line):
+                    progress(what, done, total)
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode:
+        said = [line for line in lines if re.search(r"\bfatal\b|error:", line)]
+        said = said or [line for line in lines if "Error" in line] or lines[-1:]
+        raise PluginError(f"{what} failed: {' '.join(said[:3])}")
+    progress(what, 100, 100)
+
+
+def _steps(line: str) -> Iterator[tuple[int, int]]:
+    """What a line of cmake's says about how far it is: "[3/8] ..." or "[ 37%] ..."."""
+    if match := re.match(r"\[(\d+)/(\d+)\]", line):
+        yield int(match[1]), int(match[2])
+    elif match := re.match(r"\[ *(\d+)%\]", line):
+        yield int(match[1]), 100
