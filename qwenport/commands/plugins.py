@@ -15,7 +15,11 @@ from qwenport.commands._progress import progress_bar
 def command() -> None:
     """The CUDA kernels of the custom operators, as a library that TensorRT loads.
 
-    They are an option: without them an engine computes the operators from their definitions in ONNX.
+    They are only speed. Without them an engine computes the operators from their definitions in ONNX.
+
+    \b
+    Examples:
+      qwenport plugins build
     """
 
 
