@@ -1,0 +1,378 @@
+"""The CUDA plugins on a GPU, against torch: RoPE, the router and the experts of real models' layers.
+
+    python benchmarks/plugins.py                     # where there is a GPU; needs `make cpp`
+    python benchmarks/plugins.py --quick
+
+Times are medians of CUDA events around calls on inputs that take turns, together larger than the L2 cache. What can
+be captured is replayed as a CUDA graph, so that a time is the GPU's and not the launching program's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from contenders.plugin_calls import PluginCall
+from measure import ROOT
+from report import Bar, Report, middle, options, output_path
+from rich.table import Table
+from torch.nn import functional
+
+from qwenport.plugins.moe_router import moe_router
+from qwenport.plugins.rotary_embedding import rotary_embedding
+
+sys.path.insert(0, str(ROOT / "tests" / "cpp"))
+from builds import BuildError, built
+
+Tensors = Sequence[torch.Tensor]
+Call = Callable[[Tensors], Any]
+TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
+CALLS = 20  # timed in each of the repeats, after as many that are not
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Sizes of a model's layer, as its config.json has them."""
+
+    name: str
+    hidden: int
+    heads: tuple[int, int]
+    head_dim: int
+    experts: int
+    k: int
+    inner: int
+    normalize: bool
+
+
+LAYERS = (
+    Layer("Qwen1.5-MoE-A2.7B", 2048, (16, 16), 128, 60, 4, 1408, False),
+    Layer("Qwen2-57B-A14B", 3584, (28, 4), 128, 64, 8, 2560, False),
+    Layer("Qwen3-30B-A3B", 2048, (32, 4), 128, 128, 8, 768, True),
+)
+TINY = (Layer("tiny", 64, (2, 1), 16, 6, 2, 32, True),)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where the contenders run, and the plugins' libraries."""
+
+    device: str
+    calls: Path
+    library: Path
+    turns_bytes: int  # inputs that take turns are at least as large together
+    timed_calls: int
+
+
+def setup_on_gpu(timed_calls: int) -> Setup:
+    """On the GPU at hand."""
+    build = built("plugins")
+    library = built("plugins-cuda") / "libqwenport_plugins.so"
+    cache = int(torch.cuda.get_device_properties(0).L2_cache_size)
+    return Setup("cuda", build / "libplugin_calls.so", library, 2 * cache, timed_calls)
+
+
+def seconds_of(setup: Setup, call: Call, inputs: Sequence[Tensors], *, capture: bool) -> float:
+    """Median time of a call, on inputs that take turns."""
+    for given in inputs:  # compiled, loaded, warm
+        call(given)
+    torch.cuda.synchronize()
+    steps: list[Callable[[], Any]] = []
+    pool = torch.cuda.graph_pool_handle()
+    for given in inputs:
+        if not capture:
+            steps.append(lambda given=given: call(given))
+            continue
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            call(given)
+        steps.append(graph.replay)
+    times: list[float] = []
+    for turn in range(2 * setup.timed_calls):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for step in steps:
+            step()
+        end.record()
+        torch.cuda.synchronize()
+        if turn >= setup.timed_calls:
+            times.append(start.elapsed_time(end) / 1000 / len(steps))
+    median = middle(times)
+    assert median is not None
+    return median
+
+
+def turns(setup: Setup, make: Callable[[], Tensors]) -> list[Tensors]:
+    """As many inputs as are larger than the cache together, at most 64 and at least 2."""
+    first = make()
+    size = sum(tensor.nbytes for tensor in first)
+    return [first, *(make() for _ in range(min(63, max(1, setup.turns_bytes // size))))]
+
+
+def plugin(
+    setup: Setup, name: str, fields: dict[str, int], inputs: Tensors, outputs: Tensors
+) -> Call:
+    call = PluginCall(setup.calls, setup.library, name, fields, inputs, outputs)
+
+    def enqueue(given: Tensors) -> Tensors:
+        call(given, outputs)
+        return outputs
+
+    return enqueue
+
+
+def by_expert(given: Tensors) -> torch.Tensor:
+    """A matrix product of cuBLAS for each expert that was chosen; which, the host has to ask."""
+    x, indices, weights, gate_up, down = given
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in indices.unique().tolist():
+        token, place = torch.where(indices == expert)
+        gate, up = functional.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
+        part = functional.linear(functional.silu(gate) * up, down[expert]).float()
+        y.index_add_(0, token, part * weights[token, place, None])
+    return y.to(x.dtype)
+
+
+def by_gathering(given: Tensors) -> torch.Tensor:
+    """The chosen experts' weights gathered, and batched products."""
+    x, indices, weights, gate_up, down = given
+    gate, up = torch.einsum("tkih,th->tki", gate_up[indices], x).chunk(2, dim=-1)
+    parts = torch.einsum("tkhi,tki->tkh", down[indices], functional.silu(gate) * up)
+    return (parts.float() * weights[..., None]).sum(1).to(x.dtype)
+
+
+def route(layer: Layer, given: Tensors) -> Tensors:
+    """softmax, topk, and the division, as models write them."""
+    weights, indices = torch.softmax(given[0].float(), dim=-1).topk(layer.k, dim=-1)
+    if layer.normalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights, indices
+
+
+def rotate(given: Tensors) -> Tensors:
+    q, k, cos, sin, positions = given
+    return rotary_embedding(q, cos, sin, positions), rotary_embedding(k, cos, sin, positions)
+
+
+def compiled(call: Call) -> Call:
+    return torch.compile(call, dynamic=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one size: its inputs in turn, its contenders, the bytes and products it cannot do without."""
+
+    name: str
+    inputs: list[Tensors]
+    contenders: dict[str, tuple[Call, bool]]  # and whether it can be captured
+    bytes: int
+    flops: int = 0
+
+
+def rotary_case(setup: Setup, layer: Layer, tokens: int) -> Case:
+    def make() -> Tensors:
+        draw = {"dtype": torch.bfloat16, "device": setup.device}
+        q, k = (torch.randn(1, heads, tokens, layer.head_dim, **draw) for heads in layer.heads)
+        cos, sin = (torch.randn(8192, layer.head_dim // 2, **draw) for _ in range(2))
+        return q, k, cos, sin, torch.arange(tokens, device=setup.device)[None]
+
+    inputs = turns(setup, make)
+    outputs = [torch.empty_like(tensor) for tensor in inputs[0][:2]]
+    ours = plugin(setup, "RotaryEmbeddingQK", {}, inputs[0], outputs)
+    moved = 2 * sum(tensor.nbytes for tensor in outputs)
+    who = {
+        "plugin": (ours, True),
+        "torch": (rotate, True),
+        "torch.compile": (compiled(rotate), True),
+    }
+    return Case(f"rope, {layer.name}, {tokens} tokens", inputs, who, moved)
+
+
+def router_case(setup: Setup, layer: Layer, tokens: int) -> Case:
+    def make() -> Tensors:
+        return (torch.randn(tokens, layer.experts, dtype=torch.bfloat16, device=setup.device),)
+
+    inputs = turns(setup, make)
+    fields = {"k": layer.k, "normalize": int(layer.normalize)}
+    weights, indices = moe_router(inputs[0][0], k=layer.k)
+    ours = plugin(setup, "MoERouter", fields, inputs[0], [weights, indices])
+
+    def theirs(given: Tensors) -> Tensors:
+        return route(layer, given)
+
+    who = {
+        "plugin": (ours, True),
+        "torch": (theirs, True),
+        "torch.compile": (compiled(theirs), True),
+    }
+    moved = inputs[0][0].nbytes + weights.nbytes + indices.nbytes
+    return Case(f"router, {layer.name}, {tokens} tokens", inputs, who, moved)
+
+
+def experts_case(setup: Setup, layer: Layer, tokens: int, weights: Tensors) -> Case:
+    def make() -> Tensors:
+        x = torch.randn(tokens, layer.hidden, dtype=torch.bfloat16, device=setup.device)
+        scores = torch.rand(tokens, layer.experts, device=setup.device)
+        chosen, indices = scores.topk(layer.k)
+        return x, indices, chosen, *weights
+
+    # the weights of all experts are larger than a cache; with few tokens, other inputs choose other experts
+    inputs = [make() for _ in range(8)]
+    outputs = [torch.empty_like(inputs[0][0])]
+    ours = plugin(setup, "MoEExperts", {}, inputs[0], outputs)
+    who: dict[str, tuple[Call, bool]] = {
+        "plugin": (ours, True),
+        "cuBLAS, expert by expert": (by_expert, False),
+    }
+    if tokens <= 8:  # beyond, the gathered weights are gigabytes
+        who["torch"] = (by_gathering, True)
+        who["torch.compile"] = (compiled(by_gathering), True)
+    read = sum(given[1].unique().numel() for given in inputs) / len(inputs)
+    one = 3 * layer.hidden * layer.inner * 2
+    flops = tokens * layer.k * 6 * layer.hidden * layer.inner
+    return Case(f"experts, {layer.name}, {tokens} tokens", inputs, who, int(read * one), flops)
+
+
+def cases(setup: Setup, layers: Sequence[Layer], tokens: Sequence[int]) -> Any:
+    """Every case, one at a time: the weights of a layer's experts are gigabytes."""
+    for layer in layers:
+        sizes = (
+            (layer.experts, 2 * layer.inner, layer.hidden),
+            (layer.experts, layer.hidden, layer.inner),
+        )
+        weights = [
+            torch.randn(size, dtype=torch.bfloat16, device=setup.device) / size[-1] ** 0.5
+            for size in sizes
+        ]
+        for count in tokens:
+            yield rotary_case(setup, layer, count)
+            yield router_case(setup, layer, count)
+            yield experts_case(setup, layer, count, weights)
+
+
+def ceilings(setup: Setup) -> dict[str, float]:
+    """What this GPU does of copies and reads, in bytes a second, and of bf16 products."""
+    large = [torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    copy = seconds_of(
+        setup, lambda given: given[0].copy_(given[1]), [large, large[::-1]], capture=True
+    )
+    words = [tensor.view(torch.float32) for tensor in large]
+    read = seconds_of(setup, lambda given: given[0].sum(), [words[:1], words[1:]], capture=True)
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    product = seconds_of(setup, lambda given: given[0] @ given[1], [(a, b), (b, a)], capture=True)
+    return {
+        "copy_bytes_per_second": 2 * large[0].nbytes / copy,
+        "read_bytes_per_second": large[0].nbytes / read,
+        "bf16_flops": 2 * 8192**3 / product,
+    }
+
+
+def measure_case(setup: Setup, case: Case, report: Report) -> None:
+    for who, (call, capture) in case.contenders.items():
+        try:
+            seconds = seconds_of(setup, call, case.inputs, capture=capture)
+        except Exception as error:  # a contender that cannot do it is a line of the report
+            report.add_run(f"{case.name}: {who}", error=f"{type(error).__name__}: {error}")
+            continue
+        report.add_run(
+            f"{case.name}: {who}",
+            seconds=seconds,
+            bytes=case.bytes,
+            flops=case.flops,
+            error=None,
+        )
+
+
+def summarise(report: Report) -> list[dict[str, Any]]:
+    rows = []
+    for run in report.data["runs"]:
+        case, _, who = run["contender"].rpartition(": ")
+        seconds = run.get("seconds")
+        rows.append(
+            {
+                "case": case,
+                "contender": who,
+                "microseconds": seconds * 1e6 if seconds else None,
+                "bytes_per_second": run["bytes"] / seconds if seconds else None,
+                "flops": run["flops"] / seconds if seconds and run["flops"] else None,
+                "error": run["error"],
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    made = Table("case", "contender", "us", "GB/s", "TFLOP/s", title="Medians")
+    for row in rows:
+        time, rate, flops = row["microseconds"], row["bytes_per_second"], row["flops"]
+        made.add_row(
+            row["case"],
+            row["contender"],
+            "failed" if row["error"] else f"{time:.1f}" if time else "not measured",
+            f"{rate / 1e9:.0f}" if rate else "",
+            f"{flops / 1e12:.0f}" if flops else "",
+        )
+    return made
+
+
+def bars(rows: list[dict[str, Any]], measured: dict[str, float]) -> list[Bar]:
+    """The plugins' goals, each for the layer that is furthest from it."""
+    ours = [row for row in rows if row["contender"] == "plugin" and row["microseconds"]]
+
+    def worst(operator: str, tokens: Sequence[int], key: str, ceiling: float) -> float | None:
+        found = [
+            row[key] / ceiling
+            for row in ours
+            if row["case"].startswith(operator) and int(row["case"].split()[-2]) in tokens
+        ]
+        return min(found, default=None)
+
+    copy, read, flops = measured.values()
+    times = [
+        row["microseconds"]
+        for row in ours
+        if row["case"].startswith("router") and " 512 tokens" in row["case"]
+    ]
+    return [
+        Bar("rope, of copy bandwidth", worst("rope", [4096], "bytes_per_second", copy), 0.9, "at least", ""),
+        Bar("experts, 1 to 8 tokens, of read bandwidth",
+            worst("experts", [1, 2, 4, 8], "bytes_per_second", read), 0.85, "at least", ""),
+        Bar("experts, 4096 tokens, of the bf16 matmul rate",
+            worst("experts", [4096], "flops", flops), 0.7, "at least", ""),
+        Bar("router, 512 tokens", max(times, default=None), 5, "at most", "us"),
+    ]  # fmt: skip
+
+
+@click.command(context_settings={"show_default": True})
+@options("plugins", repeats=1)
+def main(quick: bool, no_peers: bool, repeats: int, work: Path, output: Path | None) -> None:
+    """Time the CUDA plugins on the GPU at hand."""
+    del no_peers
+    if not torch.cuda.is_available():
+        raise click.ClickException("needs an NVIDIA GPU, and there is none here")
+    try:
+        setup = setup_on_gpu(3 if quick else CALLS * repeats)
+    except BuildError as error:
+        raise click.ClickException(str(error)) from error
+    layers, tokens = (TINY, (1, 16)) if quick else (LAYERS, TOKENS)
+    gpu = torch.cuda.get_device_name()
+    report = Report("plugins", quick, {"gpu": gpu, "repeats": repeats, "tokens": list(tokens)})
+    measured = ceilings(setup)
+    report.data["settings"] |= measured
+    for case in cases(setup, layers, tokens):
+        report.say(case.name)
+        measure_case(setup, case, report)
+    rows = summarise(report)
+    report.finish(
+        table(rows), rows, bars(rows, measured), output_path("plugins", quick, work, output)
+    )
+    if any(row["error"] for row in rows if row["contender"] == "plugin"):
+        raise click.ClickException("a plugin failed")
+
+
+if __name__ == "__main__":
+    main()
