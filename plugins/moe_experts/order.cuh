@@ -17,7 +17,7 @@ struct Order {
   int* places;       ///< [pairs]: the place of each pair; -1 if it names no expert
   int* tile_expert;  ///< [tiles]
   int* tile_place;   ///< [tiles]: the tile's first place
-  int* tile_end;     ///< [tiles]: one after its last place
+  int* tile_end;     ///< [tiles]: one after its expert's last place
   int* tiles;        ///< [1]: how many there are
 };
 
@@ -85,7 +85,7 @@ static __global__ void __launch_bounds__(most_experts) place_experts(int chunks,
     for (int place = begin; place < end; place += tile_rows, ++tile) {
       order.tile_expert[tile] = expert;
       order.tile_place[tile] = place;
-      order.tile_end[tile] = place + tile_rows < end ? place + tile_rows : end;
+      order.tile_end[tile] = end;
     }
   }
   if (expert == 0) *order.tiles = tiles[most_experts];

@@ -66,6 +66,11 @@ def test_router_of_any_shape(on_cpu, logits, k, normalize):
     check_router(on_cpu, logits, k=min(k, logits.shape[-1]), normalize=normalize)
 
 
+@pytest.mark.parametrize("experts", [1, 32, 33, 64, 65, 128, 129, 256, 257, 511, 512])
+def test_the_last_expert_is_one_that_can_be_chosen(on_cpu: Driver, experts: int) -> None:
+    check_router(on_cpu, torch.arange(experts)[None] / 16, k=1, normalize=False)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_logits_that_have_no_softmax_give_nan_and_existing_experts(on_cpu: Driver, value) -> None:
     logits = torch.randn(5, 60)
