@@ -68,8 +68,8 @@ void* plugin_open(const char* library, const char* name, int field_count, const 
   }
   reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(loaded, "setLoggerFinder"))(&finder);
   std::int32_t count = 0;
-  auto* const creators =
-      reinterpret_cast<IPluginCreatorInterface* const* (*)(std::int32_t&)>(dlsym(loaded, "getCreators"))(count);
+  auto* const creators = reinterpret_cast<IPluginCreatorInterface* const* (*)(std::int32_t&)>(
+      dlsym(loaded, "getCreators"))(count);
   std::vector<PluginField> given;
   for (int i = 0; i < field_count; ++i) given.emplace_back(fields[i], &values[i], PluginFieldType::kINT32, 1);
   const PluginFieldCollection collection{field_count, given.data()};
@@ -94,8 +94,8 @@ void* plugin_open(const char* library, const char* name, int field_count, const 
     if (!call->plugin) return nullptr;
     call->runtime = static_cast<IPluginV3OneRuntime*>(
         call->plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
-    const int status = call->runtime->onShapeChange(call->inputs.data(), input_count, call->outputs.data(),
-                                                    output_count);
+    const int status =
+        call->runtime->onShapeChange(call->inputs.data(), input_count, call->outputs.data(), output_count);
     return status == 0 ? call.release() : nullptr;
   }
   return nullptr;
@@ -103,7 +103,8 @@ void* plugin_open(const char* library, const char* name, int field_count, const 
 
 std::size_t plugin_workspace(const void* call) { return static_cast<const Call*>(call)->workspace; }
 
-int plugin_enqueue(void* call, const void* const* inputs, void* const* outputs, void* workspace, void* stream) {
+int plugin_enqueue(void* call, const void* const* inputs, void* const* outputs, void* workspace,
+                   void* stream) {
   auto& c = *static_cast<Call*>(call);
   return c.runtime->enqueue(c.inputs.data(), c.outputs.data(), inputs, outputs, workspace,
                             static_cast<cudaStream_t>(stream));
