@@ -2,8 +2,9 @@
 // block's threads as fibres on one CPU thread.
 //
 // It is stricter than a GPU. Shared memory is poisoned before each block and is exactly as large as asked for;
-// asynchronous copies land when they are waited for and not before; a warp's collective waits for all 32 lanes,
-// and a block in which nobody can go on is an error. Fibres run in an order that changes from block to block.
+// asynchronous copies land when they are waited for and not before; matrices are loaded without bank conflicts; a
+// warp's collective waits for all 32 lanes, and a block in which nobody can go on is an error. Fibres run in an
+// order that changes from block to block.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -250,6 +251,11 @@ inline void load_matrices(std::uint32_t (&matrices)[4], const void* row) {
   const auto* rows = exchange(row);
   if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) misuse("a matrix row that is not aligned");
   for (unsigned i = 0; i < 4; ++i) {
+    unsigned banks = 0;
+    for (unsigned r = 0; r < 8; ++r) {
+      banks |= 1U << (reinterpret_cast<std::uintptr_t>(told_by(rows, 8 * i + r)) / 16 % 8);
+    }
+    if (banks != 0xFF) misuse("a matrix whose rows share banks of shared memory");
     const auto* from = static_cast<const char*>(told_by(rows, 8 * i + lane() / 4));
     std::memcpy(&matrices[i], from + std::size_t{4} * (lane() % 4), 4);
   }
