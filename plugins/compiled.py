@@ -101,7 +101,7 @@ def compile_library(
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(CUDA))
     if nvcc is None:
         raise PluginError(
-            "nvcc is missing, needed to compile the plugins: install a CUDA toolkit of version 12.5 or newer "
+            "nvcc is missing, needed to compile the plugins: install a CUDA toolkit of version 12.8 or newer "
             "(https://developer.nvidia.com/cuda-downloads), or put its bin folder into PATH"
         )
     headers = _headers(tensorrt_include)

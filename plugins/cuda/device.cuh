@@ -1,5 +1,5 @@
-// What the kernels build on: number conversions, vectors of them, shared memory, warp sums, launching, and the
-// three tensor-core instructions. Kernels use CUDA's own names for the rest.
+// What the kernels build on: number conversions, vectors of them, shared memory, warp sums, launching, and what tensor
+// cores have in common since SM80. Kernels use CUDA's own names for the rest.
 //
 // With QWENPORT_CUDA_ON_CPU defined the tests' header takes CUDA's place and the same sources run on the CPU.
 #pragma once
@@ -58,6 +58,29 @@ __device__ void store(T* to, const Vector<T, N>& vector) {
 template <typename T>
 constexpr int widest = 16 / static_cast<int>(sizeof(T));
 
+/// The GPU at hand.
+struct Gpu {
+  int major = 0;  ///< compute capability
+  int multiprocessors = 0;
+};
+inline cudaError_t find_gpu(Gpu& gpu) {
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&gpu.major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status != cudaSuccess) return status;
+  return cudaDeviceGetAttribute(&gpu.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+}
+
+/// Whether the library has code for Hopper; CMakeLists.txt says so.
+#if defined(QWENPORT_CUDA_ON_CPU) || defined(QWENPORT_HOPPER)
+constexpr bool has_hopper_code = true;
+#else
+constexpr bool has_hopper_code = false;
+#endif
+/// Whether that is what runs: another library's code for SM80 may, translated by the driver.
+inline bool runs_on_hopper(const Gpu& gpu) { return has_hopper_code && gpu.major == 9; }
+
 inline bool aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; }
 
 __device__ inline float warp_sum(float value) {
@@ -79,22 +102,62 @@ using cuda_on_cpu::copy_commit;
 using cuda_on_cpu::copy_wait;
 using cuda_on_cpu::launch;
 using cuda_on_cpu::load_matrices;
+using cuda_on_cpu::may_begin_next;
 using cuda_on_cpu::multiply_accumulate;
+using cuda_on_cpu::shared_address;
 using cuda_on_cpu::shared_memory;
+using cuda_on_cpu::wait_for_previous;
+
+template <int N, typename T>
+Vector<T, N> load_once(const T* from) {
+  return load<N>(from);
+}
 
 #else
+
+/// load, of what nobody reads again soon: it leaves the first-level cache to others. Not of what the kernel writes.
+template <int N, typename T>
+__device__ Vector<T, N> load_once(const T* from) {
+  if constexpr (sizeof(Vector<T, N>) == 16) {
+    uint4 words;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "l"(from));
+    return *reinterpret_cast<const Vector<T, N>*>(&words);
+  } else {
+    return load<N>(from);
+  }
+}
 
 /// The block's dynamic shared memory.
 template <typename T>
 __device__ T* shared_memory() {
-  extern __shared__ __align__(128) unsigned char shared_bytes[];
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
   return reinterpret_cast<T*>(shared_bytes);
+}
+/// Where something lies in it, as instructions take it.
+__device__ inline std::uint32_t shared_address(const void* shared) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+/// A kernel that is launched `early` begins while its predecessor in the stream is still running, once all blocks of that
+/// have said that the next may begin, or have ended. It waits before it touches what its predecessor writes or reads.
+__device__ inline void may_begin_next() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
 }
 
 /// Start a kernel. `shared` may be more than the 48 KiB that need no asking for.
+/// \param early see may_begin_next; only where runs_on_hopper.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared,
-                   cudaStream_t stream, Arguments... arguments) {
+                   cudaStream_t stream, bool early, Arguments... arguments) {
   if (shared > 48 * 1024) {
     const cudaError_t status =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -106,13 +169,18 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::si
   config.blockDim = block;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 /// Copy 16 bytes to shared memory in the background; zeros instead, if there is nothing to copy.
 __device__ inline void copy_16_bytes(void* shared, const void* from, bool wanted) {
-  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(from), "r"(wanted ? 16 : 0)
                : "memory");
 }
 /// End a group of this thread's copies.
@@ -125,10 +193,9 @@ __device__ void copy_wait() {
 
 /// Four 8x8 matrices of 16-bit numbers from shared memory; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ inline void load_matrices(std::uint32_t (&matrices)[4], const void* row) {
-  const auto from = static_cast<unsigned>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-               : "r"(from)
+               : "r"(shared_address(row))
                : "memory");
 }
 

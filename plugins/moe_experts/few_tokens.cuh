@@ -1,4 +1,6 @@
 // MoEExperts for up to 8 tokens: matrix-vector products that read each chosen expert once for all its tokens.
+//
+// They are bound by memory, so several reads of weights are on their way before the first is used.
 #pragma once
 
 #include "device.cuh"
@@ -6,85 +8,149 @@
 
 namespace qwenport::cuda {
 
-constexpr int few_warps = 8;  // a block
-
+constexpr int few_warps = 4;  // a block
+constexpr int few_threads = few_warps * warp_size;
+constexpr int few_blocks = 4;  // a multiprocessor
 constexpr int few_pairs = few_tokens * most_experts_a_token;
-constexpr std::size_t few_shared = 3 * few_pairs * sizeof(int);
+constexpr int few_words = few_pairs / warp_size;
 
-/// Which pairs (token, expert) name the same expert, in the block's shared memory.
-struct SameExpert {
-  int* expert;  ///< [few_pairs]: each pair's; -1 if there is no such expert
-  int* first;   ///< [few_pairs]: whether no pair before it names its expert
-  int* next;    ///< [few_pairs]: the next pair that names its expert; -1 if none does
-};
-
+/// An element of an array that stays in registers, where there is no indexing.
 template <typename T>
-__device__ SameExpert find_same_experts(const ExpertsArguments<T>& a) {
-  int* const shared = shared_memory<int>();
-  const SameExpert same{shared, shared + few_pairs, shared + 2 * few_pairs};
-  const auto mine = static_cast<int>(threadIdx.x);
-  const int pairs = a.tokens * a.k;
-  if (mine < pairs) {
-    const std::int64_t expert = a.indices[mine];
-    same.expert[mine] = expert >= 0 && expert < a.experts ? static_cast<int>(expert) : -1;
-  }
-  __syncthreads();
-  if (mine < pairs) {
-    int first = 1;
-    int next = -1;
-    for (int pair = 0; pair < pairs; ++pair) {
-      if (same.expert[pair] != same.expert[mine]) continue;
-      if (pair < mine) first = 0;
-      if (pair > mine && next < 0) next = pair;
-    }
-    same.first[mine] = first;
-    same.next[mine] = next;
-  }
-  __syncthreads();
-  return same;
+__device__ T element(const T (&array)[few_words], int index) {
+  T found = 0;
+#pragma unroll
+  for (int i = 0; i < few_words; ++i) found += i == index ? array[i] : 0;
+  return found;
 }
 
-/// Take up to few_tokens pairs of one expert's; returns how many, and moves `next` to the rest.
-__device__ inline int take(const SameExpert& same, int& next, int (&pairs)[few_tokens]) {
-  int count = 0;
-#pragma unroll
-  for (int m = 0; m < few_tokens; ++m) {
-    pairs[m] = next;
-    if (next < 0) continue;
-    ++count;
-    next = same.next[next];
+/// A set of pairs (token, expert), the same in all lanes.
+struct Pairs {
+  std::uint64_t low;   ///< a bit for each of the first 64
+  std::uint64_t high;  ///< and of the rest
+  static_assert(few_pairs == 128);
+
+  [[nodiscard]] __device__ bool empty() const { return (low | high) == 0; }
+  /// -1 if it is empty.
+  [[nodiscard]] __device__ int first() const {
+    if (low != 0) return __ffsll(static_cast<long long>(low)) - 1;
+    return high != 0 ? 63 + __ffsll(static_cast<long long>(high)) : -1;
   }
-  return count;
+  /// Take the first few_tokens of them away, or all; returns how many.
+  __device__ int take(int (&taken)[few_tokens]) {
+    int count = 0;
+#pragma unroll
+    for (int m = 0; m < few_tokens; ++m) {
+      taken[m] = first();
+      count += empty() ? 0 : 1;
+      high = low != 0 ? high : high & (high - 1);
+      low &= low - 1;
+    }
+    return count;
+  }
+};
+
+/// The expert that each pair names, known to a warp: lane l keeps those of the pairs l, l + 32, ...
+template <typename T>
+class Named {
+ public:
+  __device__ explicit Named(const ExpertsArguments<T>& a) : count_(a.tokens * a.k) {
+    const int lane = static_cast<int>(threadIdx.x) % warp_size;
+#pragma unroll
+    for (int i = 0; i < few_words; ++i) {
+      const int pair = i * warp_size + lane;
+      experts_[i] = none;
+      if (pair >= count_) continue;
+      const std::int64_t expert = a.indices[pair];
+      if (expert >= 0 && expert < a.experts) experts_[i] = static_cast<int>(expert);
+    }
+  }
+
+  /// -1 if there is no such expert.
+  [[nodiscard]] __device__ int by(int pair) const {
+    return __shfl_sync(all_lanes, element(experts_, pair / warp_size), pair % warp_size);
+  }
+  /// The pairs that name an expert that exists.
+  [[nodiscard]] __device__ Pairs pairs_of(int expert) const {
+    const auto among = [&](int i) { return std::uint64_t{__ballot_sync(all_lanes, experts_[i] == expert)}; };
+    return {among(0) | among(1) << 32, among(2) | among(3) << 32};
+  }
+  /// The first pair from `pair` on that names an expert whom no pair before it names; their count if there is none.
+  [[nodiscard]] __device__ int first_from(int pair) const {
+    for (; pair < count_; ++pair) {
+      const int expert = by(pair);
+      if (expert != none && pairs_of(expert).first() == pair) break;
+    }
+    return pair;
+  }
+  /// Whether the pair i * 32 + this lane names an expert that exists.
+  [[nodiscard]] __device__ bool exists(int i) const { return experts_[i] != none; }
+  [[nodiscard]] __device__ int count() const { return count_; }
+
+ private:
+  static constexpr int none = -1;
+  int experts_[few_words];
+  int count_;
+};
+
+/// Reads of a row by a warp that are on their way together: a lane has N numbers of each.
+template <typename T, int N, int Reads>
+struct Part {
+  static constexpr int numbers = Reads * warp_size * N;
+  Vector<T, N> vectors[Reads];
+
+  __device__ static int column(int from, int read) {
+    return from + (read * warp_size + static_cast<int>(threadIdx.x) % warp_size) * N;
+  }
+  __device__ void read(const T* row, int from, int size) {
+#pragma unroll
+    for (int i = 0; i < Reads; ++i) {
+      if (column(from, i) < size) vectors[i] = load_once<N>(row + column(from, i));
+    }
+  }
+};
+
+template <int N, typename T>
+__device__ float dot(const Vector<T, N>& a, const Vector<T, N>& b, float sum) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum += to_float(a.values[i]) * to_float(b.values[i]);
+  return sum;
 }
 
 /// active [pairs, inner] = silu(gate x) * (up x). A warp computes one row of an expert, for all pairs that name it.
 /// grid: [rows of inner / few_warps, pairs]; N numbers are read at once.
 template <typename T, int N>
-__global__ void __launch_bounds__(few_warps* warp_size) few_swiglu(ExpertsArguments<T> a, T* active) {
-  const SameExpert same = find_same_experts(a);
+__global__ void __launch_bounds__(few_threads, few_blocks) few_swiglu(ExpertsArguments<T> a, T* active) {
+  may_begin_next();
+  const Named<T> named(a);
   const auto first = static_cast<int>(blockIdx.y);
   const int row = static_cast<int>(blockIdx.x) * few_warps + static_cast<int>(threadIdx.x) / warp_size;
-  if (same.expert[first] < 0 || same.first[first] == 0 || row >= a.inner) return;
-  const int lane = static_cast<int>(threadIdx.x) % warp_size;
-  const T* gate = a.gate_up + (std::int64_t{2} * same.expert[first] * a.inner + row) * a.hidden;
-  const T* up = gate + static_cast<std::int64_t>(a.inner) * a.hidden;
+  const int expert = named.by(first);
+  Pairs pairs = named.pairs_of(expert);
+  if (expert < 0 || pairs.first() != first || row >= a.inner) return;
+  const T* const gate = a.gate_up + (std::int64_t{2} * expert * a.inner + row) * a.hidden;
+  const T* const up = gate + static_cast<std::int64_t>(a.inner) * a.hidden;
+  using RowPart = Part<T, N, 4>;
 
-  int pairs[few_tokens];
-  for (int next = first; next >= 0;) {
-    const int count = take(same, next, pairs);
+  while (!pairs.empty()) {
+    int taken[few_tokens];
+    const int count = pairs.take(taken);
     float gates[few_tokens] = {};
     float ups[few_tokens] = {};
-    for (int column = lane * N; column < a.hidden; column += warp_size * N) {
-      const auto g = load<N>(gate + column);
-      const auto u = load<N>(up + column);
+    for (int from = 0; from < a.hidden; from += RowPart::numbers) {
+      RowPart g;
+      RowPart u;
+      g.read(gate, from, a.hidden);
+      u.read(up, from, a.hidden);
 #pragma unroll
-      for (int m = 0; m < few_tokens; ++m) {
-        if (m >= count) break;
-        const auto x = load<N>(a.x + static_cast<std::int64_t>(pairs[m] / a.k) * a.hidden + column);
+      for (int i = 0; i < 4; ++i) {
+        const int column = RowPart::column(from, i);
+        if (column >= a.hidden) break;
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          gates[m] += to_float(g.values[i]) * to_float(x.values[i]);
-          ups[m] += to_float(u.values[i]) * to_float(x.values[i]);
+        for (int m = 0; m < few_tokens; ++m) {
+          if (m >= count) break;
+          const auto x = load<N>(a.x + static_cast<std::int64_t>(taken[m] / a.k) * a.hidden + column);
+          gates[m] = dot(g.vectors[i], x, gates[m]);
+          ups[m] = dot(u.vectors[i], x, ups[m]);
         }
       }
     }
@@ -92,78 +158,93 @@ __global__ void __launch_bounds__(few_warps* warp_size) few_swiglu(ExpertsArgume
     for (int m = 0; m < few_tokens; ++m) {
       if (m >= count) break;
       const float value = swiglu(warp_sum(gates[m]), warp_sum(ups[m]));
-      if (lane == 0) active[static_cast<std::int64_t>(pairs[m]) * a.inner + row] = from_float<T>(value);
+      if (threadIdx.x % warp_size == 0) {
+        active[static_cast<std::int64_t>(taken[m]) * a.inner + row] = from_float<T>(value);
+      }
     }
   }
 }
 
 /// y [tokens, hidden] = sum over a token's experts of weight * down active. A warp computes one column of y, for all
-/// tokens: it reads that row of each chosen expert once. Lane p % 32 keeps the result of pair p until the end.
+/// tokens: it reads that row of each chosen expert once, the next part of it while it works on one. Lane p % 32 keeps
+/// the result of pair p until the end. It is launched early: weights are on their way before `active` is there.
 template <typename T, int N>
-__global__ void __launch_bounds__(few_warps* warp_size) few_down(ExpertsArguments<T> a, const T* active) {
-  constexpr int most_kept = few_pairs / warp_size;
-  const SameExpert same = find_same_experts(a);
+__global__ void __launch_bounds__(few_threads, few_blocks) few_down(ExpertsArguments<T> a, const T* active) {
+  using RowPart = Part<T, N, 6>;
   const int row = static_cast<int>(blockIdx.x) * few_warps + static_cast<int>(threadIdx.x) / warp_size;
-  if (row >= a.hidden) return;
-  const int lane = static_cast<int>(threadIdx.x) % warp_size;
-  float kept[most_kept] = {};
-  const auto keep = [&](int pair, float value) {
-#pragma unroll
-    for (int i = 0; i < most_kept; ++i) {
-      if (pair == i * warp_size + lane) kept[i] = value;
-    }
+  const Named<T> named(a);
+  const auto row_of = [&](int expert) {
+    return a.down + (static_cast<std::int64_t>(expert) * a.hidden + row) * a.inner;
   };
-  int pairs[few_tokens];
-  for (int first = 0; first < a.tokens * a.k; ++first) {
-    const int expert = same.expert[first];
-    if (expert < 0) keep(first, NAN);
-    if (expert < 0 || same.first[first] == 0) continue;
-    const T* down = a.down + (static_cast<std::int64_t>(expert) * a.hidden + row) * a.inner;
-    for (int next = first; next >= 0;) {
-      const int count = take(same, next, pairs);
+  int first = named.first_from(0);
+  RowPart next;
+  if (row < a.hidden && first < named.count()) next.read(row_of(named.by(first)), 0, a.inner);
+  wait_for_previous();
+  if (row >= a.hidden) return;
+
+  const int lane = static_cast<int>(threadIdx.x) % warp_size;
+  float kept[few_words];
+#pragma unroll
+  for (int i = 0; i < few_words; ++i) kept[i] = named.exists(i) ? 0 : NAN;
+  while (first < named.count()) {
+    const int expert = named.by(first);
+    Pairs pairs = named.pairs_of(expert);
+    first = named.first_from(first + 1);
+    do {
+      int taken[few_tokens];
+      const int count = pairs.take(taken);
+      const bool again = !pairs.empty();
       float sums[few_tokens] = {};
-      for (int column = lane * N; column < a.inner; column += warp_size * N) {
-        const auto d = load<N>(down + column);
+      for (int from = 0; from < a.inner; from += RowPart::numbers) {
+        const RowPart present = next;
+        if (from + RowPart::numbers < a.inner) {
+          next.read(row_of(expert), from + RowPart::numbers, a.inner);
+        } else if (again || first < named.count()) {
+          next.read(row_of(again ? expert : named.by(first)), 0, a.inner);
+        }
 #pragma unroll
-        for (int m = 0; m < few_tokens; ++m) {
-          if (m >= count) break;
-          const auto v = load<N>(active + static_cast<std::int64_t>(pairs[m]) * a.inner + column);
+        for (int i = 0; i < 6; ++i) {
+          const int column = RowPart::column(from, i);
+          if (column >= a.inner) break;
 #pragma unroll
-          for (int i = 0; i < N; ++i) sums[m] += to_float(d.values[i]) * to_float(v.values[i]);
+          for (int m = 0; m < few_tokens; ++m) {
+            if (m >= count) break;
+            const auto v = load<N>(active + static_cast<std::int64_t>(taken[m]) * a.inner + column);
+            sums[m] = dot(present.vectors[i], v, sums[m]);
+          }
         }
       }
 #pragma unroll
       for (int m = 0; m < few_tokens; ++m) {
         if (m >= count) break;
-        keep(pairs[m], warp_sum(sums[m]));
+        const float sum = warp_sum(sums[m]);
+#pragma unroll
+        for (int i = 0; i < few_words; ++i) {
+          if (taken[m] == i * warp_size + lane) kept[i] = sum;
+        }
       }
-    }
+    } while (!pairs.empty());
   }
   for (int token = 0; token < a.tokens; ++token) {
     float y = 0;
     for (int j = 0; j < a.k; ++j) {
       const int pair = token * a.k + j;
-      float mine = 0;
-#pragma unroll
-      for (int i = 0; i < most_kept; ++i) {
-        if (i == pair / warp_size) mine = kept[i];
-      }
-      y += a.weights[pair] * __shfl_sync(all_lanes, mine, pair % warp_size);
+      y += a.weights[pair] * __shfl_sync(all_lanes, element(kept, pair / warp_size), pair % warp_size);
     }
     if (lane == 0) a.y[static_cast<std::int64_t>(token) * a.hidden + row] = from_float<T>(y);
   }
 }
 
 template <typename T>
-cudaError_t apply_few(const ExpertsArguments<T>& a, T* active, cudaStream_t stream) {
+cudaError_t apply_few(const ExpertsArguments<T>& a, T* active, const Gpu& gpu, cudaStream_t stream) {
   const auto start = [&](auto* swiglu, auto* down) {
-    const dim3 block(few_warps * warp_size);
+    const dim3 block(few_threads);
     const dim3 rows(static_cast<unsigned>(ceil_div(a.inner, few_warps)),
                     static_cast<unsigned>(a.tokens * a.k));
-    const cudaError_t status = launch(swiglu, rows, block, few_shared, stream, a, active);
+    const cudaError_t status = launch(swiglu, rows, block, 0, stream, false, a, active);
     if (status != cudaSuccess) return status;
     const dim3 columns(static_cast<unsigned>(ceil_div(a.hidden, few_warps)));
-    return launch(down, columns, block, few_shared, stream, a, static_cast<const T*>(active));
+    return launch(down, columns, block, 0, stream, runs_on_hopper(gpu), a, static_cast<const T*>(active));
   };
   constexpr int n = widest<T>;
   const bool wide =

@@ -1,10 +1,14 @@
 // Which kernels serve how many tokens, and the workspace they share.
 #include "kernel.hpp"
 
+#include <algorithm>
+#include <limits>
+
 #include "device.cuh"
 #include "few_tokens.cuh"
-#include "grouped_product.cuh"
 #include "order.cuh"
+#include "plain_product.cuh"
+#include "tensor_product.cuh"
 
 namespace qwenport::cuda {
 namespace {
@@ -43,6 +47,7 @@ Workspace<T> divide(void* memory, std::int64_t tokens, int k, int experts, int h
   if (tokens > few_tokens) {
     w.rows = parts.take<T>(pairs * hidden);
     w.order.counts = parts.take<int>(order_chunks(pairs) * experts);
+    w.order.begins = parts.take<int>(experts);
     w.order.pairs = parts.take<int>(pairs);
     w.order.places = parts.take<int>(pairs);
     for (int** list : {&w.order.tile_expert, &w.order.tile_place, &w.order.tile_end}) {
@@ -54,41 +59,85 @@ Workspace<T> divide(void* memory, std::int64_t tokens, int k, int experts, int h
   return w;
 }
 
+/// \param tiles that there may be.
+template <typename Products, bool Swiglu, typename T>
+cudaError_t multiply_with(const GroupedArguments<T>& g, std::int64_t tiles, const Gpu& gpu,
+                          cudaStream_t stream) {
+  const std::int64_t items = tiles * ceil_div(g.columns, tensor_columns<Products, Swiglu>);
+  if (items > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidValue;
+  const auto blocks = std::min<std::int64_t>(items, std::int64_t{gpu.multiprocessors} * Products::blocks);
+  return launch(multiply_on_tensor_cores<Products, T, Swiglu>, dim3(static_cast<unsigned>(blocks)),
+                dim3(tensor_threads), tensor_shared<Products>, stream, false, g);
+}
+
+template <typename T, bool Swiglu>
+cudaError_t multiply_grouped(const GroupedArguments<T>& g, std::int64_t tiles, const Gpu& gpu,
+                             cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (g.depth % 8 == 0 && g.columns % 8 == 0 && aligned(g.a) && aligned(g.b)) {
+      if (runs_on_hopper(gpu)) {
+        return multiply_with<WarpgroupProducts, Swiglu>(g, tiles, gpu, stream);
+      }
+      return multiply_with<WarpProducts, Swiglu>(g, tiles, gpu, stream);
+    }
+  }
+  const std::int64_t items = tiles * ceil_div(g.columns, plain_columns);
+  if (items > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
+  return launch(multiply_plainly<T, Swiglu>, dim3(static_cast<unsigned>(items)), dim3(plain_threads),
+                plain_shared, stream, false, g);
+}
+
 constexpr int combine_threads = 256;
 
-/// y = each token's rows, weighted, added in the router's order.
-template <typename T>
+/// y = each token's rows, weighted, added in the router's order. A thread has N neighbours of a token. grid: [tokens,
+/// parts of hidden].
+template <typename T, int N>
 __global__ void __launch_bounds__(combine_threads)
     combine(ExpertsArguments<T> a, const T* rows, const int* places) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * combine_threads + threadIdx.x;
-  if (i >= static_cast<std::int64_t>(a.tokens) * a.hidden) return;
-  const std::int64_t token = i / a.hidden;
-  const std::int64_t column = i % a.hidden;
-  float y = 0;
+  const std::int64_t token = blockIdx.x;
+  const auto column = static_cast<int>(blockIdx.y * combine_threads + threadIdx.x) * N;
+  if (column >= a.hidden) return;
+  float y[N] = {};
+#pragma unroll 4
   for (int j = 0; j < a.k; ++j) {
     const int place = places[token * a.k + j];
-    const float part =
-        place >= 0 ? to_float(rows[place * static_cast<std::int64_t>(a.hidden) + column]) : NAN;
-    y += a.weights[token * a.k + j] * part;
+    const float weight = a.weights[token * a.k + j];
+    Vector<T, N> row{};
+    if (place >= 0) row = load_once<N>(rows + static_cast<std::int64_t>(place) * a.hidden + column);
+#pragma unroll
+    for (int i = 0; i < N; ++i) y[i] += weight * (place >= 0 ? to_float(row.values[i]) : NAN);
   }
-  a.y[i] = from_float<T>(y);
+  Vector<T, N> result;
+#pragma unroll
+  for (int i = 0; i < N; ++i) result.values[i] = from_float<T>(y[i]);
+  store(a.y + token * a.hidden + column, result);
 }
 
 template <typename T>
-cudaError_t apply_many(const ExpertsArguments<T>& a, const Workspace<T>& w, cudaStream_t stream) {
+cudaError_t combine_rows(const ExpertsArguments<T>& a, const Workspace<T>& w, cudaStream_t stream) {
+  const auto start = [&](auto* kernel, int numbers) {
+    const auto parts = static_cast<unsigned>(ceil_div(a.hidden, numbers * combine_threads));
+    return launch(kernel, dim3(static_cast<unsigned>(a.tokens), parts), dim3(combine_threads), 0, stream,
+                  false, a, static_cast<const T*>(w.rows), static_cast<const int*>(w.order.places));
+  };
+  constexpr int n = widest<T>;
+  if (a.hidden % n == 0 && aligned(a.y)) return start(combine<T, n>, n);
+  return start(combine<T, 1>, 1);
+}
+
+template <typename T>
+cudaError_t apply_many(const ExpertsArguments<T>& a, const Workspace<T>& w, const Gpu& gpu,
+                       cudaStream_t stream) {
   cudaError_t status = order_by_expert(a, w.order, stream);
   if (status != cudaSuccess) return status;
   const std::int64_t tiles = most_tiles(static_cast<std::int64_t>(a.tokens) * a.k, a.experts);
   status = multiply_grouped<T, true>(
-      {a.x, w.order.pairs, a.k, a.gate_up, w.active, a.hidden, a.inner, w.order}, tiles, stream);
+      {a.x, w.order.pairs, a.k, a.gate_up, w.active, a.hidden, a.inner, w.order}, tiles, gpu, stream);
   if (status != cudaSuccess) return status;
   status = multiply_grouped<T, false>({w.active, nullptr, a.k, a.down, w.rows, a.inner, a.hidden, w.order},
-                                      tiles, stream);
+                                      tiles, gpu, stream);
   if (status != cudaSuccess) return status;
-  const auto blocks =
-      static_cast<unsigned>(ceil_div(static_cast<std::int64_t>(a.tokens) * a.hidden, combine_threads));
-  return launch(combine<T>, dim3(blocks), dim3(combine_threads), 0, stream, a, static_cast<const T*>(w.rows),
-                static_cast<const int*>(w.order.places));
+  return combine_rows(a, w, stream);
 }
 
 }  // namespace
@@ -105,8 +154,11 @@ cudaError_t apply_experts(const ExpertsArguments<T>& a, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   }
   if (a.tokens == 0) return cudaSuccess;
+  Gpu gpu;
+  const cudaError_t status = find_gpu(gpu);
+  if (status != cudaSuccess) return status;
   const Workspace<T> w = divide<T>(a.workspace, a.tokens, a.k, a.experts, a.hidden, a.inner);
-  return a.tokens <= few_tokens ? apply_few(a, w.active, stream) : apply_many(a, w, stream);
+  return a.tokens <= few_tokens ? apply_few(a, w.active, gpu, stream) : apply_many(a, w, gpu, stream);
 }
 
 template std::size_t experts_workspace<float>(int, int, int, int, int);

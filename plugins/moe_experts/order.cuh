@@ -12,7 +12,8 @@ constexpr int tile_rows = 128;    // of a grouped product
 
 /// What the ordering leaves in device memory.
 struct Order {
-  int* counts;       ///< [chunks, experts]: pairs of an expert in a chunk; then, those before the chunk's
+  int* counts;       ///< [chunks, experts]: pairs of an expert in a chunk; then, in the chunks before it
+  int* begins;       ///< [experts]: each expert's first place
   int* pairs;        ///< [pairs]: the pair of each place
   int* places;       ///< [pairs]: the place of each pair; -1 if it names no expert
   int* tile_expert;  ///< [tiles]
@@ -48,18 +49,26 @@ static __global__ void __launch_bounds__(order_chunk)
   }
 }
 
-/// counts = the first place of each expert's pairs of each chunk; the tiles. One block of most_experts threads.
+/// counts = those of the chunks before; begins; the tiles. One block of most_experts threads.
 static __global__ void __launch_bounds__(most_experts) place_experts(int chunks, int experts, Order order) {
   int* rows = shared_memory<int>();      // [most_experts + 1]: where an expert's places begin
   int* tiles = rows + most_experts + 1;  // the same of tiles
   const auto expert = static_cast<int>(threadIdx.x);
   int total = 0;
   if (expert < experts) {
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      int& count = order.counts[static_cast<std::int64_t>(chunk) * experts + expert];
-      const int here = count;
-      count = total;
-      total += here;
+    constexpr int ahead = 8;  // reads that are under way at once
+    for (int first = 0; first < chunks; first += ahead) {
+      int* const counts = order.counts + static_cast<std::int64_t>(first) * experts + expert;
+      int here[ahead] = {};
+#pragma unroll
+      for (int i = 0; i < ahead; ++i) {
+        if (first + i < chunks) here[i] = counts[i * experts];
+      }
+#pragma unroll
+      for (int i = 0; i < ahead; ++i) {
+        if (first + i < chunks) counts[i * experts] = total;
+        total += here[i];
+      }
     }
   }
   rows[expert + 1] = total;
@@ -78,9 +87,7 @@ static __global__ void __launch_bounds__(most_experts) place_experts(int chunks,
   if (expert < experts) {
     const int begin = rows[expert];
     const int end = rows[expert + 1];
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      order.counts[static_cast<std::int64_t>(chunk) * experts + expert] += begin;
-    }
+    order.begins[expert] = begin;
     int tile = tiles[expert];
     for (int place = begin; place < end; place += tile_rows, ++tile) {
       order.tile_expert[tile] = expert;
@@ -104,7 +111,7 @@ static __global__ void __launch_bounds__(order_chunk)
   if (pair >= pairs) return;
   int place = -1;
   if (expert >= 0) {
-    place = order.counts[static_cast<std::int64_t>(blockIdx.x) * experts + expert];
+    place = order.begins[expert] + order.counts[static_cast<std::int64_t>(blockIdx.x) * experts + expert];
     for (int other = 0; other < thread; ++other) place += named[other] == expert ? 1 : 0;
     order.pairs[place] = pair;
   }
@@ -116,14 +123,14 @@ cudaError_t order_by_expert(const ExpertsArguments<T>& a, const Order& order, cu
   const int pairs = a.tokens * a.k;
   const dim3 chunks(static_cast<unsigned>(order_chunks(pairs)));
   const std::size_t shared = static_cast<std::size_t>(a.experts) * sizeof(int);
-  cudaError_t status =
-      launch(count_experts, chunks, dim3(order_chunk), shared, stream, a.indices, pairs, a.experts, order);
+  cudaError_t status = launch(count_experts, chunks, dim3(order_chunk), shared, stream, false, a.indices,
+                              pairs, a.experts, order);
   if (status != cudaSuccess) return status;
   status = launch(place_experts, dim3(1), dim3(most_experts), 2 * (most_experts + 1) * sizeof(int), stream,
-                  static_cast<int>(chunks.x), a.experts, order);
+                  false, static_cast<int>(chunks.x), a.experts, order);
   if (status != cudaSuccess) return status;
-  return launch(order_pairs, chunks, dim3(order_chunk), order_chunk * sizeof(int), stream, a.indices, pairs,
-                a.experts, order);
+  return launch(order_pairs, chunks, dim3(order_chunk), order_chunk * sizeof(int), stream, false, a.indices,
+                pairs, a.experts, order);
 }
 
 }  // namespace qwenport::cuda

@@ -93,7 +93,7 @@ cudaError_t route(const RouteArguments<T>& a, cudaStream_t stream) {
   if (a.tokens == 0) return cudaSuccess;
   const auto start = [&](auto* kernel) {
     const auto blocks = static_cast<unsigned>(ceil_div(a.tokens, warps));
-    return launch(kernel, dim3(blocks), dim3(warps * warp_size), 0, stream, a);
+    return launch(kernel, dim3(blocks), dim3(warps * warp_size), 0, stream, false, a);
   };
   if (a.experts <= 32) return start(route_kernel<T, 1>);
   if (a.experts <= 64) return start(route_kernel<T, 2>);

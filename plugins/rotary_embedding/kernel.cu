@@ -1,4 +1,5 @@
-// A thread rotates N neighbours of a head's first half with their partners in the second.
+// A thread rotates N neighbours of a head's first half with their partners in the second, in a few heads of a token,
+// which share the token's angles.
 #include "kernel.hpp"
 
 #include <limits>
@@ -8,64 +9,79 @@
 namespace qwenport::cuda {
 namespace {
 
-constexpr unsigned block_size = 256;
+constexpr int block_size = 128;
+constexpr int heads_a_thread = 4;
 
+/// grid: [a head's neighbours in all places of the sequence, heads of q and then of k, batch].
 template <typename T, int N>
 __global__ void __launch_bounds__(block_size) rotate_kernel(RotateArguments<T> a) {
-  const auto half = static_cast<unsigned>(a.head_dim / 2);
-  const unsigned chunks = half / N;
+  const int half = a.head_dim / 2;
+  const unsigned chunks = static_cast<unsigned>(half) / N;
   const unsigned thread = blockIdx.x * block_size + threadIdx.x;
-  unsigned head = thread / chunks;  // over the heads of all tokens, q's before k's
-  const unsigned first = thread % chunks * N;
-  const auto seq = static_cast<unsigned>(a.seq);
-  const unsigned q_count = static_cast<unsigned>(a.batch * a.q_heads) * seq;
-  const unsigned k_count = static_cast<unsigned>(a.batch * a.k_heads) * seq;
-  if (head >= q_count + k_count) return;
-  const bool is_q = head < q_count;
-  if (!is_q) head -= q_count;
-  const auto heads = static_cast<unsigned>(is_q ? a.q_heads : a.k_heads);
-  const unsigned token = head / (heads * seq) * seq + head % seq;
-  const std::int64_t position = a.position_ids[token];
-  const std::size_t offset = std::size_t{head} * 2 * half + first;
-  T* to = (is_q ? a.q_out : a.k_out) + offset;
+  const auto place = static_cast<int>(thread / chunks);
+  const int first = static_cast<int>(thread % chunks) * N;
+  if (place >= a.seq) return;
+  const std::int64_t row = blockIdx.z;
+  const std::int64_t position = a.position_ids[row * a.seq + place];
+  const bool known = position >= 0 && position < a.positions;
+  const int begin = static_cast<int>(blockIdx.y) * heads_a_thread;
 
-  Vector<T, N> low{};
-  Vector<T, N> high{};
-  if (position >= 0 && position < a.positions) {
-    const T* from = (is_q ? a.q : a.k) + offset;
-    const auto x1 = load<N>(from);
-    const auto x2 = load<N>(from + half);
-    const std::size_t angle = static_cast<std::size_t>(position) * half + first;
-    const auto cos = load<N>(a.cos + angle);
-    const auto sin = load<N>(a.sin + angle);
-    for (int i = 0; i < N; ++i) {
-      const float u = to_float(x1.values[i]);
-      const float v = to_float(x2.values[i]);
-      const float c = to_float(cos.values[i]);
-      const float s = to_float(sin.values[i]);
-      low.values[i] = from_float<T>(u * c - v * s);
-      high.values[i] = from_float<T>(v * c + u * s);
-    }
-  } else {
-    for (int i = 0; i < N; ++i) low.values[i] = high.values[i] = from_float<T>(NAN);
+  const auto at = [&](int head) {  // in q or k
+    const bool is_q = head < a.q_heads;
+    const std::int64_t heads = is_q ? a.q_heads : a.k_heads;
+    return ((row * heads + (is_q ? head : head - a.q_heads)) * a.seq + place) * a.head_dim + first;
+  };
+  Vector<T, N> cos{};
+  Vector<T, N> sin{};
+  if (known) {
+    cos = load<N>(a.cos + position * half + first);
+    sin = load<N>(a.sin + position * half + first);
   }
-  store(to, low);
-  store(to + half, high);
+  Vector<T, N> low[heads_a_thread];
+  Vector<T, N> high[heads_a_thread];
+#pragma unroll
+  for (int i = 0; i < heads_a_thread; ++i) {
+    if (begin + i >= a.q_heads + a.k_heads) break;
+    const T* const from = (begin + i < a.q_heads ? a.q : a.k) + at(begin + i);
+    low[i] = load_once<N>(from);
+    high[i] = load_once<N>(from + half);
+  }
+#pragma unroll
+  for (int i = 0; i < heads_a_thread; ++i) {
+    if (begin + i >= a.q_heads + a.k_heads) break;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float u = to_float(low[i].values[n]);
+      const float v = to_float(high[i].values[n]);
+      const float c = known ? to_float(cos.values[n]) : NAN;
+      const float s = to_float(sin.values[n]);
+      low[i].values[n] = from_float<T>(u * c - v * s);
+      high[i].values[n] = from_float<T>(v * c + u * s);
+    }
+    T* const to = (begin + i < a.q_heads ? a.q_out : a.k_out) + at(begin + i);
+    store(to, low[i]);
+    store(to + half, high[i]);
+  }
 }
 
 }  // namespace
 
 template <typename T>
 cudaError_t rotate(const RotateArguments<T>& a, cudaStream_t stream) {
+  constexpr int most_batch = 65535;  // of a grid's third axis
   const int half = a.head_dim / 2;
-  const auto heads = static_cast<std::int64_t>(a.batch) * a.seq * (a.q_heads + a.k_heads);
-  if (heads == 0) return cudaSuccess;
-  if (heads * half > std::numeric_limits<unsigned>::max() - block_size) return cudaErrorInvalidValue;
+  const int heads = a.q_heads + a.k_heads;
+  if (a.batch == 0 || a.seq == 0 || heads == 0 || half == 0) return cudaSuccess;
+  if (a.batch > most_batch || std::int64_t{a.seq} * half > std::numeric_limits<int>::max() ||
+      ceil_div(heads, heads_a_thread) > most_batch) {
+    return cudaErrorInvalidValue;
+  }
   const bool all_aligned = aligned(a.q) && aligned(a.k) && aligned(a.cos) && aligned(a.sin) &&
                            aligned(a.q_out) && aligned(a.k_out);
   const auto start = [&](auto* kernel, int numbers) {
-    const auto blocks = static_cast<unsigned>(ceil_div(heads * (half / numbers), block_size));
-    return launch(kernel, dim3(blocks), dim3(block_size), 0, stream, a);
+    const dim3 grid(static_cast<unsigned>(ceil_div(std::int64_t{a.seq} * (half / numbers), block_size)),
+                    static_cast<unsigned>(ceil_div(heads, heads_a_thread)), static_cast<unsigned>(a.batch));
+    return launch(kernel, grid, dim3(block_size), 0, stream, false, a);
   };
   if (all_aligned && half % widest<T> == 0) return start(rotate_kernel<T, widest<T>>, widest<T>);
   return start(rotate_kernel<T, 1>, 1);

@@ -44,7 +44,7 @@ def build(
 ) -> None:
     """Compile the plugins into LIBRARY, for `qwenport build --target tensorrt --plugins LIBRARY`.
 
-    Needs nvcc 12.5 or newer, a C++ compiler, cmake and TensorRT's headers, and no GPU. A LIBRARY that is there
+    Needs nvcc 12.8 or newer, a C++ compiler, cmake and TensorRT's headers, and no GPU. A LIBRARY that is there
     already is replaced.
 
     \b

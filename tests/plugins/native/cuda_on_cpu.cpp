@@ -1,13 +1,7 @@
 // The few calls of the CUDA runtime that the plugins make besides launching, on a machine without it.
-#include <cuda_runtime_api.h>
+#include "cuda_on_cpu.hpp"
 
-#include <cstdlib>
-
-// The GPU that this plays is of compute capability QWENPORT_TEST_GPU, "90" if that is not set; "" is none.
-static int capability() {
-  const char* const text = std::getenv("QWENPORT_TEST_GPU");
-  return text != nullptr ? std::atoi(text) : 90;
-}
+using cuda_on_cpu::capability;
 
 extern "C" {
 cudaError_t cudaGetDevice(int* device) {
@@ -15,8 +9,19 @@ cudaError_t cudaGetDevice(int* device) {
   return capability() == 0 ? cudaErrorNoDevice : cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability() / 10 : capability() % 10;
-  return cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = capability() / 10;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = capability() % 10;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:  // few, so that a block has more than one piece of work
+      *value = 3;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) {

@@ -4,7 +4,7 @@
 // It is stricter than a GPU. Shared memory is poisoned before each block and is exactly as large as asked for;
 // asynchronous copies land when they are waited for and not before; matrices are loaded without bank conflicts; a
 // warp's collective waits for all 32 lanes, and a block in which nobody can go on is an error. Fibres run in an
-// order that changes from block to block.
+// order that changes from block to block. wgmma_on_cpu.hpp adds Hopper's products.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,6 +17,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -50,6 +51,20 @@ struct Copy {
   bool wanted;
 };
 
+/// Shared memory that a product reads until `group` of its thread is waited for.
+struct Read {
+  const unsigned char* begin;
+  const unsigned char* end;
+  unsigned group;
+};
+
+/// Sums that a thread's products are adding to, and the last group that does.
+struct UnderWay {
+  float* sums;
+  std::vector<float> values;
+  unsigned group;
+};
+
 struct Fibre {
   ucontext_t context{};
   std::unique_ptr<char[]> stack{new char[stack_bytes]};
@@ -58,6 +73,14 @@ struct Fibre {
   dim3 index{};
   unsigned number = 0;
   std::deque<std::vector<Copy>> copies;  // the last group is still open
+  bool waited_for_previous = false;
+  // of Hopper's products
+  bool shared_fenced = true;
+  bool sums_fenced = false;
+  unsigned group = 0;     // the open one
+  unsigned products = 0;  // so far
+  std::vector<UnderWay> under_way;
+  std::vector<Read> reads;
 };
 
 struct Block {
@@ -66,13 +89,28 @@ struct Block {
   std::vector<std::unique_ptr<Fibre>> fibres;
   std::vector<Warp> warps;
   std::vector<unsigned char> shared;
+  // the operands of each product of each warpgroup, told by whichever thread came first
+  std::vector<std::vector<std::pair<std::uint64_t, std::uint64_t>>> products;
   ucontext_t scheduler{};
   const void* scheduler_stack = nullptr;
   std::size_t scheduler_stack_bytes = 0;
   Fibre* running = nullptr;
   unsigned unfinished = 0, waiting = 0, generation = 0;
   unsigned long progress = 0;
+  bool early = false;
 };
+
+/// The GPU that this plays, "90" if QWENPORT_TEST_GPU is not set; "" is none.
+inline int capability() {
+  const char* const text = std::getenv("QWENPORT_TEST_GPU");
+  return text != nullptr ? std::atoi(text) : 90;
+}
+/// Shared memory that a block may ask for, by CUDA's programming guide.
+inline std::size_t most_shared() {
+  const int gpu = capability();
+  const std::size_t kib = gpu == 90 || gpu == 100 ? 227 : gpu == 80 ? 163 : 99;
+  return kib * 1024;
+}
 
 inline Block* current = nullptr;
 
@@ -128,6 +166,7 @@ inline void run(Block& block) {
   if (count % lanes != 0 || count > 1024) misuse("a block is 32 to 1024 threads, in whole warps");
   current = &block;
   block.warps.assign(count / lanes, Warp{});
+  block.products.assign((count + 127) / 128, {});
   block.unfinished = count;
   block.waiting = 0;
   std::fill(block.shared.begin(), block.shared.end(), static_cast<unsigned char>(0xFF));  // NaN
@@ -146,6 +185,9 @@ inline void run(Block& block) {
     fibre.number = i;
     fibre.index = {i % block.size.x, i / block.size.x % block.size.y, i / (block.size.x * block.size.y)};
     fibre.copies.assign(1, {});
+    fibre.waited_for_previous = fibre.sums_fenced = false;
+    fibre.shared_fenced = true;
+    fibre.group = fibre.products = 0;
     makecontext(&fibre.context, fibre_main, 0);
   }
   void* fake_stack = nullptr;
@@ -165,18 +207,22 @@ inline void run(Block& block) {
     }
   }
   for (unsigned i = 0; i < count; ++i) {
-    for (const auto& group : block.fibres[i]->copies) {
+    const Fibre& fibre = *block.fibres[i];
+    for (const auto& group : fibre.copies) {
       if (!group.empty()) misuse("a block ended with copies under way");
     }
+    if (!fibre.under_way.empty()) misuse("a block ended with products under way");
+    if (fibre.products != block.products[i / 128].size()) misuse("a product without all of its warpgroup");
+    if (block.early && !fibre.waited_for_previous) misuse("a kernel that began early did not wait");
   }
   current = nullptr;
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block_size, std::size_t shared,
-                   cudaStream_t /*stream*/, Arguments... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 ||
-      shared > std::size_t{99} * 1024) {
+                   cudaStream_t /*stream*/, bool early, Arguments... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7FFFFFFF || grid.y > 65535 || grid.z > 65535 ||
+      shared > most_shared() || (early && capability() < 90)) {
     return cudaErrorInvalidConfiguration;
   }
   Block block;
@@ -184,6 +230,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block_size, st
   block.grid = grid;
   block.size = block_size;
   block.shared.resize(shared);
+  block.early = early;
   for (block.index.z = 0; block.index.z < grid.z; ++block.index.z) {
     for (block.index.y = 0; block.index.y < grid.y; ++block.index.y) {
       for (block.index.x = 0; block.index.x < grid.x; ++block.index.x) run(block);
@@ -196,6 +243,16 @@ template <typename T>
 T* shared_memory() {
   return reinterpret_cast<T*>(current->shared.data());
 }
+
+/// As on Hopper, which keeps the first KiB for itself.
+constexpr std::uint32_t shared_begin = 1024;
+inline std::uint32_t shared_address(const void* shared) {
+  return static_cast<std::uint32_t>(static_cast<const unsigned char*>(shared) - current->shared.data()) +
+         shared_begin;
+}
+
+inline void may_begin_next() {}
+inline void wait_for_previous() { current->running->waited_for_previous = true; }
 
 /// Every lane tells something and hears what the others tell.
 template <typename T>
@@ -229,6 +286,11 @@ inline void copy_16_bytes(void* shared, const void* from, bool wanted) {
       reinterpret_cast<std::uintptr_t>(from) % 16 != 0) {
     misuse("a copy whose addresses are not multiples of 16");
   }
+  for (unsigned i = 0; i < current->warps.size(); ++i) {
+    for (const Read& read : current->fibres[std::size_t{lanes} * i]->reads) {
+      if (to + 16 > read.begin && to < read.end) misuse("a copy to what a product may still read");
+    }
+  }
   current->running->copies.back().push_back({shared, from, wanted});
 }
 inline void copy_commit() { current->running->copies.emplace_back(); }
@@ -236,6 +298,7 @@ template <int Left>
 void copy_wait() {
   auto& groups = current->running->copies;
   while (groups.size() > Left + 1) {
+    if (!groups.front().empty()) current->running->shared_fenced = false;
     for (const Copy& copy : groups.front()) {
       if (copy.wanted) {
         std::memcpy(copy.to, copy.from, 16);
@@ -321,6 +384,16 @@ T __shfl_sync(unsigned mask, T value, int from) {
   const T* all = cuda_on_cpu::exchange(value);
   return cuda_on_cpu::told_by(all, static_cast<unsigned>(from) % 32);
 }
+
+inline unsigned __ballot_sync(unsigned mask, bool holds) {
+  if (mask != 0xFFFFFFFFU) cuda_on_cpu::misuse("a ballot of part of a warp");
+  const bool* all = cuda_on_cpu::exchange(holds);
+  unsigned lanes = 0;
+  for (unsigned i = 0; i < 32; ++i) lanes |= (cuda_on_cpu::told_by(all, i) ? 1U : 0U) << i;
+  return lanes;
+}
+
+inline int __ffsll(long long bits) { return __builtin_ffsll(bits); }
 
 template <typename T>
 T atomicAdd(T* to, T value) {  // fibres take turns only where they wait
