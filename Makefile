@@ -58,8 +58,9 @@ $(VENV)/.installed-dev: $(VENV)/bin/pip pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev]'
 	touch $@ $(VENV)/.installed
 
-# The TensorRT headers come with a package whose own code and dependencies are not wanted.
+# TensorRT's headers come with a package whose own code and dependencies are not wanted; its lean runtime, whose
+# registry loads plugins, asks for a CUDA runtime that it does not need for that.
 $(VENV)/.installed-cpp: $(VENV)/.installed-dev
 	$(INSTALL) -e '.[dev,cpp]'
-	$(INSTALL) --no-deps kernel-lens
+	$(INSTALL) --no-deps kernel-lens tensorrt-lean-cu13-bindings tensorrt-lean-cu13-libs
 	touch $@

@@ -27,12 +27,18 @@ def check_library(path: Path, flavour: Flavour, gpus: tuple[str, ...]) -> None:
             f"{flavour.name} has no plugins: build with --target tensorrt, or without --plugins"
         )
     library = open_library(path)
-    missing = [gpu for gpu in gpus if gpu not in library.gpus]
+    missing = [gpu for gpu in gpus if not any(_runs(code, gpu) for code in library.gpus)]
     if missing:
         raise BuildError(
             f"{path}: compiled for {', '.join(library.gpus)}, not for {', '.join(missing)}; compile it with "
             f"`qwenport plugins build --arch {','.join(missing)}`"
         )
+
+
+def _runs(code: str, gpu: str) -> bool:
+    """Whether code for one GPU runs on another: on those of the same generation that are no older."""
+    compiled, present = int(code[2:]), int(gpu[2:])
+    return compiled // 10 == present // 10 and compiled <= present
 
 
 def register_for_build(trt: Any, path: Path) -> None:
@@ -50,7 +56,7 @@ def register_for_build(trt: Any, path: Path) -> None:
             f"{path}: this process has built with other plugins; start another process"
         )
     registry = trt.get_plugin_registry()
-    if registry.load_library(str(path)) is None:
+    if registry.load_library(str(path.resolve())) is None:
         raise BuildError(f"{path}: TensorRT {trt.__version__} cannot load these plugins")
     for name in PLUGINS:
         if registry.get_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE) is None:
@@ -64,5 +70,6 @@ def register_for_run(runtime: Any, path: Path) -> None:
     Raises:
         EngineError: TensorRT cannot load the library.
     """
-    if runtime.get_plugin_registry().load_library(str(path)) is None:
+    # a name without a folder would be looked for elsewhere
+    if runtime.get_plugin_registry().load_library(str(path.resolve())) is None:
         raise EngineError(f"{path}: TensorRT cannot load the engine's plugins; build it again")

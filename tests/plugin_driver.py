@@ -29,11 +29,18 @@ DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 @dataclass(frozen=True)
 class Driver:
-    """The driving program, a library of plugins, and where its kernels run."""
+    """The driving program, a library of plugins, and where its kernels run.
+
+    Attributes:
+        gpu: that a CPU plays, "80".
+        launches: where a CPU writes each kernel's bytes of shared memory.
+    """
 
     program: Path
     library: Path
     memory: str = "host"
+    gpu: str = "90"
+    launches: Path | None = None
 
     def drive(
         self,
@@ -44,7 +51,6 @@ class Driver:
         dynamic: Sequence[Sequence[int]] = (),
         most: Mapping[int, Sequence[int]] | None = None,
         enqueue: bool = True,
-        environment: Mapping[str, str] | None = None,
     ) -> Driven:
         """Drive a plugin through its life, and run it.
 
@@ -53,7 +59,6 @@ class Driver:
             fields: attribute -> int32, or the driver's own form.
             dynamic: axes of each input that the build does not know.
             most: input -> its largest shape, where it is not the given one.
-            environment: besides this process's.
         """
         if isinstance(fields, Mapping):
             fields = [{"name": n, "type": "int32", "values": [v]} for n, v in fields.items()]
@@ -80,7 +85,11 @@ class Driver:
                 [self.program, self.library, Path(folder) / "request", self.memory],
                 capture_output=True,
                 text=True,
-                env={**os.environ, **(environment or {})},
+                env={
+                    **os.environ,
+                    "QWENPORT_TEST_GPU": self.gpu,
+                    "QWENPORT_TEST_LAUNCHES": str(self.launches or os.devnull),
+                },
             )
             if done.returncode:
                 raise AssertionError(f"the driver failed: {done.stderr[-4000:]}")

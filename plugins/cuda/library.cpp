@@ -1,4 +1,5 @@
 // What TensorRT's plugin registry looks for in the library, and what all plugins share.
+#include <atomic>
 #include <cstdio>
 
 #include "plugin.hpp"
@@ -6,7 +7,12 @@
 namespace qwenport::cuda {
 namespace {
 
-nvinfer1::ILoggerFinder* logger_finder = nullptr;
+std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
+
+nvinfer1::ILogger* find_logger() noexcept {
+  nvinfer1::ILoggerFinder* const finder = logger_finder;
+  return finder != nullptr ? finder->findLogger() : nullptr;
+}
 
 std::string quoted(const char* name) {
   return "attribute '" + std::string(name != nullptr ? name : "") + "'";
@@ -26,7 +32,7 @@ Complaint check_field(const Attribute& attribute, const nvinfer1::PluginField& f
 }  // namespace
 
 void complain(const char* plugin, const std::string& what) noexcept {
-  nvinfer1::ILogger* const logger = logger_finder != nullptr ? logger_finder->findLogger() : nullptr;
+  nvinfer1::ILogger* const logger = find_logger();
   try {
     const std::string line = std::string(plugin) + ": " + what;
     if (logger != nullptr) {

@@ -139,9 +139,10 @@ class Plugin final : public nvinfer1::IPluginV3,
                           const DynamicPluginTensorDesc* /*outputs*/,
                           int32_t output_count) noexcept override {
     if (!counts_are_right(input_count, output_count)) return -1;
-    std::array<nvinfer1::Dims, Op::inputs> most{};
-    for (int i = 0; i < Op::inputs; ++i) most[i] = inputs[i].max;
-    return is_right(most.data()) ? 0 : -1;
+    // what is fixed; the bounds of sizes that are equal at run time need not be
+    std::array<nvinfer1::Dims, Op::inputs> known{};
+    for (int i = 0; i < Op::inputs; ++i) known[i] = inputs[i].desc.dims;
+    return is_right(known.data()) ? 0 : -1;
   }
   size_t getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t /*input_count*/,
                           const DynamicPluginTensorDesc* /*outputs*/,

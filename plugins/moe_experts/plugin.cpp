@@ -1,6 +1,8 @@
 // The TensorRT plugin MoEExperts: the operator with indices by token.
 #include "plugin.hpp"
 
+#include <algorithm>
+
 #include "kernel.hpp"
 
 namespace qwenport::cuda {
@@ -80,13 +82,14 @@ struct MoEExperts {
 
  private:
   struct Sizes {
+    /// Of bounds that lie beyond what is taken when it comes to be used, as much as is taken.
     explicit Sizes(const Dims* in)
-        : tokens(static_cast<int>(product(in[0], 0, in[0].nbDims - 1))),
-          k(static_cast<int>(in[1].d[in[1].nbDims - 1])),
+        : k(static_cast<int>(in[1].d[in[1].nbDims - 1])),
+          tokens(static_cast<int>(std::min(product(in[0], 0, in[0].nbDims - 1), most_pairs / k))),
           experts(static_cast<int>(in[4].d[0])),
           hidden(static_cast<int>(in[4].d[1])),
           inner(static_cast<int>(in[4].d[2])) {}
-    int tokens, k, experts, hidden, inner;
+    int k, tokens, experts, hidden, inner;
   };
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -158,11 +159,18 @@ def test_the_workspace_is_that_of_the_largest_shapes(on_cpu: Driver) -> None:
     assert large.report["workspace"] >= pairs * (6 + 16) * 2 > small > 0
 
 
+def test_bounds_of_sizes_that_are_equal_at_run_time_need_not_be(driver: Driver) -> None:
+    """Nor need they be what a run may have: 2^40 tokens are refused when they come."""
+    inputs = tensors()["MoEExperts"]
+    most = {0: (2, 2**39, 16), 1: (2, 400, 2), 2: (2, 2**20, 2)}
+    driven = driver.drive("MoEExperts", inputs, enqueue=False, dynamic=[[1]] * 3, most=most)
+    assert driven.log == [] and driven.report["stopped"] == "no enqueue was asked for"
+    assert driven.report["workspace"] >= 2**30 * (6 + 16) * 2
+
+
 def test_a_gpu_that_is_too_old_is_refused(on_cpu: Driver) -> None:
     for plugin, inputs in tensors().items():
-        driven = on_cpu.drive(
-            plugin, inputs, FIELDS[plugin], environment={"QWENPORT_TEST_GPU": "75"}
-        )
+        driven = replace(on_cpu, gpu="75").drive(plugin, inputs, FIELDS[plugin])
         assert driven.report["stopped"] == "attach"
         assert driven.log == [
             f"{plugin}: needs a GPU of compute capability 8.0 or newer, this one has 7.5"
@@ -172,11 +180,7 @@ def test_a_gpu_that_is_too_old_is_refused(on_cpu: Driver) -> None:
 def test_any_new_enough_gpu_serves(on_cpu: Driver) -> None:
     inputs = tensors()["MoERouter"]
     for gpu in ("80", "120"):
-        ran(
-            on_cpu.drive(
-                "MoERouter", inputs, FIELDS["MoERouter"], environment={"QWENPORT_TEST_GPU": gpu}
-            )
-        )
+        ran(replace(on_cpu, gpu=gpu).drive("MoERouter", inputs, FIELDS["MoERouter"]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,9 +93,9 @@ def test_logits_that_have_no_softmax_give_nan_and_existing_experts(on_cpu: Drive
     routing=st.sampled_from(["any", "one", "few"]),
     seed=seeds,
 )
-def test_experts_of_any_shape(on_cpu, dtype, tokens, experts, k, hidden, inner, routing, seed):
+def test_experts_of_any_shape(on_each, dtype, tokens, experts, k, hidden, inner, routing, seed):
     check_experts(
-        on_cpu,
+        on_each,
         dtype,
         tokens=tokens,
         experts=experts,
@@ -116,7 +119,7 @@ def test_experts_of_any_shape(on_cpu, dtype, tokens, experts, k, hidden, inner, 
     ],
 )
 def test_experts_of_chosen_shapes(
-    on_cpu: Driver,
+    on_each: Driver,
     dtype: torch.dtype,
     tokens: int,
     experts: int,
@@ -125,14 +128,14 @@ def test_experts_of_chosen_shapes(
     inner: int,
 ) -> None:
     check_experts(
-        on_cpu, dtype, tokens=tokens, experts=experts, k=k, hidden=hidden, inner=inner, seed=tokens
+        on_each, dtype, tokens=tokens, experts=experts, k=k, hidden=hidden, inner=inner, seed=tokens
     )
 
 
 @every_dtype
 @pytest.mark.parametrize("tokens", [8, 40])
 def test_an_expert_named_twice_counts_twice_and_one_that_does_not_exist_gives_nan(
-    on_cpu: Driver, dtype: torch.dtype, tokens: int
+    on_each: Driver, dtype: torch.dtype, tokens: int
 ) -> None:
     random = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, 16, generator=random).to(dtype)
@@ -142,7 +145,7 @@ def test_an_expert_named_twice_counts_twice_and_one_that_does_not_exist_gives_na
     indices[0] = 1
     indices[1, 2], indices[2, 0] = 3, -1
     weights = torch.rand(tokens, 4, generator=random)
-    (y,) = ran(on_cpu.drive("MoEExperts", [x, indices, weights, gate_up, down]))
+    (y,) = ran(on_each.drive("MoEExperts", [x, indices, weights, gate_up, down]))
     assert y[1].isnan().all() and y[2].isnan().all()
     good = [t for t in range(tokens) if t not in (1, 2)]
     exact = moe_experts(
@@ -154,7 +157,7 @@ def test_an_expert_named_twice_counts_twice_and_one_that_does_not_exist_gives_na
 @every_dtype
 @pytest.mark.parametrize("tokens", [6, 40])
 def test_a_token_gets_the_same_bits_whatever_is_beside_it(
-    on_cpu: Driver, dtype: torch.dtype, tokens: int
+    on_each: Driver, dtype: torch.dtype, tokens: int
 ) -> None:
     random = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, 64, generator=random).to(dtype)
@@ -163,9 +166,9 @@ def test_a_token_gets_the_same_bits_whatever_is_beside_it(
     indices = torch.rand(tokens, 6, generator=random).topk(3).indices
     weights = torch.rand(tokens, 3, generator=random)
     order = torch.randperm(tokens, generator=random)
-    (y,) = ran(on_cpu.drive("MoEExperts", [x, indices, weights, gate_up, down]))
+    (y,) = ran(on_each.drive("MoEExperts", [x, indices, weights, gate_up, down]))
     shuffled = [x[order], indices[order], weights[order], gate_up, down]
-    (other,) = ran(on_cpu.drive("MoEExperts", shuffled))
+    (other,) = ran(on_each.drive("MoEExperts", shuffled))
     assert torch.equal(y[order], other)
 
 
@@ -175,8 +178,9 @@ def test_the_kernels_are_clean_under_sanitizers(
     sanitized: Driver, dtype: torch.dtype, tokens: int
 ) -> None:
     """Inputs, outputs, workspace and shared memory are exactly as large as asked for."""
-    for hidden, inner in ((72, 40), (19, 7)):
-        check_experts(sanitized, dtype, tokens=tokens, experts=5, k=2, hidden=hidden, inner=inner)
+    for gpu, hidden, inner in (("80", 72, 40), ("90", 72, 40), ("80", 19, 7)):
+        driver = replace(sanitized, gpu=gpu)
+        check_experts(driver, dtype, tokens=tokens, experts=5, k=2, hidden=hidden, inner=inner)
     check_rotary(
         sanitized,
         dtype,
@@ -188,3 +192,41 @@ def test_the_kernels_are_clean_under_sanitizers(
         seed=1,
     )
     check_router(sanitized, torch.ones(tokens, 60, dtype=dtype), k=4, normalize=False)
+
+
+def launches_of(
+    driver: Driver, plugin: str, inputs: list[torch.Tensor], path: Path, **fields: int
+) -> list[int]:
+    """Bytes of shared memory of the kernels that one enqueue launches."""
+    path.unlink(missing_ok=True)
+    ran(replace(driver, launches=path).drive(plugin, inputs, fields))
+    launches = [int(line) for line in path.read_text().split()]
+    once = launches[: len(launches) // 2]  # the driver runs each plugin twice
+    assert launches == once * 2
+    return once
+
+
+def experts_of(tokens: int) -> list[torch.Tensor]:
+    x, weights = torch.ones(tokens, 64), torch.ones(tokens, 2)
+    gate_up, down = torch.ones(4, 32, 64).bfloat16(), torch.ones(4, 64, 16).bfloat16()
+    return [x.bfloat16(), torch.zeros(tokens, 2).long(), weights, gate_up, down]
+
+
+def test_launches_are_as_few_as_they_can_be(on_cpu: Driver, tmp_path: Path) -> None:
+    q, k, table = torch.ones(2, 9, 3, 64), torch.ones(2, 2, 3, 64), torch.ones(9, 32)
+    rotated = [q, k, table, table, torch.zeros(2, 3).long()]
+    at = tmp_path / "launches"
+    assert len(launches_of(on_cpu, "RotaryEmbeddingQK", rotated, at)) == 1
+    assert len(launches_of(on_cpu, "MoERouter", [torch.ones(50, 60)], at, k=4, normalize=1)) == 1
+    assert len(launches_of(on_cpu, "MoEExperts", experts_of(8), at)) == 2
+    assert len(launches_of(on_cpu, "MoEExperts", experts_of(9), at)) == 6
+
+
+@pytest.mark.parametrize("gpu", ["80", "86", "89", "90", "100", "120"])
+def test_products_are_those_of_the_gpu_and_fit_its_shared_memory(
+    on_cpu: Driver, gpu: str, tmp_path: Path
+) -> None:
+    """Hopper's have more of it; what does not fit is not launched."""
+    at = tmp_path / "launches"
+    most = max(launches_of(replace(on_cpu, gpu=gpu), "MoEExperts", experts_of(9), at))
+    assert (most > 99 * 1024) == (gpu == "90")

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <array>
+#include <cstdio>
 #include <cstring>
 #include <mutex>
 
@@ -32,24 +33,25 @@ constexpr const char* library_stem = "libnvinfer.so.";
 
 std::string library_name() { return library_stem + std::to_string(NV_TENSORRT_MAJOR); }
 
-/// Keeps the last complaint, as much of it as fits. TensorRT holds on to the first logger of a process, so this one never ends.
+/// Keeps the complaints, as much of them as fits: what a plugin says, and what TensorRT then says of it. TensorRT holds on to the first logger of a process, so this one never ends.
 class Logger final : public nvinfer1::ILogger {
  public:
   void log(Severity severity, const char* message) noexcept override {
     if (severity > Severity::kERROR) return;
     const std::scoped_lock lock(mutex_);
-    std::strncpy(last_.data(), message, last_.size() - 1);
+    const std::size_t used = std::strlen(text_.data());
+    std::snprintf(text_.data() + used, text_.size() - used, "%s%s", used != 0 ? "; " : "", message);
   }
   std::string take() {
     const std::scoped_lock lock(mutex_);
-    std::string text = last_.data();
-    last_[0] = 0;
+    std::string text = text_.data();
+    text_[0] = 0;
     return text;
   }
 
  private:
   std::mutex mutex_;
-  std::array<char, 1024> last_{};
+  std::array<char, 1024> text_{};
 };
 
 Logger& logger() {
