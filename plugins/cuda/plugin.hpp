@@ -98,11 +98,11 @@ class Plugin final : public nvinfer1::IPluginV3,
     }
   }
 
-  const char* getPluginName() const noexcept override { return Op::name; }
-  const char* getPluginVersion() const noexcept override { return plugin_version; }
-  const char* getPluginNamespace() const noexcept override { return plugin_namespace; }
+  [[nodiscard]] const char* getPluginName() const noexcept override { return Op::name; }
+  [[nodiscard]] const char* getPluginVersion() const noexcept override { return plugin_version; }
+  [[nodiscard]] const char* getPluginNamespace() const noexcept override { return plugin_namespace; }
 
-  int32_t getNbOutputs() const noexcept override { return Op::outputs; }
+  [[nodiscard]] int32_t getNbOutputs() const noexcept override { return Op::outputs; }
   int32_t getOutputDataTypes(DataType* outputs, int32_t output_count, const DataType* inputs,
                              int32_t input_count) const noexcept override {
     if (!counts_are_right(input_count, output_count)) return -1;
@@ -182,7 +182,7 @@ class Plugin final : public nvinfer1::IPluginV3,
     if (!complaint.empty()) complain(Op::name, complaint);
     return complaint.empty();
   }
-  std::vector<nvinfer1::PluginField> fields_of_values() const {
+  [[nodiscard]] std::vector<nvinfer1::PluginField> fields_of_values() const {
     std::vector<nvinfer1::PluginField> fields;
     const std::vector<Attribute> attributes = Op::attributes();
     for (std::size_t i = 0; i < attributes.size(); ++i) {
@@ -212,9 +212,9 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
     }
   }
   const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &names_; }
-  const char* getPluginName() const noexcept override { return Op::name; }
-  const char* getPluginVersion() const noexcept override { return plugin_version; }
-  const char* getPluginNamespace() const noexcept override { return plugin_namespace; }
+  [[nodiscard]] const char* getPluginName() const noexcept override { return Op::name; }
+  [[nodiscard]] const char* getPluginVersion() const noexcept override { return plugin_version; }
+  [[nodiscard]] const char* getPluginNamespace() const noexcept override { return plugin_namespace; }
 
  private:
   static std::vector<nvinfer1::PluginField> field_names() {

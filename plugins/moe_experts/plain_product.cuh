@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(plain_threads) multiply_plainly(GroupedArgumen
   const auto [expert, begin, end, first_column] = item_at<plain_columns>(g, index);
   constexpr int rows_of_b = Swiglu ? 2 * plain_columns : plain_columns;
   const T* b = matrix_of<Swiglu>(g, expert);
-  float* const tile_a = shared_memory<float>();
+  auto* const tile_a = shared_memory<float>();
   float* const tile_b = tile_a + tile_rows * plain_pitch;
   const auto thread = static_cast<int>(threadIdx.x);
 

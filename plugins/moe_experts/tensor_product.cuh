@@ -224,7 +224,7 @@ __device__ void multiply_items(const GroupedArguments<T>& g) {
   const int warp_column = warp % warps_across * Products::warp_columns;
   static_assert(tensor_warps / warps_across * Products::warp_rows == tile_rows);
 
-  uint4* const shared = shared_memory<uint4>();
+  auto* const shared = shared_memory<uint4>();
   const auto stage = [&](int slot) { return shared + slot * stage_pieces<Products>; };
   int slot = 0;  // of the present step
   Copies<Products, T, Swiglu> copies(g);

@@ -18,8 +18,8 @@ struct Candidate {
 
 /// Whether a comes before b: the larger probability, NaN before all others, of equals the lower expert.
 __device__ inline bool before(const Candidate& a, const Candidate& b) {
-  const bool a_nan = a.p != a.p;
-  const bool b_nan = b.p != b.p;
+  const bool a_nan = isnan(a.p);
+  const bool b_nan = isnan(b.p);
   if (a_nan != b_nan) return a_nan;
   if (!a_nan && a.p != b.p) return a.p > b.p;
   return a.expert < b.expert;

@@ -11,6 +11,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -162,6 +163,23 @@ inline void fibre_main() {
   switch_context(fibre.context, block.scheduler, nullptr, block.scheduler_stack, block.scheduler_stack_bytes);
 }
 
+/// Make a fibre begin the kernel as thread `i`.
+inline void begin(const Block& block, Fibre& fibre, unsigned i) {
+  getcontext(&fibre.context);
+  fibre.context.uc_stack.ss_sp = fibre.stack.get();
+  fibre.context.uc_stack.ss_size = stack_bytes;
+  fibre.context.uc_link = nullptr;
+  fibre.fake_stack = nullptr;
+  fibre.finished = false;
+  fibre.number = i;
+  fibre.index = {i % block.size.x, i / block.size.x % block.size.y, i / (block.size.x * block.size.y)};
+  fibre.copies.assign(1, {});
+  fibre.waited_for_previous = fibre.sums_fenced = false;
+  fibre.shared_fenced = true;
+  fibre.group = fibre.products = 0;
+  makecontext(&fibre.context, fibre_main, 0);
+}
+
 inline void run(Block& block) {
   const unsigned count = block.size.x * block.size.y * block.size.z;
   if (count % lanes != 0 || count > 1024) misuse("a block is 32 to 1024 threads, in whole warps");
@@ -176,20 +194,7 @@ inline void run(Block& block) {
   std::iota(order.begin(), order.end(), 0U);
   std::shuffle(order.begin(), order.end(), std::mt19937(block.index.x * 31 + block.index.y));
   for (unsigned i = 0; i < count; ++i) {
-    Fibre& fibre = *block.fibres[i];
-    getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = fibre.stack.get();
-    fibre.context.uc_stack.ss_size = stack_bytes;
-    fibre.context.uc_link = nullptr;
-    fibre.fake_stack = nullptr;
-    fibre.finished = false;
-    fibre.number = i;
-    fibre.index = {i % block.size.x, i / block.size.x % block.size.y, i / (block.size.x * block.size.y)};
-    fibre.copies.assign(1, {});
-    fibre.waited_for_previous = fibre.sums_fenced = false;
-    fibre.shared_fenced = true;
-    fibre.group = fibre.products = 0;
-    makecontext(&fibre.context, fibre_main, 0);
+    begin(block, *block.fibres[i], i);
   }
   void* fake_stack = nullptr;
   while (block.unfinished != 0) {
@@ -367,6 +372,8 @@ void multiply_accumulate(float (&c)[4], const std::uint32_t (&a)[4], const std::
 #define blockIdx (cuda_on_cpu::current->index)
 #define blockDim (cuda_on_cpu::current->size)
 #define gridDim (cuda_on_cpu::current->grid)
+
+using std::isnan;  // CUDA's are in the global namespace
 
 inline void __syncthreads() {
   cuda_on_cpu::Block& block = *cuda_on_cpu::current;

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cpp.builds import built, tensorrt_headers
+from cpp.builds import ROOT, built, tensorrt_headers, tool
 
 from qwenport.engines import BuildError
 from qwenport.engines.plugin_library import check_library
@@ -146,3 +146,12 @@ def test_plugins_are_refused_for_tensorrt_rtx(tmp_path: Path, ampere: tuple[Path
     line = fails(*target, "--plugins", ampere[0])
     assert "tensorrt-rtx has no plugins" in line
     assert not (tmp_path / "engine").exists()
+
+
+def test_clang_tidy_finds_nothing() -> None:
+    """In the plugins as they are compiled for the CPU."""
+    sources = [path for path in (ROOT / "plugins").rglob("*.c*") if path.suffix in (".cpp", ".cu")]
+    assert len(sources) == 7
+    command = [tool("clang-tidy"), "--quiet", "-p", built("plugins"), *sources]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:]
