@@ -88,8 +88,8 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
-/// silu(gate) * up
-__device__ inline float swiglu(float gate, float up) { return gate / (1 + expf(-gate)) * up; }
+/// silu(gate) * up; the division is good to two units in the last place, and has no branches.
+__device__ inline float swiglu(float gate, float up) { return __fdividef(gate, 1 + expf(-gate)) * up; }
 
 __host__ __device__ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;

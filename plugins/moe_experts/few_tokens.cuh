@@ -40,8 +40,9 @@ struct Pairs {
     int count = 0;
 #pragma unroll
     for (int m = 0; m < few_tokens; ++m) {
+      if (empty()) break;
       taken[m] = first();
-      count += empty() ? 0 : 1;
+      ++count;
       high = low != 0 ? high : high & (high - 1);
       low &= low - 1;
     }
@@ -130,17 +131,20 @@ __global__ void __launch_bounds__(few_threads, few_blocks) few_swiglu(ExpertsArg
   const T* const gate = a.gate_up + (std::int64_t{2} * expert * a.inner + row) * a.hidden;
   const T* const up = gate + static_cast<std::int64_t>(a.inner) * a.hidden;
   using RowPart = Part<T, N, 4>;
+  RowPart g;
+  RowPart u;
+  const auto read = [&](int from) {
+    g.read(gate, from, a.hidden);
+    u.read(up, from, a.hidden);
+  };
 
-  while (!pairs.empty()) {
+  read(0);
+  do {
     int taken[few_tokens];
     const int count = pairs.take(taken);
     float gates[few_tokens] = {};
     float ups[few_tokens] = {};
     for (int from = 0; from < a.hidden; from += RowPart::numbers) {
-      RowPart g;
-      RowPart u;
-      g.read(gate, from, a.hidden);
-      u.read(up, from, a.hidden);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int column = RowPart::column(from, i);
@@ -153,7 +157,9 @@ __global__ void __launch_bounds__(few_threads, few_blocks) few_swiglu(ExpertsArg
           ups[m] = dot(u.vectors[i], x, ups[m]);
         }
       }
+      read(from + RowPart::numbers);
     }
+    if (!pairs.empty()) read(0);
 #pragma unroll
     for (int m = 0; m < few_tokens; ++m) {
       if (m >= count) break;
@@ -162,7 +168,7 @@ __global__ void __launch_bounds__(few_threads, few_blocks) few_swiglu(ExpertsArg
         active[static_cast<std::int64_t>(taken[m]) * a.inner + row] = from_float<T>(value);
       }
     }
-  }
+  } while (!pairs.empty());
 }
 
 /// y [tokens, hidden] = sum over a token's experts of weight * down active. A warp computes one column of y, for all

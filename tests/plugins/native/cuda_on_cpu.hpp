@@ -404,6 +404,8 @@ inline unsigned __ballot_sync(unsigned mask, bool holds) {
   return lanes;
 }
 
+inline float __fdividef(float a, float b) { return a / b; }
+
 inline int __ffsll(long long bits) { return __builtin_ffsll(bits); }
 
 template <typename T>
