@@ -15,7 +15,7 @@ namespace qwenport::cuda::warpgroup {
 
 constexpr int warps = 4;
 constexpr int rows = 64;      // of a and of the sums, 16 a warp
-constexpr int columns = 256;  // of the sums, rows of b
+constexpr int columns = 192;  // of the sums, rows of b
 /// Bytes to which matrices are aligned.
 constexpr std::size_t alignment = 1024;
 
@@ -51,10 +51,10 @@ __device__ inline void commit() { asm volatile("wgmma.commit_group.sync.aligned;
 
 /// Wait until no more than the last `Left` groups are under way.
 template <int Left>
-__device__ void wait(float (&c)[32][4]) {
+__device__ void wait(float (&c)[24][4]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
 #pragma unroll
-  for (int j = 0; j < 32; ++j) {
+  for (int j = 0; j < 24; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[j][i])::"memory");  // not read before this
   }
@@ -63,31 +63,29 @@ __device__ void wait(float (&c)[32][4]) {
 #define QWENPORT_SUMS_4(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define QWENPORT_SUMS_16(j) \
   QWENPORT_SUMS_4(j), QWENPORT_SUMS_4(j + 1), QWENPORT_SUMS_4(j + 2), QWENPORT_SUMS_4(j + 3)
-#define QWENPORT_MULTIPLY(type)                                                                \
-  asm volatile(                                                                                \
-      "{.reg .pred p; setp.ne.b32 p, %130, 0;"                                                 \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                             \
-      " "                                                                                      \
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                \
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"                       \
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"                       \
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"                       \
-      "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"                       \
-      "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"                       \
-      "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"           \
-      "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, "     \
-      "%128, %129, p, 1, 1, 0, 0;}"                                                            \
-      : QWENPORT_SUMS_16(0), QWENPORT_SUMS_16(4), QWENPORT_SUMS_16(8), QWENPORT_SUMS_16(12),   \
-        QWENPORT_SUMS_16(16), QWENPORT_SUMS_16(20), QWENPORT_SUMS_16(24), QWENPORT_SUMS_16(28) \
+#define QWENPORT_MULTIPLY(type)                                                              \
+  asm volatile(                                                                              \
+      "{.reg .pred p; setp.ne.b32 p, %98, 0;"                                                \
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32." type "." type                           \
+      " "                                                                                    \
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                              \
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"                     \
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"                     \
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"                     \
+      "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"                     \
+      "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95}, "                   \
+      "%96, %97, p, 1, 1, 0, 0;}"                                                            \
+      : QWENPORT_SUMS_16(0), QWENPORT_SUMS_16(4), QWENPORT_SUMS_16(8), QWENPORT_SUMS_16(12), \
+        QWENPORT_SUMS_16(16), QWENPORT_SUMS_16(20)                                           \
       : "l"(a), "l"(b), "r"(1))
 
-/// c [64, 256] += a [64, 16] b [256, 16]^T. Lane 4 g + t of warp w has rows 16 w + g (and + 8) of c: c[j] are columns
+/// c [64, 192] += a [64, 16] b [192, 16]^T. Lane 4 g + t of warp w has rows 16 w + g (and + 8) of c: c[j] are columns
 /// 8 j + 2 t and the next one of the first, then of the other.
-__device__ inline void multiply_accumulate(float (&c)[32][4], std::uint64_t a, std::uint64_t b,
+__device__ inline void multiply_accumulate(float (&c)[24][4], std::uint64_t a, std::uint64_t b,
                                            __nv_bfloat16) {
   QWENPORT_MULTIPLY("bf16");
 }
-__device__ inline void multiply_accumulate(float (&c)[32][4], std::uint64_t a, std::uint64_t b, __half) {
+__device__ inline void multiply_accumulate(float (&c)[24][4], std::uint64_t a, std::uint64_t b, __half) {
   QWENPORT_MULTIPLY("f16");
 }
 
@@ -103,9 +101,9 @@ __device__ void fence_shared();
 __device__ void fence();
 __device__ void commit();
 template <int Left>
-__device__ void wait(float (&c)[32][4]);
+__device__ void wait(float (&c)[24][4]);
 template <typename T>
-__device__ void multiply_accumulate(float (&c)[32][4], std::uint64_t a, std::uint64_t b, T type);
+__device__ void multiply_accumulate(float (&c)[24][4], std::uint64_t a, std::uint64_t b, T type);
 
 #endif
 

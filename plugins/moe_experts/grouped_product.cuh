@@ -1,8 +1,8 @@
 // Products of rows that are grouped by expert with their expert's matrix: out[p] = B[expert of p] a[p], or with Swiglu
 // silu(gate a[p]) * (up a[p]), where B is the gate's rows, then the up projection's.
 //
-// The work is cut into items: the tile that Order lists, up to 128 places of one expert, times some columns. Items that
-// follow each other share what they read.
+// The work is cut into items: a tile that Order lists, some places of one expert, times some columns. Items that follow
+// each other share what they read.
 #pragma once
 
 #include "device.cuh"

@@ -59,28 +59,48 @@ Workspace<T> divide(void* memory, std::int64_t tokens, int k, int experts, int h
   return w;
 }
 
+/// How the grouped products are made.
+enum class Kind : std::uint8_t { plain, warp, warpgroup };
+
+template <typename T>
+Kind kind_for(const ExpertsArguments<T>& a, const Gpu& gpu) {
+  const bool fits = sizeof(T) == 2 && a.hidden % 8 == 0 && a.inner % 8 == 0 && aligned(a.x) &&
+                    aligned(a.gate_up) && aligned(a.down);
+  if (!fits) return Kind::plain;
+  return runs_on_hopper(gpu) ? Kind::warpgroup : Kind::warp;
+}
+
+int tile_rows_of(Kind kind) {
+  switch (kind) {
+    case Kind::warpgroup:
+      return WarpgroupProducts::tile_rows;
+    case Kind::warp:
+      return WarpProducts::tile_rows;
+    default:
+      return plain_rows;
+  }
+}
+
 /// \param tiles that there may be.
 template <typename Products, bool Swiglu, typename T>
 cudaError_t multiply_with(const GroupedArguments<T>& g, std::int64_t tiles, const Gpu& gpu,
                           cudaStream_t stream) {
+  static_assert(Products::tile_rows >= least_tile_rows);
   const std::int64_t items = tiles * ceil_div(g.columns, tensor_columns<Products, Swiglu>);
   if (items > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidValue;
   const auto blocks = std::min<std::int64_t>(items, std::int64_t{gpu.multiprocessors} * Products::blocks);
   return launch(multiply_on_tensor_cores<Products, T, Swiglu>, dim3(static_cast<unsigned>(blocks)),
-                dim3(tensor_threads), tensor_shared<Products>, stream, false, g);
+                dim3(Products::threads), tensor_shared<Products>, stream, false, g);
 }
 
 template <typename T, bool Swiglu>
-cudaError_t multiply_grouped(const GroupedArguments<T>& g, std::int64_t tiles, const Gpu& gpu,
+cudaError_t multiply_grouped(Kind kind, const GroupedArguments<T>& g, std::int64_t tiles, const Gpu& gpu,
                              cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
-    if (g.depth % 8 == 0 && g.columns % 8 == 0 && aligned(g.a) && aligned(g.b)) {
-      if (runs_on_hopper(gpu)) {
-        return multiply_with<WarpgroupProducts, Swiglu>(g, tiles, gpu, stream);
-      }
-      return multiply_with<WarpProducts, Swiglu>(g, tiles, gpu, stream);
-    }
+    if (kind == Kind::warpgroup) return multiply_with<WarpgroupProducts, Swiglu>(g, tiles, gpu, stream);
+    if (kind == Kind::warp) return multiply_with<WarpProducts, Swiglu>(g, tiles, gpu, stream);
   }
+  static_assert(plain_rows >= least_tile_rows);
   const std::int64_t items = tiles * ceil_div(g.columns, plain_columns);
   if (items > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
   return launch(multiply_plainly<T, Swiglu>, dim3(static_cast<unsigned>(items)), dim3(plain_threads),
@@ -128,14 +148,17 @@ cudaError_t combine_rows(const ExpertsArguments<T>& a, const Workspace<T>& w, cu
 template <typename T>
 cudaError_t apply_many(const ExpertsArguments<T>& a, const Workspace<T>& w, const Gpu& gpu,
                        cudaStream_t stream) {
-  cudaError_t status = order_by_expert(a, w.order, stream);
+  const Kind kind = kind_for(a, gpu);
+  Order order = w.order;
+  order.tile_rows = tile_rows_of(kind);
+  cudaError_t status = order_by_expert(a, order, stream);
   if (status != cudaSuccess) return status;
   const std::int64_t tiles = most_tiles(static_cast<std::int64_t>(a.tokens) * a.k, a.experts);
   status = multiply_grouped<T, true>(
-      {a.x, w.order.pairs, a.k, a.gate_up, w.active, a.hidden, a.inner, w.order}, tiles, gpu, stream);
+      kind, {a.x, order.pairs, a.k, a.gate_up, w.active, a.hidden, a.inner, order}, tiles, gpu, stream);
   if (status != cudaSuccess) return status;
-  status = multiply_grouped<T, false>({w.active, nullptr, a.k, a.down, w.rows, a.inner, a.hidden, w.order},
-                                      tiles, gpu, stream);
+  status = multiply_grouped<T, false>(
+      kind, {w.active, nullptr, a.k, a.down, w.rows, a.inner, a.hidden, order}, tiles, gpu, stream);
   if (status != cudaSuccess) return status;
   return combine_rows(a, w, stream);
 }

@@ -8,7 +8,7 @@
 namespace qwenport::cuda {
 
 constexpr int order_chunk = 256;  // pairs
-constexpr int tile_rows = 128;    // of a grouped product
+constexpr int least_tile_rows = 128;
 
 /// What the ordering leaves in device memory.
 struct Order {
@@ -20,6 +20,7 @@ struct Order {
   int* tile_place;   ///< [tiles]: the tile's first place
   int* tile_end;     ///< [tiles]: one after its expert's last place
   int* tiles;        ///< [1]: how many there are
+  int tile_rows;     ///< places of a tile, at most
 };
 
 __host__ __device__ constexpr std::int64_t order_chunks(std::int64_t pairs) {
@@ -27,7 +28,7 @@ __host__ __device__ constexpr std::int64_t order_chunks(std::int64_t pairs) {
 }
 /// Tiles that there can be: full ones, and one for each expert.
 __host__ __device__ constexpr std::int64_t most_tiles(std::int64_t pairs, std::int64_t experts) {
-  return pairs / tile_rows + (pairs < experts ? pairs : experts);
+  return pairs / least_tile_rows + (pairs < experts ? pairs : experts);
 }
 
 /// counts [chunks, experts] = how often each expert is named in a chunk. grid: chunks.
@@ -72,7 +73,7 @@ static __global__ void __launch_bounds__(most_experts) place_experts(int chunks,
     }
   }
   rows[expert + 1] = total;
-  tiles[expert + 1] = (total + tile_rows - 1) / tile_rows;
+  tiles[expert + 1] = (total + order.tile_rows - 1) / order.tile_rows;
   if (expert == 0) rows[0] = tiles[0] = 0;
   __syncthreads();
   for (int step = 1; step <= most_experts; step *= 2) {  // running sums
@@ -89,7 +90,7 @@ static __global__ void __launch_bounds__(most_experts) place_experts(int chunks,
     const int end = rows[expert + 1];
     order.begins[expert] = begin;
     int tile = tiles[expert];
-    for (int place = begin; place < end; place += tile_rows, ++tile) {
+    for (int place = begin; place < end; place += order.tile_rows, ++tile) {
       order.tile_expert[tile] = expert;
       order.tile_place[tile] = place;
       order.tile_end[tile] = end;

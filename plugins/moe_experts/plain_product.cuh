@@ -6,10 +6,11 @@
 namespace qwenport::cuda {
 
 constexpr int plain_threads = 256;  // each 4 places x 4 columns
+constexpr int plain_rows = 128;
 constexpr int plain_columns = 32;
 constexpr int plain_depth = 16;
 constexpr int plain_pitch = plain_depth + 1;
-constexpr std::size_t plain_shared = (tile_rows + 2 * plain_columns) * plain_pitch * sizeof(float);
+constexpr std::size_t plain_shared = (plain_rows + 2 * plain_columns) * plain_pitch * sizeof(float);
 
 /// A block an item.
 template <typename T, bool Swiglu>
@@ -20,13 +21,13 @@ __global__ void __launch_bounds__(plain_threads) multiply_plainly(GroupedArgumen
   constexpr int rows_of_b = Swiglu ? 2 * plain_columns : plain_columns;
   const T* b = matrix_of<Swiglu>(g, expert);
   auto* const tile_a = shared_memory<float>();
-  float* const tile_b = tile_a + tile_rows * plain_pitch;
+  float* const tile_b = tile_a + plain_rows * plain_pitch;
   const auto thread = static_cast<int>(threadIdx.x);
 
   float sums[4][4] = {};
   float ups[4][4] = {};
   for (int from = 0; from < g.depth; from += plain_depth) {
-    for (int i = thread; i < tile_rows * plain_depth; i += plain_threads) {
+    for (int i = thread; i < plain_rows * plain_depth; i += plain_threads) {
       const int row = i / plain_depth;
       const int at = from + i % plain_depth;
       const bool inside = begin + row < end && at < g.depth;

@@ -11,8 +11,6 @@
 namespace qwenport::cuda {
 
 constexpr int tensor_depth = 64;  // numbers of a row in a step: 128 bytes, 8 pieces of 16
-constexpr int tensor_threads = 256;
-constexpr int tensor_warps = tensor_threads / warp_size;
 
 /// Where piece `piece` of a row lies: turned by the row, so that the 8 rows of a matrix lie in 8 banks.
 __device__ inline int place_of(int row, int piece) { return row * 8 + (piece ^ (row & 7)); }
@@ -20,6 +18,8 @@ __device__ inline int place_of(int row, int piece) { return row * 8 + (piece ^ (
 /// Each warp for itself, with mma.sync, which every GPU since SM80 has.
 struct WarpProducts {
   static constexpr bool compiled = true;
+  static constexpr int threads = 256;
+  static constexpr int tile_rows = 128;     ///< of the result, in an item
   static constexpr int rows_of_b = 128;     ///< in a step
   static constexpr int warp_rows = 32;      ///< of the result, that a warp has
   static constexpr int warp_columns = 64;   ///< rows of B, likewise
@@ -65,6 +65,8 @@ struct WarpProducts {
 /// Four warps together, with wgmma, which reads both operands from shared memory and runs beside everything else.
 struct WarpgroupProducts {
   static constexpr bool compiled = warpgroup::compiled;
+  static constexpr int threads = 384;
+  static constexpr int tile_rows = 192;
   static constexpr int rows_of_b = warpgroup::columns;
   static constexpr int warp_rows = warpgroup::rows / warpgroup::warps;
   static constexpr int warp_columns = warpgroup::columns;
@@ -97,7 +99,7 @@ struct WarpgroupProducts {
 };
 
 template <typename Products>
-constexpr int stage_pieces = (tile_rows + Products::rows_of_b) * 8;
+constexpr int stage_pieces = (Products::tile_rows + Products::rows_of_b) * 8;
 template <typename Products>
 constexpr std::size_t tensor_shared = std::size_t{Products::stages} * stage_pieces<Products> * 16;
 /// Columns of the result in an item; with Swiglu each takes two rows of B.
@@ -132,8 +134,8 @@ class Copies {
  private:
   static constexpr int columns = tensor_columns<Products, Swiglu>;
   static constexpr int rows_apart =
-      tensor_threads / 8;  // of a thread, which copies a piece of every so manieth row
-  static constexpr int a_rows = tile_rows / rows_apart;
+      Products::threads / 8;  // of a thread, which copies a piece of every so manieth row
+  static constexpr int a_rows = Products::tile_rows / rows_apart;
   static constexpr int b_rows = Products::rows_of_b / rows_apart;
   static constexpr int half = Products::warp_columns / 2;
 
@@ -165,12 +167,12 @@ class Copies {
     }
 #pragma unroll
     for (int i = 0; i < b_rows; ++i) {
-      const int first = rows_apart * i;  // of this thread's row and its neighbours', a multiple of 32
+      const int first = rows_apart * i;  // of this thread's row and its neighbours'
       const bool up = Swiglu && first % Products::warp_columns >= half;
       const int column = column_ + (Swiglu ? first / Products::warp_columns * half + first % half : first);
       const bool wanted = inside && column < g_.columns;
       const std::int64_t b_row = column + (up ? std::int64_t{g_.columns} : 0);
-      copy_16_bytes(stage + tile_rows * 8 + place_of(row + first, piece),
+      copy_16_bytes(stage + Products::tile_rows * 8 + place_of(row + first, piece),
                     wanted ? b_ + b_row * g_.depth + at : g_.b, wanted);
     }
   }
@@ -222,7 +224,7 @@ __device__ void multiply_items(const GroupedArguments<T>& g) {
   const int warp = static_cast<int>(threadIdx.x) / warp_size;
   const int warp_row = warp / warps_across * Products::warp_rows;
   const int warp_column = warp % warps_across * Products::warp_columns;
-  static_assert(tensor_warps / warps_across * Products::warp_rows == tile_rows);
+  static_assert(Products::threads / warp_size / warps_across * Products::warp_rows == Products::tile_rows);
 
   auto* const shared = shared_memory<uint4>();
   const auto stage = [&](int slot) { return shared + slot * stage_pieces<Products>; };
@@ -242,7 +244,8 @@ __device__ void multiply_items(const GroupedArguments<T>& g) {
       __syncthreads();
       // the step's copies are there for everybody, and nobody reads what the next copies replace
       if (exists) {
-        Products::multiply(sums, stage(slot), stage(slot) + tile_rows * 8, warp_row, warp_column, T{});
+        Products::multiply(sums, stage(slot), stage(slot) + Products::tile_rows * 8, warp_row, warp_column,
+                           T{});
       }
       copies.next(stage((slot + ahead) % Products::stages));
       slot = (slot + 1) % Products::stages;
@@ -255,7 +258,7 @@ __device__ void multiply_items(const GroupedArguments<T>& g) {
 
 /// As many blocks as the GPU can hold share the items.
 template <typename Products, typename T, bool Swiglu>
-__global__ void __launch_bounds__(tensor_threads, Products::blocks)
+__global__ void __launch_bounds__(Products::threads, Products::blocks)
     multiply_on_tensor_cores(GroupedArguments<T> g) {
   if constexpr (Products::compiled) multiply_items<Products, T, Swiglu>(g);
 }

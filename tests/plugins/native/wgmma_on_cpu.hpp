@@ -8,7 +8,7 @@
 namespace cuda_on_cpu::warpgroup {
 
 constexpr unsigned threads = 128;
-constexpr unsigned rows_of_b = 256;
+constexpr unsigned rows_of_b = 192;
 constexpr unsigned depth = 16;
 
 inline void fence_shared() { current->running->shared_fenced = true; }
