@@ -64,6 +64,7 @@ class Setup:
     device: str
     calls: Path
     library: Path
+    many: Path  # without the kernels for few tokens
     turns_bytes: int  # inputs that take turns are at least as large together
     timed_calls: int
 
@@ -71,9 +72,11 @@ class Setup:
 def setup_on_gpu(timed_calls: int) -> Setup:
     """On the GPU at hand."""
     build = built("plugins")
-    library = built("plugins-cuda") / "libqwenport_plugins.so"
+    library, many = (
+        built(name) / "libqwenport_plugins.so" for name in ("plugins-cuda", "plugins-cuda-many")
+    )
     cache = int(torch.cuda.get_device_properties(0).L2_cache_size)
-    return Setup("cuda", build / "libplugin_calls.so", library, 2 * cache, timed_calls)
+    return Setup("cuda", build / "libplugin_calls.so", library, many, 2 * cache, timed_calls)
 
 
 def seconds_of(setup: Setup, call: Call, inputs: Sequence[Tensors], *, capture: bool) -> float:
@@ -114,9 +117,9 @@ def turns(setup: Setup, make: Callable[[], Tensors]) -> list[Tensors]:
 
 
 def plugin(
-    setup: Setup, name: str, fields: dict[str, int], inputs: Tensors, outputs: Tensors
+    calls: Path, library: Path, name: str, fields: dict[str, int], inputs: Tensors, outputs: Tensors
 ) -> Call:
-    call = PluginCall(setup.calls, setup.library, name, fields, inputs, outputs)
+    call = PluginCall(calls, library, name, fields, inputs, outputs)
 
     def enqueue(given: Tensors) -> Tensors:
         call(given, outputs)
@@ -182,7 +185,7 @@ def rotary_case(setup: Setup, layer: Layer, tokens: int) -> Case:
 
     inputs = turns(setup, make)
     outputs = [torch.empty_like(tensor) for tensor in inputs[0][:2]]
-    ours = plugin(setup, "RotaryEmbeddingQK", {}, inputs[0], outputs)
+    ours = plugin(setup.calls, setup.library, "RotaryEmbeddingQK", {}, inputs[0], outputs)
     moved = 2 * sum(tensor.nbytes for tensor in outputs)
     who = {
         "plugin": (ours, True),
@@ -199,7 +202,7 @@ def router_case(setup: Setup, layer: Layer, tokens: int) -> Case:
     inputs = turns(setup, make)
     fields = {"k": layer.k, "normalize": int(layer.normalize)}
     weights, indices = moe_router(inputs[0][0], k=layer.k)
-    ours = plugin(setup, "MoERouter", fields, inputs[0], [weights, indices])
+    ours = plugin(setup.calls, setup.library, "MoERouter", fields, inputs[0], [weights, indices])
 
     def theirs(given: Tensors) -> Tensors:
         return route(layer, given)
@@ -223,12 +226,16 @@ def experts_case(setup: Setup, layer: Layer, tokens: int, weights: Tensors) -> C
     # the weights of all experts are larger than a cache; with few tokens, other inputs choose other experts
     inputs = [make() for _ in range(8)]
     outputs = [torch.empty_like(inputs[0][0])]
-    ours = plugin(setup, "MoEExperts", {}, inputs[0], outputs)
+    ours, as_many = (
+        plugin(setup.calls, library, "MoEExperts", {}, inputs[0], outputs)
+        for library in (setup.library, setup.many)
+    )
     who: dict[str, tuple[Call, bool]] = {
         "plugin": (ours, True),
         "cuBLAS, expert by expert": (by_expert, False),
     }
-    if tokens <= 8:  # beyond, the gathered weights are gigabytes
+    if tokens <= 8:  # beyond, it is the same, and the gathered weights are gigabytes
+        who["plugin, as for many tokens"] = (as_many, True)
         who["torch"] = (by_gathering, True)
         who["torch.compile"] = (compiled(by_gathering), True)
     read = sum(given[1].unique().numel() for given in inputs) / len(inputs)

@@ -44,7 +44,7 @@ Workspace<T> divide(void* memory, std::int64_t tokens, int k, int experts, int h
   Parts parts(memory);
   Workspace<T> w{};
   w.active = parts.take<T>(pairs * inner);
-  if (tokens > few_tokens) {
+  if (!are_few(tokens)) {
     w.rows = parts.take<T>(pairs * hidden);
     w.order.counts = parts.take<int>(order_chunks(pairs) * experts);
     w.order.begins = parts.take<int>(experts);
@@ -181,7 +181,7 @@ cudaError_t apply_experts(const ExpertsArguments<T>& a, cudaStream_t stream) {
   const cudaError_t status = find_gpu(gpu);
   if (status != cudaSuccess) return status;
   const Workspace<T> w = divide<T>(a.workspace, a.tokens, a.k, a.experts, a.hidden, a.inner);
-  return a.tokens <= few_tokens ? apply_few(a, w.active, gpu, stream) : apply_many(a, w, gpu, stream);
+  return are_few(a.tokens) ? apply_few(a, w.active, gpu, stream) : apply_many(a, w, gpu, stream);
 }
 
 template std::size_t experts_workspace<float>(int, int, int, int, int);

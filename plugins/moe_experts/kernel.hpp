@@ -39,8 +39,15 @@ std::size_t experts_workspace(int tokens, int k, int experts, int hidden, int in
 template <typename T>
 cudaError_t apply_experts(const ExpertsArguments<T>& arguments, cudaStream_t stream);
 
-/// Tokens up to which the kernels for few tokens are used.
+/// Tokens up to which the kernels for few tokens are used. benchmarks/plugins.py also measures a library without them.
 constexpr int few_tokens = 8;
+#ifdef QWENPORT_MANY_TOKENS_ONLY
+constexpr bool has_few_tokens = false;
+#else
+constexpr bool has_few_tokens = true;
+#endif
+inline bool are_few(std::int64_t tokens) { return has_few_tokens && tokens <= few_tokens; }
+
 constexpr int most_experts = 512;
 /// tokens * k may not be larger.
 constexpr std::int64_t most_pairs = std::int64_t{1} << 30;

@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BUILDS = ROOT / "build" / "cpp"
+MANY_TOKENS_ONLY = "-DQWENPORT_MANY_TOKENS_ONLY=ON"
 OPTIMISED, CHECKED = "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS=-O1"
 # name -> what is built, and how
 SETTINGS = {
@@ -24,7 +25,11 @@ SETTINGS = {
     "thread": ("tests/cpp", "-DSANITIZE=thread", CHECKED),
     "plugins": ("tests/plugins/native", OPTIMISED),
     "plugins-address": ("tests/plugins/native", "-DSANITIZE=address,undefined", CHECKED),
+    "plugins-many": ("tests/plugins/native", OPTIMISED, MANY_TOKENS_ONLY),
     "plugins-cuda": ("plugins", OPTIMISED),
+    "plugins-cuda-many": ("plugins", OPTIMISED, MANY_TOKENS_ONLY),
+    # what the driver translates for a newer GPU
+    "plugins-cuda-80": ("plugins", OPTIMISED, "-DCMAKE_CUDA_ARCHITECTURES=80"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,15 @@ def test_experts(on_gpu, dtype, routing, tokens, hidden, inner) -> None:
         routing=routing,
         seed=tokens,
     )
+
+
+@every_dtype
+@pytest.mark.parametrize("build", ["plugins-cuda-80", "plugins-cuda-many"])
+@pytest.mark.parametrize("tokens", [1, 9, 131, 1021])
+def test_other_products_of_experts(on_gpu, dtype, build: str, tokens: int) -> None:
+    """Those that a newer GPU's own take the place of, and those for many tokens when there are few."""
+    driver = replace(on_gpu, library=built(build) / "libqwenport_plugins.so")
+    check_experts(driver, dtype, tokens=tokens, experts=16, k=4, hidden=264, inner=200, seed=tokens)
 
 
 @every_dtype

@@ -24,8 +24,10 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_all_contenders_compute_the_same(benchmark: ModuleType) -> None:
     build = built("plugins")
-    library = build / "libqwenport_plugins_cpu.so"
-    setup = benchmark.Setup("cpu", build / "libplugin_calls.so", library, 0, 1)
+    library, many = (
+        built(name) / "libqwenport_plugins_cpu.so" for name in ("plugins", "plugins-many")
+    )
+    setup = benchmark.Setup("cpu", build / "libplugin_calls.so", library, many, 0, 1)
     torch.manual_seed(0)
     names = set()
     for case in benchmark.cases(setup, benchmark.TINY, (1, 16)):
