@@ -171,55 +171,98 @@ __global__ void __launch_bounds__(few_threads, few_blocks) few_swiglu(ExpertsArg
   } while (!pairs.empty());
 }
 
+/// Goes through what a warp of few_down reads: of each expert that is named, in the order of its first pair, a row in parts,
+/// as often as it takes to serve all pairs that name it.
+template <typename T, int Numbers>
+class Parts {
+ public:
+  __device__ Parts(const Named<T>& named, int size) : named_(named), size_(size) { begin(0); }
+
+  [[nodiscard]] __device__ bool done() const { return first_ >= named_.count(); }
+  [[nodiscard]] __device__ int expert() const { return expert_; }
+  [[nodiscard]] __device__ int from() const { return from_; }
+  /// Whether this is the last part of the row.
+  [[nodiscard]] __device__ bool ends_row() const { return from_ + Numbers >= size_; }
+  /// The pairs that are served by this row and the following ones of this expert.
+  [[nodiscard]] __device__ Pairs& pairs() { return pairs_; }
+
+  /// \param served whether pairs() have been taken from, else those of a row are skipped.
+  __device__ void advance(bool served) {
+    from_ += Numbers;
+    if (from_ < size_) return;
+    from_ = 0;
+    int skipped[few_tokens];
+    if (!served) pairs_.take(skipped);
+    if (pairs_.empty()) begin(first_ + 1);
+  }
+
+ private:
+  __device__ void begin(int pair) {
+    first_ = named_.first_from(pair);
+    if (done()) return;
+    expert_ = named_.by(first_);
+    pairs_ = named_.pairs_of(expert_);
+  }
+
+  const Named<T>& named_;
+  int size_;
+  int first_ = 0;
+  int expert_ = 0;
+  int from_ = 0;
+  Pairs pairs_{};
+};
+
 /// y [tokens, hidden] = sum over a token's experts of weight * down active. A warp computes one column of y, for all
-/// tokens: it reads that row of each chosen expert once, the next part of it while it works on one. Lane p % 32 keeps
-/// the result of pair p until the end. It is launched early: weights are on their way before `active` is there.
+/// tokens: it reads that row of each chosen expert once, two parts ahead of its work. Lane p % 32 keeps the result of
+/// pair p until the end. It is launched early: weights are on their way before `active` is there.
 template <typename T, int N>
 __global__ void __launch_bounds__(few_threads, few_blocks) few_down(ExpertsArguments<T> a, const T* active) {
-  using RowPart = Part<T, N, 6>;
+  constexpr int reads = 3;
+  using RowPart = Part<T, N, reads>;
+  const int lane = static_cast<int>(threadIdx.x) % warp_size;
   const int row = static_cast<int>(blockIdx.x) * few_warps + static_cast<int>(threadIdx.x) / warp_size;
   const Named<T> named(a);
-  const auto row_of = [&](int expert) {
-    return a.down + (static_cast<std::int64_t>(expert) * a.hidden + row) * a.inner;
+  Parts<T, RowPart::numbers> ahead(named, a.inner);
+  const auto read_ahead = [&](RowPart& part) {
+    if (ahead.done() || row >= a.hidden) return;
+    part.read(a.down + (static_cast<std::int64_t>(ahead.expert()) * a.hidden + row) * a.inner, ahead.from(),
+              a.inner);
+    ahead.advance(false);
   };
-  int first = named.first_from(0);
-  RowPart next;
-  if (row < a.hidden && first < named.count()) next.read(row_of(named.by(first)), 0, a.inner);
+  RowPart even;
+  RowPart odd;
+  read_ahead(even);
+  read_ahead(odd);
   wait_for_previous();
   if (row >= a.hidden) return;
 
-  const int lane = static_cast<int>(threadIdx.x) % warp_size;
   float kept[few_words];
 #pragma unroll
   for (int i = 0; i < few_words; ++i) kept[i] = named.exists(i) ? 0 : NAN;
-  while (first < named.count()) {
-    const int expert = named.by(first);
-    Pairs pairs = named.pairs_of(expert);
-    first = named.first_from(first + 1);
-    do {
-      int taken[few_tokens];
-      const int count = pairs.take(taken);
-      const bool again = !pairs.empty();
-      float sums[few_tokens] = {};
-      for (int from = 0; from < a.inner; from += RowPart::numbers) {
-        const RowPart present = next;
-        if (from + RowPart::numbers < a.inner) {
-          next.read(row_of(expert), from + RowPart::numbers, a.inner);
-        } else if (again || first < named.count()) {
-          next.read(row_of(again ? expert : named.by(first)), 0, a.inner);
-        }
+  Parts<T, RowPart::numbers> work(named, a.inner);
+  int taken[few_tokens];
+  int count = 0;
+  float sums[few_tokens];
+  const auto multiply = [&](RowPart& part) {
+    if (work.done()) return;
+    if (work.from() == 0) {
+      count = work.pairs().take(taken);
 #pragma unroll
-        for (int i = 0; i < 6; ++i) {
-          const int column = RowPart::column(from, i);
-          if (column >= a.inner) break;
+      for (float& sum : sums) sum = 0;
+    }
 #pragma unroll
-          for (int m = 0; m < few_tokens; ++m) {
-            if (m >= count) break;
-            const auto v = load<N>(active + static_cast<std::int64_t>(taken[m]) * a.inner + column);
-            sums[m] = dot(present.vectors[i], v, sums[m]);
-          }
-        }
+    for (int i = 0; i < reads; ++i) {
+      const int column = RowPart::column(work.from(), i);
+      if (column >= a.inner) break;
+#pragma unroll
+      for (int m = 0; m < few_tokens; ++m) {
+        if (m >= count) break;
+        const auto v = load<N>(active + static_cast<std::int64_t>(taken[m]) * a.inner + column);
+        sums[m] = dot(part.vectors[i], v, sums[m]);
       }
+    }
+    read_ahead(part);
+    if (work.ends_row()) {
 #pragma unroll
       for (int m = 0; m < few_tokens; ++m) {
         if (m >= count) break;
@@ -229,7 +272,12 @@ __global__ void __launch_bounds__(few_threads, few_blocks) few_down(ExpertsArgum
           if (taken[m] == i * warp_size + lane) kept[i] = sum;
         }
       }
-    } while (!pairs.empty());
+    }
+    work.advance(true);
+  };
+  while (!work.done()) {
+    multiply(even);
+    multiply(odd);
   }
   for (int token = 0; token < a.tokens; ++token) {
     float y = 0;

@@ -22,8 +22,6 @@ __global__ void __launch_bounds__(block_size) rotate_kernel(RotateArguments<T> a
   const int first = static_cast<int>(thread % chunks) * N;
   if (place >= a.seq) return;
   const std::int64_t row = blockIdx.z;
-  const std::int64_t position = a.position_ids[row * a.seq + place];
-  const bool known = position >= 0 && position < a.positions;
   const int begin = static_cast<int>(blockIdx.y) * heads_a_thread;
 
   const auto at = [&](int head) {  // in q or k
@@ -31,12 +29,7 @@ __global__ void __launch_bounds__(block_size) rotate_kernel(RotateArguments<T> a
     const std::int64_t heads = is_q ? a.q_heads : a.k_heads;
     return ((row * heads + (is_q ? head : head - a.q_heads)) * a.seq + place) * a.head_dim + first;
   };
-  Vector<T, N> cos{};
-  Vector<T, N> sin{};
-  if (known) {
-    cos = load<N>(a.cos + position * half + first);
-    sin = load<N>(a.sin + position * half + first);
-  }
+  const std::int64_t position = a.position_ids[row * a.seq + place];
   Vector<T, N> low[heads_a_thread];
   Vector<T, N> high[heads_a_thread];
 #pragma unroll
@@ -45,6 +38,13 @@ __global__ void __launch_bounds__(block_size) rotate_kernel(RotateArguments<T> a
     const T* const from = (begin + i < a.q_heads ? a.q : a.k) + at(begin + i);
     low[i] = load_once<N>(from);
     high[i] = load_once<N>(from + half);
+  }
+  const bool known = position >= 0 && position < a.positions;
+  Vector<T, N> cos{};
+  Vector<T, N> sin{};
+  if (known) {
+    cos = load<N>(a.cos + position * half + first);
+    sin = load<N>(a.sin + position * half + first);
   }
 #pragma unroll
   for (int i = 0; i < heads_a_thread; ++i) {
