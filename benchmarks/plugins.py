@@ -4,7 +4,7 @@
     python benchmarks/plugins.py --quick
 
 Times are medians of CUDA events around calls on inputs that take turns, together larger than the L2 cache. What can
-be captured is replayed as a CUDA graph, so that a time is the GPU's and not the launching program's.
+be captured is replayed as one CUDA graph of all turns, so that a time is the GPU's and not the launching program's.
 """
 
 from __future__ import annotations
@@ -84,26 +84,26 @@ def seconds_of(setup: Setup, call: Call, inputs: Sequence[Tensors], *, capture: 
     for given in inputs:  # compiled, loaded, warm
         call(given)
     torch.cuda.synchronize()
-    steps: list[Callable[[], Any]] = []
-    pool = torch.cuda.graph_pool_handle()
-    for given in inputs:
-        if not capture:
-            steps.append(lambda given=given: call(given))
-            continue
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+
+    def every_input() -> None:
+        for given in inputs:
             call(given)
-        steps.append(graph.replay)
+
+    step: Callable[[], None] = every_input
+    if capture:  # all in one graph: starting one takes longer than the smallest calls
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            every_input()
+        step = graph.replay
     times: list[float] = []
     for turn in range(2 * setup.timed_calls):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for step in steps:
-            step()
+        step()
         end.record()
         torch.cuda.synchronize()
         if turn >= setup.timed_calls:
-            times.append(start.elapsed_time(end) / 1000 / len(steps))
+            times.append(start.elapsed_time(end) / 1000 / len(inputs))
     median = middle(times)
     assert median is not None
     return median

@@ -10,6 +10,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #ifdef QWENPORT_CUDA_ON_CPU
 #include "cuda_on_cpu.hpp"
@@ -43,6 +45,19 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T values[N];
+};
+
+/// The same as it was read. A compiler that sees single 16-bit numbers unpacks them right behind each read, and so waits
+/// for one read before it asks for the next.
+template <typename T, int N>
+struct Packed {
+  std::conditional_t<sizeof(T) * N == 16, uint4, Vector<T, N>> words;
+
+  [[nodiscard]] __device__ Vector<T, N> unpacked() const {
+    Vector<T, N> vector;
+    memcpy(&vector, &words, sizeof vector);
+    return vector;
+  }
 };
 
 template <int N, typename T>
@@ -109,24 +124,26 @@ using cuda_on_cpu::shared_memory;
 using cuda_on_cpu::wait_for_previous;
 
 template <int N, typename T>
-Vector<T, N> load_once(const T* from) {
-  return load<N>(from);
+Packed<T, N> load_once(const T* from) {
+  Packed<T, N> read;
+  memcpy(&read.words, from, sizeof read.words);
+  return read;
 }
 
 #else
 
 /// load, of what nobody reads again soon: it leaves the first-level cache to others. Not of what the kernel writes.
 template <int N, typename T>
-__device__ Vector<T, N> load_once(const T* from) {
+__device__ Packed<T, N> load_once(const T* from) {
+  Packed<T, N> read;
   if constexpr (sizeof(Vector<T, N>) == 16) {
-    uint4 words;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "=r"(read.words.x), "=r"(read.words.y), "=r"(read.words.z), "=r"(read.words.w)
                  : "l"(from));
-    return *reinterpret_cast<const Vector<T, N>*>(&words);
   } else {
-    return load<N>(from);
+    read.words = load<N>(from);
   }
+  return read;
 }
 
 /// The block's dynamic shared memory.

@@ -97,7 +97,7 @@ class Named {
 template <typename T, int N, int Reads>
 struct Part {
   static constexpr int numbers = Reads * warp_size * N;
-  Vector<T, N> vectors[Reads];
+  Packed<T, N> packed[Reads];
 
   __device__ static int column(int from, int read) {
     return from + (read * warp_size + static_cast<int>(threadIdx.x) % warp_size) * N;
@@ -105,7 +105,7 @@ struct Part {
   __device__ void read(const T* row, int from, int size) {
 #pragma unroll
     for (int i = 0; i < Reads; ++i) {
-      if (column(from, i) < size) vectors[i] = load_once<N>(row + column(from, i));
+      if (column(from, i) < size) packed[i] = load_once<N>(row + column(from, i));
     }
   }
 };
@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(few_threads, few_blocks) few_swiglu(ExpertsArg
         for (int m = 0; m < few_tokens; ++m) {
           if (m >= count) break;
           const auto x = load<N>(a.x + static_cast<std::int64_t>(taken[m] / a.k) * a.hidden + column);
-          gates[m] = dot(g.vectors[i], x, gates[m]);
-          ups[m] = dot(u.vectors[i], x, ups[m]);
+          gates[m] = dot(g.packed[i].unpacked(), x, gates[m]);
+          ups[m] = dot(u.packed[i].unpacked(), x, ups[m]);
         }
       }
       read(from + RowPart::numbers);
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(few_threads, few_blocks) few_down(ExpertsArgum
       for (int m = 0; m < few_tokens; ++m) {
         if (m >= count) break;
         const auto v = load<N>(active + static_cast<std::int64_t>(taken[m]) * a.inner + column);
-        sums[m] = dot(part.vectors[i], v, sums[m]);
+        sums[m] = dot(part.packed[i].unpacked(), v, sums[m]);
       }
     }
     read_ahead(part);

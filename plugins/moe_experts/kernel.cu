@@ -117,15 +117,30 @@ __global__ void __launch_bounds__(combine_threads)
   const std::int64_t token = blockIdx.x;
   const auto column = static_cast<int>(blockIdx.y * combine_threads + threadIdx.x) * N;
   if (column >= a.hidden) return;
+  constexpr int together = 4;  // rows that are asked for at once
   float y[N] = {};
-#pragma unroll 4
-  for (int j = 0; j < a.k; ++j) {
-    const int place = places[token * a.k + j];
-    const float weight = a.weights[token * a.k + j];
-    Vector<T, N> row{};
-    if (place >= 0) row = load_once<N>(rows + static_cast<std::int64_t>(place) * a.hidden + column);
+  for (int first = 0; first < a.k; first += together) {
+    const std::int64_t pair = token * a.k + first;
+    int place[together];
+    Packed<T, N> row[together];
 #pragma unroll
-    for (int i = 0; i < N; ++i) y[i] += weight * (place >= 0 ? to_float(row.values[i]) : NAN);
+    for (int j = 0; j < together; ++j) {
+      if (first + j < a.k) place[j] = places[pair + j];
+    }
+#pragma unroll
+    for (int j = 0; j < together; ++j) {  // an expert that does not exist has no row: any will do
+      if (first + j < a.k) {
+        row[j] = load_once<N>(rows + std::int64_t{place[j] >= 0 ? place[j] : 0} * a.hidden + column);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < together; ++j) {
+      if (first + j >= a.k) break;
+      const float weight = a.weights[pair + j];
+      const Vector<T, N> part = row[j].unpacked();
+#pragma unroll
+      for (int i = 0; i < N; ++i) y[i] += weight * (place[j] >= 0 ? to_float(part.values[i]) : NAN);
+    }
   }
   Vector<T, N> result;
 #pragma unroll

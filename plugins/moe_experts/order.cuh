@@ -7,7 +7,7 @@
 
 namespace qwenport::cuda {
 
-constexpr int order_chunk = 256;  // pairs
+constexpr int order_chunk = 512;  // pairs
 constexpr int least_tile_rows = 128;
 
 /// What the ordering leaves in device memory.
@@ -57,7 +57,7 @@ static __global__ void __launch_bounds__(most_experts) place_experts(int chunks,
   const auto expert = static_cast<int>(threadIdx.x);
   int total = 0;
   if (expert < experts) {
-    constexpr int ahead = 8;  // reads that are under way at once
+    constexpr int ahead = 16;  // reads that are under way at once
     for (int first = 0; first < chunks; first += ahead) {
       int* const counts = order.counts + static_cast<std::int64_t>(first) * experts + expert;
       int here[ahead] = {};
@@ -113,7 +113,12 @@ static __global__ void __launch_bounds__(order_chunk)
   int place = -1;
   if (expert >= 0) {
     place = order.begins[expert] + order.counts[static_cast<std::int64_t>(blockIdx.x) * experts + expert];
-    for (int other = 0; other < thread; ++other) place += named[other] == expert ? 1 : 0;
+    constexpr int together = 4;
+    for (int other = 0; other < thread; other += together) {
+      const auto four = load<together>(named + other);
+#pragma unroll
+      for (int i = 0; i < together; ++i) place += four.values[i] == expert && other + i < thread ? 1 : 0;
+    }
     order.pairs[place] = pair;
   }
   order.places[pair] = place;

@@ -30,14 +30,14 @@ __global__ void __launch_bounds__(block_size) rotate_kernel(RotateArguments<T> a
     return ((row * heads + (is_q ? head : head - a.q_heads)) * a.seq + place) * a.head_dim + first;
   };
   const std::int64_t position = a.position_ids[row * a.seq + place];
-  Vector<T, N> low[heads_a_thread];
-  Vector<T, N> high[heads_a_thread];
+  Packed<T, N> lows[heads_a_thread];
+  Packed<T, N> highs[heads_a_thread];
 #pragma unroll
   for (int i = 0; i < heads_a_thread; ++i) {
     if (begin + i >= a.q_heads + a.k_heads) break;
     const T* const from = (begin + i < a.q_heads ? a.q : a.k) + at(begin + i);
-    low[i] = load_once<N>(from);
-    high[i] = load_once<N>(from + half);
+    lows[i] = load_once<N>(from);
+    highs[i] = load_once<N>(from + half);
   }
   const bool known = position >= 0 && position < a.positions;
   Vector<T, N> cos{};
@@ -49,18 +49,20 @@ __global__ void __launch_bounds__(block_size) rotate_kernel(RotateArguments<T> a
 #pragma unroll
   for (int i = 0; i < heads_a_thread; ++i) {
     if (begin + i >= a.q_heads + a.k_heads) break;
+    Vector<T, N> low = lows[i].unpacked();
+    Vector<T, N> high = highs[i].unpacked();
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const float u = to_float(low[i].values[n]);
-      const float v = to_float(high[i].values[n]);
+      const float u = to_float(low.values[n]);
+      const float v = to_float(high.values[n]);
       const float c = known ? to_float(cos.values[n]) : NAN;
       const float s = to_float(sin.values[n]);
-      low[i].values[n] = from_float<T>(u * c - v * s);
-      high[i].values[n] = from_float<T>(v * c + u * s);
+      low.values[n] = from_float<T>(u * c - v * s);
+      high.values[n] = from_float<T>(v * c + u * s);
     }
     T* const to = (begin + i < a.q_heads ? a.q_out : a.k_out) + at(begin + i);
-    store(to, low[i]);
-    store(to + half, high[i]);
+    store(to, low);
+    store(to + half, high);
   }
 }
 

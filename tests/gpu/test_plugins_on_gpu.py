@@ -79,6 +79,13 @@ def test_other_products_of_experts(on_gpu, dtype, build: str, tokens: int) -> No
     check_experts(driver, dtype, tokens=tokens, experts=16, k=4, hidden=264, inner=200, seed=tokens)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("build", ["plugins-cuda", "plugins-cuda-80"])
+def test_experts_whose_work_goes_round_the_gpu_more_than_once(on_gpu, dtype, build: str) -> None:
+    driver = replace(on_gpu, library=built(build) / "libqwenport_plugins.so")
+    check_experts(driver, dtype, tokens=2048, experts=32, k=4, hidden=1024, inner=768)
+
+
 @every_dtype
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(on_gpu, dtype, tool: str, tmp_path: Path) -> None:

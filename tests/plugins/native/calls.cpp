@@ -48,6 +48,7 @@ std::vector<DynamicPluginTensorDesc> descriptions(const Tensor* tensors, int cou
 struct Call {
   std::unique_ptr<IPluginV3> plugin;
   IPluginV3OneRuntime* runtime = nullptr;
+  int (*synchronize)() = nullptr;  // of a library whose kernels run on the CPU
   std::vector<PluginTensorDesc> inputs;
   std::vector<PluginTensorDesc> outputs;
   std::size_t workspace = 0;
@@ -79,6 +80,7 @@ void* plugin_open(const char* library, const char* name, int field_count, const 
     std::unique_ptr<IPluginV3> made(creator.createPlugin(name, &collection, TensorRTPhase::kRUNTIME));
     if (!made) return nullptr;
     auto call = std::make_unique<Call>();
+    call->synchronize = reinterpret_cast<int (*)()>(dlsym(loaded, "cudaDeviceSynchronize"));
     const auto all = descriptions(tensors, input_count + output_count);
     auto* const build =
         static_cast<IPluginV3OneBuild*>(made->getCapabilityInterface(PluginCapabilityType::kBUILD));
@@ -106,8 +108,9 @@ std::size_t plugin_workspace(const void* call) { return static_cast<const Call*>
 int plugin_enqueue(void* call, const void* const* inputs, void* const* outputs, void* workspace,
                    void* stream) {
   auto& c = *static_cast<Call*>(call);
-  return c.runtime->enqueue(c.inputs.data(), c.outputs.data(), inputs, outputs, workspace,
-                            static_cast<cudaStream_t>(stream));
+  const int status = c.runtime->enqueue(c.inputs.data(), c.outputs.data(), inputs, outputs, workspace,
+                                        static_cast<cudaStream_t>(stream));
+  return status == 0 && c.synchronize != nullptr ? c.synchronize() : status;
 }
 
 void plugin_close(void* call) { delete static_cast<Call*>(call); }

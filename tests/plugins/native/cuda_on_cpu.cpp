@@ -23,6 +23,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*d
       return cudaErrorInvalidValue;
   }
 }
+cudaError_t cudaDeviceSynchronize() {
+  cuda_on_cpu::synchronize();
+  return cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidValue ? "invalid argument" : "an error of the stand-in";

@@ -2,9 +2,11 @@
 // block's threads as fibres on one CPU thread.
 //
 // It is stricter than a GPU. Shared memory is poisoned before each block and is exactly as large as asked for;
-// asynchronous copies land when they are waited for and not before; matrices are loaded without bank conflicts; a
-// warp's collective waits for all 32 lanes, and a block in which nobody can go on is an error. Fibres run in an
-// order that changes from block to block. wgmma_on_cpu.hpp adds Hopper's products.
+// asynchronous copies destroy what they replace at once and land when they are waited for; matrices are loaded without
+// bank conflicts; a warp's collective waits for all 32 lanes, and a block in which nobody can go on is an error. Fibres
+// run in an order that changes from block to block. A kernel begins when its successor is launched, or when it is
+// waited for; the successor that is launched early runs before it, until it waits. wgmma_on_cpu.hpp adds Hopper's
+// products.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -224,6 +226,18 @@ inline void run(Block& block) {
   current = nullptr;
 }
 
+/// The kernel that was launched and has not begun.
+inline std::function<void()> launched;
+
+/// Run it.
+inline void synchronize() {
+  if (!launched) return;
+  const std::function<void()> start = std::exchange(launched, nullptr);
+  Block* const interrupted = current;
+  start();
+  current = interrupted;
+}
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block_size, std::size_t shared,
                    cudaStream_t /*stream*/, bool early, Arguments... arguments) {
@@ -234,16 +248,24 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block_size, st
   if (const char* const path = std::getenv("QWENPORT_TEST_LAUNCHES")) {
     std::ofstream(path, std::ios::app) << shared << '\n';
   }
-  Block block;
-  block.kernel = [=] { kernel(arguments...); };
-  block.grid = grid;
-  block.size = block_size;
-  block.shared.resize(shared);
-  block.early = early;
-  for (block.index.z = 0; block.index.z < grid.z; ++block.index.z) {
-    for (block.index.y = 0; block.index.y < grid.y; ++block.index.y) {
-      for (block.index.x = 0; block.index.x < grid.x; ++block.index.x) run(block);
+  const auto start = [=] {
+    Block block;
+    block.kernel = [=] { kernel(arguments...); };
+    block.grid = grid;
+    block.size = block_size;
+    block.shared.resize(shared);
+    block.early = early;
+    for (block.index.z = 0; block.index.z < grid.z; ++block.index.z) {
+      for (block.index.y = 0; block.index.y < grid.y; ++block.index.y) {
+        for (block.index.x = 0; block.index.x < grid.x; ++block.index.x) run(block);
+      }
     }
+  };
+  if (early) {
+    start();
+  } else {
+    synchronize();
+    launched = start;
   }
   return cudaSuccess;
 }
@@ -261,7 +283,10 @@ inline std::uint32_t shared_address(const void* shared) {
 }
 
 inline void may_begin_next() {}
-inline void wait_for_previous() { current->running->waited_for_previous = true; }
+inline void wait_for_previous() {
+  synchronize();
+  current->running->waited_for_previous = true;
+}
 
 /// Every lane tells something and hears what the others tell.
 template <typename T>
@@ -300,6 +325,7 @@ inline void copy_16_bytes(void* shared, const void* from, bool wanted) {
       if (to + 16 > read.begin && to < read.end) misuse("a copy to what a product may still read");
     }
   }
+  std::memset(shared, 0xFF, 16);
   current->running->copies.back().push_back({shared, from, wanted});
 }
 inline void copy_commit() { current->running->copies.emplace_back(); }
