@@ -194,7 +194,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::si
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-/// Copy 16 bytes to shared memory in the background; zeros instead, if there is nothing to copy.
+/// Copy 16 bytes to shared memory in the background; if they are not wanted, zeros, and nothing is read.
 __device__ inline void copy_16_bytes(void* shared, const void* from, bool wanted) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(from), "r"(wanted ? 16 : 0)

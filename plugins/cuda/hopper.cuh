@@ -19,6 +19,9 @@ constexpr int columns = 192;  // of the sums, rows of b
 /// Bytes to which matrices are aligned.
 constexpr std::size_t alignment = 1024;
 
+/// In shared memory: counts threads that arrive, in rounds.
+using Barrier = std::uint64_t;
+
 /// What tells a product of rows of 128 bytes, 8 pieces of 16, in which row r has piece i at place i ^ (r % 8): the
 /// address / 16, the distance of 8 rows / 16, and the kind of turning. 16 numbers further along the rows is 32 bytes further.
 __device__ inline std::uint64_t matrix(const void* shared) {
@@ -31,15 +34,53 @@ __device__ inline std::uint64_t matrix(const void* shared) {
 #ifdef QWENPORT_CUDA_ON_CPU
 
 constexpr bool compiled = true;
+using cuda_on_cpu::warpgroup::arrive;
+using cuda_on_cpu::warpgroup::begin;
 using cuda_on_cpu::warpgroup::commit;
 using cuda_on_cpu::warpgroup::fence;
 using cuda_on_cpu::warpgroup::fence_shared;
 using cuda_on_cpu::warpgroup::multiply_accumulate;
 using cuda_on_cpu::warpgroup::wait;
+using cuda_on_cpu::warpgroup::wait_for;
+
+template <int Registers>
+void give_registers() {}
+template <int Registers>
+void take_registers() {}
 
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 constexpr bool compiled = true;
+
+/// `arrivals` end each of its rounds.
+__device__ inline void begin(Barrier& barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals)
+               : "memory");
+}
+/// What this thread did before is there for whoever waits for the round.
+__device__ inline void arrive(Barrier& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+/// Wait for the end of a round, 0 the first. No more than one behind: the round before the first is over.
+__device__ inline void wait_for(Barrier& barrier, unsigned round) {
+  unsigned over = 0;
+  while (over == 0) {
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(over)
+                 : "r"(shared_address(&barrier)), "r"(round & 1)
+                 : "memory");
+  }
+}
+
+/// Of this warpgroup's registers `Registers` a thread stay, so that others can take more.
+template <int Registers>
+__device__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+template <int Registers>
+__device__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
 
 /// What this thread wrote to shared memory is there for products.
 __device__ inline void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -97,6 +138,13 @@ __device__ inline void multiply_accumulate(float (&c)[24][4], std::uint64_t a, s
 
 /// Other architectures do not have these instructions, and kernels for them do not call these.
 constexpr bool compiled = false;
+__device__ void begin(Barrier& barrier, int arrivals);
+__device__ void arrive(Barrier& barrier);
+__device__ void wait_for(Barrier& barrier, unsigned round);
+template <int Registers>
+__device__ void give_registers();
+template <int Registers>
+__device__ void take_registers();
 __device__ void fence_shared();
 __device__ void fence();
 __device__ void commit();

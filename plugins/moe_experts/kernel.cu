@@ -8,7 +8,8 @@
 #include "few_tokens.cuh"
 #include "order.cuh"
 #include "plain_product.cuh"
-#include "tensor_product.cuh"
+#include "warp_product.cuh"
+#include "warpgroup_product.cuh"
 
 namespace qwenport::cuda {
 namespace {
@@ -73,38 +74,40 @@ Kind kind_for(const ExpertsArguments<T>& a, const Gpu& gpu) {
 int tile_rows_of(Kind kind) {
   switch (kind) {
     case Kind::warpgroup:
-      return WarpgroupProducts::tile_rows;
+      return by_warpgroups::Sizes::rows;
     case Kind::warp:
-      return WarpProducts::tile_rows;
+      return by_warps::Sizes::rows;
     default:
       return plain_rows;
   }
 }
+static_assert(std::min({by_warpgroups::Sizes::rows, by_warps::Sizes::rows, plain_rows}) == least_tile_rows);
 
 /// \param tiles that there may be.
-template <typename Products, bool Swiglu, typename T>
-cudaError_t multiply_with(const GroupedArguments<T>& g, std::int64_t tiles, const Gpu& gpu,
-                          cudaStream_t stream) {
-  static_assert(Products::tile_rows >= least_tile_rows);
-  const std::int64_t items = tiles * ceil_div(g.columns, tensor_columns<Products, Swiglu>);
-  if (items > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidValue;
-  const auto blocks = std::min<std::int64_t>(items, std::int64_t{gpu.multiprocessors} * Products::blocks);
-  return launch(multiply_on_tensor_cores<Products, T, Swiglu>, dim3(static_cast<unsigned>(blocks)),
-                dim3(Products::threads), tensor_shared<Products>, stream, false, g);
-}
-
 template <typename T, bool Swiglu>
 cudaError_t multiply_grouped(Kind kind, const GroupedArguments<T>& g, std::int64_t tiles, const Gpu& gpu,
                              cudaStream_t stream) {
+  const auto start = [&](auto* kernel, int columns, std::int64_t most_blocks, int threads,
+                         std::size_t shared) {
+    const std::int64_t items = tiles * ceil_div(g.columns, columns);
+    if (items > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidValue;
+    return launch(kernel, dim3(static_cast<unsigned>(std::min(items, most_blocks))),
+                  dim3(static_cast<unsigned>(threads)), shared, stream, false, g);
+  };
   if constexpr (sizeof(T) == 2) {
-    if (kind == Kind::warpgroup) return multiply_with<WarpgroupProducts, Swiglu>(g, tiles, gpu, stream);
-    if (kind == Kind::warp) return multiply_with<WarpProducts, Swiglu>(g, tiles, gpu, stream);
+    if (kind == Kind::warpgroup) {
+      using namespace by_warpgroups;
+      return start(by_warpgroups::multiply<T, Swiglu>, Sizes::columns<Swiglu>, gpu.multiprocessors, threads,
+                   sizeof(Shared));
+    }
+    if (kind == Kind::warp) {
+      using namespace by_warps;
+      return start(by_warps::multiply<T, Swiglu>, Sizes::columns<Swiglu>,
+                   std::int64_t{gpu.multiprocessors} * blocks, threads, shared);
+    }
   }
-  static_assert(plain_rows >= least_tile_rows);
-  const std::int64_t items = tiles * ceil_div(g.columns, plain_columns);
-  if (items > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
-  return launch(multiply_plainly<T, Swiglu>, dim3(static_cast<unsigned>(items)), dim3(plain_threads),
-                plain_shared, stream, false, g);
+  return start(multiply_plainly<T, Swiglu>, plain_columns, std::numeric_limits<int>::max(), plain_threads,
+               plain_shared);
 }
 
 constexpr int combine_threads = 256;

@@ -409,6 +409,8 @@ inline void __syncthreads() {
   while (block.generation == generation) cuda_on_cpu::yield();
 }
 
+inline void __syncwarp() { cuda_on_cpu::exchange(0); }
+
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int other) {
   if (mask != 0xFFFFFFFFU) cuda_on_cpu::misuse("a shuffle of part of a warp");

@@ -11,9 +11,48 @@ constexpr unsigned threads = 128;
 constexpr unsigned rows_of_b = 192;
 constexpr unsigned depth = 16;
 
+/// A barrier, in the 8 bytes that a GPU has for it.
+struct Barrier {
+  std::uint16_t arrivals;
+  std::uint16_t missing;
+  std::uint32_t round;
+};
+static_assert(sizeof(Barrier) == sizeof(std::uint64_t));
+
+inline void begin(std::uint64_t& barrier, int arrivals) {
+  const auto count = static_cast<std::uint16_t>(arrivals);
+  const Barrier begun{count, count, 0};
+  std::memcpy(&barrier, &begun, sizeof begun);
+}
+inline void arrive(std::uint64_t& barrier) {
+  Barrier now{};
+  std::memcpy(&now, &barrier, sizeof now);
+  if (now.missing == 0 || now.missing > now.arrivals) misuse("no barrier, or one that did not begin");
+  if (--now.missing == 0) {
+    now.missing = now.arrivals;
+    ++now.round;
+  }
+  std::memcpy(&barrier, &now, sizeof now);
+  ++current->progress;
+}
+inline void wait_for(std::uint64_t& barrier, unsigned round) {
+  for (;;) {
+    Barrier now{};
+    std::memcpy(&now, &barrier, sizeof now);
+    if ((now.round & 1U) != (round & 1U)) return;  // a GPU tells odd from even rounds only
+    yield();
+  }
+}
+
 inline void fence_shared() { current->running->shared_fenced = true; }
-inline void fence() { current->running->sums_fenced = true; }
-inline void commit() { ++current->running->group; }
+inline void fence() {
+  exchange(0);  // all lanes of a warp, as all of these
+  current->running->sums_fenced = true;
+}
+inline void commit() {
+  exchange(0);
+  ++current->running->group;
+}
 
 /// A matrix in shared memory, by PTX's format of descriptors: rows of 128 bytes, eight of them turned as one.
 class Operand {
@@ -53,6 +92,7 @@ class Operand {
 template <typename T>
 void multiply_accumulate(float (&c)[rows_of_b / 8][4], std::uint64_t a, std::uint64_t b, T /*type*/) {
   Fibre& fibre = *current->running;
+  exchange(0);
   auto& told = current->products[fibre.number / threads];
   if (fibre.products == told.size()) told.emplace_back(a, b);
   if (told[fibre.products++] != std::pair(a, b)) misuse("a warpgroup that does not agree on a product");
@@ -102,6 +142,7 @@ void multiply_accumulate(float (&c)[rows_of_b / 8][4], std::uint64_t a, std::uin
 template <int Left>
 void wait(float (& /*c*/)[rows_of_b / 8][4]) {
   Fibre& fibre = *current->running;
+  exchange(0);
   const auto over = [&](unsigned group) { return group + Left < fibre.group; };
   for (const UnderWay& one : fibre.under_way) {
     if (!over(one.group)) continue;
