@@ -118,33 +118,41 @@ template <typename T, int N>
 __global__ void __launch_bounds__(combine_threads)
     combine(ExpertsArguments<T> a, const T* rows, const int* places) {
   const std::int64_t token = blockIdx.x;
-  const auto column = static_cast<int>(blockIdx.y * combine_threads + threadIdx.x) * N;
-  if (column >= a.hidden) return;
+  const int column = static_cast<int>(blockIdx.y * combine_threads + threadIdx.x) * N;
+  const bool exists = column < a.hidden;
+  // a lane keeps one of the token's places and weights
+  const int lane = static_cast<int>(threadIdx.x) % warp_size;
+  static_assert(most_experts_a_token <= warp_size);
+  int my_place = -1;
+  float my_weight = 0;
+  if (lane < a.k) {
+    my_place = places[token * a.k + lane];
+    my_weight = a.weights[token * a.k + lane];
+  }
+
   constexpr int together = 4;  // rows that are asked for at once
   float y[N] = {};
   for (int first = 0; first < a.k; first += together) {
-    const std::int64_t pair = token * a.k + first;
     int place[together];
     Packed<T, N> row[together];
 #pragma unroll
-    for (int j = 0; j < together; ++j) {
-      if (first + j < a.k) place[j] = places[pair + j];
-    }
+    for (int j = 0; j < together; ++j) place[j] = __shfl_sync(all_lanes, my_place, first + j);
 #pragma unroll
-    for (int j = 0; j < together; ++j) {  // an expert that does not exist has no row: any will do
-      if (first + j < a.k) {
-        row[j] = load_once<N>(rows + std::int64_t{place[j] >= 0 ? place[j] : 0} * a.hidden + column);
+    for (int j = 0; j < together; ++j) {
+      if (exists && place[j] >= 0) {
+        row[j] = load_once<N>(rows + std::int64_t{place[j]} * a.hidden + column);
       }
     }
 #pragma unroll
     for (int j = 0; j < together; ++j) {
-      if (first + j >= a.k) break;
-      const float weight = a.weights[pair + j];
+      const float weight = __shfl_sync(all_lanes, my_weight, first + j);
+      if (first + j >= a.k) continue;
       const Vector<T, N> part = row[j].unpacked();
 #pragma unroll
       for (int i = 0; i < N; ++i) y[i] += weight * (place[j] >= 0 ? to_float(part.values[i]) : NAN);
     }
   }
+  if (!exists) return;
   Vector<T, N> result;
 #pragma unroll
   for (int i = 0; i < N; ++i) result.values[i] = from_float<T>(y[i]);

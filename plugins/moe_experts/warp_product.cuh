@@ -5,9 +5,7 @@
 
 #include "tensor_product.cuh"
 
-namespace qwenport::cuda {
-
-namespace by_warps {
+namespace qwenport::cuda::by_warps {
 
 using Sizes = Tile<128, 128, 32, 64>;
 constexpr int threads = 256;
@@ -152,6 +150,4 @@ __global__ void __launch_bounds__(threads, blocks) multiply(GroupedArguments<T> 
   copy_wait<0>();
 }
 
-}  // namespace by_warps
-
-}  // namespace qwenport::cuda
+}  // namespace qwenport::cuda::by_warps

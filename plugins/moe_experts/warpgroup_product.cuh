@@ -8,9 +8,7 @@
 #include "hopper.cuh"
 #include "tensor_product.cuh"
 
-namespace qwenport::cuda {
-
-namespace by_warpgroups {
+namespace qwenport::cuda::by_warpgroups {
 
 constexpr int groups = 3;  // that multiply
 using Sizes = Tile<groups * warpgroup::rows, warpgroup::columns, warpgroup::rows / warpgroup::warps,
@@ -172,6 +170,4 @@ __global__ void __launch_bounds__(threads, 1) multiply(GroupedArguments<T> g) {
   }
 }
 
-}  // namespace by_warpgroups
-
-}  // namespace qwenport::cuda
+}  // namespace qwenport::cuda::by_warpgroups
