@@ -116,6 +116,7 @@ def test_experts_of_any_shape(on_each, dtype, tokens, experts, k, hidden, inner,
         (9, 512, 16, 32, 16),  # the most of both
         (139, 8, 2, 264, 200),  # more rows and columns than a tile
         (600, 4, 2, 16, 16),  # more pairs than a chunk, more rows of an expert than a tile
+        (50, 16, 2, 128, 192),  # whole steps, as real models have them, and many pieces of work
     ],
 )
 def test_experts_of_chosen_shapes(
