@@ -121,7 +121,7 @@ __device__ float dot(const Vector<T, N>& a, const Vector<T, N>& b, float sum) {
 /// grid: [rows of inner / few_warps, pairs]; N numbers are read at once.
 template <typename T, int N>
 __global__ void __launch_bounds__(few_threads, few_blocks) few_swiglu(ExpertsArguments<T> a, T* active) {
-  may_begin_next();
+  may_begin_next();  // at once, since what few_down reads before it waits was there before this kernel
   const Named<T> named(a);
   const auto first = static_cast<int>(blockIdx.y);
   const int row = static_cast<int>(blockIdx.x) * few_warps + static_cast<int>(threadIdx.x) / warp_size;

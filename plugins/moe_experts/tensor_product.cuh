@@ -1,6 +1,6 @@
 // The grouped product of 16-bit numbers on tensor cores: what its two kinds have in common.
 //
-// A block stays on its multiprocessor and goes through its items, every so manieth of them. A step of an item brings 128
+// A block stays on its multiprocessor and goes through its items. A step of an item brings 128
 // bytes of each of its rows of a and of B to shared memory; while its products are made, later steps are on their way,
 // those of the next item too.
 #pragma once
@@ -10,6 +10,14 @@
 namespace qwenport::cuda {
 
 constexpr int tensor_depth = 64;  // numbers of a row in a step: 8 pieces of 16 bytes
+
+/// The item that is a block's in a round of all blocks. Rounds go forwards and backwards: an expert's last tile, which has
+/// fewer rows, would else fall to the same blocks each time.
+__device__ inline int index_in(int round) {
+  const auto blocks = static_cast<int>(gridDim.x);
+  const auto block = static_cast<int>(blockIdx.x);
+  return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+}
 
 /// Where piece `piece` of a row lies: turned by the row, so that the 8 rows of a matrix lie in 8 banks.
 __device__ inline int place_of(int row, int piece) { return row * 8 + (piece ^ (row & 7)); }

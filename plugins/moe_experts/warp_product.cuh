@@ -19,18 +19,15 @@ static_assert(threads / warp_size / warps_across * Sizes::warp_rows == Sizes::ro
 template <typename T, bool Swiglu>
 class Copies {
  public:
-  __device__ explicit Copies(const GroupedArguments<T>& g)
-      : g_(g), index_(static_cast<int>(blockIdx.x)), items_(items_of<columns>(g)) {
-    find();
-  }
+  __device__ explicit Copies(const GroupedArguments<T>& g) : g_(g), items_(items_of<columns>(g)) { find(); }
 
   /// Begin to copy the next step, if there is one, and end the group of copies.
   __device__ void next(uint4* stage) {
-    if (index_ < items_) {
+    if (index_in(round_) < items_) {
       copy(stage);
       from_ += tensor_depth;
       if (from_ >= g_.depth) {
-        index_ += static_cast<int>(gridDim.x);
+        ++round_;
         find();
       }
     }
@@ -45,8 +42,8 @@ class Copies {
 
   __device__ void find() {
     from_ = 0;
-    if (index_ >= items_) return;
-    const Item item = item_at<columns>(g_, index_);
+    if (index_in(round_) >= items_) return;
+    const Item item = item_at<columns>(g_, index_in(round_));
     const int row = static_cast<int>(threadIdx.x) / 8;
 #pragma unroll
     for (int i = 0; i < a_rows; ++i) {
@@ -83,8 +80,8 @@ class Copies {
   }
 
   const GroupedArguments<T>& g_;
-  int index_;  // of the item
   int items_;
+  int round_ = 0;
   int from_ = 0;  // along the rows
   int row_of_a_[a_rows];
   int column_ = 0;  // of this thread's first row of B
@@ -133,8 +130,8 @@ __global__ void __launch_bounds__(threads, blocks) multiply(GroupedArguments<T> 
   for (int step = 0; step < ahead; ++step) copies.next(stage(step));
 
   const int items = items_of<columns>(g);
-  for (auto index = static_cast<int>(blockIdx.x); index < items; index += static_cast<int>(gridDim.x)) {
-    const Item item = item_at<columns>(g, index);
+  for (int round = 0; index_in(round) < items; ++round) {
+    const Item item = item_at<columns>(g, index_in(round));
     const bool exists = item.begin + row < item.end;
     Sizes::Sums sums = {};
     for (int from = 0; from < g.depth; from += tensor_depth) {

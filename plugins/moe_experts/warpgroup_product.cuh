@@ -19,6 +19,7 @@ constexpr int stages = warpgroup::warps;
 /// Registers a thread: of 128 for all, 72 are given up by each that copies, for 24 more for each that multiplies.
 constexpr int copying_registers = 56;
 constexpr int multiplying_registers = 152;
+static_assert(copying_registers + groups * multiplying_registers <= (groups + 1) * 65536 / threads);
 
 struct Shared {
   uint4 stage[stages][Sizes::stage_pieces];
@@ -54,13 +55,19 @@ __device__ void copy_step(const GroupedArguments<T>& g, const Item& item, const 
 
   const auto* const a = reinterpret_cast<const char*>(g.a + at);
   const int row_bytes = g.depth * static_cast<int>(sizeof(T));
-#pragma unroll 4
-  for (int row = 0; row < Sizes::rows; row += 8) {
-    // a row that is not there may hold anything: it makes only its own row of the result
-    const int low = rows_of_a[row + first];
-    const int high = rows_of_a[row + first + 4];
-    if (low >= 0) copy_16_bytes(even + row * 8, a + std::int64_t{low} * row_bytes, inside);
-    if (high >= 0) copy_16_bytes(odd + row * 8, a + std::int64_t{high} * row_bytes, inside);
+  constexpr int together = 8;  // rows of a lane that are looked up at once
+  static_assert(Sizes::rows % (4 * together) == 0);
+  for (int from_row = 0; from_row < Sizes::rows && item.begin + from_row < item.end;
+       from_row += 4 * together) {
+    int row_of_a[together];
+#pragma unroll
+    for (int i = 0; i < together; ++i) row_of_a[i] = rows_of_a[from_row + 4 * i + first];
+#pragma unroll
+    for (int i = 0; i < together; ++i) {
+      // a row that is not there may hold anything: it makes only its own row of the result
+      uint4* const to = (i % 2 == 0 ? even : odd) + (from_row + i / 2 * 8) * 8;
+      if (row_of_a[i] >= 0) copy_16_bytes(to, a + std::int64_t{row_of_a[i]} * row_bytes, inside);
+    }
   }
 
   constexpr int parts = Swiglu ? 2 : 1;  // gate and up
@@ -92,8 +99,8 @@ __device__ void copy_items(const GroupedArguments<T>& g, Shared& shared) {
   int* const rows_of_a = shared.rows_of_a[mine];
   Slot slot;
   const int items = items_of<columns>(g);
-  for (auto index = static_cast<int>(blockIdx.x); index < items; index += static_cast<int>(gridDim.x)) {
-    const Item item = item_at<columns>(g, index);
+  for (int round = 0; index_in(round) < items; ++round) {
+    const Item item = item_at<columns>(g, index_in(round));
     __syncwarp();  // nobody reads the last item's rows any more
     for (int row = lane; row < Sizes::rows; row += warp_size) {
       const int place = item.begin + row;
@@ -123,8 +130,8 @@ __device__ void multiply_items(const GroupedArguments<T>& g, Shared& shared) {
     if (threadIdx.x % warp_size == 0) warpgroup::arrive(shared.empty[stage]);
   };
   const int items = items_of<columns>(g);
-  for (auto index = static_cast<int>(blockIdx.x); index < items; index += static_cast<int>(gridDim.x)) {
-    const Item item = item_at<columns>(g, index);
+  for (int round = 0; index_in(round) < items; ++round) {
+    const Item item = item_at<columns>(g, index_in(round));
     const bool exists = item.begin + first_row < item.end;
     Sizes::Sums sums = {};
     for (int from = 0; from < g.depth; from += tensor_depth, slot.advance()) {

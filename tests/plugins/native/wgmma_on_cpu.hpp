@@ -24,10 +24,21 @@ inline void begin(std::uint64_t& barrier, int arrivals) {
   const Barrier begun{count, count, 0};
   std::memcpy(&barrier, &begun, sizeof begun);
 }
-inline void arrive(std::uint64_t& barrier) {
+inline Barrier read(const std::uint64_t& barrier) {
   Barrier now{};
   std::memcpy(&now, &barrier, sizeof now);
-  if (now.missing == 0 || now.missing > now.arrivals) misuse("no barrier, or one that did not begin");
+  if (now.missing == 0 || now.missing > now.arrivals || now.arrivals == 0xFFFF) {
+    misuse("a barrier that did not begin");
+  }
+  return now;
+}
+inline void arrive(std::uint64_t& barrier) {
+  Barrier now = read(barrier);
+  const Fibre& fibre = *current->running;
+  for (const auto& copies : fibre.copies) {
+    if (!copies.empty()) misuse("a thread that arrives with copies under way");
+  }
+  if (!fibre.shared_fenced) misuse("a thread that arrives without a fence behind its copies");
   if (--now.missing == 0) {
     now.missing = now.arrivals;
     ++now.round;
@@ -37,8 +48,7 @@ inline void arrive(std::uint64_t& barrier) {
 }
 inline void wait_for(std::uint64_t& barrier, unsigned round) {
   for (;;) {
-    Barrier now{};
-    std::memcpy(&now, &barrier, sizeof now);
+    const Barrier now = read(barrier);
     if ((now.round & 1U) != (round & 1U)) return;  // a GPU tells odd from even rounds only
     yield();
   }
