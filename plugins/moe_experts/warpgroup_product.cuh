@@ -73,7 +73,7 @@ __device__ void copy_step(const GroupedArguments<T>& g, const Item& item, const 
   constexpr int parts = Swiglu ? 2 : 1;  // gate and up
   constexpr int part_rows = Sizes::columns<Swiglu>;
   static_assert(part_rows % 8 == 0);
-  const int rows = inside ? g.columns - item.column - first : 0;  // that there are
+  const int rows = inside ? g.columns - item.column : 0;  // that there are, a multiple of 8
   const std::int64_t step = std::int64_t{4} * row_bytes;
 #pragma unroll
   for (int part = 0; part < parts; ++part) {
@@ -84,7 +84,7 @@ __device__ void copy_step(const GroupedArguments<T>& g, const Item& item, const 
 #pragma unroll 4
     for (int row = 0; row < part_rows; row += 8) {
       copy_16_bytes(even + (stage_row + row) * 8, b, row < rows);
-      copy_16_bytes(odd + (stage_row + row) * 8, b + step, row + 4 < rows);
+      copy_16_bytes(odd + (stage_row + row) * 8, b + step, row < rows);
       b += 2 * step;
     }
   }
