@@ -102,6 +102,7 @@ struct Block {
   unsigned unfinished = 0, waiting = 0, generation = 0;
   unsigned long progress = 0;
   bool early = false;
+  std::vector<std::function<void()>> checks;  // when the block has ended
 };
 
 /// The GPU that this plays, "90" if QWENPORT_TEST_GPU is not set; "" is none.
@@ -188,6 +189,7 @@ inline void run(Block& block) {
   current = &block;
   block.warps.assign(count / lanes, Warp{});
   block.products.assign((count + 127) / 128, {});
+  block.checks.clear();
   block.unfinished = count;
   block.waiting = 0;
   std::fill(block.shared.begin(), block.shared.end(), static_cast<unsigned char>(0xFF));  // NaN
@@ -223,6 +225,7 @@ inline void run(Block& block) {
     if (fibre.products != block.products[i / 128].size()) misuse("a product without all of its warpgroup");
     if (block.early && !fibre.waited_for_previous) misuse("a kernel that began early did not wait");
   }
+  for (const auto& check : block.checks) check();
   current = nullptr;
 }
 

@@ -19,11 +19,6 @@ struct Barrier {
 };
 static_assert(sizeof(Barrier) == sizeof(std::uint64_t));
 
-inline void begin(std::uint64_t& barrier, int arrivals) {
-  const auto count = static_cast<std::uint16_t>(arrivals);
-  const Barrier begun{count, count, 0};
-  std::memcpy(&barrier, &begun, sizeof begun);
-}
 inline Barrier read(const std::uint64_t& barrier) {
   Barrier now{};
   std::memcpy(&now, &barrier, sizeof now);
@@ -31,6 +26,14 @@ inline Barrier read(const std::uint64_t& barrier) {
     misuse("a barrier that did not begin");
   }
   return now;
+}
+inline void begin(std::uint64_t& barrier, int arrivals) {
+  const auto count = static_cast<std::uint16_t>(arrivals);
+  const Barrier begun{count, count, 0};
+  std::memcpy(&barrier, &begun, sizeof begun);
+  current->checks.emplace_back([&barrier] {
+    if (read(barrier).missing != read(barrier).arrivals) misuse("a block ended within a round of a barrier");
+  });
 }
 inline void arrive(std::uint64_t& barrier) {
   Barrier now = read(barrier);
