@@ -33,7 +33,7 @@ class Driver:
 
     Attributes:
         gpu: that a CPU plays, "80".
-        launches: where a CPU writes each kernel's bytes of shared memory.
+        launches: where a CPU writes of each kernel its bytes of shared memory, and those of what it reads once.
     """
 
     program: Path

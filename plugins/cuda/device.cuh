@@ -127,6 +127,7 @@ template <int N, typename T>
 Packed<T, N> load_once(const T* from) {
   Packed<T, N> read;
   memcpy(&read.words, from, sizeof read.words);
+  cuda_on_cpu::current->bytes_read_once += sizeof read.words;
   return read;
 }
 

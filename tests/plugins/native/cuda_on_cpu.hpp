@@ -102,6 +102,7 @@ struct Block {
   unsigned unfinished = 0, waiting = 0, generation = 0;
   unsigned long progress = 0;
   bool early = false;
+  std::size_t bytes_read_once = 0;            // by all blocks of the kernel
   std::vector<std::function<void()>> checks;  // when the block has ended
 };
 
@@ -248,9 +249,6 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block_size, st
       shared > most_shared() || (early && capability() < 90)) {
     return cudaErrorInvalidConfiguration;
   }
-  if (const char* const path = std::getenv("QWENPORT_TEST_LAUNCHES")) {
-    std::ofstream(path, std::ios::app) << shared << '\n';
-  }
   const auto start = [=] {
     Block block;
     block.kernel = [=] { kernel(arguments...); };
@@ -262,6 +260,9 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block_size, st
       for (block.index.y = 0; block.index.y < grid.y; ++block.index.y) {
         for (block.index.x = 0; block.index.x < grid.x; ++block.index.x) run(block);
       }
+    }
+    if (const char* const path = std::getenv("QWENPORT_TEST_LAUNCHES")) {
+      std::ofstream(path, std::ios::app) << shared << ' ' << block.bytes_read_once << '\n';
     }
   };
   if (early) {

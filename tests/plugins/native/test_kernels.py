@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -195,32 +195,54 @@ def test_the_kernels_are_clean_under_sanitizers(
     check_router(sanitized, torch.ones(tokens, 60, dtype=dtype), k=4, normalize=False)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A kernel: its bytes of shared memory, and how many it read of what is read once (weights, rows)."""
+
+    shared: int
+    read: int
+
+
 def launches_of(
     driver: Driver, plugin: str, inputs: list[torch.Tensor], path: Path, **fields: int
-) -> list[int]:
-    """Bytes of shared memory of the kernels that one enqueue launches."""
+) -> list[Launch]:
+    """What one enqueue launches."""
     path.unlink(missing_ok=True)
     ran(replace(driver, launches=path).drive(plugin, inputs, fields))
-    launches = [int(line) for line in path.read_text().split()]
+    launches = [Launch(*map(int, line.split())) for line in path.read_text().splitlines()]
     once = launches[: len(launches) // 2]  # the driver runs each plugin twice
     assert launches == once * 2
     return once
 
 
 def experts_of(tokens: int) -> list[torch.Tensor]:
+    """4 experts, 3 of which are chosen, 2 a token."""
     x, weights = torch.ones(tokens, 64), torch.ones(tokens, 2)
     gate_up, down = torch.ones(4, 32, 64).bfloat16(), torch.ones(4, 64, 16).bfloat16()
-    return [x.bfloat16(), torch.zeros(tokens, 2).long(), weights, gate_up, down]
+    indices = torch.stack([torch.arange(tokens) % 2, torch.full((tokens,), 3)], dim=1)
+    return [x.bfloat16(), indices, weights, gate_up, down]
 
 
 def test_launches_are_as_few_as_they_can_be(on_cpu: Driver, tmp_path: Path) -> None:
     q, k, table = torch.ones(2, 9, 3, 64), torch.ones(2, 2, 3, 64), torch.ones(9, 32)
     rotated = [q, k, table, table, torch.zeros(2, 3).long()]
     at = tmp_path / "launches"
-    assert len(launches_of(on_cpu, "RotaryEmbeddingQK", rotated, at)) == 1
+    (rotation,) = launches_of(on_cpu, "RotaryEmbeddingQK", rotated, at)
+    assert rotation.read == q.nbytes + k.nbytes
     assert len(launches_of(on_cpu, "MoERouter", [torch.ones(50, 60)], at, k=4, normalize=1)) == 1
     assert len(launches_of(on_cpu, "MoEExperts", experts_of(8), at)) == 2
     assert len(launches_of(on_cpu, "MoEExperts", experts_of(9), at)) == 6
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_few_tokens_read_each_chosen_expert_once(
+    on_cpu: Driver, tokens: int, tmp_path: Path
+) -> None:
+    inputs = experts_of(tokens)
+    swiglu, down = launches_of(on_cpu, "MoEExperts", inputs, tmp_path / "launches")
+    chosen = inputs[1].unique().numel()
+    assert swiglu.read == chosen * inputs[3][0].nbytes
+    assert down.read == chosen * inputs[4][0].nbytes
 
 
 @pytest.mark.parametrize("gpu", ["80", "86", "89", "90", "100", "120"])
@@ -229,5 +251,6 @@ def test_products_are_those_of_the_gpu_and_fit_its_shared_memory(
 ) -> None:
     """Hopper's have more of it; what does not fit is not launched."""
     at = tmp_path / "launches"
-    most = max(launches_of(replace(on_cpu, gpu=gpu), "MoEExperts", experts_of(9), at))
+    launches = launches_of(replace(on_cpu, gpu=gpu), "MoEExperts", experts_of(9), at)
+    most = max(launch.shared for launch in launches)
     assert (most > 99 * 1024) == (gpu == "90")
