@@ -113,6 +113,7 @@ def test_experts_of_any_shape(on_each, dtype, tokens, experts, k, hidden, inner,
     [
         (1, 60, 4, 128, 88),  # Qwen1.5-MoE's experts, smaller
         (8, 128, 8, 64, 48),  # Qwen3-30B's
+        (8, 20, 16, 64, 48),  # as many pairs of few tokens as there can be
         (9, 512, 16, 32, 16),  # the most of both
         (139, 8, 2, 264, 200),  # more rows and columns than a tile
         (600, 4, 2, 16, 16),  # more pairs than a chunk, more rows of an expert than a tile
@@ -135,13 +136,15 @@ def test_experts_of_chosen_shapes(
 
 @every_dtype
 @pytest.mark.parametrize("tokens", [8, 40])
+@pytest.mark.parametrize(("hidden", "inner"), [(16, 8), (131, 97)])
 def test_an_expert_named_twice_counts_twice_and_one_that_does_not_exist_gives_nan(
-    on_each: Driver, dtype: torch.dtype, tokens: int
+    on_each: Driver, dtype: torch.dtype, tokens: int, hidden: int, inner: int
 ) -> None:
+    """The larger sizes are read in more than one part."""
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, 16, generator=random).to(dtype)
-    gate_up = torch.randn(3, 16, 16, generator=random).to(dtype)
-    down = torch.randn(3, 16, 8, generator=random).to(dtype)
+    x = torch.randn(tokens, hidden, generator=random).to(dtype)
+    gate_up = (torch.randn(3, 2 * inner, hidden, generator=random) * 4 / hidden**0.5).to(dtype)
+    down = torch.randn(3, hidden, inner, generator=random).to(dtype)
     indices = torch.randint(0, 3, (tokens, 4), generator=random)
     indices[0] = 1
     indices[1, 2], indices[2, 0] = 3, -1
