@@ -33,13 +33,15 @@ constexpr const char* library_stem = "libnvinfer.so.";
 
 std::string library_name() { return library_stem + std::to_string(NV_TENSORRT_MAJOR); }
 
-/// Keeps the complaints, as much of them as fits: what a plugin says, and what TensorRT then says of it. TensorRT holds on to the first logger of a process, so this one never ends.
+/// Keeps the latest complaints, as many as fit: what a plugin says, and what TensorRT then says of it. TensorRT holds on
+/// to the first logger of a process, so this one never ends.
 class Logger final : public nvinfer1::ILogger {
  public:
   void log(Severity severity, const char* message) noexcept override {
     if (severity > Severity::kERROR) return;
     const std::scoped_lock lock(mutex_);
-    const std::size_t used = std::strlen(text_.data());
+    std::size_t used = std::strlen(text_.data());
+    if (used + std::strlen(message) + 3 > text_.size()) used = 0;  // the newest matters most
     std::snprintf(text_.data() + used, text_.size() - used, "%s%s", used != 0 ? "; " : "", message);
   }
   std::string take() {
