@@ -1,7 +1,7 @@
 """package -> engine -> session. Lowering per target, the builder, and the sessions that run either."""
 
-from qwenport.engines.build import build
-from qwenport.engines.engine import Engine, is_engine, load_engine
+from qwenport.engines.build import MAX_STEP_LOGITS, MAX_STEP_TOKENS, build
+from qwenport.engines.engine import Engine, load_engine
 from qwenport.engines.errors import (
     BuildError,
     CapacityError,
@@ -20,6 +20,8 @@ from qwenport.engines.tensorrt_session import TensorRTSession
 __all__ = [
     "FLAVOURS",
     "FP16_ONLY",
+    "MAX_STEP_LOGITS",
+    "MAX_STEP_TOKENS",
     "RTX_GPUS",
     "TENSORRT_GPUS",
     "BuildError",
@@ -39,7 +41,6 @@ __all__ = [
     "TensorRTSession",
     "build",
     "generate",
-    "is_engine",
     "load_engine",
     "open_session",
     "start_onnxruntime",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenport import __version__
-from qwenport.engines.engine import FORMAT, FORMAT_VERSION, PLAN, Engine
+from qwenport.engines.engine import FORMAT_VERSION, PLAN, Engine
 from qwenport.engines.errors import BuildError
 from qwenport.engines.lowering import check_graph, for_tensorrt, plugin_layers
 from qwenport.engines.plan import Progress, build_plan
@@ -22,6 +22,7 @@ from qwenport.engines.plugin_library import check_library, register_for_build
 from qwenport.engines.targets import flavour_of, load_tensorrt, parse_gpus
 from qwenport.exporter import (
     COMPANIONS,
+    ENGINE_FORMAT,
     MANIFEST,
     Package,
     as_json,
@@ -94,7 +95,7 @@ def build(
             if (package.path / name).is_file():
                 shutil.copyfile(package.path / name, scratch / name)
         manifest = {
-            "format": FORMAT,
+            "format": ENGINE_FORMAT,
             "format_version": FORMAT_VERSION,
             "qwenport_version": __version__,
             "flavour": flavour.name,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwenport.engines.errors import EngineError
-from qwenport.exporter import MANIFEST, PackageError, check_files, read_manifest
+from qwenport.exporter import ENGINE_FORMAT, MANIFEST, PackageError, check_files, read_manifest
 
-FORMAT, FORMAT_VERSION = "qwenport-engine", 2
+FORMAT_VERSION = 2
 PLAN = "engine.plan"
 
 
@@ -27,15 +26,6 @@ class Engine:
         return self.path / PLAN
 
 
-def is_engine(path: Path) -> bool:
-    """Whether a directory's manifest says that it holds an engine."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
-
-
 def load_engine(path: Path) -> Engine:
     """Open an engine directory and check its files against its manifest.
 
@@ -45,7 +35,7 @@ def load_engine(path: Path) -> Engine:
     if not path.is_dir():
         raise EngineError(f"{path}: no such engine directory")
     try:
-        manifest = read_manifest(path, FORMAT, FORMAT_VERSION, "build the engine again")
+        manifest = read_manifest(path, ENGINE_FORMAT, FORMAT_VERSION, "build the engine again")
         check_files(path, manifest["files"])
         for name in manifest["plugins"]:
             if name not in manifest["files"]:

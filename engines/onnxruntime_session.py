@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from qwenport.exporter import Package
 # Attention scores take heads x tokens x span numbers, so a long prompt runs in pieces.
 MAX_STEP_TOKENS = 512
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Memory of one cache and what keeps it alive."""
+
+    owner: Any
+    address: int
 
 
 class OnnxRuntimeSession(CachedSession):
@@ -36,6 +45,7 @@ class OnnxRuntimeSession(CachedSession):
         device: str = "cpu",
         threads: int | None = None,
         observe: Sequence[str] = (),
+        loaded: Any = None,
     ) -> None:
         """Load the package.
 
@@ -46,6 +56,7 @@ class OnnxRuntimeSession(CachedSession):
             device: "cpu" or "cuda".
             threads: CPU threads of an operator; onnxruntime's own choice by default.
             observe: values of the package's graph that each step leaves in `observed`.
+            loaded: the onnxruntime session that `beside` shares.
 
         Raises:
             MissingExtraError: onnxruntime is not installed.
@@ -72,14 +83,15 @@ class OnnxRuntimeSession(CachedSession):
         )
         self._ort = import_extra("onnxruntime", "cpu", "run packages")
         self.device = device
-        self._observe = tuple(observe)
-        dtype = "fp32" if device == "cpu" else package.dtype
-        self._session = self._load(package, threads)
+        self._package, self._observe = package, tuple(observe)
+        self._dtype = "fp32" if device == "cpu" else package.dtype
+        self._session = self._load(package, threads) if loaded is None else loaded
         # zeros, not uninitialised memory: a masked slot still multiplies, and 0 x NaN is NaN
-        bits = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}[dtype]
+        bits = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}[self._dtype]
         shape = (max_batch, config.num_key_value_heads, capacity, config.head_dim)
-        self._element = {"fp32": 1, "fp16": 10, "bf16": 16}[dtype]  # onnx.TensorProto's numbers
-        self._cache: dict[str, Any] = {
+        # onnx.TensorProto's numbers
+        self._element = {"fp32": 1, "fp16": 10, "bf16": 16}[self._dtype]
+        self._cache: dict[str, _Memory] = {
             f"{layer}.{part}": self._allocate(np.zeros(shape, dtype=bits))
             for layer in range(config.num_hidden_layers)
             for part in ("key", "value")
@@ -87,6 +99,24 @@ class OnnxRuntimeSession(CachedSession):
         self._row_shape = list(shape[1:])
         self._bound_rows = 0
         self._binding: Any = None
+
+    def beside(self, *, max_batch: int, capacity: int) -> OnnxRuntimeSession:
+        """Another session over the same loaded model, with a cache of its own.
+
+        Args:
+            max_batch, capacity: as in the constructor.
+
+        Raises:
+            SessionError: more rows or slots than the package has.
+        """
+        return OnnxRuntimeSession(
+            self._package,
+            max_batch=max_batch,
+            capacity=capacity,
+            device=self.device,
+            observe=self._observe,
+            loaded=self._session,
+        )
 
     def _load(self, package: Package, threads: int | None) -> Any:
         import onnx_ir as ir
@@ -100,15 +130,18 @@ class OnnxRuntimeSession(CachedSession):
         model = for_onnxruntime(model, on_cpu=self.device == "cpu")
         return start_onnxruntime(model, package.path, device=self.device, threads=threads)
 
-    def _allocate(self, zeros: Any) -> Any:
-        return self._ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
+    def _allocate(self, zeros: Any) -> _Memory:
+        if self.device == "cpu":  # where it lies: its pages cost nothing until they are written
+            return _Memory(zeros, zeros.ctypes.data)
+        value = self._ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
+        return _Memory(value, value.data_ptr())
 
     def cache_addresses(self) -> dict[str, tuple[int, int]]:
         """Binding name ("past_key_values.0.key", "present.0.key") -> (address, bytes) of its memory."""
         size = self.max_batch * int(np.prod(self._row_shape)) * (4 if self._element == 1 else 2)
         return {
-            f"{prefix}.{name}": (value.data_ptr(), size)
-            for name, value in self._cache.items()
+            f"{prefix}.{name}": (memory.address, size)
+            for name, memory in self._cache.items()
             for prefix in ("past_key_values", "present")
         }
 
@@ -116,10 +149,10 @@ class OnnxRuntimeSession(CachedSession):
         """Bind the first `rows` rows of every cache as past and as present."""
         self._binding = self._session.io_binding()
         shape = [rows, *self._row_shape]
-        for name, value in self._cache.items():
-            memory = (self.device, 0, self._element, shape, value.data_ptr())
-            self._binding.bind_input(f"past_key_values.{name}", *memory)
-            self._binding.bind_output(f"present.{name}", *memory)
+        for name, memory in self._cache.items():
+            place = (self.device, 0, self._element, shape, memory.address)
+            self._binding.bind_input(f"past_key_values.{name}", *place)
+            self._binding.bind_output(f"present.{name}", *place)
         self._bound_rows = rows
 
     def _step(self, feeds: dict[str, Int64]) -> Float32:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwenport.engines.engine import is_engine, load_engine
+from qwenport.engines.engine import load_engine
 from qwenport.engines.onnxruntime_session import OnnxRuntimeSession
 from qwenport.engines.session import CachedSession
 from qwenport.engines.tensorrt_session import TensorRTSession
-from qwenport.exporter import load_package
+from qwenport.exporter import kind_of, load_package
 
 
 def open_session(
@@ -27,7 +27,7 @@ def open_session(
         MissingExtraError: onnxruntime or the engine's TensorRT is not installed.
         SessionError: more rows or slots than the target has.
     """
-    if is_engine(target):
+    if kind_of(target) == "engine":
         return TensorRTSession(load_engine(target), max_batch=max_batch, capacity=capacity)
     return OnnxRuntimeSession(
         load_package(target), max_batch=max_batch, capacity=capacity, device=device

@@ -64,20 +64,35 @@ class Session(Protocol):
         """Forget all tokens."""
         ...
 
+    def truncate(self, length: int, row: int = 0) -> None:
+        """Keep the first `length` tokens of a row.
+
+        Raises:
+            SessionError: there is no such row, or it holds fewer.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Step:
     """One step that has run, over rows 0..B-1.
 
     Attributes:
-        starts: int64 [B], the slot of each row's first token.
+        feeds: what the model was given: the inputs of docs/architecture.md's table but the cache.
         taken: int64 [B], how many tokens of each row are real; the rest is padding.
+        capacity: slots of the session's cache.
         observed: name -> value of the step, as the graph has it.
     """
 
-    starts: Int64
+    feeds: Mapping[str, Int64]
     taken: Int64
+    capacity: int
     observed: Mapping[str, Any]
+
+    @property
+    def starts(self) -> Int64:
+        """int64 [B], the slot of each row's first token."""
+        return self.feeds["write_indices"]
 
 
 class CachedSession(ABC):
@@ -132,6 +147,16 @@ class CachedSession(ABC):
         self._first_position = first_position
         self._lengths[:] = 0
         self._last_token[:] = 0
+
+    def truncate(self, length: int, row: int = 0) -> None:
+        """See `Session.truncate`. The cache keeps what lay behind; it is never attended to."""
+        if not 0 <= row < self.max_batch:
+            raise SessionError(f"row {row} of a session of {self.max_batch}")
+        if not 0 <= length <= self._lengths[row]:
+            raise SessionError(
+                f"row {row} holds {self._lengths[row]} tokens; it cannot keep {length}"
+            )
+        self._lengths[row] = length
 
     def prefill(
         self, tokens: Sequence[Sequence[int]], *, all_logits: bool = False
@@ -202,17 +227,16 @@ class CachedSession(ABC):
         else:
             wanted = np.maximum(taken - 1, 0)[:, None]
         first = self._first_position
-        logits = self._step(
-            {
-                "input_ids": ids,
-                "position_ids": first + starts[:, None] + np.arange(width, dtype=np.int64),
-                "write_indices": starts,
-                "key_positions": first + np.arange(min(span, self.capacity), dtype=np.int64),
-                "logits_indices": np.ascontiguousarray(wanted),
-            }
-        )
+        feeds = {
+            "input_ids": ids,
+            "position_ids": first + starts[:, None] + np.arange(width, dtype=np.int64),
+            "write_indices": starts,
+            "key_positions": first + np.arange(min(span, self.capacity), dtype=np.int64),
+            "logits_indices": np.ascontiguousarray(wanted),
+        }
+        logits = self._step(feeds)
         if self.on_step is not None:
-            self.on_step(Step(starts, taken, self.observed))
+            self.on_step(Step(feeds, taken, self.capacity, self.observed))
         return logits
 
     @abstractmethod

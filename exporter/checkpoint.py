@@ -20,6 +20,7 @@ from qwenport.exporter.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+CHUNK_BYTES = 1 << 24  # of weights in memory at a time
 MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library itself enforces
 
 # safetensors dtype -> bytes per element, for the dtypes a supported checkpoint can hold
@@ -174,6 +175,27 @@ def expert_parts(name: str, experts: int) -> list[str]:
     return [f"{prefix}.{expert}.{part}.weight" for expert in range(experts) for part in parts]
 
 
+def expert_stacks(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Stacked tensor -> the checkpoint's tensors that it consists of, in order; none if it has the stacks."""
+    moe, stacks = checkpoint.config.moe, {}
+    for layer in () if moe is None else moe.layers:
+        for kind in (GATE_UP, DOWN):
+            name = f"model.layers.{layer}.mlp.{kind}"
+            if moe is not None and name not in checkpoint.tensors:
+                stacks[name] = expert_parts(name, moe.num_experts)
+    return stacks
+
+
+def stacked_shape(checkpoint: Checkpoint, name: str, parts: list[TensorEntry]) -> tuple[int, ...]:
+    """The shape of a package's tensor `name` that consists of `parts`: itself, or single experts."""
+    if len(parts) == 1 and parts[0].name == name:
+        return parts[0].shape
+    moe = checkpoint.config.moe
+    assert moe is not None, name
+    rows, columns = parts[0].shape
+    return (moe.num_experts, rows * len(parts) // moe.num_experts, columns)
+
+
 def _read_headers(path: Path) -> tuple[tuple[WeightFile, ...], dict[str, TensorEntry]]:
     index, single = path / INDEX_FILE, path / SINGLE_FILE
     if index.is_file():
@@ -317,7 +339,7 @@ def _without_tied_copy(
     return {name: entry for name, entry in tensors.items() if name != "lm_head.weight"}
 
 
-def _chunks(path: Path, entry: TensorEntry, size: int = 1 << 24) -> Any:
+def _chunks(path: Path, entry: TensorEntry, size: int = CHUNK_BYTES) -> Any:
     with (path / entry.file).open("rb") as stream:
         stream.seek(entry.offset)
         for start in range(0, entry.length, size):

@@ -5,6 +5,8 @@
     Epilogue   hidden states of the wanted positions -> fp32 logits
 
 Shapes: B batch, S tokens in this step, C cache capacity, N active span of the cache.
+
+What `named` names has that name in the graph: validate/sites.py looks there. The rest are named by operator.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from qwenport.exporter.config import ModelConfig, MoEConfig
+from qwenport.exporter.tracing import named
 from qwenport.plugins import moe_experts, moe_router, rotary_embedding
 
 _LIBRARY = torch.library.Library("qwenport", "FRAGMENT")
@@ -82,8 +85,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(batch, seq, self.kv_heads, self.head_dim).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.transpose(1, 2), cos_cache, sin_cache, position_ids)
-        k = rotate(k.transpose(1, 2), cos_cache, sin_cache, position_ids)
+        q = named(rotate(q.transpose(1, 2), cos_cache, sin_cache, position_ids), "rope_q")
+        k = named(rotate(k.transpose(1, 2), cos_cache, sin_cache, position_ids), "rope_k")
 
         present_key = tensor_scatter(past_key, k, write_indices)
         present_value = tensor_scatter(past_value, v, write_indices)
@@ -97,7 +100,7 @@ class Attention(nn.Module):
             scale=self.head_dim**-0.5,
             enable_gqa=True,
         )
-        y = y.transpose(1, 2).reshape(batch, seq, self.heads * self.head_dim)
+        y = named(y, "attention").transpose(1, 2).reshape(batch, seq, self.heads * self.head_dim)
         return self.o_proj(y), present_key, present_value
 
 
@@ -112,7 +115,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gated = functional.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(named(gated, "gated"))
 
 
 class Experts(nn.Module):
@@ -144,9 +148,11 @@ class SparseMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, indices = moe_router.moe_router(self.gate(x), k=self.k, normalize=self.normalize)
-        y = self.experts(x, indices, weights)
+        weights, indices = named(weights, "router_weights"), named(indices, "router_indices")
+        y = named(self.experts(x, indices, weights), "experts_sum")
         if self.shared_expert is not None:
             y = y + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+            y = named(y, "mixed")
         return y
 
 
@@ -166,8 +172,8 @@ class DecoderLayer(nn.Module):
         y, present_key, present_value = self.self_attn(
             self.input_layernorm(hidden), *attention_inputs
         )
-        hidden = hidden + y
-        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        hidden = named(hidden + y, "residual_1")
+        hidden = named(hidden + self.mlp(self.post_attention_layernorm(hidden)), "residual_2")
         return hidden, present_key, present_value
 
 
@@ -188,7 +194,8 @@ class Prologue(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         dtype = self.embed_tokens.weight.dtype
         mask = key_positions <= position_ids.unsqueeze(1).unsqueeze(-1)
-        return self.embed_tokens(input_ids), mask, cos_table.to(dtype), sin_table.to(dtype)
+        hidden = named(self.embed_tokens(input_ids), "embedding")
+        return hidden, mask, cos_table.to(dtype), sin_table.to(dtype)
 
 
 class Epilogue(nn.Module):

@@ -86,6 +86,21 @@ class GraphBuilder:
         self.nodes.append(node)
         return node.outputs
 
+    def rename(self, value: ir.Value, name: str) -> None:
+        """Give a node's output this very name, and the node too if it is the only output.
+
+        Raises:
+            TracingError: the name is taken.
+        """
+        if name in self.names:
+            raise TracingError(f"two values are named {name}")
+        self.names[name] = 1
+        value.name = name
+        node = value.producer()
+        assert node is not None
+        if len(node.outputs) == 1:
+            node.name = name
+
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         """Return the value of an initializer, made on first use."""
         name = tensor.name
@@ -133,13 +148,14 @@ def emit(
         builder: the graph.
         inputs: the module's inputs, in order.
         parameters: parameter name -> its initializer's value.
-        scope: prefix of every node and value name, e.g. "model.layers.3".
+        scope: prefix of every node and value name, e.g. "model.layers.3"; behind it comes the submodule, and then
+            what `named` says or else the operator.
 
     Returns:
         The module's outputs.
 
     Raises:
-        TracingError: an operator, or a use of one, without translation.
+        TracingError: an operator, or a use of one, without translation; or a module with names, twice in a scope.
     """
     emitter = _Emitter(traced, builder, scope)
     emitter.values = [*inputs, *(parameters[name] for name in traced.parameters)]
@@ -174,6 +190,9 @@ class _Emitter:
                 f"{self.scope}: {name_of(call.function)} has {len(call.results)} results, "
                 f"and its translation {len(values)}"
             )
+        for ref, value in zip(call.results, values, strict=True):
+            if ref in self.traced.names:
+                self.builder.rename(value, f"{self.scope}.{self.traced.names[ref]}")
         return values
 
     def type_of(self, ref: Ref) -> TensorType:

@@ -4,13 +4,39 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwenport.exporter.checkpoint import read_safetensors_header
 from qwenport.exporter.directory import sha256
 from qwenport.exporter.errors import PackageError
 
 MANIFEST = "qwenport.json"
+PACKAGE_FORMAT, ENGINE_FORMAT = "qwenport-package", "qwenport-engine"
+
+Kind = Literal["checkpoint", "package", "engine"]
+_KINDS: dict[str, Kind] = {PACKAGE_FORMAT: "package", ENGINE_FORMAT: "engine"}
+
+
+def kind_of(path: Path) -> Kind:
+    """What a directory holds. Its contents are not checked: whoever opens it does that.
+
+    Raises:
+        PackageError: no such directory, or none of the three kinds.
+    """
+    if not path.exists():
+        raise PackageError(f"{path}: no such directory")
+    if not path.is_dir():
+        raise PackageError(f"{path}: not a directory")
+    if (path / MANIFEST).is_file():
+        try:
+            return _KINDS[json.loads((path / MANIFEST).read_text(encoding="utf-8"))["format"]]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise PackageError(f"{path / MANIFEST}: not a manifest of Qwenport's") from error
+    if (path / "config.json").is_file():
+        return "checkpoint"
+    raise PackageError(
+        f"{path}: neither a package nor an engine (no {MANIFEST}), nor a checkpoint (no config.json)"
+    )
 
 
 def as_json(data: dict[str, Any]) -> dict[str, Any]:

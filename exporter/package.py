@@ -13,11 +13,12 @@ import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenport import __version__
 from qwenport.exporter.checkpoint import (
     Checkpoint,
+    TensorEntry,
     open_checkpoint,
     read_safetensors_header,
 )
@@ -26,6 +27,7 @@ from qwenport.exporter.directory import atomic_directory, sha256
 from qwenport.exporter.errors import CheckpointError, ConfigError, ExportError, PackageError
 from qwenport.exporter.manifest import (
     MANIFEST,
+    PACKAGE_FORMAT,
     as_json,
     check_files,
     check_weight_files,
@@ -33,10 +35,13 @@ from qwenport.exporter.manifest import (
     write_json,
 )
 
-FORMAT, FORMAT_VERSION = "qwenport-package", 2
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FORMAT_VERSION = 2
 MODEL, ROPE = "model.onnx", "rope.safetensors"
 DTYPES = ("bf16", "fp16", "fp32")
-WEIGHTS = ("link", "copy", "pack")
+WEIGHT_MODES = ("link", "copy", "pack")
 DEFAULT_MAX_BATCH = 8
 
 # Files that travel with the model unchanged, where the checkpoint has them.
@@ -117,8 +122,8 @@ def export(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if weights not in WEIGHTS:
-        raise ExportError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}")
+    if weights not in WEIGHT_MODES:
+        raise ExportError(f"weights must be one of {', '.join(WEIGHT_MODES)}, not {weights!r}")
     if max_batch < 1:
         raise ExportError(f"max batch must be at least 1, not {max_batch}")
     checkpoint = open_checkpoint(checkpoint_path, rope_scaling)
@@ -155,53 +160,31 @@ def _write(
     # torch and the IR are imported here: reading a package needs neither
     import onnx_ir as ir
 
-    from qwenport.exporter.graph import COS_TABLE, OPSET, SIN_TABLE, build_graph
-    from qwenport.exporter.weights import external_tensor, place_weights
+    from qwenport.exporter.weights import place_weights
 
-    config = checkpoint.config
-    entries = place_weights(checkpoint, scratch, dtype, weights, progress)
-    tables = _write_rope_tables(config, scratch / ROPE, max_seq_len)
-
-    used: set[str] = set()
-
-    def tensor(name: str) -> ir.TensorProtocol | None:
-        used.add(name)
-        if name in (COS_TABLE, SIN_TABLE):
-            return tables[name]
-        return external_tensor(name, entries[name]) if name in entries else None
-
-    layers = config.num_hidden_layers
-    model = build_graph(
-        config, dtype, tensor, lambda index: progress("writing the graph", index + 1, layers)
+    plan = place_weights(checkpoint, scratch, dtype, weights, progress)
+    _write_rope_tables(checkpoint.config, scratch / ROPE, max_seq_len)
+    model = expected_model(
+        checkpoint, dtype=dtype, weights=weights, max_seq_len=max_seq_len, progress=progress
     )
-    unused = sorted(entries.keys() - used)
-    if unused:
-        raise ExportError(f"no operator uses tensor {unused[0]} ({len(unused)} unused in all)")
     ir.save(model, scratch / MODEL)
     for name in COMPANIONS:
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, scratch / name)
     manifest = {
-        "format": FORMAT,
+        "format": PACKAGE_FORMAT,
         "format_version": FORMAT_VERSION,
         "qwenport_version": __version__,
-        "model": dataclasses.asdict(config),
+        "model": dataclasses.asdict(checkpoint.config),
         "dtype": dtype,
         "max_seq_len": max_seq_len,
         "max_batch": max_batch,
         "rope_scaling": rope_scaling,
-        "opset": OPSET,
-        "ops": {
-            f"{f.domain}.{f.name}": model.opset_imports[f.domain] for f in model.functions.values()
-        },
-        "bindings": {
-            "inputs": [_binding(value) for value in model.graph.inputs],
-            "outputs": [_binding(value) for value in model.graph.outputs],
-        },
+        **describe_graph(model),
         "weights": {
-            "mode": "convert" if dtype != checkpoint.dtype else weights,
-            "tensors": len(entries),
-            "bytes": sum(entry.length for entry in entries.values()),
+            "mode": plan.mode,
+            "tensors": len(plan.entries),
+            "bytes": sum(entry.length for entry in plan.entries.values()),
             "files": _weight_files(scratch),
         },
         "source": {
@@ -222,32 +205,84 @@ def _write(
     return manifest
 
 
-def _write_rope_tables(config: ModelConfig, target: Path, length: int) -> dict[str, Any]:
-    import onnx_ir as ir
+def expected_model(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    weights: str,
+    max_seq_len: int,
+    progress: Any = lambda what, done, total: None,
+) -> ir.Model:
+    """Build the model.onnx that this version exports from a checkpoint. Reads no weight and writes nothing.
+
+    Args:
+        checkpoint: what is exported.
+        dtype: "bf16", "fp16" or "fp32".
+        weights: "link", "copy" or "pack"; ignored if `dtype` is not the checkpoint's.
+        max_seq_len: rows of the rope tables.
+        progress: called with (what, layers done, layers).
+
+    Raises:
+        ExportError: the weights cannot be laid out so, or a tensor is unused.
+    """
+    from qwenport.exporter.graph import build_graph
+    from qwenport.exporter.weights import FOLDER, external_tensor, plan_weights
+
+    config = checkpoint.config
+    entries = plan_weights(checkpoint, dtype, weights).entries
+    tables = _rope_entries(config, max_seq_len)
+    used: set[str] = set()
+
+    def tensor(name: str) -> ir.TensorProtocol | None:
+        used.add(name)
+        if name in tables:
+            return external_tensor(name, ROPE, tables[name])
+        if name not in entries:
+            return None
+        return external_tensor(name, f"{FOLDER}/{entries[name].file}", entries[name])
+
+    layers = config.num_hidden_layers
+    model = build_graph(
+        config, dtype, tensor, lambda index: progress("writing the graph", index + 1, layers)
+    )
+    unused = sorted(entries.keys() - used)
+    if unused:
+        raise ExportError(f"no operator uses tensor {unused[0]} ({len(unused)} unused in all)")
+    return model
+
+
+def describe_graph(model: ir.Model) -> dict[str, Any]:
+    """What the manifest repeats of a graph: its opset, the versions of custom operators, its bindings."""
+    return {
+        "opset": model.opset_imports[""],
+        "ops": {
+            f"{f.domain}.{f.name}": model.opset_imports[f.domain] for f in model.functions.values()
+        },
+        "bindings": {
+            "inputs": [_binding(value) for value in model.graph.inputs],
+            "outputs": [_binding(value) for value in model.graph.outputs],
+        },
+    }
+
+
+def _rope_entries(config: ModelConfig, length: int) -> dict[str, TensorEntry]:
+    from qwenport.exporter.graph import COS_TABLE, SIN_TABLE
+    from qwenport.exporter.weights import plan_safetensors
+
+    shape = (length, config.rope.head_dim // 2)
+    return plan_safetensors(ROPE, "F32", {COS_TABLE: shape, SIN_TABLE: shape})
+
+
+def _write_rope_tables(config: ModelConfig, target: Path, length: int) -> None:
     import torch
 
-    from qwenport.exporter.graph import COS_TABLE, SIN_TABLE
     from qwenport.exporter.rope import rope_tables
-    from qwenport.exporter.weights import plan_safetensors, safetensors_header
+    from qwenport.exporter.weights import safetensors_header
 
-    cos, sin = rope_tables(config.rope, length)
-    shapes = {COS_TABLE: tuple(cos.shape), SIN_TABLE: tuple(sin.shape)}
-    entries = plan_safetensors(target.name, "F32", shapes)
     with target.open("wb") as writer:
-        writer.write(safetensors_header(entries.values()))
-        for table in (cos, sin):
+        writer.write(safetensors_header(_rope_entries(config, length).values()))
+        for table in rope_tables(config.rope, length):
             writer.write(table.contiguous().view(torch.uint8).numpy().data)
-    return {
-        name: ir.ExternalTensor(
-            target.name,
-            entry.offset,
-            entry.length,
-            ir.DataType.FLOAT,
-            shape=ir.Shape(entry.shape),
-            name=name,
-        )
-        for name, entry in entries.items()
-    }
 
 
 def _binding(value: Any) -> dict[str, Any]:
@@ -273,7 +308,7 @@ def load_package(path: Path) -> Package:
     """
     if not path.is_dir():
         raise PackageError(f"{path}: no such package directory")
-    manifest = read_manifest(path, FORMAT, FORMAT_VERSION, "export the checkpoint again")
+    manifest = read_manifest(path, PACKAGE_FORMAT, FORMAT_VERSION, "export the checkpoint again")
     try:
         check_files(path, manifest["files"])
         check_weight_files(path, manifest["weights"]["files"])

@@ -2,17 +2,17 @@
 
 The module runs twice, with different sizes for its dynamic axes. A number that differs between the runs is a
 dynamic size and gets its axis's name; one that is neither constant nor the size of an axis is an error. So is
-a tensor of unknown origin: nothing a module does can be missed.
+a tensor of unknown origin: nothing a module does can be missed. A module calls a result by name with `named`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
 from qwenport.exporter.errors import TracingError
 
@@ -67,13 +67,32 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """A traced module. `types[i]` belongs to Ref(i)."""
+    """A traced module. `types[i]` belongs to Ref(i), `names` has the results that `named` gave a name."""
 
     calls: tuple[Call, ...]
     types: tuple[TensorType, ...]
     num_inputs: int
     parameters: tuple[str, ...]
     outputs: tuple[Ref, ...]
+    names: dict[Ref, str]
+
+
+def named(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Name a value of the graph: "residual_1" in submodule "mlp" of layer 3 is "model.layers.3.mlp.residual_1".
+
+    Args:
+        tensor: a result of an operator; inputs, parameters and values that have a name get none.
+        name: in lower case, unlike an operator's; once in a submodule.
+
+    Returns:
+        `tensor` itself; no operator is added. Outside of `trace` this is all that happens.
+
+    Raises:
+        TracingError: another name, or another tensor.
+    """
+    if has_torch_function_unary(tensor):
+        handle_torch_function(named, (tensor,), tensor, name)
+    return tensor
 
 
 def trace(
@@ -104,6 +123,8 @@ def trace(
         (c.function, c.scope, len(c.results)) for c in second.calls
     ]:
         raise TracingError(f"{kind}: which operators run depends on a dynamic size")
+    if first.names != second.names:
+        raise TracingError(f"{kind}: what `named` is given depends on a dynamic size")
     merge = _Merge(
         dict(zip(zip(_FIRST_SIZES, _SECOND_SIZES, strict=True), names, strict=False)), kind
     )
@@ -121,6 +142,7 @@ def trace(
         num_inputs=len(inputs),
         parameters=first.parameters,
         outputs=merge(first.outputs, second.outputs),
+        names=first.names,
     )
 
 
@@ -140,7 +162,7 @@ def _record(
         for example, axes in zip(inputs, dynamic_axes, strict=True)
     ]
     parameters = dict(module.named_parameters())
-    recorder = _Recorder([*tensors, *parameters.values()])
+    recorder = _Recorder([*tensors, *parameters.values()], parameters)
     handles = [
         handle
         for name, part in module.named_modules()
@@ -166,17 +188,20 @@ def _record(
         len(tensors),
         tuple(parameters),
         tuple(recorder.encode(output) for output in outputs),
+        recorder.names,
     )
 
 
 class _Recorder(TorchFunctionMode):
     """Sees every torch function the module calls, before torch takes it apart."""
 
-    def __init__(self, known: Sequence[torch.Tensor]) -> None:
+    def __init__(self, known: Sequence[torch.Tensor], taken: Collection[str]) -> None:
         super().__init__()
+        self.num_known, self.taken = len(known), taken
         self.tensors = list(known)  # kept alive, so that an id stays one tensor's
         self.refs = {id(tensor): Ref(i) for i, tensor in enumerate(known)}
         self.calls: list[Call] = []
+        self.names: dict[Ref, str] = {}
         self.scopes: list[str] = [""]
 
     def leave(self) -> None:
@@ -190,6 +215,8 @@ class _Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is named:
+            return self.give_name(*args)
         result = func(*args, **kwargs)
         results = result if isinstance(result, list | tuple) else (result,)
         if not any(isinstance(r, torch.Tensor) for r in results):
@@ -208,6 +235,19 @@ class _Recorder(TorchFunctionMode):
             self.refs[id(tensor)] = refs[-1]
         self.calls.append(Call(func, *encoded, tuple(refs), self.scopes[-1]))
         return result
+
+    def give_name(self, tensor: torch.Tensor, name: str) -> None:
+        ref: Ref = self.encode(tensor)
+        path = f"{self.scopes[-1]}.{name}" if self.scopes[-1] else name
+        if not (name.isidentifier() and name.islower()):
+            raise TracingError(f"{path!r}: a name has lower-case letters, digits and underscores")
+        if ref.index < self.num_known:
+            raise TracingError(f"{path}: only a result can be named, no input and no parameter")
+        if ref in self.names:
+            raise TracingError(f"{path}: the tensor is already named {self.names[ref]}")
+        if path in self.names.values() or path in self.taken:
+            raise TracingError(f"{path}: the name is taken")
+        self.names[ref] = path
 
     def encode(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

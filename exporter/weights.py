@@ -7,19 +7,20 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
 from qwenport.exporter.checkpoint import (
-    DOWN,
+    CHUNK_BYTES,
     DTYPE_BYTES,
     DTYPE_NAMES,
-    GATE_UP,
     Checkpoint,
     TensorEntry,
-    expert_parts,
+    expert_stacks,
+    stacked_shape,
 )
 from qwenport.exporter.errors import ExportError
 
@@ -27,8 +28,8 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is being done, units done, units in all)."""
 
 FOLDER = "weights"
+CONVERTED = "model.safetensors"
 PACKED = "experts-packed.safetensors"
-CHUNK_BYTES = 1 << 24
 
 _SAFETENSORS = {name: key for key, name in DTYPE_NAMES.items()}
 _TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -36,25 +37,36 @@ _IR = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16, "fp32": ir.Dat
 _FICLONE = 0x40049409  # linux/fs.h: share the extents of a file, copy on write
 
 
-def place_weights(
-    checkpoint: Checkpoint, package: Path, dtype: str, mode: str, progress: Progress
-) -> dict[str, TensorEntry]:
-    """Put the checkpoint's weights under `package`/weights and return where each tensor is.
+@dataclass(frozen=True)
+class WeightPlan:
+    """Where a package's tensors will be, and what they consist of.
+
+    Attributes:
+        mode: "link", "copy", "pack" or "convert", as the manifest says it.
+        entries: tensor -> its place in the package, `file` below weights/.
+        written: of those, the tensors in the file of the package's own -> the checkpoint's tensors that each
+            consists of, one after the other. All others lie in the checkpoint's files.
+    """
+
+    mode: str
+    entries: dict[str, TensorEntry]
+    written: dict[str, list[TensorEntry]]
+
+
+def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
+    """Lay out a package's weights; nothing is read or written.
 
     Args:
-        checkpoint: the source; never written to.
-        package: directory being written.
-        dtype: dtype that the package's tensors are to have.
+        checkpoint: the source.
+        dtype: dtype that the package's tensors are to have. Another than the checkpoint's converts them all.
         mode: "link" (by reference, no bytes written), "copy", or "pack" (link, and write the stacks of single
-            experts). A dtype change always writes everything, stacked.
-        progress: told of bytes done.
+            experts).
 
     Raises:
-        ExportError: links are not possible there, a value does not fit `dtype`, the disk is too small.
+        ExportError: there is nothing to pack.
     """
-    folder = package / FOLDER
-    folder.mkdir()
-    stacks = _stacks(checkpoint)
+    parts = expert_stacks(checkpoint)
+    stacks = {name: [checkpoint.tensors[part] for part in parts[name]] for name in parts}
     if mode == "pack" and not stacks:
         raise ExportError(
             "--weights pack: the checkpoint has no experts one by one that could be stacked; "
@@ -62,11 +74,45 @@ def place_weights(
         )
     if mode == "pack" and any(file.name == PACKED for file in checkpoint.files):
         raise ExportError(f"--weights pack would write {PACKED}, which is a file of the checkpoint")
+    stacked = {part.name for parts in stacks.values() for part in parts}
+    single = {name: entry for name, entry in checkpoint.tensors.items() if name not in stacked}
     if dtype != checkpoint.dtype:
-        return _write(checkpoint, folder / "model.safetensors", dtype, stacks, progress)
-    if mode == "copy":
-        _require_space(folder, sum(file.size for file in checkpoint.files))
+        written = {**stacks, **{name: [entry] for name, entry in single.items()}}
+        return WeightPlan("convert", _laid_out(checkpoint, CONVERTED, dtype, written), written)
+    if mode == "pack":
+        entries = single | _laid_out(checkpoint, PACKED, dtype, stacks)
+        return WeightPlan(mode, entries, stacks)
+    return WeightPlan(mode, checkpoint.tensors, {})
+
+
+def place_weights(
+    checkpoint: Checkpoint, package: Path, dtype: str, mode: str, progress: Progress
+) -> WeightPlan:
+    """Put the checkpoint's weights under `package`/weights as `plan_weights` has it, and return the plan.
+
+    Args:
+        checkpoint: the source; never written to.
+        package: directory being written.
+        dtype, mode: see `plan_weights`.
+        progress: told of bytes done.
+
+    Raises:
+        ExportError: links are not possible there, a value does not fit `dtype`, the disk is too small.
+    """
+    folder = package / FOLDER
+    folder.mkdir()
+    plan = plan_weights(checkpoint, dtype, mode)
+    if plan.mode != "convert":
+        _place_files(checkpoint, folder, plan.mode, progress)
+    if plan.written:
+        _write(checkpoint, folder, dtype, plan, progress)
+    return plan
+
+
+def _place_files(checkpoint: Checkpoint, folder: Path, mode: str, progress: Progress) -> None:
     total = sum(file.size for file in checkpoint.files)
+    if mode == "copy":
+        _require_space(folder, total)
     done = 0
     for file in checkpoint.files:
         target = folder / file.name
@@ -76,30 +122,19 @@ def place_weights(
                 progress("copying weights", done, total)
         else:
             _link(file.path, target)
-    if mode != "pack":
-        return checkpoint.tensors
-    packed = {part for parts in stacks.values() for part in parts}
-    return {
-        **{name: entry for name, entry in checkpoint.tensors.items() if name not in packed},
-        **_write(checkpoint, folder / PACKED, dtype, stacks, progress, stacks_only=True),
-    }
 
 
-def _stacks(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """Stacked tensor -> the checkpoint's tensors that it consists of, in order."""
-    moe, stacks = checkpoint.config.moe, {}
-    for layer in () if moe is None else moe.layers:
-        for kind in (GATE_UP, DOWN):
-            name = f"model.layers.{layer}.mlp.{kind}"
-            if moe is not None and name not in checkpoint.tensors:
-                stacks[name] = expert_parts(name, moe.num_experts)
-    return stacks
+def _laid_out(
+    checkpoint: Checkpoint, file: str, dtype: str, written: dict[str, list[TensorEntry]]
+) -> dict[str, TensorEntry]:
+    shapes = {name: stacked_shape(checkpoint, name, parts) for name, parts in written.items()}
+    return plan_safetensors(file, _SAFETENSORS[dtype], shapes)
 
 
-def external_tensor(name: str, entry: TensorEntry) -> ir.ExternalTensor:
-    """The ONNX tensor of a safetensors entry in a package: a location, an offset and a length."""
+def external_tensor(name: str, location: str, entry: TensorEntry) -> ir.ExternalTensor:
+    """The ONNX tensor of a safetensors entry: a location in the package, an offset and a length."""
     return ir.ExternalTensor(
-        f"{FOLDER}/{entry.file}",
+        location,
         entry.offset,
         entry.length,
         _IR[DTYPE_NAMES[entry.dtype]],
@@ -157,38 +192,16 @@ def _copy(source: Path, target: Path) -> Iterable[int]:
 
 
 def _write(
-    checkpoint: Checkpoint,
-    target: Path,
-    dtype: str,
-    stacks: dict[str, list[str]],
-    progress: Progress,
-    stacks_only: bool = False,
-) -> dict[str, TensorEntry]:
-    """Write tensors in a dtype into one safetensors file, a chunk in memory at a time.
-
-    Args:
-        checkpoint: the source.
-        target: the file to write.
-        dtype: of what is written.
-        stacks: tensors to write that consist of several of the source's, one after the other.
-        progress: told of bytes done.
-        stacks_only: leave out what is in no stack.
-    """
-    sources = {name: [checkpoint.tensors[part] for part in parts] for name, parts in stacks.items()}
-    stacked = {part for parts in stacks.values() for part in parts}
-    if not stacks_only:
-        sources |= {n: [entry] for n, entry in checkpoint.tensors.items() if n not in stacked}
-    entries = plan_safetensors(
-        target.name,
-        _SAFETENSORS[dtype],
-        {name: _stacked_shape(checkpoint, name, parts) for name, parts in sources.items()},
-    )
-    _require_space(target.parent, sum(entry.length for entry in entries.values()))
-    todo = [part for parts in sources.values() for part in parts]
+    checkpoint: Checkpoint, folder: Path, dtype: str, plan: WeightPlan, progress: Progress
+) -> None:
+    """Write `plan.written` in a dtype into one safetensors file, a chunk in memory at a time."""
+    entries = [plan.entries[name] for name in plan.written]
+    _require_space(folder, sum(entry.length for entry in entries))
+    todo = [part for parts in plan.written.values() for part in parts]
     total, done = sum(part.length for part in todo), 0
-    what = f"converting weights to {dtype}" if dtype != checkpoint.dtype else "stacking experts"
-    with target.open("xb") as writer:  # x: never through a link into the checkpoint
-        writer.write(safetensors_header(entries.values()))
+    what = f"converting weights to {dtype}" if plan.mode == "convert" else "stacking experts"
+    with (folder / entries[0].file).open("xb") as writer:  # x: never through a link into the source
+        writer.write(safetensors_header(entries))
         for source in todo:
             with (checkpoint.path / source.file).open("rb") as reader:
                 reader.seek(source.offset)
@@ -204,16 +217,6 @@ def _write(
                     writer.write(converted.view(torch.uint8).numpy().data)
                     done += len(chunk)
                     progress(what, done, total)
-    return entries
-
-
-def _stacked_shape(checkpoint: Checkpoint, name: str, parts: list[TensorEntry]) -> tuple[int, ...]:
-    if len(parts) == 1 and parts[0].name == name:
-        return parts[0].shape
-    moe = checkpoint.config.moe
-    assert moe is not None, name
-    rows, columns = parts[0].shape
-    return (moe.num_experts, rows * len(parts) // moe.num_experts, columns)
 
 
 def plan_safetensors(

@@ -23,6 +23,7 @@ from qwenport import cli
 from qwenport.commands import validate as command
 from qwenport.exporter import (
     MANIFEST,
+    PackageError,
     as_json,
     export,
     load_package,
@@ -405,9 +406,14 @@ def test_another_checkpoint_is_refused(package: Path, tmp_path: Path, capsys: Ca
 
 
 def test_what_is_no_target_is_refused(tmp_path: Path) -> None:
-    for nothing in (tmp_path / "absent", tmp_path, CHECKPOINT):
+    refusals = {
+        tmp_path / "absent": (PackageError, "no such directory"),
+        tmp_path: (PackageError, "neither a package nor an engine"),
+        CHECKPOINT: (ValidationError, "neither a package nor an engine"),
+    }
+    for nothing, (error, words) in refusals.items():
         for how in WAYS.values():
-            with pytest.raises(ValidationError, match="neither a package nor an engine"):
+            with pytest.raises(error, match=words):
                 validate(nothing, CHECKPOINT, **how)
 
 

@@ -103,8 +103,8 @@ def test_a_network_in_parts_is_the_network(
 
 
 def test_what_is_observed_in_parts_is_what_is_observed_whole(package: Package) -> None:
-    names = [f"model.layers.{i}.Add_2" for i in range(package.config.num_hidden_layers)]
-    names += ["model.embed_tokens.Gather", "model.layers.0.self_attn.Attention"]
+    names = [f"model.layers.{i}.residual_2" for i in range(package.config.num_hidden_layers)]
+    names += ["model.embedding", "model.layers.0.self_attn.attention"]
 
     def look(session: CachedSession) -> dict[str, np.ndarray]:
         session.reset()

@@ -6,6 +6,7 @@
 from qwenport.validate.errors import NetworkError, ValidationError
 from qwenport.validate.localisation import Fault, OperatorError
 from qwenport.validate.report import Check, Report, ScenarioResult
+from qwenport.validate.report import prepare as prepare_report
 from qwenport.validate.target import check_source, open_target
 from qwenport.validate.thresholds import parse_overrides
 from qwenport.validate.validation import Options, Validation, validate
@@ -23,5 +24,6 @@ __all__ = [
     "check_source",
     "open_target",
     "parse_overrides",
+    "prepare_report",
     "validate",
 ]

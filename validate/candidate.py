@@ -7,16 +7,24 @@ from functools import cached_property
 from typing import Any
 
 from qwenport import QwenportError
-from qwenport.engines import CachedSession, OnnxRuntimeSession, open_session
-from qwenport.validate.errors import NetworkError
-from qwenport.validate.streaming import Geometry, Progress, stream
+from qwenport.engines import (
+    MAX_STEP_LOGITS,
+    MAX_STEP_TOKENS,
+    CachedSession,
+    OnnxRuntimeSession,
+    load_engine,
+    open_session,
+)
+from qwenport.engines.onnxruntime_session import MAX_STEP_TOKENS as PACKAGE_STEP_TOKENS
+from qwenport.validate.errors import NetworkError, ValidationError, one_line
+from qwenport.validate.streaming import Geometry, Parts, Progress, Use, stream
 from qwenport.validate.target import ENGINE, NETWORK, Target
 
 Rehearse = Callable[[CachedSession], None]
 
 
 class Refused(Exception):  # noqa: N818 - a verdict on the target, no error of ours
-    """The runtime does not take the target, or fails while it runs; the message is its own."""
+    """TensorRT's parser or the interpreter refuses the target; the message is its own."""
 
 
 class Candidate:
@@ -24,14 +32,13 @@ class Candidate:
 
     Attributes:
         complaints: what the checks of `build` find in the network that the parser made.
+        parsed: the network, None for other targets.
     """
 
     def __init__(
         self,
         target: Target,
         *,
-        max_batch: int,
-        capacity: int,
         layers: int,
         streamed: bool,
         progress: Progress = lambda what, done, total: None,
@@ -40,20 +47,21 @@ class Candidate:
 
         Args:
             target: what is judged.
-            max_batch, capacity: of the sessions.
             layers: decoder layers to run; less than all needs `streamed`.
             streamed: load one decoder layer at a time.
             progress: called with (what, done, total) while a streamed target runs.
 
         Raises:
             Refused: TensorRT's parser refuses the model, or makes a layer of it that nobody knows.
+            ValidationError: model.onnx cannot be read.
             MissingExtraError: what is needed is not installed.
         """
         self._target, self._streamed = target, streamed
         self._layers, self._progress = layers, progress
-        self._max_batch, self._capacity = max_batch, capacity
         self.complaints: tuple[str, ...] = ()
+        self.parsed: Any = None
         self._interpreter: Any = None
+        self._loaded: OnnxRuntimeSession | None = None
         if target.judged_as == NETWORK:
             self._parse()
 
@@ -61,16 +69,40 @@ class Candidate:
         from qwenport.validate.network import Interpreter, parse_package
 
         assert self._target.package is not None
-        exact = self._target.compute_dtype == "fp32" and self._target.dtype != "fp32"
         try:
-            parsed = parse_package(self._target.package, self._capacity, exact=exact)
-            self._interpreter = Interpreter(parsed, exact=exact)
+            self.parsed = parse_package(self._target.package, self._target.capacity)
+            self._interpreter = Interpreter(self._exactly(self.parsed), exact=True)
         except NetworkError as error:
             raise Refused(str(error)) from error
-        self.complaints = parsed.complaints
+        except QwenportError:
+            raise
+        except Exception as error:  # what onnx_ir makes of a damaged file
+            raise ValidationError(
+                one_line(f"{self._target.package.model} cannot be read", error)
+            ) from error
+        self.complaints = self.parsed.complaints
+
+    def _exactly(self, parsed: Any) -> Any:
+        from qwenport.validate.network.parse import with_exact_tables
+
+        assert self._target.package is not None
+        return with_exact_tables(parsed, self._target.package)
+
+    def declared(self) -> Candidate:
+        """The same network in the types that it declares, not in exact arithmetic.
+
+        Raises:
+            Refused: as the constructor.
+        """
+        from qwenport.validate.network import Interpreter
+
+        other = object.__new__(Candidate)
+        other.__dict__ |= self.__dict__
+        other._interpreter = Interpreter(self.parsed, exact=False)
+        return other
 
     @property
-    def can_be_tapped(self) -> bool:
+    def can_be_observed(self) -> bool:
         """Whether values inside it can be seen. An engine's are inside its plan."""
         return self._target.judged_as != ENGINE
 
@@ -97,56 +129,89 @@ class Candidate:
                 pending += [given for given in producer.inputs if given is not None]
         return frozenset(found)
 
-    def open(self, rehearse: Rehearse, observe: Sequence[str] = ()) -> CachedSession:
-        """A session that is going to be used exactly as `rehearse` uses one.
+    def geometry(self, max_batch: int, capacity: int) -> Geometry:
+        """A session of that size, and what its steps take: as `generate` and C++ run this target."""
+        target = self._target
+        tokens, logits = PACKAGE_STEP_TOKENS, PACKAGE_STEP_TOKENS
+        if target.judged_as == NETWORK:  # as an engine built from it
+            tokens = min(MAX_STEP_TOKENS, target.capacity)
+            logits = min(MAX_STEP_LOGITS, tokens)
+        elif target.judged_as == ENGINE:
+            profile = load_engine(target.path).manifest["profile"]
+            tokens = profile["input_ids"]["max"][1]
+            logits = profile["logits_indices"]["max"][1]
+        vocabulary = target.config.vocab_size
+        return Geometry(max_batch, capacity, vocabulary, tokens, logits, target.capacity)
+
+    def open(
+        self, uses: Sequence[tuple[int, int, Rehearse]], observe: Sequence[str] = ()
+    ) -> list[CachedSession]:
+        """Sessions that are going to be used exactly as they are rehearsed.
 
         Args:
-            rehearse: see `streaming.stream`; a session that is not streamed does not need it.
+            uses: for each session its rows, its cache slots and what will be done with it, which only a streamed
+                one needs to know.
             observe: values of the graph that each step leaves in `observed`.
 
         Raises:
-            Refused: the runtime does not take the graph, or fails while it runs.
+            Refused: the network cannot be evaluated.
+            ValidationError: the runtime does not load the graph.
             MissingExtraError, SessionError, EngineError: it cannot run here, whatever it computes.
         """
         try:
-            return self._stream(rehearse, observe) if self._streamed else self._whole(observe)
+            if self._streamed:
+                wanted = [Use(self.geometry(rows, slots), act) for rows, slots, act in uses]
+                return stream(self.parts(), wanted, observe, self._progress)
+            return [self._whole(rows, slots, observe) for rows, slots, _ in uses]
         except NetworkError as error:
             raise Refused(f"{type(error).__name__}: {error}") from error
         except QwenportError:
-            raise  # it cannot run here, which says nothing about parity
-        except Exception as error:  # a runtime that refuses the graph is a verdict on the graph
-            text = " ".join(str(error).split())
-            raise Refused(f"the target does not load: {type(error).__name__}: {text}") from error
+            raise
+        except (MemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # a runtime that cannot load it says nothing about parity
+            raise ValidationError(one_line(f"{self._target.path} does not load", error)) from error
 
-    def _whole(self, observe: Sequence[str]) -> CachedSession:
+    def _whole(self, max_batch: int, capacity: int, observe: Sequence[str]) -> CachedSession:
         target, package = self._target, self._target.package
-        size: dict[str, Any] = {"max_batch": self._max_batch, "capacity": self._capacity}
         if self._interpreter is not None:
             from qwenport.validate.network import NetworkSession
 
             return NetworkSession(
                 self._interpreter,
                 target.config,
-                **size,
+                max_batch=max_batch,
+                capacity=capacity,
                 max_positions=target.capacity,
                 observe=observe,
             )
         if package is None:
-            return open_session(target.path, **size)
-        return OnnxRuntimeSession(package, **size, device=target.device, observe=observe)
+            return open_session(target.path, max_batch=max_batch, capacity=capacity)
+        if observe:
+            return OnnxRuntimeSession(
+                package,
+                max_batch=max_batch,
+                capacity=capacity,
+                device=target.device,
+                observe=observe,
+            )
+        if self._loaded is None:
+            self._loaded = OnnxRuntimeSession(
+                package, max_batch=1, capacity=1, device=target.device
+            )
+        return self._loaded.beside(max_batch=max_batch, capacity=capacity)
 
-    def _stream(self, rehearse: Rehearse, observe: Sequence[str]) -> CachedSession:
+    def parts(self) -> Parts:
+        """The target in parts, to run a piece of it alone."""
         from qwenport.validate.network.parts import NetworkParts
         from qwenport.validate.package_parts import PackageParts
 
         target = self._target
-        assert target.package is not None, "an engine cannot be streamed"
-        parts: Any
+        assert target.package is not None, "an engine cannot be taken apart"
         if self._interpreter is not None:
-            parts = NetworkParts(self._interpreter, self._layers, target.config.num_hidden_layers)
-        else:
-            parts = PackageParts(target.package, self._layers, self._capacity)
-        geometry = Geometry(
-            self._max_batch, self._capacity, target.config.vocab_size, target.capacity
-        )
-        return stream(parts, geometry, rehearse, observe, self._progress)
+            return NetworkParts(self._interpreter, self._layers, target.config.num_hidden_layers)
+        return PackageParts(target.package, self._layers)
+
+    def release(self) -> None:
+        """Give the weights of a loaded package back."""
+        self._loaded = None

@@ -17,8 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenport.exporter import ModelConfig
-from qwenport.validate.sites import EMBEDDING, ROUTER, Site, hidden_states, layer_output, sites
-from qwenport.validate.taps import Seen
+from qwenport.validate.run import Seen
+from qwenport.validate.sites import (
+    EMBEDDING,
+    ROUTER,
+    Site,
+    hidden_states,
+    layer_output,
+    router_choices,
+    sites,
+)
 from qwenport.validate.text import Choices, Text
 
 if TYPE_CHECKING:
@@ -28,6 +36,7 @@ Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 
 TRUTH = "fp64"
+WHOLE_LAYER = "the layer as a whole"
 
 # A correct operator in the same dtype, summed in another order, was found at 0.5 to 3 times transformers' own
 # rounding; the faults of the catalogue lie at 20 times and above.
@@ -167,7 +176,7 @@ def errors_by_layer(
     return tuple(found)
 
 
-def tapped_sites(config: ModelConfig, layer: int, known: Any) -> dict[str, Site]:
+def observed_sites(config: ModelConfig, layer: int, known: Any) -> dict[str, Site]:
     """Value of the graph -> the site of a layer that it is, for those that the graph has.
 
     Args:
@@ -189,19 +198,19 @@ def errors_in_layer(
     texts: Sequence[Text],
     seen: Sequence[Seen],
     dtype: str,
-    tapped: dict[str, Site],
+    observed: dict[str, Site],
 ) -> tuple[OperatorError, ...]:
     """How the error grows inside one decoder layer, operator by operator.
 
     Args:
-        seen: for each text, the hidden states before the layer, the values of `tapped`, and the experts.
-        tapped: see `tapped_sites`.
+        seen: for each text, the hidden states before the layer, the values of `observed`, and the experts.
+        observed: see `observed_sites`.
         Others as in `errors_by_layer`.
     """
     from qwenport.validate.probe import Probe, run_layer
 
     entry = hidden_states(layer + 1)[layer]
-    given = [_by_site(config, of_text, tapped, layer) for of_text in seen]
+    given = [values_by_site(config, of_text, observed, layer) for of_text in seen]
     oracle = [states[layer] for states in reference.hidden_states(texts)]
     all_sites = sites(config, layer)
     local, own, accumulated = ({site.name: _Sum() for site in all_sites} for _ in range(3))
@@ -231,13 +240,14 @@ def errors_in_layer(
     )
 
 
-def _by_site(
-    config: ModelConfig, seen: Seen, tapped: dict[str, Site], layer: int
+def values_by_site(
+    config: ModelConfig, seen: Seen, observed: dict[str, Site], layer: int
 ) -> dict[str, Array]:
-    values = {site.name: seen[name] for name, site in tapped.items()}
+    """Values of one text by the site's name; a router's weights as [S, experts], zero for those not chosen."""
+    values = {site.name: seen[name] for name, site in observed.items()}
     if ROUTER in values and config.moe is not None:
         # transformers lists a token's experts in another order among equals: compare them all
-        weights, experts = values[ROUTER], seen[f"model.layers.{layer}.mlp.MoERouter.1"]
+        weights, experts = values[ROUTER], seen[router_choices(config, layer + 1)[layer]]
         dense = np.zeros((len(weights), config.moe.num_experts), dtype=np.float32)
         np.put_along_axis(dense, experts, weights, axis=1)
         values[ROUTER] = dense
@@ -261,7 +271,7 @@ def fault_in_layer(
     """
     index = worst(operators)
     if index is None:
-        return _fault(scenario, layer, "the layer as a whole", before, whole, operators)
+        return _fault(scenario, layer, WHOLE_LAYER, before, whole, operators)
     bad = operators[index]
     errors = {error.name: error.accumulated for error in operators} | {"": before}
     (site,) = [site for site in sites(config, layer) if site.name == bad.name]
@@ -273,7 +283,20 @@ def fault_cut_off(layer: int) -> Fault:
     """The fault of a layer whose result is not used."""
     nan = float("nan")
     text = f"The error starts at layer {layer}: nothing in the graph reads what it computes."
-    return Fault("the graph itself", layer, "the layer as a whole", nan, nan, nan, nan, text)
+    return Fault("the graph itself", layer, WHOLE_LAYER, nan, nan, nan, nan, text)
+
+
+def fault_nonfinite(scenario: str, layer: int | None, where: str, theirs: str) -> Fault:
+    """The fault of a value that is no number.
+
+    Args:
+        layer: the first decoder layer whose result has one; None before the layers.
+        where: the same in words.
+        theirs: whether transformers' own run has one too, as a sentence.
+    """
+    nan = float("nan")
+    text = f"NaN or infinity first appears in what {where} computes; {theirs}"
+    return Fault(scenario, layer, WHOLE_LAYER, nan, nan, nan, nan, text)
 
 
 def fault_outside(scenario: str, operator: str, before: float, error: OperatorError) -> Fault:
@@ -318,7 +341,7 @@ def errors_at_the_end(
     """The final norm and the vocabulary projection together, given the target's last hidden states.
 
     Args:
-        logits: of the target, [text.last, vocab] for each text.
+        logits: of the target, [len(positions), vocab] for each text.
         oracle: transformers' own of the same positions.
     """
     import torch
@@ -332,7 +355,7 @@ def errors_at_the_end(
             head = stack.enter_context(reference.head(kind))
             dtype_of = next(head.parameters()).dtype
             for number, text in enumerate(texts):
-                rows = torch.from_numpy(seen[number][last][len(text.tokens) - text.last :])
+                rows = torch.from_numpy(seen[number][last][list(text.positions)])
                 result = head(norm(rows.to(dtype_of))).double().numpy()
                 if kind == TRUTH:
                     truth.append(result)

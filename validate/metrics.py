@@ -21,10 +21,26 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ByPosition:
-    """The same distances, one number a position: rel-L2, and KL(reference || candidate) in nats."""
+    """One number per position.
+
+    Attributes:
+        rel_l2: ||candidate - reference|| / ||reference||.
+        kl: KL(reference || candidate) in nats.
+        difference: ||candidate - reference||, in logits.
+    """
 
     rel_l2: tuple[float, ...]
     kl: tuple[float, ...]
+    difference: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Where a number lies with the stated confidence, were other positions judged."""
+
+    low: float
+    high: float
+    confidence: float
 
 
 @dataclass(frozen=True)
@@ -43,12 +59,15 @@ class Metrics:
         top1: share of positions with the same most likely token.
         top1_clear: the same, without near-ties; 1 where every position is one.
         top5_overlap: mean share of the reference's five most likely tokens that are the candidate's as well.
-        near_ties: positions where the reference's two best logits are closer than `near_tie_margin`.
+        near_ties: positions where the reference's two best logits are closer than the margin asked for, the largest of
+            which is `near_tie_margin`; the others are those that `top1_clear` judges.
         smallest_margin: the smallest distance between the reference's two best logits.
         first_disagreement: the first position with another most likely token, or None.
         first_disagreement_margin: the reference's margin there.
         own_ratio: rel_l2 in units of transformers' own error: in bf16 and fp16 what it reaches in that dtype on the
             same positions, in fp32 the rounding between its cache and one piece. None until it is known.
+        own_ratio_interval, kl_interval, top1_interval: of `own_ratio`, `kl_mean` and `top1_clear`. None in fp32, where
+            the bounds are on the numbers themselves.
         by_position: see there.
     """
 
@@ -74,15 +93,20 @@ class Metrics:
     first_disagreement_margin: float | None
     own_ratio: float | None
     by_position: ByPosition
+    own_ratio_interval: Interval | None = None
+    kl_interval: Interval | None = None
+    top1_interval: Interval | None = None
 
 
-def compare(candidate: Float32, reference: Float32, *, near_tie_margin: float) -> Metrics:
+def compare(
+    candidate: Float32, reference: Float32, *, near_tie_margin: float | Float64 = 0.0
+) -> Metrics:
     """Measure how far `candidate` is from `reference`.
 
     Args:
         candidate: logits [positions, vocab].
         reference: logits of the same shape, finite.
-        near_tie_margin: in logits; see `Metrics.near_ties`.
+        near_tie_margin: in logits, one for all positions or one each; see `Metrics.near_ties`.
 
     Raises:
         ValidationError: shapes differ, there is nothing to compare, or the reference itself is not finite.
@@ -126,13 +150,59 @@ def compare(candidate: Float32, reference: Float32, *, near_tie_margin: float) -
         top1_clear=float(rows.same[clear].mean()) if clear.any() else 1.0,
         top5_overlap=float(rows.overlap.mean()),
         near_ties=int(count - clear.sum()),
-        near_tie_margin=near_tie_margin,
+        near_tie_margin=float(np.max(near_tie_margin)),
         smallest_margin=float(margins.min()),
         first_disagreement=first,
         first_disagreement_margin=None if first is None else float(margins[first]),
         own_ratio=None,
-        by_position=ByPosition(tuple(own.tolist()), tuple(rows.kl.tolist())),
+        by_position=ByPosition(
+            tuple(own.tolist()), tuple(rows.kl.tolist()), tuple(rows.difference.tolist())
+        ),
     )
+
+
+def ratio_interval(made: Float64, own: Float64, confidence: float) -> Interval:
+    """Of the ratio of two errors, each the root of a sum of squares over the same positions: bootstrap, seeded.
+
+    Args:
+        made, own: errors by position, [n]; not negative.
+        confidence: of the interval, both sides together.
+    """
+    counts = _resampled(len(made))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.sqrt((counts @ made**2) / (counts @ own**2))
+    return _between(ratios, confidence)
+
+
+def mean_interval(values: Float64, confidence: float) -> Interval:
+    """Of a mean over positions: bootstrap, seeded."""
+    return _between(_resampled(len(values)) @ values / len(values), confidence)
+
+
+def share_interval(hits: int, count: int, z: float, confidence: float) -> Interval:
+    """Of a share, hits of count: Wilson's score interval at `z` standard deviations."""
+    if not count:
+        return Interval(0.0, 1.0, confidence)
+    share, spread = hits / count, z * z / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * np.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return Interval(max(0.0, middle - half), min(1.0, middle + half), confidence)
+
+
+RESAMPLES = 2000
+
+
+def _resampled(count: int) -> Float64:
+    """How often each of `count` positions is in each of RESAMPLES draws with replacement, [RESAMPLES, count]."""
+    generator = np.random.default_rng(20240919)
+    return generator.multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)
+
+
+def _between(values: Float64, confidence: float) -> Interval:
+    if not np.isfinite(values).all():
+        return Interval(float("nan"), float("nan"), confidence)
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(low), float(high), confidence)
 
 
 def _spread(shares: Float64) -> float:

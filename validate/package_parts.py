@@ -13,25 +13,26 @@ from qwenport.engines import start_onnxruntime
 from qwenport.engines.lowering import for_onnxruntime
 from qwenport.exporter import Package
 from qwenport.validate.sites import LOGITS, hidden_states
-from qwenport.validate.streaming import Feeds, Run
+from qwenport.validate.streaming import Feeds, Geometry, Run
+
+FLOAT = 1  # onnx.TensorProto's number
 
 
 class PackageParts:
     """`streaming.Parts` of a package, on the CPU in fp32."""
 
-    def __init__(self, package: Package, layers: int, capacity: int) -> None:
+    def __init__(self, package: Package, layers: int) -> None:
         """Lower the graph; no weight is read.
 
         Args:
             package: the whole.
             layers: how many decoder layers to run before the final norm.
-            capacity: cache slots a row.
         """
         self.num_layers = layers
-        self._package, self._capacity = package, capacity
+        self._package = package
         self._model = for_onnxruntime(ir.load(package.model), on_cpu=True)
         self._inputs = [str(value.name) for value in self._model.graph.inputs]
-        self._hidden = hidden_states(layers)
+        self._hidden = hidden_states(package.config.num_hidden_layers)
 
     def _cut(self, given: Sequence[str], wanted: Sequence[str]) -> Any:
         """A session of the piece of the graph between some values and others.
@@ -59,55 +60,61 @@ class PackageParts:
         wanted = [self._hidden[0]]
         session = self._cut(self._steps(), wanted)
 
-        def run(feeds: Feeds, hidden: None) -> tuple[Any, dict[str, Any]]:
+        def run(number: int, feeds: Feeds, hidden: None) -> tuple[Any, dict[str, Any]]:
             (result,) = session.run(wanted, _known(session, feeds))
             return result, dict.fromkeys(observe, result)
 
         yield run
 
     @contextmanager
-    def layer(self, index: int, max_batch: int, observe: Sequence[str]) -> Iterator[Run]:
+    def layer(self, index: int, sizes: Sequence[Geometry], observe: Sequence[str]) -> Iterator[Run]:
         """See `Parts.layer`."""
         entry, end = self._hidden[index : index + 2]
-        caches = {
-            f"{index}.{part}": self._empty(f"past_key_values.{index}.{part}", max_batch)
-            for part in ("key", "value")
-        }
-        given = [*self._steps(), entry, *(f"past_key_values.{name}" for name in caches)]
-        presents = [f"present.{name}" for name in caches]
-        inside = [name for name in observe if name != end]
-        wanted = [end, *presents, *inside]
-        session = self._cut(given, wanted)
+        names = [f"{index}.{part}" for part in ("key", "value")]
+        caches = [{name: self._empty(size) for name in names} for size in sizes]
+        given = [*self._steps(), entry, *(f"past_key_values.{name}" for name in names)]
+        wanted = [end, *(name for name in observe if name != end)]
+        session = self._cut(given, [*wanted, *(f"present.{name}" for name in names)])
+        taken = {value.name for value in session.get_inputs()}
 
-        def run(feeds: Feeds, hidden: Any) -> tuple[Any, dict[str, Any]]:
+        def run(number: int, feeds: Feeds, hidden: Any) -> tuple[Any, dict[str, Any]]:
+            binding = session.io_binding()
+            for name, array in {**feeds, entry: hidden}.items():
+                if name in taken:
+                    binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            for name in wanted:
+                binding.bind_output(name, "cpu")
             rows = len(feeds["input_ids"])
-            past = {f"past_key_values.{name}": memory[:rows] for name, memory in caches.items()}
-            known = _known(session, {**feeds, **past, entry: hidden})
-            result, *rest = session.run(wanted, known)
-            for memory, present in zip(caches.values(), rest, strict=False):
-                memory[:rows] = present
-            values = dict(zip(inside, rest[len(presents) :], strict=True))
-            return result, {name: values.get(name, result) for name in observe}
+            for name, memory in caches[number].items():
+                # past and present are one memory, as in a session: nothing is copied
+                place = ("cpu", 0, FLOAT, [rows, *memory.shape[1:]], memory.ctypes.data)
+                if f"past_key_values.{name}" in taken:
+                    binding.bind_input(f"past_key_values.{name}", *place)
+                binding.bind_output(f"present.{name}", *place)
+            session.run_with_iobinding(binding)
+            made = [value.numpy() for value in binding.get_outputs()[: len(wanted)]]
+            values = dict(zip(wanted, made, strict=True))
+            return made[0], {name: values[name] for name in observe}
 
         yield run
 
     @contextmanager
     def epilogue(self, observe: Sequence[str]) -> Iterator[Run]:
         """See `Parts.epilogue`."""
-        entry = hidden_states(self._package.config.num_hidden_layers)[-1]
+        entry = self._hidden[-1]
         wanted = [LOGITS, *observe]
         session = self._cut([*self._steps(), entry], wanted)
 
-        def run(feeds: Feeds, hidden: Any) -> tuple[Any, dict[str, Any]]:
+        def run(number: int, feeds: Feeds, hidden: Any) -> tuple[Any, dict[str, Any]]:
             logits, *rest = session.run(wanted, _known(session, {**feeds, entry: hidden}))
             return logits, dict(zip(observe, rest, strict=True))
 
         yield run
 
-    def _empty(self, name: str, rows: int) -> Any:
-        (value,) = [value for value in self._model.graph.inputs if value.name == name]
-        sizes = list(value.shape or ())[1:]
-        shape = [rows, *(size if isinstance(size, int) else self._capacity for size in sizes)]
+    def _empty(self, size: Geometry) -> Any:
+        """Zeros whose pages cost nothing until they are written, [max_batch, heads, capacity, head_dim]."""
+        config = self._package.config
+        shape = (size.max_batch, config.num_key_value_heads, size.capacity, config.head_dim)
         return np.zeros(shape, dtype=np.float32)
 
 

@@ -68,12 +68,14 @@ class Probe:
 
     Attributes:
         expected: site name -> tensor [S, ...], after the layer has run.
+        by_sdpa: the same for attention by transformers' other implementation of it.
     """
 
     def __init__(self, sites: tuple[Site, ...], given: Mapping[str, Array], dtype: str) -> None:
         self._sites = {site.name: site for site in sites}
         self._given, self._dtype = given, TORCH[dtype]
         self.expected: dict[str, torch.Tensor] = {}
+        self.by_sdpa: dict[str, torch.Tensor] = {}
 
     def _at(self, name: str, made: torch.Tensor) -> torch.Tensor:
         """Note what a site should be, [S, ...], and go on with what is given for it."""
@@ -159,6 +161,10 @@ class Probe:
             self._at(name, made[0].transpose(0, 1)).transpose(0, 1)[None]
             for name, made in zip(ROPE, (query, key), strict=True)
         )
+        if self._dtype in (torch.bfloat16, torch.float16):
+            sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            other, _ = sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+            self.by_sdpa[ATTENTION] = other[0]
         eager = sys.modules[type(module).__module__].eager_attention_forward
         made, weights = eager(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
         return self._at(ATTENTION, made[0])[None], weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import numpy as np
 from qwenport.validate.errors import ValidationError
 
 SEED = 20240919
+PIECE = 32  # tokens of text, then of random ids
+RANDOM_IDS = 2048
+MOST_SPECIAL = 64
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 # Scripts, digits, code and punctuation, so that ids from all over a vocabulary occur.
@@ -58,46 +62,78 @@ def make_prompts(checkpoint_path: Path, vocab_size: int, file: Path | None = Non
     if not found:
         return _random(vocab_size, "the checkpoint has no tokenizer")
     try:
-        ids = _encode(checkpoint_path, TEXT)
-    except (
-        Exception
-    ) as error:  # tokenizers raise anything; without one the question still makes sense
-        return _random(vocab_size, f"the tokenizer does not load: {type(error).__name__}")
+        ids = _encode(checkpoint_path, TEXT, str(checkpoint_path))
+    except ValidationError as error:  # without a tokenizer the question still makes sense
+        return _random(vocab_size, f"the tokenizer does not load: {type(error.__cause__).__name__}")
     if not ids or max(ids) >= vocab_size:
         return _random(vocab_size, "the tokenizer does not fit the vocabulary")
-    return Prompts(tuple(ids), "a built-in text in nine languages and some code")
+    return Prompts(
+        _interleaved(ids, vocab_size),
+        f"a built-in text in nine languages and some code, and random token ids of seed {SEED}",
+    )
+
+
+def _interleaved(ids: list[int], vocab_size: int) -> tuple[int, ...]:
+    """The text in pieces, each followed by a piece of ids drawn from the whole vocabulary, none twice."""
+    generator = np.random.default_rng(SEED)
+    drawn = generator.permutation(vocab_size)[:RANDOM_IDS].tolist()
+    found: list[int] = []
+    for start in range(0, max(len(ids), len(drawn)), PIECE):
+        text = [ids[i % len(ids)] for i in range(start, start + PIECE)]
+        found += [*text, *drawn[start : start + PIECE]]
+    return tuple(found)
+
+
+def special_ids(checkpoint_path: Path, vocab_size: int) -> tuple[int, ...]:
+    """The ids that text hardly reaches: first and last, special and added ones, at most MOST_SPECIAL.
+
+    Args:
+        checkpoint_path: config.json and tokenizer.json are read, as far as they can be.
+        vocab_size: of the model; other ids do not count.
+    """
+    found = [vocab_size - 1, 0]
+    for name, pick in (
+        (
+            "config.json",
+            lambda data: [data.get(f"{key}_token_id") for key in ("bos", "eos", "pad")],
+        ),
+        ("tokenizer.json", lambda data: [token["id"] for token in data["added_tokens"]]),
+    ):
+        try:
+            picked = pick(json.loads((checkpoint_path / name).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # a tokenizer may have none of this; text is what it is for
+        for value in picked:
+            found += value if isinstance(value, list) else [value]
+    known = [i for i in found if isinstance(i, int) and 0 <= i < vocab_size]
+    return tuple(dict.fromkeys(known))[:MOST_SPECIAL]
 
 
 def _from_file(checkpoint_path: Path, vocab_size: int, file: Path) -> Prompts:
-    try:
+    from qwenport.validate.reference.failures import cut, reported
+
+    with reported(f"prompts {file}", "cannot be read"):
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValidationError(f"prompts {file}: {error}") from error
     if not any((checkpoint_path / name).is_file() for name in TOKENIZER_FILES):
         raise ValidationError(
-            f"prompts {file}: {checkpoint_path} has no tokenizer to encode them with"
+            f"prompts {cut(file)}: {cut(checkpoint_path)} has no tokenizer to encode them with"
         )
-    try:
-        ids = _encode(checkpoint_path, text)
-    except Exception as error:  # tokenizers raise anything
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValidationError(
-            f"prompts {file}: the tokenizer does not take them ({why})"
-        ) from error
+    ids = _encode(checkpoint_path, text, f"prompts {file}")
     if not ids or max(ids) >= vocab_size:
         raise ValidationError(
-            f"prompts {file}: empty, or the tokenizer does not fit the vocabulary of {vocab_size}"
+            f"prompts {cut(file)}: empty, or the tokenizer does not fit the vocabulary of {vocab_size}"
         )
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Prompts(tuple(ids), f"{file.name}, {len(ids)} tokens, SHA-256 {digest}")
 
 
-def _encode(checkpoint_path: Path, text: str) -> list[int]:
+def _encode(checkpoint_path: Path, text: str, subject: str) -> list[int]:
     from transformers import AutoTokenizer
 
     from qwenport.validate.quiet import quiet_transformers
+    from qwenport.validate.reference.failures import reported
 
-    with quiet_transformers():
+    with quiet_transformers(), reported(subject, "the tokenizer does not take it"):
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint_path, local_files_only=True, trust_remote_code=False
         )

@@ -9,14 +9,21 @@ import dataclasses
 import json
 import math
 import operator
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from qwenport.validate.localisation import Fault, OperatorError
+from qwenport.validate.errors import ValidationError
 from qwenport.validate.metrics import Metrics
 
-SCHEMA_VERSION = 2
+if TYPE_CHECKING:
+    from qwenport.validate.coverage import Coverage
+    from qwenport.validate.localisation import Fault, OperatorError
+    from qwenport.validate.rounding import RoundingError
+
+SCHEMA_VERSION = 3
 JSON_NAME, HTML_NAME = "report.json", "report.html"
 
 Status = Literal["passed", "failed", "not run"]
@@ -92,15 +99,19 @@ class Report:
         layers_judged, layers: decoder layers that were run, and that the model has.
         complete: every scenario was run.
         prompts: what the prompts were made of.
-        own_rounding: rel-L2 between two ways in which transformers computes the same logits.
-        cache_slots, max_seq_len: of the session that was judged, and what the target supports.
+        own_rounding: rel-L2 between two ways in which transformers computes the same logits; None before it is known.
+        coverage: what was judged, of what the target allows; None before anything ran.
         loosened: thresholds that are looser than ours, a line each.
         layers_error: how the error grows from layer to layer; empty where the target cannot be looked into.
+        rounding: half precision at every layer and operator; empty where it was not judged.
         fault: where the error starts, if there is one and it was found.
+        unexplained: why it was not found; None where it was, or where nothing failed.
+        script: a Python program that shows what the random walk found; None where it found nothing.
         routing: agreement of expert choices by margin; empty for a dense model and for engines.
         replayed: choices in near-ties that the oracle took over from the target.
         environment: versions, processor, date.
         hashes: what the target and the reference were, by hash.
+        weights_sha256: SHA-256 of each weight file, as `sha256sum` prints it; of the package's own under "weights/".
     """
 
     target: str
@@ -114,17 +125,20 @@ class Report:
     layers: int
     complete: bool
     prompts: str
-    own_rounding: float
-    cache_slots: int
-    max_seq_len: int
+    own_rounding: float | None
+    coverage: Coverage | None
     loosened: tuple[str, ...]
     scenarios: tuple[ScenarioResult, ...]
     layers_error: tuple[OperatorError, ...]
+    rounding: tuple[RoundingError, ...]
     fault: Fault | None
+    unexplained: str | None
+    script: str | None
     routing: tuple[RouterBand, ...]
     replayed: int
     environment: dict[str, str]
     hashes: dict[str, Any]
+    weights_sha256: dict[str, str]
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -141,6 +155,20 @@ class Report:
         """One line a failure: scenario, metric, value, bound."""
         return tuple(f"{s.name}: {failure}" for s in self.scenarios for failure in s.failures)
 
+    @property
+    def verdict(self) -> str:
+        """The verdict with what it is about, in one line."""
+        text = "parity holds" if self.passed else "parity does NOT hold"
+        if self.layers_judged < self.layers:
+            text += f" for the first {self.layers_judged} of {self.layers} layers"
+        counts = {
+            status: sum(scenario.status == status for scenario in self.scenarios)
+            for status in ("passed", "failed", "not run")
+        }
+        told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        judged = "nothing" if self.coverage is None else str(self.coverage)
+        return f"{text}: {told}; judged: {judged}"
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object; numbers that are not finite become the strings "NaN", "Infinity", "-Infinity"."""
         data = dataclasses.asdict(self)
@@ -149,19 +177,58 @@ class Report:
                 check["passed"] = original.passed
             metrics = scenario["metrics"]
             scenario["by_position"] = None if metrics is None else metrics.pop("by_position")
-        ordered = {"schema_version": self.schema_version, "passed": self.passed, **data}
+        ordered = {
+            "schema_version": self.schema_version,
+            "passed": self.passed,
+            "verdict": self.verdict,
+            **data,
+        }
         result: dict[str, Any] = _finite(ordered)
         return result
 
     def write(self, directory: Path) -> None:
-        """Write report.json and report.html into `directory`, which is made if it does not exist."""
+        """Write report.json and report.html into `directory`, which is made if it does not exist.
+
+        Each file appears whole or not at all.
+        """
         from qwenport.validate.html import render
 
         directory.mkdir(parents=True, exist_ok=True)
         data = self.to_json()
         text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-        (directory / JSON_NAME).write_text(text + "\n", encoding="utf-8")
-        (directory / HTML_NAME).write_text(render(data), encoding="utf-8")
+        for name, content in ((HTML_NAME, render(data)), (JSON_NAME, text + "\n")):
+            _write_whole(directory / name, content)
+
+
+def prepare(directory: Path) -> None:
+    """Make sure that a report can be written into `directory`, and remove an old one.
+
+    Raises:
+        ValidationError: it is no directory, or nothing can be written there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in (JSON_NAME, HTML_NAME):
+            (directory / name).unlink(missing_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValidationError(f"--report {directory}: {error.strerror or error}") from error
+
+
+def _write_whole(path: Path, content: str) -> None:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as scratch:
+        try:
+            scratch.write(content)
+            scratch.flush()
+            os.fsync(scratch.fileno())
+            os.chmod(scratch.name, 0o644)
+            os.replace(scratch.name, path)
+        except BaseException:
+            Path(scratch.name).unlink(missing_ok=True)
+            raise
 
 
 def _finite(value: Any) -> Any:

@@ -16,8 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenport.validate.report import Check, RouterBand
-from qwenport.validate.taps import Seen
-from qwenport.validate.text import Choices
 
 EDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, np.inf)  # of the bands, in logits
 
@@ -73,17 +71,6 @@ class Routing:
             )
         share = self.agreement(margin)
         return Check("same experts outside near-ties", share, ">=", agreement, where)
-
-
-def choices_of(seen: Seen, names: Mapping[int, str], margin: float) -> Choices:
-    """The experts that a target chose for one text.
-
-    Args:
-        seen: values of the text, see `taps`.
-        names: sparse layer -> the value that holds its choices.
-        margin: what counts as a near-tie.
-    """
-    return Choices({layer: seen[name] for layer, name in names.items()}, margin)
 
 
 def compare_routing(

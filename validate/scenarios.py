@@ -1,347 +1,354 @@
-"""Ways to use a session, each with the texts that transformers is asked about in its stead.
+"""Ways to use a session, each a short list of operations on a `Run`.
 
-A scenario feeds the target through the `Session` protocol, as any program would, and names what the reference has to
-say of the whole row at once without a cache: prefill, chunks, cache, batching and padding are the target's own
-affair. All scenarios share one session, so each finds the cache as the one before left it. No scenario looks at what
-the target answers, so it can be rehearsed on a session that answers nothing (see `streaming`).
+All scenarios of one cache size share one session, so each finds the cache as the one before left it. No scenario looks
+at what the target answers, so it can be rehearsed on a session that answers nothing (see `streaming`).
+
+Most of them feed the beginning of one long text, so that transformers is asked about that text once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qwenport.engines import CachedSession
-from qwenport.validate.prompts import Prompts
-from qwenport.validate.text import Text
-
-Float32 = NDArray[np.float32]
+from qwenport.validate.budget import Plan
+from qwenport.validate.run import NotApplicable, Run
+from qwenport.validate.walk import draw_walk, perform
 
 PREFILL_TOKENS = 64
-DECODE_PROMPT, DECODE_TOKENS = 5, 40  # the cache passes no multiple of 64: that is the chunks' part
+LAST_LOGITS_OF = (1, 2, 7, 63, 64, 65, 100)
 CHUNKS = (1, 7, 30, 26, 1, 2, 33)  # ends exactly at slot 64, passes it by one, then by more
-GREEDY_PROMPT, GREEDY_TOKENS = 12, 32
-GREEDY_TOKENS_STREAMED = 4  # each needs another pass over all weights
+DECODE_PROMPT = 5
+GREEDY_PROMPT = 12
 CONTEXT_TOKENS = 48  # at the end of the context, and across the original one
 CONTEXT_DECODES = 8
-RESET_FIRST, RESET_PROMPT, RESET_TOKENS = 40, 9, 16
-TAPPED_PREFILL, TAPPED_DECODES = 64, 16
-RAGGED_ROWS = 4
-RAGGED_LENGTHS = (37, 1, 70, 12)
-RAGGED_CHUNK = 29
-RAGGED_DECODES = 6
-
-# A cache is filled to its end. Filling more than this many slots takes too long on a CPU: then the session is
-# given a shorter cache, and only the rope check reaches the last positions.
-FILL_LIMIT = 1024
-SHORT_CAPACITY = 256
-FILL_CHUNK = 128
-JUDGED_AT_THE_END = 64  # positions, of which the last are decoded one by one
-DECODED_AT_THE_END = 8
-
-
-class CandidateError(Exception):
-    """The target failed while it was being used; the message is its own."""
-
-
-class NotApplicable(Exception):  # noqa: N818 - not an error, a reason
-    """The scenario has no meaning for this target; the message says why."""
-
-
-@dataclass(frozen=True)
-class Observation:
-    """Logits of the target, fp32 [n, vocab], and the name of each position.
-
-    `texts` is what any model can be asked to give its own logits of the same positions, in the same order.
-    """
-
-    candidate: Float32
-    labels: tuple[str, ...]
-    texts: tuple[Text, ...]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What a scenario works with.
-
-    Attributes:
-        session: the target.
-        prompts: where tokens come from.
-        greedy: transformers' own continuation of `greedy_request`.
-        original_context: positions before the rope settings stretch them; None where they do not.
-    """
-
-    session: CachedSession
-    prompts: Prompts
-    greedy: tuple[int, ...]
-    original_context: int | None = None
-
-    @property
-    def capacity(self) -> int:
-        """Cache slots a row."""
-        return self.session.capacity
-
-    def start(self, first_position: int = 0) -> None:
-        """Forget all rows; texts begin at `first_position`."""
-        self._guard(self.session.reset, first_position=first_position)
-
-    def prefill(self, rows: Sequence[Sequence[int]]) -> list[Float32]:
-        """`Session.prefill` with all logits."""
-        result: list[Float32] = self._guard(self.session.prefill, rows, all_logits=True)
-        return result
-
-    def advance(self, tokens: Sequence[int]) -> None:
-        """Prefill one row and drop its logits."""
-        self._guard(self.session.prefill, [tokens])
-
-    def decode(self, tokens: Sequence[int | None]) -> Float32:
-        """`Session.decode`, copied: a session may reuse its memory."""
-        result: Float32 = np.array(self._guard(self.session.decode, tokens))
-        return result
-
-    def _guard(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(*args, **kwargs)
-        except Exception as error:  # whatever the runtime raises is the target's failure, not ours
-            raise CandidateError(f"the target raised {type(error).__name__}: {error}") from error
+RESET_FIRST, RESET_PROMPT = 40, 9
+DENSE_PIECE = 64  # tokens of a step of which every logit is judged, where not all can be
+BATCH_LENGTHS = (20, 33, 9, 48, 1, 27, 40, 14)
+BATCH_CHUNK = 17
+SMALL_CACHES = (64, 192)  # as `generate` allocates them for short texts
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One way to use a session. `greedy`: judged as text, not only as logits."""
+    """One way to use a session.
+
+    Attributes:
+        name, summary: for people.
+        run: what is done.
+        greedy: judged as text, not only as logits.
+        capacity: cache slots of its session; None for all that the target has.
+    """
 
     name: str
     summary: str
-    run: Callable[[Bench], Observation]
+    run: Callable[[Run], None]
     greedy: bool = False
+    capacity: int | None = None
 
 
-@dataclass(frozen=True)
-class BenchMaker:
-    """Benches for sessions, and rehearsals of what will be run on them. Attributes as in `Bench`."""
-
-    prompts: Prompts
-    greedy: tuple[int, ...]
-    original_context: int | None
-
-    def __call__(self, session: CachedSession) -> Bench:
-        return Bench(session, self.prompts, self.greedy, self.original_context)
-
-    def rehearsal(self, scenarios: Sequence[Scenario]) -> Any:
-        """What `Candidate.open` wants: uses a session as these scenarios will."""
-
-        def rehearse(session: CachedSession) -> None:
-            for scenario in scenarios:
-                try:
-                    scenario.run(self(session))
-                except NotApplicable:
-                    continue
-
-        return rehearse
+def prefill(run: Run) -> None:
+    """One prompt in one step, all logits."""
+    run.start()
+    run.prefill([run.take(PREFILL_TOKENS)], all_logits=True)
 
 
-def _labels(start: int, count: int, row: int = 0) -> tuple[str, ...]:
-    return tuple(f"row {row} position {start + i}" for i in range(count))
+def last_logits(run: Run) -> None:
+    """Prompts of several lengths as `generate` and C++ run them, and the token after."""
+    lengths = [n for n in LAST_LOGITS_OF if n <= run.capacity] or [run.capacity]
+    for length in lengths:
+        run.start()
+        run.prefill([run.take(length)])
+        if follows := run.take(1, start=length):
+            run.decode(follows)
 
 
-def _observe(
-    parts: Sequence[Float32], tokens: list[int], last: int | None = None, first_position: int = 0
-) -> Observation:
-    """One row's observation; of its `last` positions, or of all."""
-    last = len(tokens) if last is None else last
-    return Observation(
-        np.concatenate(parts),
-        _labels(first_position + len(tokens) - last, last),
-        (Text(tuple(tokens), last, first_position),),
-    )
+def step_widths(run: Run) -> None:
+    """Single steps of many widths, the widest first; some from the start, some behind text that stays."""
+    generator = np.random.default_rng((run.plan.seed, 2))
+    for number, width in enumerate(run.plan.widths):
+        width = min(width, run.capacity)
+        room = min(run.length(), run.plan.context - width, run.capacity - width)
+        behind = int(generator.integers(0, room + 1)) if number % 2 and room > 0 else 0
+        if behind:
+            run.truncate(behind)
+        else:
+            run.start()
+        run.prefill([run.take(width, start=behind)])
+        follows = run.take(1, start=behind + width)
+        if follows and behind + width < run.plan.context:
+            run.decode(follows)
 
 
-def _prefill_then_decode(bench: Bench, tokens: list[int], prompt: int) -> list[Float32]:
-    parts = bench.prefill([tokens[:prompt]])
-    return parts + [bench.decode([token]) for token in tokens[prompt:]]
+def whole_context(run: Run) -> None:
+    """The long text: every stretch of it with all logits or the last, its end token by token.
+
+    Then back, from the last to the first: at each edge of a span three single tokens, and one step across it.
+    """
+    plan = run.plan
+    end = min(plan.context, run.capacity)
+    tail = min(plan.share(0.2, 8), end - 1)
+    run.start()
+    for start, stop, dense in _pieces(end - tail, min(plan.dense_logits, end - tail), run):
+        run.prefill([run.take(stop - start, start=start)], all_logits=dense)
+    for position in range(end - tail, end):
+        run.decode(run.take(1, start=position))
+    for edge in reversed(plan.edges):
+        if edge + 2 > end:
+            continue
+        run.truncate(edge - 1)
+        for position in range(edge - 1, edge + 2):
+            run.decode(run.take(1, start=position))
+    middle = end // 2
+    if run.length() < middle + 8:  # the edges went back behind it
+        return
+    run.truncate(middle)
+    for position in range(middle, min(middle + 8, end)):
+        run.decode(run.take(1, start=position))
 
 
-def prefill(bench: Bench) -> Observation:
-    """One prompt in one step."""
-    tokens = bench.prompts.take(min(PREFILL_TOKENS, bench.capacity))
-    bench.start()
-    (candidate,) = bench.prefill([tokens])
-    return _observe([candidate], tokens)
-
-
-def full_cache(bench: Bench) -> Observation:
-    """Fill the cache to its last slot: the last row of the rope tables too, where all fits in."""
-    capacity = bench.capacity
-    tokens = bench.prompts.take(capacity, start=3)
-    judged = min(JUDGED_AT_THE_END, capacity)
-    single = min(DECODED_AT_THE_END, judged)
-    bench.start()
-    for start in range(0, capacity - judged, FILL_CHUNK):
-        bench.advance(tokens[start : min(start + FILL_CHUNK, capacity - judged)])
-    parts = (
-        [] if judged == single else bench.prefill([tokens[capacity - judged : capacity - single]])
-    )
-    parts += [bench.decode([token]) for token in tokens[capacity - single :]]
-    return _observe(parts, tokens, judged)
-
-
-def decode(bench: Bench) -> Observation:
-    """A short prompt, then one token at a time through the cache."""
-    tokens = bench.prompts.take(min(DECODE_PROMPT + DECODE_TOKENS, bench.capacity), start=11)
-    prompt = min(DECODE_PROMPT, len(tokens))
-    bench.start()
-    return _observe(_prefill_then_decode(bench, tokens, prompt), tokens)
-
-
-def chunked_prefill(bench: Bench) -> Observation:
-    """One prompt in chunks of several sizes."""
-    tokens = bench.prompts.take(min(sum(CHUNKS), bench.capacity), start=29)
-    bench.start()
-    parts: list[Float32] = []
+def _pieces(end: int, dense: int, run: Run) -> list[tuple[int, int, bool]]:
+    """0..end in steps; of about `dense` positions, spread over it, every logit is judged."""
+    widest = run.plan.widest
+    if dense >= end:
+        return [(a, min(a + widest, end), True) for a in range(0, end, widest)]
+    count = max(1, dense // DENSE_PIECE)
+    starts = np.linspace(0, max(0, end - DENSE_PIECE), count).astype(int).tolist()
+    found: list[tuple[int, int, bool]] = []
     done = 0
-    for size in CHUNKS:
-        if chunk := tokens[done : done + size]:
-            parts += bench.prefill([chunk])
-            done += len(chunk)
-    return _observe(parts, tokens)
+    for start in starts:
+        start = max(start, done)
+        for a in range(done, start, widest):
+            found.append((a, min(a + widest, start), False))
+        done = min(start + DENSE_PIECE, end)
+        found.append((start, done, True))
+    for a in range(done, end, widest):
+        found.append((a, min(a + widest, end), False))
+    return found
 
 
-def ragged_batch(bench: Bench) -> Observation:
-    """Rows of different lengths, prefilled in chunks, then decoded while some of them are idle."""
-    rows = min(RAGGED_ROWS, bench.session.max_batch)
+def decode(run: Run) -> None:
+    """A short prompt, then one token at a time through the cache."""
+    run.start()
+    run.prefill([run.take(DECODE_PROMPT)])
+    for position in range(DECODE_PROMPT, DECODE_PROMPT + run.plan.share(0.2, 24)):
+        if follows := run.take(1, start=position):
+            run.decode(follows)
+
+
+def chunked_prefill(run: Run) -> None:
+    """One prompt in chunks of several sizes, in turn with the last logits and with all."""
+    run.start()
+    done = 0
+    for number, size in enumerate(CHUNKS):
+        run.prefill([run.take(size, start=done)], all_logits=number % 2 == 0)
+        done += size
+
+
+def batches(run: Run) -> None:
+    """Two rows, three, and as many as there are: of different lengths, in chunks, then single tokens.
+
+    A row that has ended idles; with all rows, one is empty at first and joins when others already decode.
+    """
+    most = run.session.max_batch
+    if most == 1:
+        raise NotApplicable("the target was made for one row")
+    for rows in sorted({2, min(3, most), most}):
+        _batch(run, rows, decodes=3 if rows < most else 8)
+
+
+def _batch(run: Run, rows: int, decodes: int) -> None:
+    late = rows - 2 if rows > 3 else None  # the row that joins late
+    lengths = [
+        min(BATCH_LENGTHS[row % len(BATCH_LENGTHS)], max(1, run.capacity - decodes))
+        for row in range(rows)
+    ]
+    run.start()
+    for start in range(0, max(lengths), BATCH_CHUNK):
+        given = [
+            []
+            if row == late
+            else run.take(
+                min(BATCH_CHUNK, max(0, lengths[row] - start)), stream=row + 1, start=start
+            )
+            for row in range(rows)
+        ]
+        run.prefill(given, all_logits=start == BATCH_CHUNK and rows <= 3)
+    for step in range(decodes):
+        if step == decodes // 2 and late is not None:
+            joining = run.take(lengths[late], stream=late + 1)
+            run.prefill([joining if row == late else [] for row in range(rows)])
+        idle = step % rows if step % 3 != 2 else None
+        tokens: list[int | None] = [None] * rows
+        for row in range(rows):
+            ended = row == 0 and step > decodes // 2  # finishes early
+            if row != idle and not ended and run.length(row):
+                follows = run.take(1, stream=row + 1, start=run.length(row))
+                tokens[row] = follows[0] if follows else None
+        if any(token is not None for token in tokens):
+            run.decode(tokens)
+
+
+def wide_batch(run: Run) -> None:
+    """All rows in one wide step, each a little shorter than the one before, then a token each."""
+    rows = run.session.max_batch
     if rows == 1:
         raise NotApplicable("the target was made for one row")
-    decodes = min(RAGGED_DECODES, bench.capacity - 1)
-    texts = [
-        bench.prompts.take(min(length, bench.capacity - decodes) + decodes, start=17 * (row + 1))
-        for row, length in enumerate(RAGGED_LENGTHS[:rows])
-    ]
-    prompts = [text[: len(text) - decodes] for text in texts]
-    got: list[list[Float32]] = [[] for _ in range(rows)]
-    bench.start()
-    # A row that has ended idles through the later chunks.
-    for start in range(0, max(map(len, prompts)), RAGGED_CHUNK):
-        for row, part in enumerate(
-            bench.prefill([p[start : start + RAGGED_CHUNK] for p in prompts])
-        ):
-            got[row].append(part)
-    held = [len(p) for p in prompts]
-    step = 0
-    while any(held[row] < len(texts[row]) for row in range(rows)):
-        # In every step but each third, one row in turn is left alone.
-        idle = step % rows if step % 3 != 2 else None
-        active = [row != idle and held[row] < len(texts[row]) for row in range(rows)]
-        step += 1
-        if not any(active):
-            continue
-        logits = bench.decode([texts[r][held[r]] if active[r] else None for r in range(rows)])
-        for row in range(rows):
-            if active[row]:
-                got[row].append(logits[row : row + 1])
-                held[row] += 1
-    labels = [label for row in range(rows) for label in _labels(0, held[row], row)]
-    return Observation(
-        np.concatenate([part for parts in got for part in parts]),
-        tuple(labels),
-        tuple(Text(tuple(text), len(text)) for text in texts),
-    )
+    widest = min(run.plan.wide_batch, run.capacity)
+    run.start()
+    run.prefill([run.take(max(1, widest - 3 * row), stream=row + 1) for row in range(rows)])
+    follows = [run.take(1, stream=row + 1, start=run.length(row)) for row in range(rows)]
+    if any(follows):
+        run.decode([token[0] if token else None for token in follows])
 
 
-def end_of_context(bench: Bench) -> Observation:
+def small_cache(run: Run) -> None:
+    """A cache of the size that `generate` allocates for a short text, filled to its last slot."""
+    if run.session.capacity >= run.plan.capacity:
+        raise NotApplicable("the target's whole cache is not larger")
+    single = min(6, run.capacity - 1)
+    run.start()
+    run.prefill([run.take(run.capacity - single)])
+    for position in range(run.capacity - single, run.capacity):
+        run.decode(run.take(1, start=position))
+
+
+def end_of_context(run: Run) -> None:
     """A text that ends at the last position the model supports, wherever that is."""
-    return _at(bench, bench.session.max_positions - CONTEXT_TOKENS, start=37)
+    _at(run, run.session.max_positions - CONTEXT_TOKENS, stream=1)
 
 
-def past_original_context(bench: Bench) -> Observation:
+def middle_of_context(run: Run) -> None:
+    """A text that begins in the middle of the positions that the whole-model runs do not reach."""
+    if run.plan.context >= run.session.max_positions:
+        raise NotApplicable("the whole context is run")
+    _at(run, (run.plan.context + run.session.max_positions) // 2, stream=2)
+
+
+def past_original_context(run: Run) -> None:
     """A text that crosses the context the model was made for, into what its rope settings add."""
-    if bench.original_context is None:
+    if run.original_context is None:
         raise NotApplicable("the rope settings do not extend the context")
-    if bench.original_context + CONTEXT_TOKENS // 2 > bench.session.max_positions:
+    if run.original_context + CONTEXT_TOKENS // 2 > run.session.max_positions:
         raise NotApplicable("the package stops before the original context ends")
-    return _at(bench, bench.original_context - CONTEXT_TOKENS // 2, start=43)
+    _at(run, run.original_context - CONTEXT_TOKENS // 2, stream=3)
 
 
-def _at(bench: Bench, first_position: int, start: int) -> Observation:
+def _at(run: Run, first_position: int, stream: int) -> None:
     """A short text that begins anywhere: its first token gets slot 0, and sees nothing before it."""
-    first_position = max(0, first_position)
-    size = min(CONTEXT_TOKENS, bench.capacity, bench.session.max_positions - first_position)
-    tokens = bench.prompts.take(size, start=start)
-    bench.start(first_position)
-    parts = _prefill_then_decode(bench, tokens, max(1, size - CONTEXT_DECODES))
-    return _observe(parts, tokens, first_position=first_position)
+    run.start(max(0, first_position))
+    tokens = run.take(CONTEXT_TOKENS, stream=stream)
+    prompt = max(1, len(tokens) - CONTEXT_DECODES)
+    run.prefill([tokens[:prompt]], all_logits=True)
+    for token in tokens[prompt:]:
+        run.decode([token])
 
 
-def after_reset(bench: Bench) -> Observation:
+def after_reset(run: Run) -> None:
     """A text, a reset, and a shorter text that must not see the first."""
-    bench.start()
-    bench.prefill([bench.prompts.take(min(RESET_FIRST, bench.capacity), start=53)])
-    tokens = bench.prompts.take(min(RESET_PROMPT + RESET_TOKENS, bench.capacity), start=61)
-    bench.start()
-    return _observe(_prefill_then_decode(bench, tokens, min(RESET_PROMPT, len(tokens))), tokens)
+    run.start()
+    run.prefill([run.take(RESET_FIRST, stream=4)])
+    run.start()
+    run.prefill([run.take(RESET_PROMPT)])
+    for position in range(RESET_PROMPT, RESET_PROMPT + 6):
+        if follows := run.take(1, start=position):
+            run.decode(follows)
 
 
-def tapped(bench: Bench) -> Observation:
-    """The text by which errors are followed from layer to layer: a prompt, then single tokens."""
-    tokens = bench.prompts.take(min(TAPPED_PREFILL + TAPPED_DECODES, bench.capacity), start=2)
-    bench.start()
-    prompt = len(tokens) - min(TAPPED_DECODES, len(tokens) // 2)
-    return _observe(_prefill_then_decode(bench, tokens, prompt), tokens)
+def truncation(run: Run) -> None:
+    """Rows cut short that go on with other tokens, and one that leaves while the other stays."""
+    rows = min(2, run.session.max_batch)
+    run.start()
+    run.prefill([run.take(60, stream=row + 1) for row in range(rows)])
+    run.truncate(min(20, run.length()))
+    other = run.take(7, stream=5, start=run.length())
+    run.prefill([other, *[[]] * (rows - 1)])
+    if rows == 2:
+        run.truncate(0, row=1)
+        run.prefill([[], run.take(15, stream=6)])
+    for _ in range(4):
+        follows = [run.take(1, stream=5 + row, start=run.length(row)) for row in range(rows)]
+        if all(follows):
+            run.decode([token[0] for token in follows])
 
 
-def greedy_request(
-    prompts: Prompts, capacity: int, streamed: bool = False
-) -> tuple[list[int], int]:
-    """The prompt of `greedy` and how many new tokens are asked for."""
-    prompt = prompts.take(min(GREEDY_PROMPT, capacity), start=5)
-    most = GREEDY_TOKENS_STREAMED if streamed else GREEDY_TOKENS
-    return prompt, min(most, capacity - len(prompt) + 1)
+def token_ids(run: Run) -> None:
+    """The ids that prompts hardly reach: the highest, the lowest, special and added ones."""
+    ids = list(run.special_ids)
+    for start in range(0, len(ids), max(1, run.capacity)):
+        run.start()
+        run.prefill([ids[start : start + run.capacity]], all_logits=True)
 
 
-def greedy(bench: Bench) -> Observation:
+def random_walk(run: Run) -> None:
+    """Operations that a program could perform, drawn at random (`--seed`)."""
+    run.start()
+    for operation in draw_walk(run.plan, run.prompts, run.session):
+        perform(run, operation)
+
+
+def greedy_prompt(plan: Plan) -> tuple[int, int]:
+    """Tokens of the prompt of `greedy`, and how many new ones are asked for."""
+    prompt = min(GREEDY_PROMPT, plan.capacity)
+    return prompt, min(plan.greedy, plan.capacity - prompt + 1)
+
+
+def greedy(run: Run) -> None:
     """transformers' greedy continuation of a prompt, token for token.
 
-    The target is fed transformers' tokens and must choose each next one itself. It does so at every step
-    exactly if, left alone, it would write the same text; and after a first wrong token the rest still says
-    something.
+    The target is fed transformers' tokens and must choose each next one itself. It does so at every step exactly if,
+    left alone, it would write the same text; and after a first wrong token the rest still says something.
     """
-    prompt, _ = greedy_request(bench.prompts, bench.capacity)
-    tokens, count = bench.greedy, len(bench.greedy)
-    bench.start()
-    parts = [bench.prefill([prompt])[0][-1:]]
-    parts += [bench.decode([token]) for token in tokens[:-1]]
-    return Observation(
-        np.concatenate(parts),
-        tuple(f"new token {i}" for i in range(count)),
-        (Text((*prompt, *tokens[:-1]), count),),
-    )
+    prompt, _ = greedy_prompt(run.plan)
+    run.start()
+    run.prefill([run.take(prompt)])
+    for token in run.greedy[:-1]:
+        run.decode([token])
 
 
-# In this order: the first finds an unused cache, and all after the second one that is full of old values,
-# which show if a mask lets anything through.
+def looked_into(run: Run) -> None:
+    """The text by which errors are followed from layer to layer: a prompt, then single tokens."""
+    run.start()
+    run.prefill([run.take(PREFILL_TOKENS)], all_logits=True)
+    for position in range(PREFILL_TOKENS, PREFILL_TOKENS + 8):
+        if follows := run.take(1, start=position):
+            run.decode(follows)
+
+
+# In this order: the first finds an unused cache, and all after the long text one that is full of old values, which
+# show if a mask lets anything through.
 SCENARIOS = (
-    Scenario("prefill", "One prompt in one step", prefill),
-    Scenario("full cache", "The cache filled to its last slot, judged at its end", full_cache),
+    Scenario("prefill", "One prompt in one step, all logits", prefill),
+    Scenario("last logits", "Prompts as generate and C++ run them: one logit a row", last_logits),
+    Scenario("step widths", "Single steps of many widths, the widest first", step_widths),
+    Scenario("whole context", "A long text, its end, and every edge of a span", whole_context),
     Scenario("decode", "A prompt, then token by token through the cache", decode),
     Scenario("chunked prefill", "One prompt in chunks of several sizes", chunked_prefill),
-    Scenario(
-        "ragged batch", "Rows of different lengths, chunked, decoded, some idle", ragged_batch
+    Scenario("batches", "2, 3 and all rows: ragged, idle, joining, finishing early", batches),
+    Scenario("wide batch", "All rows in one wide step", wide_batch),
+    *(
+        Scenario(
+            f"cache of {slots}", "A small cache, filled to its last slot", small_cache, False, slots
+        )
+        for slots in SMALL_CACHES
     ),
     Scenario("end of context", "A text that ends at the last position", end_of_context),
+    Scenario(
+        "middle of context",
+        "A text at positions between the two ends that are run",
+        middle_of_context,
+    ),
     Scenario(
         "past original context",
         "A text that crosses into what rope scaling adds",
         past_original_context,
     ),
     Scenario("after reset", "A session used, reset, and used again", after_reset),
+    Scenario("truncation", "Rows cut short that go on with other tokens", truncation),
+    Scenario("token ids", "The highest, special and added ids", token_ids),
+    Scenario("random walk", "Operations drawn at random", random_walk),
     Scenario("greedy", "transformers' greedy continuation, token for token", greedy, greedy=True),
 )
-TAPPED = Scenario("layers", "Hidden states from layer to layer", tapped)
-
-
-def capacity_for(available: int) -> int:
-    """Cache slots to judge with: all, where they can be filled."""
-    return available if available <= FILL_LIMIT else SHORT_CAPACITY
+LOOKED_INTO = Scenario("layers", "Hidden states from layer to layer", looked_into)

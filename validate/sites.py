@@ -1,6 +1,7 @@
 """Where a decoder can be looked into: the values of our graph, and what in transformers' layer computes the same.
 
-Names are those that the exporter writes; TensorRT's parser keeps them.
+Names of values are those that exporter/decoder.py gives (`named`), and of linears and norms the module's path and the
+operator. TensorRT's parser keeps them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 from qwenport.exporter import ModelConfig
 
-EMBEDDING = "model.embed_tokens.Gather"
+EMBEDDING = "model.embedding"
 FINAL_NORM = "model.norm.RMSNormalization"
 LOGITS = "logits"
 
@@ -23,7 +24,7 @@ GATED = "silu(gate) * up"  # behind the path of its MLP
 
 def layer_output(index: int) -> str:
     """The hidden states that a decoder layer leaves, [B, S, hidden]."""
-    return f"model.layers.{index}.Add_2"
+    return f"model.layers.{index}.residual_2"
 
 
 def hidden_states(layers: int) -> tuple[str, ...]:
@@ -34,7 +35,7 @@ def hidden_states(layers: int) -> tuple[str, ...]:
 def router_choices(config: ModelConfig, layers: int) -> dict[int, str]:
     """Sparse layer -> the value that holds each token's experts, int64 [B, S, k]."""
     sparse = () if config.moe is None else config.moe.layers
-    return {i: f"model.layers.{i}.mlp.MoERouter.1" for i in sparse if i < layers}
+    return {i: f"model.layers.{i}.mlp.router_indices" for i in sparse if i < layers}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Site:
 
     Attributes:
         name: its path in transformers' layer, with "rope" and "attention" for what is no module there.
-        values: where its result may be in our graph, behind "model.layers.N."; the first that exists.
+        values: its result's name in our graph, behind "model.layers.N."; a linear has two, with bias and without.
         inputs: the sites that it reads; "" is the layer's input.
         heads: the result is [B, heads, S, head_dim], not [B, S, ...].
     """
@@ -66,7 +67,7 @@ def _swiglu(path: str, norm: str) -> tuple[Site, ...]:
     return (
         _linear(f"{path}.gate_proj", norm),
         _linear(f"{path}.up_proj", norm),
-        Site(f"{path}.{GATED}", (f"{path}.Mul_2",), (f"{path}.gate_proj", f"{path}.up_proj")),
+        Site(f"{path}.{GATED}", (f"{path}.gated",), (f"{path}.gate_proj", f"{path}.up_proj")),
         _linear(f"{path}.down_proj", f"{path}.{GATED}"),
     )
 
@@ -81,11 +82,11 @@ def sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
         found += [_norm(f"{attention}.{p}_norm", f"{attention}.{p}_proj") for p in "qk"]
         query, key = f"{attention}.q_norm", f"{attention}.k_norm"
     found += [
-        Site(ROPE[0], (f"{attention}.RotaryEmbedding",), (query,), heads=True),
-        Site(ROPE[1], (f"{attention}.RotaryEmbedding_2",), (key,), heads=True),
-        Site(ATTENTION, (f"{attention}.Attention",), (*ROPE, value), heads=True),
+        Site(ROPE[0], (f"{attention}.rope_q",), (query,), heads=True),
+        Site(ROPE[1], (f"{attention}.rope_k",), (key,), heads=True),
+        Site(ATTENTION, (f"{attention}.attention",), (*ROPE, value), heads=True),
         _linear(f"{attention}.o_proj", ATTENTION),
-        Site(RESIDUALS[0], ("Add",), ("", f"{attention}.o_proj")),
+        Site(RESIDUALS[0], ("residual_1",), ("", f"{attention}.o_proj")),
         _norm(second, RESIDUALS[0]),
     ]
     if config.moe_of(layer) is None:
@@ -94,7 +95,7 @@ def sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
     else:
         found += _sparse(config, second)
         last = found[-1].name
-    found.append(Site(RESIDUALS[1], ("Add_2",), (RESIDUALS[0], last)))
+    found.append(Site(RESIDUALS[1], ("residual_2",), (RESIDUALS[0], last)))
     return tuple(found)
 
 
@@ -102,8 +103,8 @@ def _sparse(config: ModelConfig, norm: str) -> list[Site]:
     assert config.moe is not None
     found = [
         _linear("mlp.gate", norm),
-        Site(ROUTER, ("mlp.MoERouter.0",), ("mlp.gate",)),
-        Site("mlp.experts", ("mlp.experts.MoEExperts",), (norm, ROUTER)),
+        Site(ROUTER, ("mlp.router_weights",), ("mlp.gate",)),
+        Site("mlp.experts", ("mlp.experts_sum",), (norm, ROUTER)),
     ]
     if config.moe.shared_expert_size is not None:
         found += _swiglu("mlp.shared_expert", norm)
@@ -111,7 +112,7 @@ def _sparse(config: ModelConfig, norm: str) -> list[Site]:
             _linear("mlp.shared_expert_gate", norm),
             Site(
                 "mlp",
-                ("mlp.Add",),
+                ("mlp.mixed",),
                 ("mlp.experts", "mlp.shared_expert.down_proj", "mlp.shared_expert_gate"),
             ),
         ]

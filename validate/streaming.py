@@ -1,8 +1,8 @@
 """A target larger than memory: its decoder layers are loaded one at a time, and each runs every step of every scenario.
 
-No scenario looks at what the target answers. So all are rehearsed first on a session that only keeps what it is fed;
-then the parts of the model run in order, each over all steps; then the scenarios run for good on a session that
-gives the answers back. The arithmetic of a step is the same as in a session that holds the whole model.
+No scenario looks at what the target answers. So all are rehearsed first on sessions that only keep what they are fed;
+then the parts of the model run in order, each over all steps; then the scenarios run for good on sessions that
+give the answers back. The arithmetic of a step is the same as in a session that holds the whole model.
 """
 
 from __future__ import annotations
@@ -16,13 +16,24 @@ import numpy as np
 
 from qwenport.engines import CachedSession
 from qwenport.engines.session import Float32, Int64
-
-MAX_STEP_TOKENS = 512
+from qwenport.validate.sites import EMBEDDING
 
 Feeds = Mapping[str, Int64]
 Progress = Callable[[str, int, int], None]
-Run = Callable[[Feeds, Any], "tuple[Any, dict[str, Any]]"]
-"""(a step's inputs, hidden states or None) -> (hidden states or logits, observed values)."""
+Run = Callable[[int, Feeds, Any], "tuple[Any, dict[str, Any]]"]
+"""(which session, a step's inputs, hidden states or None) -> (hidden states or logits, observed values)."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The size of a session, and what one of its steps takes; the arguments of `CachedSession`."""
+
+    max_batch: int
+    capacity: int
+    vocab_size: int
+    max_step_tokens: int
+    max_step_logits: int
+    max_positions: int
 
 
 class Parts(Protocol):
@@ -38,9 +49,9 @@ class Parts(Protocol):
         ...
 
     def layer(
-        self, index: int, max_batch: int, observe: Sequence[str]
+        self, index: int, sizes: Sequence[Geometry], observe: Sequence[str]
     ) -> AbstractContextManager[Run]:
-        """A decoder layer with its cache of `max_batch` rows, zeroed."""
+        """A decoder layer with a cache, zeroed, for each of several sessions."""
         ...
 
     def epilogue(self, observe: Sequence[str]) -> AbstractContextManager[Run]:
@@ -49,33 +60,25 @@ class Parts(Protocol):
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """What a session's bookkeeping needs to know; it must be the same in the rehearsal and for good."""
+class Use:
+    """A session of some size and what will be done with it."""
 
-    max_batch: int
-    capacity: int
-    vocab_size: int
-    max_positions: int
-
-    def arguments(self) -> dict[str, int]:
-        """Arguments of `CachedSession`."""
-        return {
-            **vars(self),
-            "max_step_tokens": MAX_STEP_TOKENS,
-            "max_step_logits": MAX_STEP_TOKENS,
-        }
+    geometry: Geometry
+    rehearse: Callable[[CachedSession], None]
 
 
-class _Rehearsal(CachedSession):
+class Rehearsal(CachedSession):
     """Keeps what every step is fed, and answers zeros."""
 
     def __init__(self, geometry: Geometry) -> None:
-        super().__init__(**geometry.arguments())
+        super().__init__(**vars(geometry))
         self.steps: list[dict[str, Int64]] = []
 
     def _step(self, feeds: dict[str, Int64]) -> Float32:
         self.steps.append({name: array.copy() for name, array in feeds.items()})
-        return np.zeros((*feeds["logits_indices"].shape, self.vocab_size), dtype=np.float32)
+        # one zero that looks like all logits: of a large vocabulary they would be gigabytes
+        shape = (*feeds["logits_indices"].shape, self.vocab_size)
+        return np.broadcast_to(np.zeros((), dtype=np.float32), shape)
 
 
 class _Replay(CachedSession):
@@ -84,7 +87,7 @@ class _Replay(CachedSession):
     def __init__(
         self, geometry: Geometry, answers: Iterator[tuple[Float32, dict[str, Any]]]
     ) -> None:
-        super().__init__(**geometry.arguments())
+        super().__init__(**vars(geometry))
         self._answers = answers
 
     def _step(self, feeds: dict[str, Int64]) -> Float32:
@@ -94,43 +97,57 @@ class _Replay(CachedSession):
 
 def stream(
     parts: Parts,
-    geometry: Geometry,
-    rehearse: Callable[[CachedSession], None],
+    uses: Sequence[Use],
     observe: Sequence[str] = (),
     progress: Progress = lambda what, done, total: None,
-) -> CachedSession:
-    """A session that gives the answers of the whole model to exactly what `rehearse` does.
+) -> list[CachedSession]:
+    """Sessions that give the answers of the whole model to exactly what their `rehearse` does.
 
     Args:
         parts: the model.
-        geometry: of the session.
-        rehearse: uses a session as it will be used for good.
+        uses: the sessions; all run while a part is loaded.
         observe: values of the graph that each step leaves in `observed`.
         progress: called with (what, parts done, parts in all).
     """
-    rehearsal = _Rehearsal(geometry)
-    rehearse(rehearsal)
-    steps = rehearsal.steps
+    steps: list[tuple[int, dict[str, Int64]]] = []
+    for number, use in enumerate(uses):
+        rehearsal = Rehearsal(use.geometry)
+        use.rehearse(rehearsal)
+        steps += [(number, feeds) for feeds in rehearsal.steps]
     names = _by_part(observe, parts.num_layers)
     observed: list[dict[str, Any]] = [{} for _ in steps]
     total = parts.num_layers + 2
 
-    def run(part: int, context: AbstractContextManager[Run], given: Sequence[Any]) -> list[Any]:
+    def run(part: int, context: AbstractContextManager[Run], given: list[Any]) -> list[Any]:
         with context as compute:
-            results = []
-            for step, feeds in enumerate(steps):
-                result, seen = compute(feeds, given[step])
-                observed[step] |= seen
-                results.append(result)
+            for index, (number, feeds) in enumerate(steps):
+                given[index], seen = compute(number, feeds, given[index])
+                observed[index] |= seen
         progress("running the target layer by layer", part + 1, total)
-        return results
+        return given
 
-    hidden = run(0, parts.prologue(names[0]), [None] * len(steps))
+    values = run(0, parts.prologue(names[0]), [None] * len(steps))
+    geometries = [use.geometry for use in uses]
     for index in range(parts.num_layers):
-        context = parts.layer(index, geometry.max_batch, names[index + 1])
-        hidden = run(index + 1, context, hidden)
-    logits = run(total - 1, parts.epilogue(names[-1]), hidden)
-    return _Replay(geometry, iter(list(zip(logits, observed, strict=True))))
+        values = run(index + 1, parts.layer(index, geometries, names[index + 1]), values)
+    values = run(total - 1, parts.epilogue(names[-1]), values)
+    return [
+        _Replay(use.geometry, _answers(steps, values, observed, number))
+        for number, use in enumerate(uses)
+    ]
+
+
+def _answers(
+    steps: list[tuple[int, dict[str, Int64]]],
+    values: list[Any],
+    observed: list[dict[str, Any]],
+    number: int,
+) -> Iterator[tuple[Float32, dict[str, Any]]]:
+    for index, (owner, _) in enumerate(steps):
+        if owner == number:
+            answer = values[index], observed[index]
+            values[index], observed[index] = None, {}  # logits are large: given once
+            yield answer
 
 
 def _by_part(observe: Sequence[str], layers: int) -> list[list[str]]:
@@ -142,5 +159,5 @@ def _by_part(observe: Sequence[str], layers: int) -> list[list[str]]:
             if int(scope[2]) < layers:
                 parts[int(scope[2]) + 1].append(name)
         else:
-            parts[0 if scope[:2] == ["model", "embed_tokens"] else -1].append(name)
+            parts[0 if name == EMBEDDING else -1].append(name)
     return parts

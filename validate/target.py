@@ -11,6 +11,7 @@ from qwenport.exporter import (
     ConfigError,
     ModelConfig,
     Package,
+    kind_of,
     load_package,
     open_checkpoint,
     parse_config,
@@ -29,7 +30,9 @@ class Target:
     Attributes:
         judged_as: "package" (run by onnxruntime), "tensorrt-network" (of a package) or "engine".
         dtype: of weights: "bf16", "fp16" or "fp32".
-        compute_dtype: what is computed in; onnxruntime on the CPU computes in fp32 always.
+        compute_dtype: what the scenarios are judged in: onnxruntime on the CPU computes in fp32 always, and a
+            network's arithmetic is judged exactly.
+        rounds: the rounding of the types that a network declares is judged as well.
         device: where it runs.
         capacity: cache slots at most.
         rope_length: positions that the rope tables were made for.
@@ -42,6 +45,7 @@ class Target:
     judged_as: str
     dtype: str
     compute_dtype: str
+    rounds: bool
     device: str
     config: ModelConfig
     capacity: int
@@ -71,33 +75,33 @@ def open_target(
         path: a package or an engine directory.
         judged_as: "tensorrt-network" to judge what TensorRT's parser makes of a package; by default a package is
             run by onnxruntime and an engine by TensorRT.
-        exact: evaluate a network in fp32, not in the types it declares.
+        exact: judge a network's arithmetic only, not the rounding of the types it declares.
         device: "cpu" or "cuda", where a package would run.
 
     Raises:
-        PackageError, EngineError: damaged, changed, or of another format version.
-        ValidationError: neither a package nor an engine, or it cannot be judged in that way.
+        PackageError, EngineError: neither a package nor an engine, damaged, changed, or of another format version.
+        ValidationError: a checkpoint, or it cannot be judged in that way.
     """
-    from qwenport.engines import is_engine
-
     if exact and judged_as != NETWORK:
         raise ValidationError(f"exact arithmetic is for judging as {NETWORK}")
-    if is_engine(path):
+    kind = kind_of(path)
+    if kind == "engine":
         if judged_as not in (None, ENGINE):
             raise ValidationError(f"{path}: an engine holds no network; judge its package as that")
         return _engine(path)
     if judged_as not in (None, PACKAGE, NETWORK):
         raise ValidationError(f"{path}: a package cannot be judged as {judged_as}")
-    if not (path / MANIFEST).is_file():
+    if kind == "checkpoint":
         raise ValidationError(f"{path}: neither a package nor an engine (no {MANIFEST})")
     package = load_package(path)
     judged_as = judged_as or PACKAGE
-    in_fp32 = exact or (judged_as == PACKAGE and device == "cpu")
+    in_fp32 = judged_as == NETWORK or device == "cpu"
     return Target(
         path=path,
         judged_as=judged_as,
         dtype=package.dtype,
         compute_dtype="fp32" if in_fp32 else package.dtype,
+        rounds=judged_as == NETWORK and not exact and package.dtype != "fp32",
         device=device,
         config=package.config,
         capacity=package.max_seq_len,
@@ -119,6 +123,7 @@ def _engine(path: Path) -> Target:
             judged_as=ENGINE,
             dtype=manifest["dtype"],
             compute_dtype=manifest["dtype"],
+            rounds=False,
             device="cuda",
             config=parse_config(read_config_json(path), manifest["rope_scaling"]),
             capacity=manifest["max_seq_len"],

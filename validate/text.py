@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from qwenport.validate.errors import ValidationError
 
 
 @dataclass(frozen=True)
@@ -15,13 +18,24 @@ class Text:
 
     Attributes:
         tokens: attention sees these tokens and no other.
-        last: how many of the last positions are asked for.
-        first_position: the position of tokens[0]; the others follow it.
+        positions: indices into `tokens`, ascending, whose logits are asked for; may be empty.
+        first_position: the position_ids of tokens[0]; the others follow it.
     """
 
     tokens: tuple[int, ...]
-    last: int
+    positions: tuple[int, ...]
     first_position: int = 0
+
+    @classmethod
+    def ending(cls, tokens: Sequence[int], last: int, first_position: int = 0) -> Self:
+        """A text whose `last` last tokens get logits.
+
+        Raises:
+            ValidationError: it has not that many tokens, or `last` is negative.
+        """
+        if not 0 <= last <= len(tokens):
+            raise ValidationError(f"not a text: the last {last} of {len(tokens)} tokens")
+        return cls(tuple(tokens), tuple(range(len(tokens) - last, len(tokens))), first_position)
 
 
 @dataclass(frozen=True)

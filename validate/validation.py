@@ -1,67 +1,44 @@
-"""`validate`: open both sides, run every scenario, judge, find where an error starts, report."""
+"""`validate`: identity first, then every way of running, then what lies inside; the course of it, and nothing else.
+
+identity       what the package is made of, byte for byte                            `identity`
+structure      the parsed network, the rope tables, the embedding                    `rope_check`, `pieces`
+running        every scenario against the oracle                                     `scenarios`, `judge`
+distance       one layer of each kind over the whole context                         `pieces`
+rounding       half precision at every layer and operator                            `rounding`
+investigation  errors from layer to layer, routers, where a failure starts           `investigation`
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from qwenport.validate import localisation
+from qwenport.validate import rows
+from qwenport.validate.budget import DEFAULT, Plan, make_plan
 from qwenport.validate.candidate import Candidate, Refused
+from qwenport.validate.coverage import Counter
 from qwenport.validate.environment import describe_environment
 from qwenport.validate.errors import ValidationError
-from qwenport.validate.judging import checks_of, result_of, seconds_since, status_of
-from qwenport.validate.localisation import Fault, OperatorError
+from qwenport.validate.identity import check_identity
+from qwenport.validate.investigation import Bench, Investigation
+from qwenport.validate.judge import Judge, result_of
 from qwenport.validate.memory import must_stream
-from qwenport.validate.metrics import Metrics, compare
-from qwenport.validate.prompts import make_prompts
-from qwenport.validate.report import Check, Report, ScenarioResult, Status
-from qwenport.validate.rope_check import check_tables
-from qwenport.validate.router_check import Routing, choices_of, compare_routing
-from qwenport.validate.scenarios import (
-    RAGGED_ROWS,
-    SCENARIOS,
-    TAPPED,
-    Bench,
-    BenchMaker,
-    CandidateError,
-    NotApplicable,
-    Observation,
-    Scenario,
-    capacity_for,
-    greedy_request,
-)
-from qwenport.validate.sites import hidden_states, layer_output, router_choices
+from qwenport.validate.oracle import Oracle
+from qwenport.validate.prompts import make_prompts, special_ids
+from qwenport.validate.report import Report, ScenarioResult
+from qwenport.validate.run import CandidateError, NotApplicable, Observation, Run
+from qwenport.validate.scenarios import LOOKED_INTO, SCENARIOS, Scenario, greedy_prompt
 from qwenport.validate.streaming import Progress
-from qwenport.validate.taps import Seen, Taps
 from qwenport.validate.target import ENGINE, NETWORK, Target, check_source, open_target
-from qwenport.validate.text import Choices, Text
-from qwenport.validate.thresholds import (
-    FP32_ROUTER_MARGIN,
-    HALF_NEAR_TIE_MARGIN,
-    Thresholds,
-    fp32_thresholds,
-    half_thresholds,
-    override,
-)
+from qwenport.validate.thresholds import FP32_ROUTER_MARGIN, HALF_ROUTER_MARGIN
 
 if TYPE_CHECKING:
     from qwenport.validate.reference import Reference
-
-Float32 = NDArray[np.float32]
-
-PARSED, ROPE_TABLES, ROUTING = "parsed network", "rope tables", "routing"
-PARSED_SUMMARY = (
-    "What the build would refuse: inputs that are not read, caches not in place, attention unmasked"
-)
-TABLES_SUMMARY = "Every row of cos and sin against transformers' rotary module"
-ROUTING_SUMMARY = "Each token's experts against transformers' routers, in prefill and decode"
+    from qwenport.validate.rounding import RoundingError
 
 
 @dataclass(frozen=True)
@@ -72,11 +49,13 @@ class Options:
     layers: int | None = None
     prompts: Path | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    budget: str = DEFAULT
+    seed: int = 0
 
 
 def validate(
-    target: Path,
-    reference: Path,
+    target: Path | str,
+    reference: Path | str,
     *,
     judged_as: str | None = None,
     exact: bool = False,
@@ -84,20 +63,24 @@ def validate(
     layers: int | None = None,
     prompts: Path | None = None,
     thresholds: Mapping[str, float] | None = None,
+    budget: str = DEFAULT,
+    seed: int = 0,
     device: str = "cpu",
     progress: Progress = lambda what, done, total: None,
 ) -> Report:
-    """Hold a package, TensorRT's network of it, or an engine against transformers on the checkpoint behind it.
+    """Compare a package, TensorRT's network of it, or an engine with transformers on the checkpoint behind it.
 
     Args:
         target: a package or engine directory.
         reference: the checkpoint directory, the oracle's only source.
         judged_as: "tensorrt-network" to judge what TensorRT's parser makes of a package.
-        exact: evaluate a network in fp32, not in the types it declares.
+        exact: of a network judge the arithmetic only, not the rounding of the types that it declares.
         streamed: load one decoder layer at a time on both sides; by default where memory demands it.
         layers: run only this many decoder layers, then the final norm and the head; implies `streamed`.
         prompts: UTF-8 text file to take prompts from.
         thresholds: name -> value in place of ours; see `thresholds.Thresholds`.
+        budget: how much is run: "quick", "standard" or "thorough"; see `budget`.
+        seed: of what is drawn: step widths, the random walk.
         device: where a package runs: "cpu" (in fp32, the strictest) or "cuda" (in its own dtype).
         progress: called with (what, done, total).
 
@@ -105,25 +88,26 @@ def validate(
         The report; `passed` is the verdict. A target that fails while it runs fails its scenario.
 
     Raises:
-        ValidationError: the question makes no sense: not a package, or made from another checkpoint.
+        ValidationError: the question makes no sense, or a side cannot be opened: not a package, made from another
+            checkpoint, a config that transformers rejects, a graph that onnxruntime does not load.
         PackageError, EngineError, CheckpointError, ConfigError: a side is damaged.
         MissingExtraError, SessionError: the target cannot run here.
     """
-    opened = open_target(target, judged_as=judged_as, exact=exact, device=device)
-    check_source(opened, reference)
-    options = Options(streamed, layers, prompts, thresholds or {})
-    validation = Validation(opened, reference, options, progress=progress)
+    opened = open_target(Path(target), judged_as=judged_as, exact=exact, device=device)
+    check_source(opened, Path(reference))
+    options = Options(streamed, layers, prompts, thresholds or {}, budget, seed)
+    validation = Validation(opened, Path(reference), options, progress=progress)
     validation.run()
     return validation.report()
 
 
 class Validation:
-    """One validation while it is going on; `report` may be asked for at any time."""
+    """One validation while it goes on; `report` may be asked for at any time."""
 
     def __init__(
         self,
         target: Target,
-        checkpoint_path: Path,
+        checkpoint: Path,
         options: Options = Options(),
         *,
         progress: Progress = lambda what, done, total: None,
@@ -133,40 +117,20 @@ class Validation:
         Raises:
             ValidationError: a request that cannot be met.
         """
-        self._target, self._path, self._options = target, checkpoint_path, options
+        self.target, self.checkpoint, self.options = target, checkpoint, options
+        self.layers, self.streamed = _extent(target, options)
+        self.prompts = make_prompts(checkpoint, target.config.vocab_size, options.prompts)
+        self.results: list[ScenarioResult] = []
+        self.rounding: list[RoundingError] = []
+        self.weights_sha256: dict[str, str] = {}
+        self.script: str | None = None
+        self.complete = False
         self._progress = progress
-        self._all_layers = target.config.num_hidden_layers
-        self._layers = self._all_layers if options.layers is None else options.layers
-        if not 1 <= self._layers <= self._all_layers:
-            raise ValidationError(f"layers {self._layers} is outside 1..{self._all_layers}")
-        self._streamed = options.streamed
-        if self._streamed is None:
-            self._streamed = self._layers < self._all_layers or must_stream(target)
-        if self._layers < self._all_layers and not self._streamed:
-            raise ValidationError("fewer layers are for streamed validation")
-        if self._streamed and (target.judged_as == ENGINE or target.device != "cpu"):
-            if options.streamed or options.layers:
-                raise ValidationError(f"{target.path}: only what runs on the CPU can be streamed")
-            self._streamed = False
-        self._prompts = make_prompts(checkpoint_path, target.config.vocab_size, options.prompts)
-        self._capacity = capacity_for(target.capacity)
-        self._router_names = {} if target.judged_as == ENGINE else self._routers()
-        self._reference: Reference | None = None
-        self._candidate: Candidate | None = None
-        self._results: list[ScenarioResult] = []
-        self._own_rounding = float("nan")
-        self._oracle: dict[tuple[Text, str], Float32] = {}
-        self._loosened: dict[str, None] = {}
-        self._layers_error: tuple[OperatorError, ...] = ()
-        self._fault: Fault | None = None
-        self._routing: Routing | None = None
-        self._replayed = 0
-        self._complete = False
-
-    def _routers(self) -> dict[int, str]:
-        return router_choices(self._target.config, self._layers)
-
-    # ------------------------------------------------------------------ the course of it
+        self._failed: list[tuple[Scenario, Observation | None]] = []
+        self._oracle: Oracle | None = None
+        self._judge: Judge | None = None
+        self._counter: Counter | None = None
+        self._investigation: Investigation | None = None
 
     def run(self, reference: Reference | None = None) -> None:
         """Do everything. `reference`: one that is loaded already.
@@ -174,45 +138,206 @@ class Validation:
         Raises:
             As `validate`.
         """
-        failure = ""
+        identity = check_identity(self.target, self.checkpoint, self._progress)
+        self.results += identity.rows
+        self.weights_sha256 = identity.weights_sha256
+        if not identity.safe:
+            self._not_run("model.onnx points outside the package, so nothing of it is run")
+            return
+        refused = ""
         try:
-            self._candidate = self._open_candidate()  # what cannot run here need not wait
+            candidate = self._open_candidate()
         except Refused as error:
-            failure = str(error)
-        if failure and self._target.judged_as == NETWORK:
-            self._results.append(ScenarioResult(PARSED, PARSED_SUMMARY, "failed", reason=failure))
-        self._reference = reference if reference is not None else self._load_reference()
-        self._judge_statically()
-        prompt, count = greedy_request(self._prompts, self._capacity, bool(self._streamed))
-        greedy, _ = self._reference.greedy(prompt, count)
-        self._own_rounding = self._reference.own_rounding(prompt, count)
-        bench_of = BenchMaker(self._prompts, tuple(greedy), _original_context(self._target))
-        session = None
-        if self._candidate is not None:
-            try:
-                session = self._candidate.open(bench_of.rehearsal(SCENARIOS))
-            except Refused as error:
-                failure = str(error)
-        observations: dict[str, Observation] = {}
-        if session is not None and self._streamed:
-            observations = self._observe_all(bench_of(session))
+            refused = str(error)
+        if self.target.judged_as == NETWORK:
+            self.results += rows.of_network(self.target, None if refused else candidate, refused)
+        if refused:
+            self._not_run("TensorRT's parser or the interpreter refuses the network")
+            return
+        plan = self._plan(candidate)
+        self._counter = counter = Counter(plan, self.target.config.vocab_size)
+        moe = self.target.config.moe
+        counter.num_experts = 0 if moe is None else moe.num_experts
+        rows.leave_out(counter, self.target, self.layers, self.streamed)
+        self._oracle = oracle = Oracle(
+            self._load_reference() if reference is None else reference,
+            self.prompts.take(min(128, plan.context)),
+        )
+        self._judge = Judge(oracle, self.target.compute_dtype, self.options.thresholds)
+        bench = self._bench(candidate, plan, oracle)
+        self._investigation = investigation = Investigation(
+            bench,
+            oracle,
+            self.target.config,
+            self.target.compute_dtype,
+            self.options.thresholds.get("router_margin", self._router_margin()),
+        )
+        structure = rows.Structure(self.target, candidate, oracle, counter, self._progress)
+        self.results += structure.results()
+        self._run_scenarios(bench)
+        self.results += structure.distance(self.prompts, investigation, plan)
+        self._progress("looking inside", 0, 1)
+        followed = investigation.follow(LOOKED_INTO)
+        self.results += rows.routing(
+            self._judge, oracle, self.target, investigation, followed, counter
+        )
+        if self.target.rounds:
+            found, self.rounding = rows.rounding(
+                self.target, candidate, oracle, bench, plan, counter, self._judge, self._progress
+            )
+            self.results += found
+        self._explain(bench)
+        self.complete = True
+        self._progress("done", 1, 1)
+
+    # ------------------------------------------------------------------ the sides
+
+    def _open_candidate(self) -> Candidate:
+        return Candidate(
+            self.target, layers=self.layers, streamed=self.streamed, progress=self._progress
+        )
+
+    def _load_reference(self) -> Reference:
+        from qwenport.validate.reference import Reference
+
+        self._progress("loading the reference", 0, 1)
+        return Reference(
+            self.target,
+            self.checkpoint,
+            layers=self.layers,
+            streamed=self.streamed,
+            progress=self._progress if self.streamed else lambda what, done, total: None,
+        )
+
+    def _plan(self, candidate: Candidate) -> Plan:
+        target = self.target
+        geometry = candidate.geometry(target.max_batch, target.capacity)
+        return make_plan(
+            target.config,
+            budget=self.options.budget,
+            seed=self.options.seed,
+            rows=target.max_batch,
+            capacity=target.capacity,
+            max_positions=target.capacity,
+            max_step_tokens=geometry.max_step_tokens,
+            streamed=self.streamed,
+        )
+
+    def _bench(self, candidate: Candidate, plan: Plan, oracle: Oracle) -> Bench:
+        prompt, count = greedy_prompt(plan)
+        greedy, _ = oracle.reference.greedy(self.prompts.take(prompt), count)
+        special = special_ids(self.checkpoint, self.target.config.vocab_size)
+
+        def make_run(session: Any, **keywords: Any) -> Run:
+            return Run(
+                session,
+                self.prompts,
+                plan,
+                greedy=greedy,
+                original_context=_original_context(self.target),
+                special_ids=special,
+                **keywords,
+            )
+
+        return Bench(candidate, make_run, self.prompts, plan)
+
+    def _router_margin(self) -> float:
+        in_fp32 = self.target.compute_dtype == "fp32"
+        return FP32_ROUTER_MARGIN if in_fp32 else HALF_ROUTER_MARGIN
+
+    # ------------------------------------------------------------------ scenarios
+
+    def _run_scenarios(self, bench: Bench) -> None:
+        groups: dict[int, list[Scenario]] = {}
+        for scenario in SCENARIOS:
+            groups.setdefault(bench.capacity_of(scenario), []).append(scenario)
+        uses = [
+            (bench.max_batch, capacity, bench.rehearsal(group))
+            for capacity, group in groups.items()
+        ]
+        sessions = dict(zip(groups, bench.candidate.open(uses), strict=True))
+        if self.streamed:
+            self._run_streamed(bench, sessions)
+            return
         for done, scenario in enumerate(SCENARIOS):
-            self._progress(scenario.name, done, len(SCENARIOS) + 1)
-            if session is None:
-                self._results.append(result_of(scenario, "failed", reason=failure))
-            else:
-                known = observations.get(scenario.name)
-                self._results.append(self._judge(scenario, bench_of(session), bench_of, known))
-        del session
-        self._progress("looking inside", len(SCENARIOS), len(SCENARIOS) + 1)
-        self._look_inside(bench_of, failure)
-        self._complete = True
-        self._progress("done", len(SCENARIOS) + 1, len(SCENARIOS) + 1)
+            self._progress(scenario.name, done, len(SCENARIOS))
+            with self._judging(scenario) as started:
+                observation = self._observe(bench, scenario, sessions)
+                self._take(scenario, observation, started)
+
+    def _run_streamed(self, bench: Bench, sessions: dict[int, Any]) -> None:
+        """Every scenario's logits, then the oracle's of all of them in one pass."""
+        found: dict[str, Observation] = {}
+        for scenario in SCENARIOS:
+            with self._judging(scenario):
+                found[scenario.name] = self._observe(bench, scenario, sessions)
+        assert self._oracle is not None
+        texts = [text for observation in found.values() for text in observation.texts]
+        if texts:
+            self._oracle.logits(texts)
+        for scenario in SCENARIOS:
+            if scenario.name in found:
+                with self._judging(scenario) as started:
+                    self._take(scenario, found.pop(scenario.name), started)
+
+    def _observe(self, bench: Bench, scenario: Scenario, sessions: dict[int, Any]) -> Observation:
+        assert self._counter is not None
+        session = sessions[bench.capacity_of(scenario)]
+        run = bench.make_run(session, on_step=self._counter.step)
+        scenario.run(run)
+        return run.observation()
+
+    @contextmanager
+    def _judging(self, scenario: Scenario) -> Iterator[float]:
+        """A scenario that cannot be run, or whose target fails, gets its result here."""
+        started = time.monotonic()
+        try:
+            yield started
+        except CandidateError as error:
+            self.results.append(result_of(scenario, "failed", reason=str(error), started=started))
+            self._failed.append((scenario, None))
+        except NotApplicable as reason:
+            self.results.append(result_of(scenario, "not run", reason=str(reason), started=started))
+
+    def _take(self, scenario: Scenario, observation: Observation, started: float) -> None:
+        assert self._judge is not None and self._counter is not None
+        assert self._investigation is not None
+        choices: Callable[[], Sequence[Any] | None] = lambda: None  # noqa: E731
+        if not self.streamed or self.target.config.moe is not None:
+            investigation = self._investigation
+            choices = lambda: investigation.choices(scenario)  # noqa: E731
+        result = self._judge.judge(scenario, observation, choices, started)
+        self._counter.judged(observation)
+        self.results.append(result)
+        if result.status == "failed":
+            kept = None if self.streamed else observation
+            self._failed.append((scenario, kept))
+
+    def _explain(self, bench: Bench) -> None:
+        """Where the failures start, and the random walk as a short script."""
+        assert self._investigation is not None
+        if not self._names_of("failed"):
+            return
+        self._progress("looking for where the error starts", 0, 1)
+        rows.explain(self._investigation, self._failed, self.results, self.rounding)
+        walked = any(scenario.name == "random walk" for scenario, _ in self._failed)
+        if walked and not self.streamed:
+            assert self._judge is not None
+            self.script = rows.shortest_walk(bench, self._judge)
+
+    def _names_of(self, status: str) -> list[str]:
+        return [result.name for result in self.results if result.status == status]
+
+    def _not_run(self, reason: str) -> None:
+        self.results += [result_of(s, "not run", reason=reason) for s in SCENARIOS]
+        self.complete = True
+
+    # ------------------------------------------------------------------ the outcome
 
     def report(self) -> Report:
         """What is known by now; scenarios that have not been run are said to be interrupted."""
-        target = self._target
-        done = {result.name for result in self._results}
+        target, investigation = self.target, self._investigation
+        done = {result.name for result in self.results}
         left = [
             result_of(scenario, "not run", reason="interrupted")
             for scenario in SCENARIOS
@@ -223,328 +348,50 @@ class Validation:
             judged_as=target.judged_as,
             target_dtype=target.dtype,
             compute_dtype=target.compute_dtype,
-            reference=str(self._path),
-            reference_mode="streamed" if self._streamed else "whole",
-            reference_weights="" if self._reference is None else self._reference.weights_note,
-            layers_judged=self._layers,
-            layers=self._all_layers,
-            complete=self._complete,
-            prompts=self._prompts.description,
-            own_rounding=self._own_rounding,
-            cache_slots=self._capacity,
-            max_seq_len=target.capacity,
-            loosened=tuple(self._loosened),
-            scenarios=(*self._results, *left),
-            layers_error=self._layers_error,
-            fault=self._fault,
-            routing=() if self._routing is None else self._routing.bands(),
-            replayed=self._replayed,
+            reference=str(self.checkpoint),
+            reference_mode="streamed" if self.streamed else "whole",
+            reference_weights="" if self._oracle is None else self._oracle.reference.weights_note,
+            layers_judged=self.layers,
+            layers=target.config.num_hidden_layers,
+            complete=self.complete,
+            prompts=self.prompts.description,
+            own_rounding=None if self._oracle is None else self._oracle.own_rounding,
+            coverage=None if self._counter is None else self._counter.coverage(),
+            loosened=() if self._judge is None else tuple(self._judge.loosened),
+            scenarios=(*self.results, *left),
+            layers_error=() if investigation is None else investigation.errors,
+            rounding=tuple(self.rounding),
+            fault=None if investigation is None else investigation.fault,
+            unexplained=None if investigation is None else investigation.unexplained,
+            script=self.script,
+            routing=() if investigation is None else investigation.bands,
+            replayed=0 if self._judge is None else self._judge.replayed,
             environment=describe_environment(target.judged_as in (NETWORK, ENGINE)),
             hashes=target.hashes(),
+            weights_sha256=self.weights_sha256,
         )
 
-    def _load_reference(self) -> Reference:
-        from qwenport.validate.reference import Reference
 
-        self._progress("loading the reference", 0, 1)
-        return Reference(
-            self._target,
-            self._path,
-            layers=self._layers,
-            streamed=bool(self._streamed),
-            progress=self._progress if self._streamed else lambda what, done, total: None,
-        )
+def _extent(target: Target, options: Options) -> tuple[int, bool]:
+    """(decoder layers to run, whether one is loaded at a time).
 
-    def _open_candidate(self) -> Candidate:
-        return Candidate(
-            self._target,
-            max_batch=min(RAGGED_ROWS, self._target.max_batch),
-            capacity=self._capacity,
-            layers=self._layers,
-            streamed=bool(self._streamed),
-            progress=self._progress,
-        )
-
-    def _judge_statically(self) -> None:
-        """What can be said before anything runs: the network's structure, the rope tables."""
-        target = self._target
-        if target.judged_as == NETWORK and self._candidate is not None:
-            complaints = self._candidate.complaints
-            status: Status = "failed" if complaints else "passed"
-            self._results.append(
-                ScenarioResult(PARSED, PARSED_SUMMARY, status, reason="; ".join(complaints) or None)
-            )
-        if target.package is None:
-            why = "an engine's tables are inside its plan; its logits show them"
-            self._results.append(ScenarioResult(ROPE_TABLES, TABLES_SUMMARY, "not run", reason=why))
-            return
-        started = time.monotonic()
-        assert self._reference is not None
-        checks = check_tables(target.package, self._reference)
-        self._results.append(
-            ScenarioResult(
-                ROPE_TABLES,
-                TABLES_SUMMARY,
-                status_of(checks),
-                checks,
-                seconds=seconds_since(started),
-            )
-        )
-
-    # ------------------------------------------------------------------ scenarios
-
-    def _observe_all(self, bench: Bench) -> dict[str, Observation]:
-        """Streamed: every scenario's logits, then the oracle's of all of them in one pass."""
-        found = {}
-        for scenario in SCENARIOS:
-            try:
-                found[scenario.name] = scenario.run(bench)
-            except NotApplicable:  # `_judge` asks again, and says why
-                continue
-        texts = [text for observation in found.values() for text in observation.texts]
-        self._ask(texts, "fp32")
-        if self._target.compute_dtype != "fp32":
-            self._ask(texts, self._target.compute_dtype)
-        return found
-
-    def _ask(self, texts: Sequence[Text], dtype: str) -> list[Float32]:
-        """transformers' logits, each text asked for once."""
-        assert self._reference is not None
-        missing = [t for t in dict.fromkeys(texts) if (t, dtype) not in self._oracle]
-        if missing:
-            for text, logits in zip(missing, self._reference.logits(missing, dtype), strict=True):
-                self._oracle[text, dtype] = logits
-        return [self._oracle[text, dtype] for text in texts]
-
-    def _judge(
-        self,
-        scenario: Scenario,
-        bench: Bench,
-        bench_of: BenchMaker,
-        observation: Observation | None,
-    ) -> ScenarioResult:
-        """Run one scenario and hold its metrics against their bounds. A target that raises has failed it."""
-        started = time.monotonic()
-        try:
-            observation = scenario.run(bench) if observation is None else observation
-        except CandidateError as error:
-            return result_of(scenario, "failed", reason=str(error), started=started)
-        except NotApplicable as reason:
-            return result_of(scenario, "not run", reason=str(reason), started=started)
-        oracle = np.concatenate(self._ask(observation.texts, "fp32"))
-        if observation.candidate.shape != oracle.shape:
-            shapes = f"{observation.candidate.shape}, expected {oracle.shape}"
-            why = f"the target gave logits of shape {shapes}"
-            return result_of(scenario, "failed", reason=why, started=started)
-        metrics, checks = self._measure(scenario, observation, oracle)
-        if status_of(checks) == "failed" and self._router_names:
-            # a near-tie that fell the other way is no mistake: take it over, and judge what follows from it
-            choices = self._choices(scenario, bench_of)
-            if choices is not None:
-                assert self._reference is not None
-                replayed = self._reference.replayed
-                oracle = np.concatenate(self._reference.logits(observation.texts, choices=choices))
-                taken = self._reference.replayed - replayed
-                if taken:
-                    self._replayed += taken
-                    metrics, checks = self._measure(scenario, observation, oracle)
-        return result_of(scenario, status_of(checks), checks, metrics, started=started)
-
-    def _measure(
-        self, scenario: Scenario, observation: Observation, oracle: Float32
-    ) -> tuple[Metrics, tuple[Check, ...]]:
-        dtype = self._target.compute_dtype
-        if dtype == "fp32":
-            bounds = self._override(fp32_thresholds(self._own_rounding, greedy=scenario.greedy))
-            own = self._own_rounding
-        else:
-            theirs = self._own_error(observation.texts)
-            bounds, own = (
-                self._override(half_thresholds(theirs, self._target.config.hidden_size)),
-                theirs.rel_l2,
-            )
-        metrics = compare(observation.candidate, oracle, near_tie_margin=bounds.near_tie_margin)
-        ratio = metrics.rel_l2 / own if own else float("inf") if metrics.rel_l2 else 0.0
-        metrics = dataclasses.replace(metrics, own_ratio=ratio)
-        return metrics, checks_of(metrics, bounds, observation.labels, dtype)
-
-    def _own_error(self, texts: Sequence[Text]) -> Metrics:
-        """What transformers itself reaches in the target's dtype."""
-        theirs, oracle = (
-            np.concatenate(self._ask(texts, dtype))
-            for dtype in (self._target.compute_dtype, "fp32")
-        )
-        return compare(theirs, oracle, near_tie_margin=HALF_NEAR_TIE_MARGIN)
-
-    def _override(self, bounds: Thresholds) -> Thresholds:
-        bounds, looser = override(bounds, self._options.thresholds)
-        self._loosened |= dict.fromkeys(looser)
-        return bounds
-
-    # ------------------------------------------------------------------ inside the target
-
-    def _tap(
-        self,
-        scenario: Scenario,
-        bench_of: BenchMaker,
-        names: Sequence[str],
-        heads: Sequence[str] = (),
-    ) -> tuple[Observation, list[Seen]] | None:
-        """Run a scenario once more on a session that shows values of its graph; None if it fails."""
-        assert self._candidate is not None
-        try:
-            session = self._candidate.open(bench_of.rehearsal([scenario]), names)
-            with Taps(session, heads) as taps:
-                observation = scenario.run(bench_of(session))
-        except (Refused, CandidateError):
-            return None
-        return observation, taps.texts()
-
-    def _choices(self, scenario: Scenario, bench_of: BenchMaker) -> list[Choices] | None:
-        tapped = self._tap(scenario, bench_of, list(self._router_names.values()))
-        return None if tapped is None else self._choices_seen(tapped[1])
-
-    def _choices_seen(self, seen: Sequence[Seen]) -> list[Choices] | None:
-        if not self._router_names:
-            return None
-        margin = self._router_margin()
-        return [choices_of(of_text, self._router_names, margin) for of_text in seen]
-
-    def _router_margin(self) -> float:
-        in_fp32 = self._target.compute_dtype == "fp32"
-        ours = FP32_ROUTER_MARGIN if in_fp32 else HALF_NEAR_TIE_MARGIN
-        return self._options.thresholds.get("router_margin", ours)
-
-    def _look_inside(self, bench_of: BenchMaker, failure: str) -> None:
-        """Errors from layer to layer, routers, and where a failure starts."""
-        target = self._target
-        sparse = bool(target.config.moe)
-        if self._candidate is None or not self._candidate.can_be_tapped:
-            if sparse:
-                why = "an engine's routers are inside its plan; its logits show them"
-                status: Status = "not run" if self._candidate is not None else "failed"
-                self._results.append(
-                    ScenarioResult(ROUTING, ROUTING_SUMMARY, status, reason=failure or why)
-                )
-            return
-        names = [*hidden_states(self._layers), *self._router_names.values()]
-        unused = [
-            index for index in range(self._layers) if not self._candidate.uses(layer_output(index))
-        ]
-        missing = [name for name in names if not self._candidate.uses(name)]
-        tapped = None if missing else self._tap(TAPPED, bench_of, names)
-        if sparse:
-            self._results.append(self._judge_routing(tapped, failure or "the target failed"))
-        if unused:
-            self._fault = localisation.fault_cut_off(unused[0])
-        if tapped is None:
-            return
-        self._layers_error = self._by_layer(*tapped)
-        failed = {result.name for result in self._results if result.status == "failed"}
-        for scenario in SCENARIOS:
-            if scenario.name in failed and self._fault is None:
-                self._find_fault(scenario, bench_of, names)
-        if failed and self._fault is None:
-            self._blame_tables()
-
-    def _by_layer(self, observation: Observation, seen: list[Seen]) -> tuple[OperatorError, ...]:
-        assert self._reference is not None
-        return localisation.errors_by_layer(
-            self._reference,
-            observation.texts,
-            seen,
-            self._target.compute_dtype,
-            self._choices_seen(seen),
-        )
-
-    def _find_fault(self, scenario: Scenario, bench_of: BenchMaker, names: Sequence[str]) -> None:
-        assert self._reference is not None and self._candidate is not None
-        tapped = self._tap(scenario, bench_of, names)
-        if tapped is None:
-            return
-        observation, seen = tapped
-        errors = self._by_layer(observation, seen)
-        bad = localisation.worst(errors)
-        dtype, config = self._target.compute_dtype, self._target.config
-        if bad == 0:
-            self._fault = localisation.fault_outside(scenario.name, "embed_tokens", 0.0, errors[0])
-        elif bad is not None:
-            layer = bad - 1
-            sites = localisation.tapped_sites(config, layer, self._candidate.uses)
-            entry = hidden_states(self._layers)[layer]
-            inside = [
-                entry,
-                *sites,
-                *(self._router_names[n] for n in (layer,) if n in self._router_names),
-            ]
-            heads = [name for name, site in sites.items() if site.heads]
-            looked = self._tap(scenario, bench_of, list(dict.fromkeys(inside)), heads)
-            operators: tuple[OperatorError, ...] = ()
-            if looked is not None:
-                operators = localisation.errors_in_layer(
-                    self._reference, config, layer, observation.texts, looked[1], dtype, sites
-                )
-            self._fault = localisation.fault_in_layer(
-                scenario.name, config, layer, errors[bad], errors[bad - 1].accumulated, operators
-            )
-        else:
-            sizes = np.cumsum([text.last for text in observation.texts])[:-1]
-            end = localisation.errors_at_the_end(
-                self._reference,
-                observation.texts,
-                seen,
-                np.split(observation.candidate, sizes),
-                self._ask(observation.texts, "fp32"),
-                dtype,
-            )
-            if localisation.worst([end]) is not None:
-                self._fault = localisation.fault_outside(
-                    scenario.name, end.name, errors[-1].accumulated, end
-                )
-
-    def _blame_tables(self) -> None:
-        """No operator stands out in a run: then the tables themselves are what failed, if they did."""
-        (tables,) = [result for result in self._results if result.name == ROPE_TABLES]
-        if tables.status != "failed":
-            return
-        nan = float("nan")
-        self._fault = Fault(
-            ROPE_TABLES, None, "rope tables", nan, nan, nan, nan,
-            f"The rope tables are wrong: {tables.failures[0]}.",
-        )  # fmt: skip
-
-    def _judge_routing(
-        self, tapped: tuple[Observation, list[Seen]] | None, failure: str
-    ) -> ScenarioResult:
-        assert self._reference is not None
-        if tapped is None:
-            return ScenarioResult(ROUTING, ROUTING_SUMMARY, "failed", reason=failure)
-        started = time.monotonic()
-        observation, seen = tapped
-        choices = self._choices_seen(seen)
-        (expected,) = self._reference.routing(observation.texts, choices=choices)
-        chosen = {layer: seen[0][name] for layer, name in self._router_names.items()}
-        self._routing = compare_routing(chosen, expected)
-        margin, dtype = self._router_margin(), self._target.compute_dtype
-        bounds = fp32_thresholds(self._own_rounding)
-        if dtype != "fp32":
-            agreement = self._own_agreement(observation.texts, dtype, margin)
-            bounds = half_thresholds(
-                self._own_error(observation.texts), self._target.config.hidden_size, agreement
-            )
-        bounds = self._override(bounds)
-        check = self._routing.check(bounds.router_margin, bounds.router_agreement)
-        return ScenarioResult(
-            ROUTING, ROUTING_SUMMARY, status_of((check,)), (check,), seconds=seconds_since(started)
-        )
-
-    def _own_agreement(self, texts: Sequence[Text], dtype: str, margin: float) -> float:
-        """The share of choices outside near-ties in which transformers in `dtype` agrees with fp32."""
-        assert self._reference is not None
-        (theirs,) = self._reference.routing(texts, dtype)
-        choices = {layer: experts for layer, (_, experts) in theirs.items()}
-        (expected,) = self._reference.routing(texts, choices=[Choices(choices, margin)])
-        return compare_routing(choices, expected).agreement(margin)
+    Raises:
+        ValidationError: the options do not fit together, or the target.
+    """
+    every = target.config.num_hidden_layers
+    layers = every if options.layers is None else options.layers
+    if not 1 <= layers <= every:
+        raise ValidationError(f"layers {layers} is outside 1..{every}")
+    streamed = options.streamed
+    if streamed is None:
+        streamed = layers < every or must_stream(target)
+    if layers < every and not streamed:
+        raise ValidationError("fewer layers are for streamed validation")
+    if streamed and (target.judged_as == ENGINE or target.device != "cpu"):
+        if options.streamed or options.layers:
+            raise ValidationError(f"{target.path}: only what runs on the CPU can be streamed")
+        streamed = False
+    return layers, streamed
 
 
 def _original_context(target: Target) -> int | None:

@@ -1,4 +1,4 @@
-"""What the commands share: options, notes, readable numbers, and what kind of directory a target is."""
+"""What the commands share: options, notes, readable numbers, and a target that can be run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ import click
 
 from qwenport import QwenportError
 
-Kind = Literal["checkpoint", "package", "engine"]
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-KINDS: dict[str, Kind] = {"qwenport-package": "package", "qwenport-engine": "engine"}
 
 PATH = click.Path(path_type=Path)
 
@@ -77,36 +74,15 @@ def bytes_of(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def kind_of(target: Path) -> Kind:
-    """What a directory holds. Its contents are not checked: whoever opens it does that.
-
-    Raises:
-        QwenportError: no such directory, or none of the three kinds.
-    """
-    from qwenport.exporter import MANIFEST
-
-    if not target.exists():
-        raise QwenportError(f"{target}: no such directory")
-    if not target.is_dir():
-        raise QwenportError(f"{target}: not a directory")
-    if (target / MANIFEST).is_file():
-        try:
-            return KINDS[json.loads((target / MANIFEST).read_text(encoding="utf-8"))["format"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise QwenportError(f"{target / MANIFEST}: not a manifest of Qwenport's") from error
-    if (target / "config.json").is_file():
-        return "checkpoint"
-    raise QwenportError(
-        f"{target}: neither a package nor an engine (no {MANIFEST}), nor a checkpoint (no config.json)"
-    )
-
-
 def runnable_kind(target: Path) -> Literal["package", "engine"]:
     """`kind_of` a target that is to be run: a checkpoint is refused with the remedy.
 
     Raises:
-        QwenportError: as `kind_of`, or a checkpoint.
+        PackageError: see `kind_of`.
+        QwenportError: a checkpoint.
     """
+    from qwenport.exporter import kind_of
+
     kind = kind_of(target)
     if kind == "checkpoint":
         raise QwenportError(

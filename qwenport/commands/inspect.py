@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwenport.commands._common import PATH, kind_of, note, print_json, size
+from qwenport.commands._common import PATH, note, print_json, size
 from qwenport.commands._gpus import USABLE, fits
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def command(target: Path, brief: bool, quiet: bool, as_json: bool) -> None:
       qwenport inspect qwen.engine --json
     """
     from qwenport.commands import _tables
+    from qwenport.exporter import kind_of
 
     kind = kind_of(target)
     describe = {"checkpoint": checkpoint, "package": package, "engine": engine}[kind]

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qwenport import QwenportError
 from qwenport.commands._common import PATH, output_options, print_json, runnable_kind
 from qwenport.commands._progress import progress_bar
 
 if TYPE_CHECKING:
-    from qwenport.validate import Report
+    from qwenport.validate import Report, ScenarioResult
 
 EXIT_NO_PARITY = 1
 WAYS = ("tensorrt-network",)
+BUDGETS = ("quick", "standard", "thorough")
 
 
 @click.command()
@@ -37,7 +37,7 @@ WAYS = ("tensorrt-network",)
 @click.option(
     "--exact",
     is_flag=True,
-    help="With --as tensorrt-network: compute in fp32, not in the types that the network declares.",
+    help="With --as tensorrt-network: judge the arithmetic only, not the rounding of the declared types.",
 )
 @click.option(
     "--stream",
@@ -58,6 +58,19 @@ WAYS = ("tensorrt-network",)
     metavar="FILE",
     help="UTF-8 text to take prompts from.",
     show_default="a text in nine languages",
+)
+@click.option(
+    "--budget",
+    type=click.Choice(BUDGETS),
+    default="standard",
+    help="How much is run: how far the context, how many widths, edges and single tokens.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Of the step widths and the random walk, which are drawn.",
 )
 @click.option(
     "--threshold",
@@ -83,6 +96,8 @@ def command(
     stream: bool,
     layers: int | None,
     prompts: Path | None,
+    budget: str,
+    seed: int,
     thresholds: tuple[str, ...],
     report_dir: Path | None,
     quiet: bool,
@@ -90,24 +105,35 @@ def command(
 ) -> None:
     """Compare TARGET, a package or an engine directory, with transformers on its checkpoint.
 
-    Prompts are run through both in several ways (at once, token by token, in chunks, in a ragged
-    batch, at the end of the context) and the logits are compared. If they differ, the operator where
-    the error starts is named. Exit codes: 0 parity holds, 1 it does not, 2 the two cannot be compared.
+    Weights, graph and files are compared with the checkpoint's byte for byte. Then prompts are run
+    through both in every way a program could: with the last logits or all, steps of many widths,
+    token by token, batches, small caches, to the end of the context, at random. If they differ, the
+    operator where the error starts is named. The verdict says what was judged.
+
+    Exit codes: 0 parity holds, 1 it does not, 2 the two cannot be compared.
 
     \b
     Examples:
       qwenport validate qwen.package --reference Qwen2.5-0.5B-Instruct
       qwenport validate qwen.package --reference Qwen2.5-0.5B-Instruct --as tensorrt-network
-      qwenport validate qwen.package --reference Qwen2.5-7B-Instruct --layers 4 --report parity/
+      qwenport validate qwen.package --reference Qwen2.5-7B-Instruct --budget thorough --report parity/
     """
     runnable_kind(target)
-    if report_dir is not None and report_dir.exists() and not report_dir.is_dir():
-        raise QwenportError(f"--report {report_dir}: not a directory")
-    from qwenport.validate import Options, Validation, check_source, open_target, parse_overrides
+    from qwenport.validate import (
+        Options,
+        Validation,
+        check_source,
+        open_target,
+        parse_overrides,
+        prepare_report,
+    )
 
+    overrides = parse_overrides(thresholds)
+    if report_dir is not None:
+        prepare_report(report_dir)  # before any work; an old report does not stay beside a failure
     opened = open_target(target, judged_as=judged_as, exact=exact)
     check_source(opened, reference)
-    options = Options(stream or None, layers, prompts, parse_overrides(thresholds))
+    options = Options(stream or None, layers, prompts, overrides, budget, seed)
     with progress_bar("loading", quiet) as progress:
         validation = Validation(opened, reference, options, progress=progress)
         try:
@@ -135,28 +161,39 @@ def lines_of(report: Report) -> list[str]:
     for scenario in report.scenarios:
         status = scenario.status.upper() if scenario.status == "failed" else scenario.status
         line = f"{status:<8} {scenario.name:<{width}}"
-        if scenario.metrics is not None:
-            line += (
-                f"  rel-L2 {scenario.metrics.rel_l2:.1e}, {scenario.metrics.positions} positions"
-            )
-            if report.compute_dtype != "fp32" and scenario.metrics.own_ratio is not None:
-                line += f", {scenario.metrics.own_ratio:.2f} x transformers' own error"
-        elif scenario.name == "routing" and report.routing:
-            same = sum(band.agreeing for band in report.routing)
-            line += f"  same experts in {same} of {sum(b.choices for b in report.routing)} choices"
-        elif scenario.status == "not run":
-            line += f"  {scenario.reason}"
+        line += f"  {_told(scenario, report)}"
         lines.append(line.rstrip())
         lines += [f"{'':<8}   {failure}" for failure in scenario.failures]
-    counts = {
-        status: sum(scenario.status == status for scenario in report.scenarios)
-        for status in ("passed", "failed", "not run")
-    }
-    verdict = "parity holds" if report.passed else "parity does NOT hold"
-    if report.layers_judged < report.layers:
-        verdict += f" for the first {report.layers_judged} of {report.layers} layers"
     lines += [f"threshold loosened: {line}" for line in report.loosened]
+    if report.coverage is not None:
+        lines += [f"not judged: {sentence}" for sentence in report.coverage.left_out]
     if report.fault is not None:
         lines.append(report.fault.text)
-    told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    return [*lines, f"{verdict}: {told}"]
+    elif report.unexplained is not None:
+        lines.append(f"Where the error starts was not found: {report.unexplained}.")
+    if report.script is not None:
+        lines += ["The random walk fails; this shows it (TARGET is the package or engine):"]
+        lines += [f"    {line}" for line in report.script.splitlines()]
+    return [*lines, report.verdict]
+
+
+def _told(scenario: ScenarioResult, report: Report) -> str:
+    """The rest of a scenario's line."""
+    if scenario.metrics is not None:
+        text = f"rel-L2 {scenario.metrics.rel_l2:.1e}, {scenario.metrics.positions} positions"
+        interval = scenario.metrics.own_ratio_interval
+        if interval is not None and scenario.metrics.own_ratio is not None:
+            text += (
+                f", {scenario.metrics.own_ratio:.2f} x transformers' own error "
+                f"({interval.low:.2f} to {interval.high:.2f})"
+            )
+        return text
+    if scenario.name == "routing" and report.routing:
+        same = sum(band.agreeing for band in report.routing)
+        return f"same experts in {same} of {sum(b.choices for b in report.routing)} choices"
+    if scenario.status == "not run":
+        return scenario.reason or ""
+    if scenario.status == "passed" and scenario.checks:
+        check = scenario.checks[-1]
+        return f"{check.metric} {check.value:.2g}" + (f", {check.where}" if check.where else "")
+    return ""

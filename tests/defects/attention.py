@@ -93,7 +93,7 @@ def scores_in_fp16(model: ir.Model) -> None:
     The layer's attention is written out for it as two products. In a bf16 or fp16 engine scores are no finer than
     that anyway, and only the overflow is left.
     """
-    attention = node(model, "model.layers.1.self_attn.Attention")
+    attention = node(model, "model.layers.1.self_attn.attention")
     q, k, v, mask = (given(value) for value in attention.inputs)
     assert q.shape is not None and q.dtype is not None
     heads, groups, size = _heads(q), _heads(k), q.shape[3]

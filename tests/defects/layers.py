@@ -8,8 +8,8 @@ from defects.tools import given, insert, node, replace_uses
 
 
 def skipped_layer(model: ir.Model) -> None:
-    before = node(model, "model.layers.2.Add_2").outputs[0]
-    after = node(model, "model.layers.3.Add_2").outputs[0]
+    before = node(model, "model.layers.2.residual_2").outputs[0]
+    after = node(model, "model.layers.3.residual_2").outputs[0]
     replace_uses(after, before, by=lambda user: True)
 
 
@@ -28,7 +28,7 @@ def swapped_layers(model: ir.Model) -> None:
 
 def second_residual_from_the_layers_input(model: ir.Model) -> None:
     """One layer's MLP is added to what the layer was given, and its attention is lost on the way."""
-    first, second = (node(model, f"model.layers.2.{name}") for name in ("Add", "Add_2"))
+    first, second = (node(model, f"model.layers.2.{name}") for name in ("residual_1", "residual_2"))
     assert second.inputs[0] is first.outputs[0]
     second.replace_input_with(0, first.inputs[0])
 
@@ -36,7 +36,7 @@ def second_residual_from_the_layers_input(model: ir.Model) -> None:
 def residual_after_the_norm(model: ir.Model) -> None:
     """One layer's attention is added to the norm's result instead of the norm's input."""
     norm = node(model, "model.layers.3.input_layernorm.RMSNormalization")
-    add = node(model, "model.layers.3.Add")
+    add = node(model, "model.layers.3.residual_1")
     assert add.inputs[0] is norm.inputs[0]
     add.replace_input_with(0, norm.outputs[0])
 

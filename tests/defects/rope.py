@@ -37,7 +37,7 @@ def rope_restarts_every_step(model: ir.Model) -> None:
 
 def key_positions_off_by_one(model: ir.Model) -> None:
     """One layer's keys are rotated for the position before, its queries for their own."""
-    rotary = node(model, "model.layers.3.self_attn.RotaryEmbedding_2")
+    rotary = node(model, "model.layers.3.self_attn.rope_k")
     earlier = insert(
         model, rotary, "Sub", [rotary.inputs[3], constant(model, "one", [1])], "defect.earlier"
     )

@@ -15,10 +15,24 @@ from qwenport.exporter import MANIFEST, sha256, write_json
 
 DOMAIN = "defects"  # of model-local functions that a defect brings along
 INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
+OTHER_VERSION = "0.0.0-seeded"
 
+def seed(
+    package: Path,
+    faulty: Path,
+    change: Callable[[ir.Model], None],
+    *,
+    other_version: bool = True,
+) -> Path:
+    """Copy `package` to `faulty` with its weights, apply `change` to its graph, fix the hashes.
 
-def seed(package: Path, faulty: Path, change: Callable[[ir.Model], None]) -> Path:
-    """Copy `package` to `faulty` with its weights, apply `change` to its graph, fix the hashes."""
+    Args:
+        package: a healthy one.
+        faulty: the copy; it must not exist.
+        change: made in place.
+        other_version: say that another version of qwenport wrote it, so that nobody can tell the fault by comparing
+            the graph with what the exporter writes now.
+    """
     shutil.copytree(package, faulty)
     model = ir.load(faulty / "model.onnx")
     change(model)
@@ -27,6 +41,8 @@ def seed(package: Path, faulty: Path, change: Callable[[ir.Model], None]) -> Pat
     for name in manifest["files"]:
         file = faulty / name
         manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    if other_version:
+        manifest["qwenport_version"] = OTHER_VERSION
     write_json(faulty / MANIFEST, manifest)
     return faulty
 

@@ -56,7 +56,7 @@ def test_the_parsed_experts_are_transformers_and_gather_what_the_tokens_chose(
             expected = layer.mlp(x)
         prefix = f"model.layers.{index}"
         shared = hasattr(layer.mlp, "shared_expert")
-        result = f"{prefix}.mlp.Add" if shared else f"{prefix}.mlp.experts.MoEExperts"
+        result = f"{prefix}.mlp.mixed" if shared else f"{prefix}.mlp.experts_sum"
         norm = f"{prefix}.post_attention_layernorm.RMSNormalization"
         gathered.clear()
         got = interpreter.program([norm], [result]).run({norm: x})[result]

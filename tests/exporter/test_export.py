@@ -451,10 +451,8 @@ def test_a_dtype_change_is_torch_s_bit_for_bit(tmp_path: Path, source: str, targ
         }
     checkpoint = write_checkpoint(tmp_path / "checkpoint", raw, tensors)
     (tmp_path / "package").mkdir()
-    entries = place_weights(
-        open_checkpoint(checkpoint), tmp_path / "package", target, "link", quietly
-    )
-    assert entries.keys() == tensors.keys()
+    plan = place_weights(open_checkpoint(checkpoint), tmp_path / "package", target, "link", quietly)
+    assert plan.entries.keys() == tensors.keys()
     found: dict[str, bytes] = {}
     for file in (tmp_path / "package").rglob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:

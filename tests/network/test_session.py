@@ -195,7 +195,7 @@ def test_as_declared_the_error_is_that_of_the_dtype(model: Model) -> None:
 
 def test_observed_tensors_are_transformers_hidden_states(model: Model) -> None:
     layers = model.package.config.num_hidden_layers
-    names = ["model.embed_tokens.Gather", *(f"model.layers.{i}.Add_2" for i in range(layers - 1))]
+    names = ["model.embedding", *(f"model.layers.{i}.residual_2" for i in range(layers - 1))]
     session = model.session(exact=True, observe=names)
     session.prefill([TEXTS[0].tolist()])
     assert set(session.observed) == set(names)
@@ -208,7 +208,7 @@ def test_observed_tensors_are_transformers_hidden_states(model: Model) -> None:
 
 
 def test_as_declared_observed_halves_are_fp32_arrays(model: Model) -> None:
-    name = "model.embed_tokens.Gather"
+    name = "model.embedding"
     session = model.session(exact=False, observe=[name])
     session.prefill([TEXTS[0].tolist()])
     table = model.reference.get_input_embeddings().weight.detach().numpy()
@@ -222,7 +222,7 @@ def test_a_tensor_that_the_network_has_not_cannot_be_observed(model: Model) -> N
 
 def test_the_outputs_depend_on_what_used_names(model: Model) -> None:
     used = Interpreter(model.parsed[True]).used()
-    assert {"logits", "present.0.key", "model.embed_tokens.Gather"} <= used
+    assert {"logits", "present.0.key", "model.embedding"} <= used
     assert not used & set(Interpreter(model.parsed[True]).inputs)
     assert model.parsed[True].complaints == ()
 

@@ -18,6 +18,8 @@ from qwenport.validate.errors import NetworkError
 
 Compute = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
 
+SCORES_AT_ONCE = 1 << 25  # numbers of an attention's scores in memory at once: 128 MB
+
 
 @dataclass(frozen=True)
 class Context:
@@ -426,20 +428,29 @@ def _attention(context: Context, layer: Any) -> Compute:
         kv_heads, keys = k.shape[1], k.shape[2]
         # a group of query heads shares a head of keys and values
         grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, size)
-        scores = grouped @ k.unsqueeze(2).transpose(-1, -2)
-        if causal != "NONE":
-            offset = 0 if causal == "UPPER_LEFT" else keys - queries
-            seen = torch.arange(keys) <= torch.arange(queries)[:, None] + offset
-            scores = scores.masked_fill(~seen, -torch.inf)
-        if mask is not None:
-            shaped = mask.unsqueeze(2)  # [batch, 1 or heads, 1, queries, keys]
-            if mask.shape[1] == heads and heads != 1:
-                shaped = mask.reshape(mask.shape[0], kv_heads, -1, *mask.shape[2:])
-            if mask.dtype == torch.bool:
-                scores = scores.masked_fill(~shaped, -torch.inf)
-            else:
-                scores = scores + shaped
-        mixed = context.round(torch.softmax(scores, -1)) @ v.unsqueeze(2)
+        columns, values = k.unsqueeze(2).transpose(-1, -2), v.unsqueeze(2)
+        shaped = mask
+        if mask is not None:  # [batch, 1 or kv_heads, 1 or heads of a group, queries, keys]
+            by_head = mask.shape[1] == heads and heads != 1
+            sizes = (kv_heads, -1) if by_head else (mask.shape[1], 1)
+            shaped = mask.reshape(mask.shape[0], *sizes, *mask.shape[2:])
+        at_once = max(1, SCORES_AT_ONCE // (batch * heads * keys))
+        pieces = []
+        for start in range(0, queries, at_once):
+            rows = slice(start, start + at_once)
+            scores = grouped[..., rows, :] @ columns
+            if causal != "NONE":
+                offset = 0 if causal == "UPPER_LEFT" else keys - queries
+                order = torch.arange(queries)[rows, None]
+                scores.masked_fill_(torch.arange(keys) > order + offset, -torch.inf)
+            if shaped is not None:
+                seen = shaped if shaped.shape[-2] == 1 else shaped[..., rows, :]
+                if seen.dtype == torch.bool:
+                    scores.masked_fill_(~seen, -torch.inf)
+                else:
+                    scores = scores + seen
+            pieces.append(context.round(torch.softmax(scores, -1)) @ values)
+        mixed = torch.cat(pieces, dim=-2) if len(pieces) != 1 else pieces[0]
         return mixed.reshape(batch, heads, queries, v.shape[-1])
 
     return compute

@@ -86,13 +86,12 @@ class ParsedNetwork:
             yield layer, layer.type.name
 
 
-def parse_package(package: Package, capacity: int, *, exact: bool = False) -> ParsedNetwork:
+def parse_package(package: Package, capacity: int) -> ParsedNetwork:
     """Lower a package as `build` does and let TensorRT parse it.
 
     Args:
         package: what to parse.
         capacity: cache slots of the network.
-        exact: keep the rope tables, which lowering rounds to the model's dtype, as they were before.
 
     Raises:
         MissingExtraError: tensorrt-rtx is not installed.
@@ -108,11 +107,23 @@ def parse_package(package: Package, capacity: int, *, exact: bool = False) -> Pa
     complaints = _complaints(check_graph, model)
     parsed = parse_model(model, package.path, package.dtype)
     complaints += _complaints(check_network, parsed.network, parsed.trt)
-    parsed = replace(parsed, complaints=complaints)
-    if exact:
-        for name, table in zip(TABLES, read_tables(package), strict=True):
-            parsed.constants[folded(name)] = torch.from_numpy(np.array(table))
-    return parsed
+    return replace(parsed, complaints=complaints)
+
+
+def with_exact_tables(parsed: ParsedNetwork, package: Package) -> ParsedNetwork:
+    """The same network with the rope tables, which lowering rounds to the model's dtype, as they were before.
+
+    Raises:
+        NetworkError: the package's graph has no such tables.
+    """
+    try:
+        tables = read_tables(package)
+    except KeyError as error:
+        raise NetworkError(f"the graph has no table {error.args[0]}") from error
+    constants = dict(parsed.constants)
+    for name, table in zip(TABLES, tables, strict=True):
+        constants[folded(name)] = torch.from_numpy(np.array(table))
+    return replace(parsed, constants=constants)
 
 
 def _complaints(check: Callable[..., None], *arguments: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch
 from qwenport.validate.network.interpreter import Interpreter, Program
 from qwenport.validate.network.session import as_numpy, caches_of, share
 from qwenport.validate.sites import LOGITS, hidden_states
-from qwenport.validate.streaming import Feeds, Run
+from qwenport.validate.streaming import Feeds, Geometry, Run
 
 
 class NetworkParts:
@@ -27,8 +27,8 @@ class NetworkParts:
         """
         self.num_layers = layers
         self._interpreter = interpreter
-        self._hidden = hidden_states(layers)
-        self._last = hidden_states(all_layers)[-1]
+        self._hidden = hidden_states(all_layers)
+        self._last = self._hidden[-1]
         self._steps = [n for n in interpreter.inputs if not n.startswith("past_key_values.")]
 
     @contextmanager
@@ -43,21 +43,22 @@ class NetworkParts:
     def prologue(self, observe: Sequence[str]) -> Iterator[Run]:
         """See `Parts.prologue`."""
         with self._program((), [self._hidden[0], *observe]) as program:
-            yield lambda feeds, hidden: _split(
+            yield lambda number, feeds, hidden: _split(
                 program.run(_tensors(feeds)), self._hidden[0], observe
             )
 
     @contextmanager
-    def layer(self, index: int, max_batch: int, observe: Sequence[str]) -> Iterator[Run]:
+    def layer(self, index: int, sizes: Sequence[Geometry], observe: Sequence[str]) -> Iterator[Run]:
         """See `Parts.layer`."""
         entry, end = self._hidden[index : index + 2]
-        caches = caches_of(self._interpreter, max_batch, index)
-        presents = [name.replace("past_key_values.", "present.") for name in caches]
-        with self._program([entry, *caches], [end, *presents, *observe]) as program:
+        caches = [caches_of(self._interpreter, size.max_batch, index) for size in sizes]
+        presents = [f"present.{index}.{part}" for part in ("key", "value")]
+        pasts = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
+        with self._program([entry, *pasts], [end, *presents, *observe]) as program:
 
-            def run(feeds: Feeds, hidden: torch.Tensor) -> tuple[Any, dict[str, Any]]:
+            def run(number: int, feeds: Feeds, hidden: torch.Tensor) -> tuple[Any, dict[str, Any]]:
                 rows = len(feeds["input_ids"])
-                past = {name: memory[:rows] for name, memory in caches.items()}
+                past = {name: memory[:rows] for name, memory in caches[number].items()}
                 made = program.run({**_tensors(feeds), entry: hidden, **past})
                 share(past, made)
                 return _split(made, end, observe)
@@ -69,7 +70,7 @@ class NetworkParts:
         """See `Parts.epilogue`."""
         with self._program([self._last], [LOGITS, *observe]) as program:
 
-            def run(feeds: Feeds, hidden: torch.Tensor) -> tuple[Any, dict[str, Any]]:
+            def run(number: int, feeds: Feeds, hidden: torch.Tensor) -> tuple[Any, dict[str, Any]]:
                 made = program.run({**_tensors(feeds), self._last: hidden})
                 logits, seen = _split(made, LOGITS, observe)
                 return as_numpy(logits), seen

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from qwenport.engines import CachedSession, SessionError
+from qwenport.engines import MAX_STEP_LOGITS, MAX_STEP_TOKENS, CachedSession, SessionError
 from qwenport.engines.session import Float32, Int64
 from qwenport.exporter import ModelConfig
 from qwenport.validate.network.interpreter import Interpreter
 from qwenport.validate.sites import LOGITS
-
-MAX_STEP_TOKENS = 512  # attention scores take heads x tokens x span numbers
 
 
 class NetworkSession(CachedSession):
@@ -29,12 +28,13 @@ class NetworkSession(CachedSession):
         max_positions: int,
         observe: Sequence[str] = (),
     ) -> None:
-        """Allocate the cache.
+        """Allocate the cache, of as many slots as the network was parsed for.
 
         Args:
             interpreter: of the parsed network.
             config: the model's.
-            max_batch, capacity: of the cache; the network was parsed for this capacity.
+            max_batch: rows.
+            capacity: slots a row that may be used, as an engine's session takes it.
             max_positions: rows of the rope tables.
             observe: tensors of the network that each step leaves in `observed`.
 
@@ -47,7 +47,7 @@ class NetworkSession(CachedSession):
             capacity=capacity,
             vocab_size=config.vocab_size,
             max_step_tokens=MAX_STEP_TOKENS,
-            max_step_logits=MAX_STEP_TOKENS,
+            max_step_logits=MAX_STEP_LOGITS,
             max_positions=max_positions,
         )
         for name in observe:
@@ -78,12 +78,16 @@ def caches_of(
     prefix = "past_key_values." if layer is None else f"past_key_values.{layer}."
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     return {
-        tensor.name: torch.zeros(
-            (rows, *tuple(tensor.shape)[1:]), dtype=interpreter.type_of(tensor)
-        )
+        tensor.name: _zeros((rows, *tuple(tensor.shape)[1:]), interpreter.type_of(tensor))
         for tensor in inputs
         if tensor.name.startswith(prefix)
     }
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose pages cost nothing until they are written; torch's own are written at once."""
+    zeros = np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=np.uint8)
+    return torch.from_numpy(zeros).view(dtype)
 
 
 def share(caches: dict[str, torch.Tensor], made: dict[str, torch.Tensor]) -> None:

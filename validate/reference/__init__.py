@@ -1,6 +1,7 @@
-"""The oracle that targets are held against: transformers' own model, whole in memory or a layer at a time."""
+"""The oracle that targets are compared with: transformers' own model, whole in memory or a layer at a time."""
 
+from qwenport.validate.reference.layers import OpenLayer
 from qwenport.validate.reference.oracle import Reference
 from qwenport.validate.text import Choices, Text
 
-__all__ = ["Choices", "Reference", "Text"]
+__all__ = ["Choices", "OpenLayer", "Reference", "Text"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qwenport.validate.errors import ValidationError
@@ -17,6 +19,7 @@ TORCH_DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
+ATTENTIONS = ("eager", "sdpa")
 
 # Plain arithmetic, one operation after the other; what transformers would choose differs between machines.
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -35,6 +38,25 @@ def torch_dtype(name: str) -> torch.dtype:
     return TORCH_DTYPES[name]
 
 
+def check_attention(name: str) -> None:
+    """Refuse what is neither "eager" nor "sdpa" with a ValidationError."""
+    if name not in ATTENTIONS:
+        raise ValidationError(
+            f"the reference has no attention {name!r}; it has {', '.join(ATTENTIONS)}"
+        )
+
+
+@contextlib.contextmanager
+def attending(config: Any, attention: str) -> Iterator[None]:
+    """Have modules of `config` use one of transformers' attention implementations for a while."""
+    before = config._attn_implementation
+    config._attn_implementation = attention
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 def read_config(path: Path, rope_scaling: str | None) -> Any:
     """transformers' config of a checkpoint, with the rope scaling ("KIND:FACTOR") that the export added."""
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -45,6 +67,13 @@ def read_config(path: Path, rope_scaling: str | None) -> Any:
             settings["original_max_position_embeddings"] = config.max_position_embeddings
         config.rope_parameters = settings
     return config
+
+
+def model_without_weights(config: Any) -> Any:
+    """transformers' fp32 model of a config, on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **EAGER)
+    return model.eval().requires_grad_(False)
 
 
 def pin_rope(rotary: Any, length: int) -> None:

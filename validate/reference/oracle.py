@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.quiet import quiet_transformers
+from qwenport.validate.reference.failures import one_line, reported
+from qwenport.validate.reference.files import CONFIG, visible_to_transformers
 from qwenport.validate.reference.hooks import (
     Attach,
     as_float32,
@@ -29,7 +31,13 @@ from qwenport.validate.reference.hooks import (
     replaying,
     together,
 )
-from qwenport.validate.reference.loading import pin_rope, read_config, torch_dtype
+from qwenport.validate.reference.layers import OpenLayer, call_layer
+from qwenport.validate.reference.loading import (
+    check_attention,
+    pin_rope,
+    read_config,
+    torch_dtype,
+)
 from qwenport.validate.reference.streamed import StreamedModel
 from qwenport.validate.reference.whole import WholeModel
 from qwenport.validate.target import Target
@@ -76,6 +84,7 @@ class Reference:
 
         Raises:
             ValidationError: transformers does not load the checkpoint whole, or there are not that many layers.
+                It is one line of at most 300 characters, whatever transformers, torch or safetensors raised.
         """
         self.vocab_size = target.config.vocab_size
         self.weights_note = "fp32"
@@ -83,24 +92,25 @@ class Reference:
         if target.dtype != target.source["dtype"]:
             self.weights_note = f"fp32, weights rounded to {target.dtype} first"
             rounded_to = torch_dtype(target.dtype)
-        with quiet_transformers():
-            config = read_config(checkpoint_path, target.rope_scaling)
-            kind = StreamedModel if streamed else WholeModel
+        kind = StreamedModel if streamed else WholeModel
+        with quiet_transformers(), reported(checkpoint_path, "transformers cannot use it"):
+            config = _read_config(checkpoint_path, target.rope_scaling)
             self._model: StreamedModel | WholeModel = kind(
                 checkpoint_path, config, rounded_to, layers
             )
+            if target.config.rope.depends_on_length:
+                pin_rope(self._model.rotary, target.rope_length)
         self.num_layers = self._model.num_layers
         self.replayed = 0
         self._progress = progress
         self._greedy: dict[tuple[tuple[int, ...], int], tuple[list[int], Float32]] = {}
-        if target.config.rope.depends_on_length:
-            pin_rope(self._model.rotary, target.rope_length)
 
     def logits(
         self,
         texts: Sequence[Text],
         dtype: str = "fp32",
         choices: Sequence[Choices | None] | None = None,
+        attention: str = "eager",
     ) -> list[Float32]:
         """Run each text in one piece and without a cache.
 
@@ -108,18 +118,18 @@ class Reference:
             dtype: what the model computes in.
             choices: for each text, experts to take over in near-ties. Their weights are what the router's
                 probabilities give them; `replayed` counts them.
+            attention: which of transformers' implementations is used: "eager", plain operators one after the other,
+                or "sdpa", torch's scaled_dot_product_attention.
 
         Returns:
-            For each text its `last` positions, fp32 [last, vocab].
+            For each text the logits of its `positions`, fp32 [len(positions), vocab].
 
         Raises:
-            ValidationError: a text that the model cannot run.
+            ValidationError: a text that the model cannot run, or another attention.
         """
-        states = self._forward("logits", texts, dtype, choices)
-        wanted = [
-            state[:, len(text.tokens) - text.last :]
-            for text, state in zip(texts, states, strict=True)
-        ]
+        states = self._forward("logits", texts, dtype, choices, attention)
+        wanted = [state[:, list(text.positions)] for text, state in zip(texts, states, strict=True)]
+        del states
         with self._model.head(dtype) as head, torch.inference_mode():
             return [as_float32(head(rows)[0]) for rows in wanted]
 
@@ -128,6 +138,7 @@ class Reference:
         texts: Sequence[Text],
         dtype: str = "fp32",
         choices: Sequence[Choices | None] | None = None,
+        attention: str = "eager",
     ) -> list[list[Float32]]:
         """For each text what leaves the embedding and then each decoder layer: num_layers + 1 arrays.
 
@@ -135,7 +146,7 @@ class Reference:
         `logits`.
         """
         found: list[list[Float32]] = [[] for _ in texts]
-        self._forward("hidden states", texts, dtype, choices, recording_states(found))
+        self._forward("hidden states", texts, dtype, choices, attention, recording_states(found))
         return found
 
     def routing(
@@ -143,15 +154,16 @@ class Reference:
         texts: Sequence[Text],
         dtype: str = "fp32",
         choices: Sequence[Choices | None] | None = None,
+        attention: str = "eager",
     ) -> list[dict[int, tuple[Float32, Int64]]]:
-        """What the routers of each text say, and whom they choose.
+        """What the routers of each text say, and whom they choose. Arguments and errors as in `logits`.
 
         Returns:
             For each text: sparse layer -> (router logits fp32 [len(tokens), E], its own choice, before anything
             is taken over, int64 [len(tokens), k]).
         """
         found: list[dict[int, tuple[Float32, Int64]]] = [{} for _ in texts]
-        self._forward("routing", texts, dtype, choices, recording_routes(found))
+        self._forward("routing", texts, dtype, choices, attention, recording_routes(found))
         return found
 
     def greedy(self, tokens: Sequence[int], count: int) -> tuple[list[int], Float32]:
@@ -165,7 +177,7 @@ class Reference:
         """
         key = (tuple(tokens), count)
         if key not in self._greedy:
-            _check_texts([Text(tuple(tokens), last=1)], self.vocab_size)
+            _check_texts([Text(tuple(tokens), ())], self.vocab_size)
             new, logits = self._model.greedy(tokens, count, self._counting("greedy", count))
             if len(new) != count or new != logits.argmax(dim=1).tolist():
                 raise ValidationError(
@@ -174,12 +186,104 @@ class Reference:
             self._greedy[key] = new, as_float32(logits)
         return self._greedy[key]
 
-    def own_rounding(self, tokens: Sequence[int], count: int) -> float:
-        """rel-L2 between transformers' logits through its cache (`greedy`) and in one piece (`logits`)."""
-        new, cached = self.greedy(tokens, count)
-        (whole,) = self.logits([Text((*tokens, *new[:-1]), last=count)])
+    def own_rounding(self, tokens: Sequence[int], pieces: int = 4) -> float:
+        """How far transformers' fp32 logits differ by rounding alone: through its cache in pieces, and in one piece.
+
+        The weights are read once.
+
+        Args:
+            pieces: the number of pieces, all equally long but for the last; fewer if there are fewer tokens.
+
+        Returns:
+            rel-L2 over the logits of the last half of the tokens.
+
+        Raises:
+            ValidationError: what the model cannot run, or less than two pieces.
+        """
+        text = Text(tuple(tokens), tuple(range(len(tokens) // 2, len(tokens))))
+        _check_texts([text], self.vocab_size)
+        if pieces < 2:
+            raise ValidationError(
+                f"a text in {pieces} pieces does not differ from one in one piece"
+            )
+        sizes = (len(tokens), -(-len(tokens) // pieces))
+        states = [self._model.embed(tokens, "fp32")] * 2
+        tick = self._counter("own rounding", 1)
+        for index in range(self.num_layers):
+            with self.opened_layer(index, "fp32") as layer:
+                states = [
+                    layer.run_tensor(state, 0, "eager", size)
+                    for state, size in zip(states, sizes, strict=True)
+                ]
+            tick()
+        wanted = [state[None, list(text.positions)] for state in states]
+        with self._model.final_norm("fp32") as norm, torch.inference_mode():
+            wanted = [norm(rows) for rows in wanted]
+        with self._model.head("fp32") as head, torch.inference_mode():
+            whole, cached = (as_float32(head(rows)) for rows in wanted)
         difference, size = np.linalg.norm(cached - whole), np.linalg.norm(whole)
         return float(difference / size) if difference else 0.0
+
+    def first_nonfinite(self, text: Text, dtype: str, attention: str = "eager") -> int | str | None:
+        """Where an infinity or NaN first appears when transformers runs the text in `dtype`.
+
+        Later layers are not run, and not read if streamed.
+
+        Returns:
+            "embedding", the index of the decoder layer that makes it of finite hidden states, "final norm and lm_head"
+            (of all tokens and of the logits at `text.positions`), or None if all is finite.
+
+        Raises:
+            ValidationError: as in `logits`.
+        """
+        torch_dtype(dtype)
+        check_attention(attention)
+        _check_texts([text], self.vocab_size)
+        state = self._model.embed(text.tokens, dtype)[None]
+        if not state.isfinite().all():
+            return "embedding"
+        arguments = self._model.calls(state, text.first_position, attention=attention)
+        tick = self._counter("first non-finite value", 1)
+        for index in range(self.num_layers):
+            with self._model.layer(index, dtype) as layer:
+                state = call_layer(layer, state, arguments[index], attention)
+            tick()
+            if not state.isfinite().all():
+                return index
+        with self._model.final_norm(dtype) as norm, torch.inference_mode():
+            state = norm(state)
+        with self._model.head(dtype) as head, torch.inference_mode():
+            logits = head(state[:, list(text.positions)])
+        finite = state.isfinite().all() and logits.isfinite().all()
+        return None if finite else "final norm and lm_head"
+
+    def run_layer(
+        self,
+        index: int,
+        dtype: str,
+        hidden: Float32,
+        first_position: int = 0,
+        attention: str = "eager",
+        queries_at_once: int = 512,
+        choices: Choices | None = None,
+    ) -> Float32:
+        """Decoder layer `index` on given hidden states, fp32 [S, hidden] to [S, hidden]; see `OpenLayer.run`."""
+        with self.opened_layer(index, dtype) as layer:
+            return layer.run(hidden, first_position, attention, queries_at_once, choices)
+
+    @contextlib.contextmanager
+    def opened_layer(self, index: int, dtype: str) -> Iterator[OpenLayer]:
+        """Decoder layer `index` in `dtype`, to be run on as many hidden states as one likes (`OpenLayer.run`).
+
+        Raises:
+            ValidationError: no such layer or dtype.
+        """
+        with self.layer(index, dtype) as module:
+
+            def agreeing(module: Any, choices: Choices | None) -> Any:
+                return self.agreeing(module, index, choices)
+
+            yield OpenLayer(module, index, dtype, self._model.calls, agreeing)
 
     @contextlib.contextmanager
     def layer(self, index: int, dtype: str) -> Iterator[Any]:
@@ -215,8 +319,8 @@ class Reference:
 
     def embed(self, tokens: Sequence[int]) -> Float32:
         """The tokens' embeddings, fp32 [len(tokens), hidden]."""
-        _check_texts([Text(tuple(tokens), last=0)], self.vocab_size)
-        return as_float32(self._model.embed(tokens))
+        _check_texts([Text(tuple(tokens), ())], self.vocab_size)
+        return as_float32(self._model.embed(tokens, "fp32"))
 
     def position_embeddings(
         self, positions: torch.Tensor, dtype: torch.dtype
@@ -245,14 +349,16 @@ class Reference:
         texts: Sequence[Text],
         dtype: str,
         choices: Sequence[Choices | None] | None,
+        attention: str,
         *attaches: Attach,
     ) -> list[torch.Tensor]:
         torch_dtype(dtype)
+        check_attention(attention)
         _check_texts(texts, self.vocab_size)
         replay = self._replaying([None for _ in texts] if choices is None else choices)
         # first what records: it is to see the router's own choice
         attach = together(*attaches, replay, self._counting(what, len(texts)))
-        return self._model.forward(texts, dtype, attach)
+        return self._model.forward(texts, dtype, attach, attention)
 
     def _replaying(self, choices: Sequence[Choices | None]) -> Attach:
         def taken(count: int) -> None:
@@ -261,17 +367,32 @@ class Reference:
         return replaying(choices, taken)
 
     def _counting(self, what: str, texts: int) -> Attach:
+        return counting(self._counter(what, texts))
+
+    def _counter(self, what: str, texts: int) -> Callable[[], None]:
+        """What is to be called after each layer of each text."""
         done = itertools.count(1)
         total = texts * self.num_layers
-        return counting(lambda: self._progress(what, next(done), total))
+        return lambda: self._progress(what, next(done), total)
+
+
+def _read_config(path: Path, rope_scaling: str | None) -> Any:
+    with (
+        visible_to_transformers(path) as folder,
+        reported(path / CONFIG, "transformers does not accept it", {str(folder): str(path)}),
+    ):
+        return read_config(folder, rope_scaling)
 
 
 def _check_texts(texts: Sequence[Text], vocab_size: int) -> None:
     for text in texts:
-        if not text.tokens or not 0 <= text.last <= len(text.tokens) or text.first_position < 0:
+        size, asked = len(text.tokens), text.positions
+        if not size or text.first_position < 0:
+            raise ValidationError(f"not a text: {size} tokens from position {text.first_position}")
+        if not all(a < b for a, b in itertools.pairwise((-1, *asked, size))):
             raise ValidationError(
-                f"not a text: {len(text.tokens)} tokens from position {text.first_position}, "
-                f"the last {text.last} asked for"
+                f"not a text: {size} tokens, and logits asked for at {one_line(asked, 100)}, "
+                "which are not ascending indices of them"
             )
         if not all(0 <= token < vocab_size for token in text.tokens):
             raise ValidationError(f"a text has tokens outside the vocabulary of {vocab_size}")

@@ -7,16 +7,16 @@ stays open longer than a module needs it, or longer than OPEN_BYTES.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from qwenport.validate.errors import ValidationError
+from qwenport.validate.reference.failures import cut
+from qwenport.validate.reference.files import opened, weight_files
 
 # transformers' stacks of experts -> the projections of one expert that lie in them, one below the other
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -43,8 +43,8 @@ class StoredWeights:
         self._rounded_to = rounded_to
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for file in _weight_files(path):
-            with _opened(file) as content:
+        for file in weight_files(path):
+            with opened(file) as content:
                 for name in content.keys():  # noqa: SIM118  it is no dict
                     self._files[name] = file
                     self._shapes[name] = tuple(content.get_slice(name).get_shape())
@@ -61,18 +61,18 @@ class StoredWeights:
                 expected = tuple(parameter[where].shape)
                 if part not in self._files:
                     raise ValidationError(
-                        f"{self._path} has no tensor {part}, which transformers' {_kind(module)} needs"
+                        f"{cut(self._path)} has no tensor {cut(part)}, which transformers' {_kind(module)} needs"
                     )
                 if self._shapes[part] != expected:
                     raise ValidationError(
-                        f"{self._path}: tensor {part} has shape {list(self._shapes[part])}; "
+                        f"{cut(self._path)}: tensor {cut(part)} has shape {list(self._shapes[part])}; "
                         f"transformers' {_kind(module)} needs {list(expected)}"
                     )
                 used.add(part)
         for name in sorted(self._files):
             if name.startswith(prefix) and name not in used:
                 raise ValidationError(
-                    f"{self._path}: transformers' {_kind(module)} has no place for tensor {name}"
+                    f"{cut(self._path)}: transformers' {_kind(module)} has no place for tensor {cut(name)}"
                 )
 
     @contextlib.contextmanager
@@ -101,7 +101,7 @@ class StoredWeights:
 
     def rows(self, name: str, indices: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """The rows `indices` of a matrix, [len(indices), columns]; no other row is read."""
-        with _opened(self._files[name]) as content:
+        with opened(self._files[name]) as content:
             table = content.get_slice(name)
             stored = {index: table[index : index + 1] for index in sorted(set(indices))}
             found = torch.cat([stored[index] for index in indices])
@@ -152,7 +152,7 @@ class _Reader(contextlib.AbstractContextManager["_Reader"]):
         if self._bytes > OPEN_BYTES:
             self.close()
         if file not in self._open:
-            self._open[file] = _opened(file)
+            self._open[file] = opened(file)
         found: torch.Tensor = self._open[file].get_slice(name)[start:stop]
         self._bytes += found.nbytes
         return found
@@ -164,24 +164,6 @@ class _Reader(contextlib.AbstractContextManager["_Reader"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        return [path / "model.safetensors"]
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValidationError(f"{index}: not a safetensors index ({error})") from error
-    return [path / name for name in sorted(names)]
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ValidationError(f"{file}: cannot be read ({error})") from error
 
 
 def _kind(module: torch.nn.Module) -> str:

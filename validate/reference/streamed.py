@@ -1,8 +1,4 @@
-"""One decoder layer in memory at a time, for models larger than memory. The layers are transformers' own.
-
-What a layer is called with (mask, positions, cos and sin) comes from transformers' own model forward as well: it is
-run with stand-ins for its layers, which note their arguments and compute nothing.
-"""
+"""One decoder layer in memory at a time, for models larger than memory. The layers are transformers' own."""
 
 from __future__ import annotations
 
@@ -12,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
+from qwenport.validate.reference.failures import reported
+from qwenport.validate.reference.files import CONFIG
 from qwenport.validate.reference.hooks import Attach, attached
-from qwenport.validate.reference.loading import EAGER, keep_layers, torch_dtype
+from qwenport.validate.reference.layers import LayerCalls, call_layer
+from qwenport.validate.reference.loading import keep_layers, model_without_weights, torch_dtype
 from qwenport.validate.reference.stored import StoredWeights
 from qwenport.validate.text import Text
 
@@ -30,6 +29,7 @@ class StreamedModel:
     Attributes:
         num_layers: decoder layers.
         rotary: transformers' rotary module.
+        calls: what the layers are called with.
     """
 
     def __init__(
@@ -42,12 +42,13 @@ class StreamedModel:
             layers: see `keep_layers`.
 
         Raises:
-            ValidationError: a tensor is missing, misshapen or not used, or there are not that many layers.
+            ValidationError: a file is damaged, a tensor is missing, misshapen or not used, or there are not that
+                many layers.
         """
-        self._stored = StoredWeights(path, rounded_to)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **EAGER)
-        model.eval().requires_grad_(False)
+        with reported(path, "its weights cannot be read"):
+            self._stored = StoredWeights(path, rounded_to)
+        with reported(path / CONFIG, "transformers makes no model of it"):
+            model = model_without_weights(config)
         for index, layer in enumerate(model.model.layers):
             self._stored.check(_layer_prefix(index), layer)
         self._head_prefix = EMBEDDING if model.config.tie_word_embeddings else HEAD
@@ -56,23 +57,18 @@ class StreamedModel:
         self._stored.check(self._head_prefix, model.lm_head)
         keep_layers(model, layers)
 
-        self._layers, self._final_norm, self._head = (
-            list(model.model.layers),
-            model.model.norm,
-            model.lm_head,
-        )
+        self._layers = list(model.model.layers)
+        self._final_norm, self._head = model.model.norm, model.lm_head
         self.num_layers = len(self._layers)
         # Without the meta device: a rotary module computes its frequencies when it is made.
         self.rotary = type(model.model.rotary_emb)(config=model.config)
-        self._stand_in = _StandIn()
-        self._model = model.model
-        self._model.rotary_emb = self.rotary
-        self._model.layers = torch.nn.ModuleList([self._stand_in] * self.num_layers)
-        self._model.norm = torch.nn.Identity()
+        self.calls = LayerCalls(model.model, self.rotary)
 
-    def forward(self, texts: Sequence[Text], dtype: str, attach: Attach) -> list[torch.Tensor]:
+    def forward(
+        self, texts: Sequence[Text], dtype: str, attach: Attach, attention: str
+    ) -> list[torch.Tensor]:
         """What leaves the final norm: for each text a tensor [1, len(tokens), hidden] in `dtype`."""
-        return self._pass(texts, dtype, attach, None)
+        return self._pass(texts, dtype, attach, attention, None)
 
     def greedy(
         self, tokens: Sequence[int], count: int, attach: Attach
@@ -82,21 +78,21 @@ class StreamedModel:
         Returns:
             (new tokens, the logits fp32 [count, vocab] they were chosen from).
         """
-        cache = DynamicCache(config=self._model.config)
+        cache = DynamicCache(config=self.calls.config)
         new: list[int] = []
         logits = []
-        text = Text(tuple(tokens), last=1)
+        text = Text.ending(tokens, 1)
         while len(new) < count:
-            (state,) = self._pass([text], "fp32", attach, cache)
+            (state,) = self._pass([text], "fp32", attach, "eager", cache)
             with self.head("fp32") as head, torch.inference_mode():
                 logits.append(head(state[:, -1:])[0])
             new.append(int(logits[-1].argmax()))
-            text = Text((new[-1],), last=1, first_position=text.first_position + len(text.tokens))
+            text = Text.ending(new[-1:], 1, text.first_position + len(text.tokens))
         return new, torch.cat(logits)
 
-    def embed(self, tokens: Sequence[int]) -> torch.Tensor:
-        """The tokens' embeddings, fp32 [len(tokens), hidden]."""
-        return self._rows(tokens, "fp32")
+    def embed(self, tokens: Sequence[int], dtype: str) -> torch.Tensor:
+        """The tokens' embeddings, [len(tokens), hidden] in `dtype`."""
+        return self._stored.rows(f"{EMBEDDING}weight", tokens, torch_dtype(dtype))
 
     def layer(self, index: int, dtype: str) -> AbstractContextManager[Any]:
         """The decoder layer, with weights for the time of the context."""
@@ -111,52 +107,32 @@ class StreamedModel:
         return self._loaded(self._head_prefix, self._head, dtype)
 
     def _pass(
-        self, texts: Sequence[Text], dtype: str, attach: Attach, cache: DynamicCache | None
+        self,
+        texts: Sequence[Text],
+        dtype: str,
+        attach: Attach,
+        attention: str,
+        cache: DynamicCache | None,
     ) -> list[torch.Tensor]:
-        with torch.inference_mode():
-            entries = [self._enter(text, dtype, cache) for text in texts]
-            states = [state for state, _ in entries]
-            for index in range(self.num_layers):
-                with self.layer(index, dtype) as layer:
-                    for number, (_, arguments) in enumerate(entries):
-                        with attached(attach, number, [(index, layer)]):
-                            states[number] = layer(states[number], **arguments[index])
-            with self.final_norm(dtype) as norm:
-                return [norm(state) for state in states]
-
-    def _enter(
-        self, text: Text, dtype: str, cache: DynamicCache | None
-    ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-        """What the first layer is given, and what each layer is given beside it."""
-        self._stand_in.calls = []
-        self._model(
-            inputs_embeds=self._rows(text.tokens, dtype)[None],
-            position_ids=text.first_position + torch.arange(len(text.tokens))[None],
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        states, arguments = zip(*self._stand_in.calls, strict=True)
-        return states[0], list(arguments)
-
-    def _rows(self, tokens: Sequence[int], dtype: str) -> torch.Tensor:
-        return self._stored.rows(f"{EMBEDDING}weight", tokens, torch_dtype(dtype))
+        states = [self.embed(text.tokens, dtype)[None] for text in texts]
+        arguments = [
+            self.calls(state, text.first_position, cache=cache, attention=attention)
+            for text, state in zip(texts, states, strict=True)
+        ]
+        for index in range(self.num_layers):
+            with self.layer(index, dtype) as layer:
+                for number, state in enumerate(states):
+                    with attached(attach, number, [(index, layer)]):
+                        states[number] = call_layer(
+                            layer, state, arguments[number][index], attention
+                        )
+        with self.final_norm(dtype) as norm, torch.inference_mode():
+            return [norm(state) for state in states]
 
     def _loaded(
         self, prefix: str, module: torch.nn.Module, dtype: str
     ) -> AbstractContextManager[Any]:
         return self._stored.loaded(prefix, module, torch_dtype(dtype))
-
-
-class _StandIn(torch.nn.Module):
-    """Notes what a decoder layer is called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
-
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.calls.append((hidden_states, arguments))
-        return hidden_states
 
 
 def _layer_prefix(index: int) -> str:

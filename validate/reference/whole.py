@@ -13,8 +13,17 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.quiet import quiet_transformers
+from qwenport.validate.reference.failures import cut, one_line, reported
+from qwenport.validate.reference.files import CONFIG, opened, visible_to_transformers, weight_files
 from qwenport.validate.reference.hooks import Attach, attached
-from qwenport.validate.reference.loading import EAGER, keep_layers, torch_dtype
+from qwenport.validate.reference.layers import LayerCalls
+from qwenport.validate.reference.loading import (
+    EAGER,
+    attending,
+    keep_layers,
+    model_without_weights,
+    torch_dtype,
+)
 from qwenport.validate.text import Text
 
 ALIGNMENT = 64  # bytes, of what torch allocates on the CPU
@@ -26,6 +35,7 @@ class WholeModel:
     Attributes:
         num_layers: decoder layers.
         rotary: transformers' rotary module.
+        calls: what the layers are called with.
     """
 
     def __init__(
@@ -40,22 +50,32 @@ class WholeModel:
         Raises:
             ValidationError: transformers does not load the checkpoint whole, or it has not that many layers.
         """
+        with reported(path / CONFIG, "transformers makes no model of it"):
+            skeleton = model_without_weights(copy.deepcopy(config))
         self._model = _load(path, config)
-        keep_layers(self._model, layers)
+        for model in (self._model, skeleton):
+            keep_layers(model, layers)
         if rounded_to is not None:
             _round_weights(self._model, rounded_to)
         self._copies: dict[str, Any] = {}
         self.num_layers = len(self._model.model.layers)
         self.rotary = self._model.model.rotary_emb
+        self.calls = LayerCalls(skeleton.model, self.rotary)
 
-    def forward(self, texts: Sequence[Text], dtype: str, attach: Attach) -> list[torch.Tensor]:
+    def forward(
+        self, texts: Sequence[Text], dtype: str, attach: Attach, attention: str
+    ) -> list[torch.Tensor]:
         """What leaves the final norm: for each text a tensor [1, len(tokens), hidden] in `dtype`."""
         model = self._in(dtype).model
         results = []
         for number, text in enumerate(texts):
             ids = torch.tensor([text.tokens], dtype=torch.int64)
             positions = text.first_position + torch.arange(len(text.tokens))[None]
-            with attached(attach, number, enumerate(model.layers)), torch.inference_mode():
+            with (
+                attached(attach, number, enumerate(model.layers)),
+                attending(model.config, attention),
+                torch.inference_mode(),
+            ):
                 output = model(ids, position_ids=positions, use_cache=False)
             results.append(output.last_hidden_state)
         return results
@@ -81,11 +101,11 @@ class WholeModel:
             )
         return result.sequences[0, len(tokens) :].tolist(), torch.cat(result.logits)
 
-    def embed(self, tokens: Sequence[int]) -> torch.Tensor:
-        """The tokens' embeddings, fp32 [len(tokens), hidden]."""
+    def embed(self, tokens: Sequence[int], dtype: str) -> torch.Tensor:
+        """The tokens' embeddings, [len(tokens), hidden] in `dtype`."""
         with torch.inference_mode():
             rows: torch.Tensor = self._model.model.embed_tokens(torch.tensor(list(tokens)))
-        return rows
+        return rows.to(torch_dtype(dtype))
 
     @contextlib.contextmanager
     def layer(self, index: int, dtype: str) -> Iterator[Any]:
@@ -120,21 +140,33 @@ def _converted(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
 
 
 def _load(path: Path, config: Any) -> Any:
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=torch.float32,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-        **EAGER,
-    )
+    with reported(path, "its weights cannot be read"):
+        for file in weight_files(path):
+            with opened(file):
+                pass  # transformers does not say which file is damaged
+    with (
+        visible_to_transformers(path) as folder,
+        reported(path, "transformers does not load it", {str(folder): str(path)}),
+    ):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **EAGER,
+        )
     # transformers only warns of these, and goes on with random weights.
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
+            first = sorted(map(str, info[problem]))[0]
             raise ValidationError(
-                f"transformers does not load {path} whole: {problem} {sorted(map(str, info[problem]))[0]}"
+                one_line(
+                    f"transformers does not load {cut(path)} whole: {problem} {one_line(first, 120)}"
+                )
             )
     _align(model)
     return model.eval().requires_grad_(False)

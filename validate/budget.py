@@ -1,0 +1,199 @@
+"""How much `validate` runs: three budgets, and what each means for a model of a given size.
+
+What a scenario costs is counted in tokens and in steps: a token costs arithmetic, a step reads every weight once. So a
+small model is given more single-token steps than a large one under the same name. The sizes depend on the model and
+on what its sessions take, never on the clock: the same question is always judged by the same runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qwenport.engines.session import SPAN_MULTIPLE
+from qwenport.exporter import ModelConfig
+from qwenport.validate.errors import ValidationError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One budget.
+
+    Attributes:
+        context: positions that the whole model is run to, where it has so many. Never less than the widest step.
+        distance: positions that one decoder layer of each kind is run to by itself.
+        weight_reads: parameters read by single-token steps in all; divided by the model's size it gives steps.
+        steps: the least and the most single-token steps, whatever the size.
+        rounding: positions at which half precision is judged, layer by layer.
+        width_share: tokens that steps of drawn widths may take, in contexts.
+    """
+
+    context: int
+    distance: int
+    weight_reads: float
+    steps: tuple[int, int]
+    rounding: int
+    width_share: float
+
+
+BUDGETS = {
+    "quick": Budget(256, 1024, 1e10, (32, 240), 512, 0.5),
+    "standard": Budget(1024, 8192, 3e10, (96, 720), 512, 1.5),
+    "thorough": Budget(4096, 1 << 20, 1e11, (320, 2400), 2048, 4.0),
+}
+DEFAULT = "standard"
+
+# Logits are kept until they are judged, on both sides: this many numbers of them at most.
+MOST_LOGITS = 1.2e8
+# A batch's rows are run side by side, padding included: this many tokens at most for one wide step of all rows.
+WIDE_BATCH_TOKENS = {"quick": 256, "standard": 1024, "thorough": 16384}
+SMALL_MODEL = 2e7  # parameters: below it, a whole batch of widest steps costs less than starting up
+SMALL_MODEL_STEPS = 240  # steps that only a model below about that size is given
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run for one target under one budget.
+
+    Attributes:
+        budget: its name.
+        seed: of everything that is drawn.
+        rows: rows of the session, the target's maximum.
+        capacity: cache slots a row, the target's maximum.
+        max_positions: positions that the model supports.
+        widest: tokens of the widest step.
+        context: tokens of the longest text, at most `capacity`.
+        distance: positions to which single layers are run.
+        steps: single-token steps for the whole validation, about.
+        rounding: positions at which half precision is judged.
+        dense_logits: positions of the long text of which every logit is judged.
+        widths: widths of single steps to try, the widest first.
+        edges: multiples of 64 below `context` at which spans are judged by single-token steps.
+        wide_batch: width of one step of all rows.
+        greedy: new tokens of `greedy`.
+    """
+
+    budget: str
+    seed: int
+    rows: int
+    capacity: int
+    max_positions: int
+    widest: int
+    context: int
+    distance: int
+    steps: int
+    rounding: int
+    dense_logits: int
+    widths: tuple[int, ...]
+    edges: tuple[int, ...]
+    wide_batch: int
+    greedy: int
+
+    def share(self, part: float, least: int = 1) -> int:
+        """A part of the single-token steps."""
+        return max(least, int(self.steps * part))
+
+
+def make_plan(
+    config: ModelConfig,
+    *,
+    budget: str,
+    seed: int,
+    rows: int,
+    capacity: int,
+    max_positions: int,
+    max_step_tokens: int,
+    streamed: bool,
+) -> Plan:
+    """The sizes of everything that is run.
+
+    Args:
+        config: the model.
+        budget: "quick", "standard" or "thorough".
+        seed: of everything that is drawn.
+        rows, capacity, max_positions, max_step_tokens: of the target's sessions.
+        streamed: weights are read from disk for every pass.
+
+    Raises:
+        ValidationError: no such budget.
+    """
+    if budget not in BUDGETS:
+        raise ValidationError(f"budget {budget!r} is not one of {', '.join(BUDGETS)}")
+    sizes, parameters = BUDGETS[budget], parameters_per_token(config)
+    widest = min(max_step_tokens, capacity)
+    context = min(capacity, max(sizes.context, widest))
+    steps = int(np.clip(sizes.weight_reads / parameters, *sizes.steps))
+    small = parameters < SMALL_MODEL
+    wide = widest if small else min(widest, WIDE_BATCH_TOKENS[budget] // rows)
+    return Plan(
+        budget=budget,
+        seed=seed,
+        rows=rows,
+        capacity=capacity,
+        max_positions=max_positions,
+        widest=widest,
+        context=context,
+        distance=min(max_positions, capacity, sizes.distance),
+        steps=steps,
+        rounding=sizes.rounding,
+        dense_logits=int(min(context, MOST_LOGITS / 4 / config.vocab_size)),
+        widths=_widths(widest, sizes.width_share * context, seed),
+        edges=_edges(context, max(2, steps // 12)),
+        wide_batch=max(1, wide),
+        greedy=2 if streamed else 32,
+    )
+
+
+def parameters_per_token(config: ModelConfig) -> int:
+    """Weights that one token is multiplied with, about: all of a dense model, a mixture's chosen experts."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    total = config.vocab_size * hidden + layers * heads * hidden
+    for layer in range(layers):
+        moe = config.moe_of(layer)
+        inner = config.intermediate_size
+        if moe is not None:
+            inner = moe.experts_per_token * moe.expert_size + (moe.shared_expert_size or 0)
+        total += 3 * inner * hidden
+    return int(total)
+
+
+def _widths(widest: int, tokens: float, seed: int) -> tuple[int, ...]:
+    """The widest step, its neighbour, and widths drawn between on a log scale until `tokens` are spent."""
+    generator = np.random.default_rng((seed, 1))
+    found = [widest]
+    wanted = [widest - 1, *_spread_widths(widest, generator)]
+    spent = widest
+    for width in wanted:
+        if width < 2 or width in found:
+            continue
+        if spent + width > tokens and len(found) >= 6:
+            continue
+        if spent + width > 2 * tokens:
+            continue
+        found.append(width)
+        spent += width
+    return tuple(found)
+
+
+def _spread_widths(widest: int, generator: np.random.Generator) -> Sequence[int]:
+    """One width out of each part of 2..widest, the parts growing by a half, larger ones first; then all once more."""
+    bounds = [2]
+    while bounds[-1] < widest:
+        bounds.append(max(bounds[-1] + 1, bounds[-1] * 3 // 2))
+    drawn = []
+    for _ in range(3):
+        for low, high in zip(bounds[-2::-1], bounds[:0:-1], strict=False):
+            drawn.append(int(generator.integers(low, min(high, widest + 1))))
+    return drawn
+
+
+def _edges(context: int, most: int) -> tuple[int, ...]:
+    """Multiples of 64 that the cache passes, `most` of them spread evenly with both ends."""
+    every = list(range(SPAN_MULTIPLE, context, SPAN_MULTIPLE))
+    if len(every) <= most:
+        return tuple(every)
+    chosen = np.unique(np.linspace(0, len(every) - 1, most).round().astype(int))
+    return tuple(every[index] for index in chosen)

@@ -1,0 +1,227 @@
+"""What was judged, of what the target allows: counted from the steps that ran, not from what was meant to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qwenport.engines import Step
+from qwenport.engines.session import SPAN_MULTIPLE
+from qwenport.validate.budget import Plan
+from qwenport.validate.run import Observation
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A sparse layer's experts: how many there are, and which received no token."""
+
+    layer: int
+    experts: int
+    without_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What was judged. Ranges are (first, last), both inclusive.
+
+    Attributes:
+        budget, seed: of the runs.
+        step_widths, widest_step: tokens a row of the steps that ran; the widest that a session takes.
+        last_logits_steps, all_logits_steps: steps of more than one token that were asked for one logit a row, as
+            generation does, and for all.
+        single_steps: steps of one token.
+        batches, max_batch: rows of the steps; what the target allows.
+        rows: rows that were given tokens and judged.
+        spans, all_spans: active parts of the cache that steps had; how many there are.
+        capacities: slots of the caches.
+        positions, max_seq_len: positions of which logits were judged by the whole model; how many there are.
+        distance: how far back attention reached in the whole model.
+        layer_distance: the same for decoder layers by themselves, by name; empty where none was run so.
+        token_ids, embedded_ids, vocab_size: ids that went through the model; through the embedding; that there are.
+        experts: of each sparse layer; empty for a dense model, and where the target cannot be looked into.
+        rounding: positions at which half precision was judged layer by layer; 0 where it was not.
+        left_out: what this did not judge, a sentence each.
+    """
+
+    budget: str
+    seed: int
+    step_widths: tuple[int, ...]
+    widest_step: int
+    last_logits_steps: int
+    all_logits_steps: int
+    single_steps: int
+    batches: tuple[int, ...]
+    max_batch: int
+    rows: tuple[int, ...]
+    spans: tuple[int, ...]
+    all_spans: int
+    capacities: tuple[int, ...]
+    positions: Ranges
+    max_seq_len: int
+    distance: int
+    layer_distance: dict[str, int]
+    token_ids: int
+    embedded_ids: int
+    vocab_size: int
+    experts: tuple[Experts, ...]
+    rounding: int
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """For example "steps of 1 to 512 tokens (14 widths), 1, 2, 3 and 8 rows, ..."."""
+        if not self.step_widths:
+            return "nothing"
+        judged = sum(last - first + 1 for first, last in self.positions)
+        distance = max([self.distance, *self.layer_distance.values()])
+        parts = [
+            f"steps of {self.step_widths[0]} to {self.step_widths[-1]} of {self.widest_step} tokens "
+            f"({len(self.step_widths)} widths)",
+            f"batches of {_listed(self.batches)} of {self.max_batch}",
+            f"rows {_ranges(_spans_of(self.rows))}",
+            f"{len(self.spans)} of {self.all_spans} spans",
+            f"{judged} of {self.max_seq_len} positions",
+            f"attention over {distance + 1}",
+            f"{max(self.token_ids, self.embedded_ids)} of {self.vocab_size} token ids",
+        ]
+        if self.experts:
+            there = sum(layer.experts for layer in self.experts)
+            missing = sum(len(layer.without_tokens) for layer in self.experts)
+            parts.append(f"{there - missing} of {there} experts")
+        if self.rounding:
+            parts.append(f"rounding at {self.rounding} positions")
+        return ", ".join(parts)
+
+
+@dataclass
+class Counter:
+    """Counts while a validation goes on; `coverage` may be asked for at any time."""
+
+    plan: Plan
+    vocab_size: int
+    widths: set[int] = field(default_factory=set)
+    steps: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("last", "all", "single"), 0)
+    )
+    batches: set[int] = field(default_factory=set)
+    rows: set[int] = field(default_factory=set)
+    spans: set[int] = field(default_factory=set)
+    capacities: set[int] = field(default_factory=set)
+    positions: set[int] = field(default_factory=set)
+    ids: set[int] = field(default_factory=set)
+    embedded_ids: int = 0
+    distance: int = 0
+    layer_distance: dict[str, int] = field(default_factory=dict)
+    experts: dict[int, set[int]] = field(default_factory=dict)
+    num_experts: int = 0
+    rounding: int = 0
+    left_out: dict[str, None] = field(default_factory=dict)
+
+    def step(self, step: Step) -> None:
+        """One step of a session has run."""
+        rows, width = step.feeds["input_ids"].shape
+        self.widths.add(width)
+        self.batches.add(rows)
+        self.spans.add(len(step.feeds["key_positions"]))
+        self.capacities.add(step.capacity)
+        every = step.feeds["logits_indices"].shape[1] == width
+        self.steps["single" if width == 1 else "all" if every else "last"] += 1
+        active = step.taken > 0
+        self.rows.update(np.flatnonzero(active).tolist())
+        reach = (step.starts + step.taken)[active]
+        self.distance = max(self.distance, int(reach.max()) - 1)
+        for row in np.flatnonzero(active):
+            self.ids.update(step.feeds["input_ids"][row, : step.taken[row]].tolist())
+
+    def judged(self, observation: Observation) -> None:
+        """Logits of an observation were compared."""
+        for text in observation.texts:
+            self.positions.update(text.first_position + index for index in text.positions)
+
+    def routed(self, layer: int, experts: Iterable[int]) -> None:
+        """Experts of a sparse layer that received a token."""
+        self.experts.setdefault(layer, set()).update(experts)
+
+    def leave_out(self, sentence: str) -> None:
+        """Something that was not judged."""
+        self.left_out[sentence] = None
+
+    def coverage(self) -> Coverage:
+        """What was judged until now."""
+        plan = self.plan
+        every = -(-plan.capacity // SPAN_MULTIPLE)
+        experts = tuple(
+            Experts(
+                layer, self.num_experts, tuple(e for e in range(self.num_experts) if e not in found)
+            )
+            for layer, found in sorted(self.experts.items())
+        )
+        return Coverage(
+            budget=plan.budget,
+            seed=plan.seed,
+            step_widths=tuple(sorted(self.widths)),
+            widest_step=plan.widest,
+            last_logits_steps=self.steps["last"],
+            all_logits_steps=self.steps["all"],
+            single_steps=self.steps["single"],
+            batches=tuple(sorted(self.batches)),
+            max_batch=plan.rows,
+            rows=tuple(sorted(self.rows)),
+            spans=tuple(sorted(self.spans)),
+            all_spans=every,
+            capacities=tuple(sorted(self.capacities)),
+            positions=_spans_of(sorted(self.positions)),
+            max_seq_len=plan.max_positions,
+            distance=self.distance,
+            layer_distance=dict(self.layer_distance),
+            token_ids=len(self.ids),
+            embedded_ids=self.embedded_ids,
+            vocab_size=self.vocab_size,
+            experts=experts,
+            rounding=self.rounding,
+            left_out=(*self.left_out, *self._not_reached(every, experts)),
+        )
+
+    def _not_reached(self, every: int, experts: Sequence[Experts]) -> list[str]:
+        plan, found = self.plan, []
+        judged = len(self.positions)
+        if judged < plan.max_positions:
+            reach = self.distance + 1
+            found.append(
+                f"{plan.max_positions - judged} of {plan.max_positions} positions by the whole model, and its "
+                f"attention beyond {reach} (--budget thorough reaches further)"
+            )
+        if 0 < len(self.spans) < every:
+            found.append(f"{every - len(self.spans)} of {every} spans of the cache")
+        deepest = max(self.layer_distance.values(), default=self.distance) + 1
+        if max(deepest, self.distance + 1) < plan.capacity:
+            found.append(f"attention over more than {max(deepest, self.distance + 1)} positions")
+        for layer in experts:
+            if layer.without_tokens:
+                found.append(
+                    f"experts {_ranges(_spans_of(layer.without_tokens))} of layer {layer.layer}, which "
+                    "received no token"
+                )
+        return found
+
+
+def _spans_of(values: Sequence[int]) -> Ranges:
+    """Ascending numbers as ranges."""
+    found: list[tuple[int, int]] = []
+    for value in values:
+        if found and value == found[-1][1] + 1:
+            found[-1] = (found[-1][0], value)
+        else:
+            found.append((value, value))
+    return tuple(found)
+
+
+def _ranges(ranges: Ranges) -> str:
+    return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in ranges)
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))

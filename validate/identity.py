@@ -1,0 +1,273 @@
+"""Is the package what the exporter makes of this checkpoint? Asked of bytes and nodes, before any arithmetic.
+
+An exact comparison has no threshold: whatever differs is named. It also says whether the package may be run at all:
+one whose model.onnx points outside its directory may not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenport import __version__
+from qwenport.exporter import (
+    COMPANIONS,
+    MANIFEST,
+    WEIGHT_MODES,
+    Checkpoint,
+    ExportError,
+    Package,
+    describe_graph,
+    expected_model,
+    open_checkpoint,
+)
+from qwenport.validate.report import Check, ScenarioResult, Status
+from qwenport.validate.rope_check import TABLES
+from qwenport.validate.streaming import Progress
+from qwenport.validate.target import ENGINE, Target
+
+if TYPE_CHECKING:
+    import onnx
+
+WEIGHTS, GRAPH, FILES = "weights", "graph", "files"
+SUMMARIES = {
+    WEIGHTS: "Every byte of every weight against the checkpoint's",
+    GRAPH: "model.onnx, node for node, against what this version of the exporter writes",
+    FILES: "Companion files, the manifest and paths against the checkpoint, the graph and the directory",
+}
+IN_THE_PLAN = "it is inside the engine's plan, which only its logits show"
+_DTYPES = {"BFLOAT16": "bf16", "FLOAT16": "fp16", "FLOAT": "fp32"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What was compared byte for byte.
+
+    Attributes:
+        rows: "weights", "graph" and "files".
+        weights_sha256: weight file -> hex SHA-256, as `sha256sum` prints it: the checkpoint's by name, those of
+            the package's own that are not the same bytes as "weights/NAME".
+        safe: model.onnx stays inside its directory. If not, nothing of the package may be run.
+    """
+
+    rows: tuple[ScenarioResult, ...]
+    weights_sha256: dict[str, str]
+    safe: bool
+
+
+def check_identity(
+    target: Target,
+    checkpoint_path: Path,
+    progress: Progress = lambda what, done, total: None,
+) -> Identity:
+    """Compare a package, or an engine's companion files, with the checkpoint it is said to be made from.
+
+    Args:
+        target: what is judged.
+        checkpoint_path: the checkpoint directory.
+        progress: called with (what, bytes done, bytes in all), one call at a time but from any thread.
+
+    Raises:
+        ConfigError, CheckpointError: not a checkpoint.
+    """
+    checkpoint = open_checkpoint(checkpoint_path, target.rope_scaling)
+    if target.judged_as == ENGINE or target.package is None:
+        return _engine(target, checkpoint, progress)
+    return _package(target.package, checkpoint, progress)
+
+
+def _engine(target: Target, checkpoint: Checkpoint, progress: Progress) -> Identity:
+    from qwenport.validate.weights_identity import hash_checkpoint
+
+    begun = time.perf_counter()
+    files = _row(FILES, begun, (_companions(target.path, checkpoint.path),))
+    rows = (_row(WEIGHTS, begun, reason=IN_THE_PLAN), _row(GRAPH, begun, reason=IN_THE_PLAN), files)
+    return Identity(rows, hash_checkpoint(checkpoint, progress), True)
+
+
+def _package(package: Package, checkpoint: Checkpoint, progress: Progress) -> Identity:
+    from qwenport.validate.model_file import read_model
+    from qwenport.validate.weights_identity import compare_weights, hash_checkpoint
+
+    begun = time.perf_counter()
+    try:
+        model = read_model(package.model)
+    except ValueError as error:
+        rows = (_row(name, begun, reason=str(error), status="failed") for name in SUMMARIES)
+        return Identity(tuple(rows), hash_checkpoint(checkpoint, progress), False)
+    outside = _outside(model, package.path)
+    compared = compare_weights(model, package.path, checkpoint, progress)
+    weights = _row(WEIGHTS, begun, compared.checks)
+    graph = _graph(package, model, checkpoint)
+    begun = time.perf_counter()
+    checks = (
+        _companions(package.path, checkpoint.path),
+        _count(
+            "manifest entries that are not the graph's",
+            _manifest_errors(package, model, checkpoint),
+        ),
+        _count("paths that leave the package", outside),
+        _count("files that the manifest does not name", _unnamed(package)),
+    )
+    files = _row(FILES, begun, checks)
+    return Identity((weights, graph, files), compared.sha256, not outside)
+
+
+def _row(
+    name: str,
+    begun: float,
+    checks: tuple[Check, ...] = (),
+    *,
+    reason: str | None = None,
+    status: Status | None = None,
+) -> ScenarioResult:
+    if status is None and not checks:
+        status = "not run"
+    if status is None:
+        status = "passed" if all(check.passed for check in checks) else "failed"
+    seconds = round(time.perf_counter() - begun, 3)
+    return ScenarioResult(name, SUMMARIES[name], status, checks, reason=reason, seconds=seconds)
+
+
+def _count(metric: str, errors: list[str]) -> Check:
+    """None of these must be there; the first is named."""
+    return Check(metric, len(errors), "==", 0, f"first: {errors[0]}" if errors else None)
+
+
+def _graph(package: Package, model: onnx.ModelProto, checkpoint: Checkpoint) -> ScenarioResult:
+    import onnx_ir as ir
+
+    from qwenport.validate.graph_identity import differences
+
+    begun = time.perf_counter()
+    written_by = package.manifest.get("qwenport_version")
+    if written_by != __version__:
+        reason = (
+            f"written by Qwenport {written_by}; this is {__version__}, "
+            "so the graph is judged by numbers alone"
+        )
+        return _row(GRAPH, begun, reason=reason)
+    try:
+        expected = expected_model(
+            checkpoint,
+            dtype=package.dtype,
+            weights=package.manifest["weights"].get("mode"),
+            max_seq_len=package.max_seq_len,
+        )
+    except (ExportError, KeyError, TypeError, ValueError) as error:
+        reason = f"the exporter makes no such package: {error}"
+        return _row(GRAPH, begun, reason=reason, status="failed")
+    found = differences(model, ir.to_proto(expected))
+    return _row(GRAPH, begun, (_count("differences from the exporter's graph", found),))
+
+
+def _companions(path: Path, checkpoint: Path) -> Check:
+    errors = []
+    for name in COMPANIONS:
+        here, there = path / name, checkpoint / name
+        if here.is_file() != there.is_file():
+            side = "checkpoint" if there.is_file() else "target"
+            errors.append(f"{name} is only in the {side}")
+        elif there.is_file() and here.read_bytes() != there.read_bytes():
+            errors.append(f"{name} differs")
+    return _count("companion files that differ", errors)
+
+
+def _manifest_errors(package: Package, model: onnx.ModelProto, checkpoint: Checkpoint) -> list[str]:
+    """What the manifest says of the graph, and the graph does not."""
+    import onnx_ir as ir
+
+    manifest = package.manifest
+    try:
+        stated = describe_graph(ir.from_proto(model))
+    except Exception as error:  # any message can be in the file; onnx-ir raises what it meets
+        return [f"the graph cannot be read ({type(error).__name__}: {error})"]
+    errors = [
+        f"{key}: {_difference(manifest.get(key), found)}"
+        for key, found in stated.items()
+        if manifest.get(key) != found
+    ]
+    dtype, mode = manifest.get("dtype"), manifest["weights"].get("mode")
+    modes = WEIGHT_MODES if dtype == checkpoint.dtype else ("convert",)
+    if mode not in modes:
+        errors.append(
+            f"weights: mode {mode} in the manifest, for {dtype} from {checkpoint.dtype} it is "
+            f"{' or '.join(modes)}"
+        )
+    caches = [v for v in model.graph.input if v.name.startswith("past_key_values.")]
+    tables = {t.name: t for t in model.graph.initializer if t.name in TABLES}
+    types = {
+        "the cache": {value.type.tensor_type.elem_type for value in caches},
+        "weights": _weight_types(model),
+    }
+    for what, found in types.items():
+        names = sorted(ir.DataType(number).name for number in found)
+        if [_DTYPES.get(name) for name in names] != [dtype]:
+            errors.append(f"dtype: {dtype} in the manifest, {what}: {', '.join(names) or 'none'}")
+    for name in TABLES:
+        rows = list(tables[name].dims)[:1] if name in tables else []
+        if rows != [manifest.get("max_seq_len")]:
+            errors.append(
+                f"max_seq_len: {manifest.get('max_seq_len')} in the manifest, rows of {name}: "
+                f"{rows[0] if rows else 'none'}"
+            )
+    batch = manifest.get("max_batch")
+    if type(batch) is not int or batch < 1:
+        errors.append(f"max_batch: {batch} in the manifest, which is no number of rows")
+    return errors
+
+
+def _weight_types(model: onnx.ModelProto) -> set[int]:
+    from qwenport.validate.model_file import is_floating
+
+    return {
+        tensor.data_type
+        for tensor in model.graph.initializer
+        if tensor.name not in TABLES and is_floating(tensor.data_type)
+    }
+
+
+def _difference(stated: Any, found: Any) -> str:
+    """Where two values of a manifest part, as deep as they are objects or lists of one length."""
+    from qwenport.validate.graph_identity import short
+
+    if isinstance(stated, dict) and isinstance(found, dict):
+        for key in (*found, *stated):
+            if stated.get(key) != found.get(key):
+                return f"{key}: {_difference(stated.get(key), found.get(key))}"
+    if isinstance(stated, list) and isinstance(found, list) and len(stated) == len(found):
+        for index, (one, other) in enumerate(zip(stated, found, strict=True)):
+            if one != other:
+                return f"{index}: {_difference(one, other)}"
+    return f"{short(stated)} in the manifest, {short(found)} in the graph"
+
+
+def _outside(model: onnx.ModelProto, package: Path) -> list[str]:
+    """Tensors that do not lie in a file of the package."""
+    from qwenport.validate.model_file import inner_tensors, is_inside, place_of
+
+    errors = []
+    for tensor in (*model.graph.initializer, *inner_tensors(model)):
+        try:
+            place = place_of(tensor)
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        if place is not None and not is_inside(package, place.location):
+            errors.append(f"{tensor.name} is in {place.location}")
+    return errors
+
+
+def _unnamed(package: Package) -> list[str]:
+    manifest = package.manifest
+    named = {MANIFEST, *manifest["files"], *manifest["weights"]["files"]}
+    return [name for name in _files_below(package.path) if name not in named]
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not path.is_dir():
+            yield path.relative_to(folder).as_posix()

@@ -1,0 +1,211 @@
+"""The constants of TensorRT's network against the package's initializers, byte for byte.
+
+The interpreter takes bf16 values from the model by name, since TensorRT's Python shows none; whether TensorRT holds
+those same bytes is asked here. A constant that lies where the initializer is mapped is the initializer itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from qwenport.engines.lowering import folded
+from qwenport.exporter import CHUNK_BYTES, Package
+from qwenport.validate.network.parse import TORCH, ParsedNetwork, WeightFiles
+from qwenport.validate.report import Check, ScenarioResult
+from qwenport.validate.rope_check import TABLES, read_tables
+
+NAME = "constants"
+SUMMARY = "Every weight in TensorRT's network, byte for byte, against the package's"
+MAX_ELEMENTS = 64  # of a floating-point constant that is no weight: scalars of functions, epsilons
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Bytes = NDArray[np.uint8]
+_Wanted = tuple[torch.dtype, tuple[int, ...], Bytes]
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """One constant layer; `data` is None where TensorRT's Python does not show it."""
+
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    elements: int
+    data: Bytes | None
+
+
+def check_constants(parsed: ParsedNetwork, package: Package, exact: bool) -> ScenarioResult:
+    """Compare every floating-point constant of a package's network with the package's initializers.
+
+    Rope tables are compared as lowering folds them: cast to the model's dtype. What is not an initializer
+    must have at most 64 elements.
+
+    Args:
+        parsed: the network of `package`.
+        package: what it was parsed from.
+        exact: it was parsed for exact arithmetic: the interpreter replaces the folded tables by those in fp32, so
+            that those are compared with what it will compute with; TensorRT's own stay in the model's dtype.
+    """
+    begun = time.perf_counter()
+    weights = dict(_initializers(package, parsed.files))
+    wanted = weights | _tables(package, DTYPES[package.dtype])
+    layers = list(_constants(parsed))
+    found = dict(layers)
+    missing = [name for name in wanted if name not in found]
+    different, unread = [], []
+    for name, (dtype, shape, data) in wanted.items():
+        if name not in found:
+            continue
+        constant = found[name]
+        stated = (constant.dtype, constant.shape, constant.elements)
+        if stated != (dtype, shape, math.prod(shape)):
+            different.append(f"{name}: {dtype} {list(shape)} became {stated[0]} {list(stated[1])}")
+        elif constant.data is None:
+            unread.append(name)
+        elif not _equal(constant.data, data):
+            different.append(name)
+    foreign = [n for n, c in layers if n not in wanted and c.elements > MAX_ELEMENTS]
+    computed = list(
+        _computed_with(parsed, wanted, _tables(package, torch.float32) if exact else {})
+    )
+    checks = (
+        _none("weights that the network lacks", missing),
+        _none("constants that differ", different),
+        _none(f"other constants of more than {MAX_ELEMENTS} numbers", foreign),
+        _none("constants that are evaluated with other values", computed),
+        Check("weights compared", sum(name in wanted for name, _ in layers), "==", len(wanted)),
+    )
+    reason = None
+    if unread:
+        reason = (
+            f"TensorRT's Python does not show the values of {len(unread)} constants ({unread[0]} first); "
+            "their dtypes, shapes and sizes were compared"
+        )
+    passed = all(check.passed for check in checks)
+    seconds = round(time.perf_counter() - begun, 3)
+    return ScenarioResult(
+        NAME, SUMMARY, "passed" if passed else "failed", checks, None, reason, seconds
+    )
+
+
+def _none(metric: str, names: list[str]) -> Check:
+    return Check(metric, len(names), "==", 0, f"first: {names[0]}" if names else None)
+
+
+def _initializers(package: Package, files: WeightFiles) -> Iterator[tuple[str, _Wanted]]:
+    """Name -> (dtype, shape, bytes) of every floating-point initializer of model.onnx but the rope tables."""
+    for name, value in ir.load(package.model).graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.dtype not in TORCH or name in TABLES:
+            continue
+        if isinstance(tensor, ir.ExternalTensor):
+            data = files.bytes_of(tensor)
+        else:
+            data = np.frombuffer(tensor.tobytes(), dtype=np.uint8)
+        yield name, (TORCH[tensor.dtype], tuple(tensor.shape.numpy()), data)
+
+
+def _tables(package: Package, dtype: torch.dtype) -> dict[str, _Wanted]:
+    """The rope tables in a dtype, by the names that lowering gives them."""
+    return {
+        folded(name): (
+            dtype,
+            tuple(table.shape),
+            torch.from_numpy(np.array(table)).to(dtype).view(-1).view(torch.uint8).numpy(),
+        )
+        for name, table in zip(TABLES, read_tables(package), strict=True)
+    }
+
+
+def _constants(parsed: ParsedNetwork) -> Iterator[tuple[str, _Constant]]:
+    """Every floating-point constant of the network by its layer's name."""
+    trt = parsed.trt
+    types = {
+        trt.DataType.FLOAT: torch.float32,
+        trt.DataType.HALF: torch.float16,
+        trt.DataType.BF16: torch.bfloat16,
+    }
+    for layer, kind in parsed.layers():
+        if kind != "CONSTANT":
+            continue
+        layer.__class__ = trt.IConstantLayer
+        weights = layer.weights
+        if not isinstance(weights, np.ndarray):
+            dtype, data = types.get(weights.dtype), _bytes_of(trt, weights)
+        elif np.issubdtype(weights.dtype, np.floating):
+            flat = weights.reshape(-1)
+            dtype, data = torch.from_numpy(flat[:0]).dtype, flat.view(np.uint8)
+        else:
+            continue  # integers and truth values
+        yield layer.name, _Constant(dtype, tuple(layer.shape), int(weights.size), data)
+
+
+def _computed_with(
+    parsed: ParsedNetwork, wanted: dict[str, _Wanted], tables: dict[str, _Wanted]
+) -> Iterator[str]:
+    """Names whose values in the interpreter are others than the package's."""
+    for name, (dtype, shape, data) in {**wanted, **tables}.items():
+        values = parsed.constants.get(name)
+        if (
+            values is None
+            or (values.dtype, tuple(values.shape)) != (dtype, shape)
+            or not _equal(values.contiguous().view(-1).view(torch.uint8).numpy(), data)
+        ):
+            yield name
+
+
+def _equal(found: Bytes, wanted: Bytes) -> bool:
+    if found.nbytes != wanted.nbytes:
+        return False
+    if found.ctypes.data == wanted.ctypes.data:
+        return True  # one memory
+    return all(
+        np.array_equal(found[start : start + CHUNK_BYTES], wanted[start : start + CHUNK_BYTES])
+        for start in range(0, found.nbytes, CHUNK_BYTES)
+    )
+
+
+def _bytes_of(trt: Any, weights: Any) -> Bytes | None:
+    """The memory of a trt.Weights that NumPy has no type for, None where this build does not let us find it.
+
+    Python is shown its type and size alone. The object behind it is nvinfer1::Weights: type, address, count. It is read
+    through /proc/self/mem, where a wrong address is an error and not a crash, and only if the same reading of a
+    Weights made here gives the address that it was made of.
+    """
+    if not _layout_is_known(trt):
+        return None
+    seen = _read_weights(weights)
+    if seen is None or (seen[0], seen[2]) != (int(weights.dtype), int(weights.size)):
+        return None
+    size = int(weights.nbytes)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(seen[1]))
+
+
+@functools.cache
+def _layout_is_known(trt: Any) -> bool:
+    memory = np.arange(7, dtype=np.uint16)
+    made = trt.Weights(trt.DataType.BF16, memory.ctypes.data, memory.size)
+    return _read_weights(made) == (int(trt.DataType.BF16), memory.ctypes.data, memory.size)
+
+
+def _read_weights(weights: Any) -> tuple[int, int, int] | None:
+    """(type, address, count) of the nvinfer1::Weights behind a trt.Weights; pybind11 keeps its address first."""
+    try:
+        with open("/proc/self/mem", "rb", buffering=0) as memory:
+            header = object.__basicsize__
+            (address,) = struct.unpack("<Q", os.pread(memory.fileno(), 8, id(weights) + header))
+            return struct.unpack("<i4xQq", os.pread(memory.fileno(), 24, address))
+    except (OSError, OverflowError, struct.error):
+        return None

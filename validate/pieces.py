@@ -1,0 +1,133 @@
+"""Pieces of a target by themselves: the embedding on every id, and one decoder layer over the whole context.
+
+Running the whole model to 8,192 positions is more than a check may cost. One layer of each kind is not, and attention
+that looks no further than a window, a cache that ends early or a table that is wrong far out show in one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwenport.validate.candidate import Candidate
+from qwenport.validate.reference import Choices, Reference
+from qwenport.validate.report import Check
+from qwenport.validate.streaming import Feeds, Progress, Rehearsal
+from qwenport.validate.thresholds import FP32_REL_L2, FP32_REL_L2_MOST
+
+Float32 = NDArray[np.float32]
+
+IDS_AT_ONCE = 512
+
+
+def check_embedding(
+    candidate: Candidate, reference: Reference, vocab_size: int, progress: Progress
+) -> tuple[Check, ...]:
+    """Every id of the vocabulary through the target's embedding: its row must be the checkpoint's, bit for bit."""
+    wrong: list[int] = []
+    with candidate.parts().prologue([]) as run:
+        for start in range(0, vocab_size, IDS_AT_ONCE):
+            ids = list(range(start, min(start + IDS_AT_ONCE, vocab_size)))
+            session = Rehearsal(candidate.geometry(1, len(ids)))
+            session.max_step_tokens = session.max_positions = len(ids)
+            session.prefill([ids])
+            hidden, _ = run(0, session.steps[0], None)
+            made = as_array(hidden)[0]
+            expected = reference.embed(ids)
+            same = (made == expected) | (np.isnan(made) & np.isnan(expected))
+            wrong += [ids[i] for i in np.flatnonzero(~same.all(axis=1))]
+            progress("embedding every id", ids[-1] + 1, vocab_size)
+    where = f"of {vocab_size}"
+    if wrong:
+        where += f", first id {wrong[0]}"
+    return (Check("ids with another embedding", len(wrong), "==", 0, where),)
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """A decoder layer's hidden states over a text.
+
+    Attributes:
+        entry, end: what went in and what came out, fp32 [S, hidden].
+        experts: int64 [S, k], None for a dense layer.
+    """
+
+    entry: Float32
+    end: Float32
+    experts: NDArray[np.int64] | None
+
+
+def run_layer_alone(
+    candidate: Candidate, layer: int, tokens: Sequence[int], router: str | None, capacity: int
+) -> LayerRun:
+    """The embedding and one layer of the target on a text, in the widest steps that a session takes.
+
+    Args:
+        router: the value that holds each token's experts; None for a dense layer.
+        capacity: cache slots.
+    """
+    geometry = candidate.geometry(1, capacity)
+    session = Rehearsal(geometry)
+    session.prefill([list(tokens)])
+    steps: list[Feeds] = list(session.steps)
+    parts = candidate.parts()
+    with parts.prologue([]) as run:
+        entries = [run(0, feeds, None)[0] for feeds in steps]
+    observe = [] if router is None else [router]
+    ends, experts = [], []
+    with parts.layer(layer, [geometry], observe) as run:
+        for feeds, entry in zip(steps, entries, strict=True):
+            end, seen = run(0, feeds, entry)
+            ends.append(as_array(end)[0])
+            if router is not None:
+                experts.append(np.array(seen[router][0], dtype=np.int64))
+    return LayerRun(
+        np.concatenate([as_array(entry)[0] for entry in entries]),
+        np.concatenate(ends),
+        np.concatenate(experts) if experts else None,
+    )
+
+
+def check_distance(run: LayerRun, reference: Reference, layer: int, margin: float) -> list[Check]:
+    """One layer over a long text against transformers' own layer, given the same hidden states, at every position.
+
+    Args:
+        margin: experts chosen in a near-tie of routers, within this, are taken over.
+    """
+    choices = None if run.experts is None else Choices({layer: run.experts}, margin)
+    expected = reference.run_layer(layer, "fp32", run.entry, choices=choices)
+    with np.errstate(all="ignore"):
+        errors = np.linalg.norm(run.end.astype(np.float64) - expected, axis=1)
+        sizes = np.linalg.norm(expected.astype(np.float64), axis=1)
+        by_position = errors / np.where(sizes, sizes, 1.0)
+        whole = float(np.sqrt(np.sum(errors**2) / np.sum(sizes**2)))
+    by_position = np.where(np.isfinite(run.end).all(axis=1), by_position, np.inf)
+    worst = int(by_position.argmax())
+    return [
+        Check(
+            "NaN and infinite hidden states",
+            int((~np.isfinite(run.end)).any(axis=1).sum()),
+            "==",
+            0,
+        ),
+        Check("rel-L2", whole, "<=", FP32_REL_L2, f"{len(expected)} positions"),
+        Check(
+            "rel-L2 of one position",
+            float(by_position[worst]),
+            "<=",
+            FP32_REL_L2_MOST,
+            f"position {worst}",
+        ),
+    ]
+
+
+def as_array(hidden: Any) -> Float32:
+    """Hidden states as the parts pass them, as fp32."""
+    if isinstance(hidden, np.ndarray):
+        return hidden.astype(np.float32, copy=False)
+    values: Float32 = hidden.float().numpy()
+    return values

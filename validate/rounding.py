@@ -1,0 +1,354 @@
+"""Half precision, judged where there is power to judge it: at every layer and operator, given transformers' own input.
+
+From end to end, two right programs in bf16 differ by chance as much as many wrong ones do from them. Inside one
+operator they do not: given the same input, the error of each of 512 positions is a draw from one distribution, and
+medians of 512 draws can be told apart. So transformers' own hidden states, in the target's dtype, are put into each
+layer of the network. Its result, and that of every operator in it, is compared with transformers in fp64 on the same
+input, and the distribution of those errors with transformers' own.
+
+Two numbers per position: the relative error, ||made - right|| / ||right||, and its systematic part,
+|<made, right> / <right, right> - 1|. Random roundings cancel in the second, a statistic that was rounded does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qwenport.exporter import ModelConfig
+from qwenport.validate.candidate import Candidate
+from qwenport.validate.localisation import TRUTH, WHOLE_LAYER, observed_sites, values_by_site
+from qwenport.validate.pieces import as_array
+from qwenport.validate.probe import Probe, run_layer
+from qwenport.validate.reference import Choices, Reference, Text
+from qwenport.validate.sites import router_choices, sites
+from qwenport.validate.streaming import Feeds, Progress, Rehearsal
+from qwenport.validate.thresholds import (
+    HALF_ROUTER_MARGIN,
+    ROUNDING_LEAST,
+    ROUNDING_QUANTILES,
+    ROUNDING_SYSTEMATIC_TIMES_OWN,
+    ROUNDING_TIMES_OWN,
+    ROUNDING_Z,
+)
+
+Array = NDArray[Any]
+Float64 = NDArray[np.float64]
+
+END = "final norm and lm_head"
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+ROWS_AT_ONCE = 64  # positions of the head at once: its logits are wide
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How two distributions of errors compare at one quantile.
+
+    Attributes:
+        quantile: of the positions.
+        made, own: the target's and transformers' errors there, the larger of its attentions.
+        times_own: their ratio, and `least` the lower end of its interval.
+    """
+
+    quantile: float
+    made: float
+    own: float
+    times_own: float
+    least: float
+
+
+@dataclass(frozen=True)
+class RoundingError:
+    """The rounding of one operator, or of a whole layer.
+
+    Attributes:
+        layer: the decoder layer; None behind them.
+        operator: as in `sites`, WHOLE_LAYER or END.
+        positions: how many were compared.
+        nonfinite: positions at which the target has NaN or infinities where fp64 has none.
+        relative, systematic: by quantile.
+    """
+
+    layer: int | None
+    operator: str
+    positions: int
+    nonfinite: int
+    relative: tuple[Spread, ...]
+    systematic: tuple[Spread, ...]
+
+    @property
+    def excess(self) -> float:
+        """The lower end of the worst ratio in units of its bound; above 1 it is too much."""
+        if self.nonfinite:
+            return math.inf
+        return max(
+            [s.least / ROUNDING_TIMES_OWN for s in self.relative]
+            + [s.least / ROUNDING_SYSTEMATIC_TIMES_OWN for s in self.systematic]
+        )
+
+    def __str__(self) -> str:
+        """Where, and the number that is furthest off."""
+        where = self.operator if self.layer is None else f"layer {self.layer}, {self.operator}"
+        if self.nonfinite:
+            return f"{where}: NaN or infinity at {self.nonfinite} of {self.positions} positions"
+        kinds = [("relative", s, s.least / ROUNDING_TIMES_OWN) for s in self.relative]
+        kinds += [
+            ("systematic", s, s.least / ROUNDING_SYSTEMATIC_TIMES_OWN) for s in self.systematic
+        ]
+        kind, spread, _ = max(kinds, key=lambda each: each[2])
+        return (
+            f"{where}: {kind} error {spread.made:.2g} at quantile {spread.quantile:g} of {self.positions} "
+            f"positions, {spread.times_own:.2g} x transformers' own {spread.own:.2g}"
+        )
+
+
+@dataclass
+class _Errors:
+    """Errors of one place by position, of the target and of transformers' implementations."""
+
+    relative: list[list[Float64]] = field(default_factory=lambda: [[], [], []])
+    systematic: list[list[Float64]] = field(default_factory=lambda: [[], [], []])
+    numbers: int = 1  # in the result at one position
+    nonfinite: int = 0
+
+    def add(self, right: Array, *results: Array) -> None:
+        """The target's result and then transformers' own, one or two."""
+        r = np.asarray(right, dtype=np.float64).reshape(len(right), -1)
+        self.numbers = r.shape[1]
+        size = np.einsum("pn,pn->p", r, r)
+        known = np.isfinite(size) & (size > 0)
+        for index, result in enumerate(results):
+            m = np.asarray(result, dtype=np.float64).reshape(len(r), -1)
+            if m.shape != r.shape:
+                m = np.full_like(r, np.nan)
+            finite = np.isfinite(m).all(axis=1)
+            if index == 0:
+                self.nonfinite += int((np.isfinite(size) & ~finite).sum())
+            use = known & finite
+            difference = m[use] - r[use]
+            self.relative[index].append(
+                np.sqrt(np.einsum("pn,pn->p", difference, difference) / size[use])
+            )
+            self.systematic[index].append(
+                np.abs(np.einsum("pn,pn->p", difference, r[use])) / size[use]
+            )
+
+    def result(self, layer: int | None, operator: str, unit: float) -> RoundingError:
+        relative, systematic = (
+            [np.concatenate(parts) if parts else np.zeros(0) for parts in kind]
+            for kind in (self.relative, self.systematic)
+        )
+        least = ROUNDING_LEAST * unit
+        random = [least] * len(ROUNDING_QUANTILES)
+        spreads = _spreads(relative[0], relative[1:], random)
+        left = [max(least, s.own) / math.sqrt(self.numbers) for s in spreads]
+        return RoundingError(
+            layer,
+            operator,
+            len(relative[0]) + self.nonfinite,
+            self.nonfinite,
+            spreads,
+            _spreads(systematic[0], systematic[1:], left),
+        )
+
+
+def _spreads(made: Float64, own: Sequence[Float64], least: Sequence[float]) -> tuple[Spread, ...]:
+    """Quantiles of two distributions with the order statistics that bound them (Hahn and Meeker, chapter 5)."""
+    theirs = [values for values in own if len(values)]
+    if not len(made) or not theirs:
+        return ()
+    found = []
+    for quantile, floor in zip(ROUNDING_QUANTILES, least, strict=True):
+        low, middle, _ = _order(made, quantile)
+        tops = [_order(values, quantile) for values in theirs]
+        highest = max(floor, *(top[2] for top in tops))
+        typical = max(floor, *(top[1] for top in tops))
+        found.append(Spread(quantile, middle, typical, middle / typical, low / highest))
+    return tuple(found)
+
+
+def _order(values: Float64, quantile: float) -> tuple[float, float, float]:
+    """(lower end, quantile, upper end)."""
+    ordered, count = np.sort(values), len(values)
+    middle, half = count * quantile, ROUNDING_Z * math.sqrt(count * quantile * (1 - quantile))
+    ends = [
+        int(np.clip(x, 0, count - 1)) for x in (math.floor(middle - half), math.ceil(middle + half))
+    ]
+    return float(ordered[ends[0]]), float(np.quantile(ordered, quantile)), float(ordered[ends[1]])
+
+
+def worst(errors: Sequence[RoundingError]) -> RoundingError | None:
+    """The first place of NaN or infinity; else the one that is furthest beyond its bound, or nearest to it."""
+    broken = [error for error in errors if error.nonfinite]
+    if broken:
+        return broken[0]
+    return max(errors, key=lambda error: error.excess, default=None)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A text's part in one step: which text, which tokens of it, and what the step is fed."""
+
+    text: int
+    start: int
+    stop: int
+    feeds: Feeds
+
+
+def judge_rounding(
+    candidate: Candidate,
+    reference: Reference,
+    config: ModelConfig,
+    dtype: str,
+    texts: Sequence[Sequence[int]],
+    progress: Progress,
+) -> Iterator[RoundingError]:
+    """The rounding of every layer, every operator and the end, in the order in which they run.
+
+    Args:
+        candidate: the network in its declared types.
+        reference: transformers.
+        config: the model's.
+        dtype: "bf16" or "fp16".
+        texts: tokens, at least 512 in all.
+        progress: called with (what, layers done, layers in all).
+    """
+    asked = [Text(tuple(tokens), ()) for tokens in texts]
+    hidden = reference.hidden_states(asked, dtype)
+    unit = float(torch.finfo(TYPES[dtype]).eps) / 2
+    geometry = candidate.geometry(1, max(len(text) for text in texts))
+    pieces = list(_pieces(Rehearsal(geometry), texts))
+    parts, routers = candidate.parts(), router_choices(config, reference.num_layers)
+    for index in range(reference.num_layers):
+        places = observed_sites(config, index, candidate.uses)
+        names = [*places, *([routers[index]] if index in routers else [])]
+        entries = [states[index] for states in hidden]
+        made: list[list[Array]] = [[] for _ in texts]
+        seen: list[dict[str, list[Array]]] = [{name: [] for name in names} for _ in texts]
+        with parts.layer(index, [geometry], names) as run:
+            for piece in pieces:
+                given = torch.from_numpy(entries[piece.text][piece.start : piece.stop])
+                end, values = run(0, piece.feeds, given[None].to(TYPES[dtype]))
+                made[piece.text].append(as_array(end)[0])
+                for name in names:
+                    value = values[name][0]
+                    if name in places and places[name].heads:
+                        value = value.swapaxes(0, 1)
+                    seen[piece.text][name].append(np.array(value))
+        ends = [np.concatenate(parts_) for parts_ in made]
+        values_of = [
+            {name: np.concatenate(found) for name, found in of_text.items()} for of_text in seen
+        ]
+        experts = [
+            Choices({index: of_text[routers[index]]}, HALF_ROUTER_MARGIN)
+            if index in routers
+            else None
+            for of_text in values_of
+        ]
+        given = [values_by_site(config, of_text, places, index) for of_text in values_of]
+        yield from _judge_layer(
+            reference, config, index, dtype, unit, entries, ends, given, experts
+        )
+        progress("judging half precision", index + 1, reference.num_layers + 1)
+    yield _judge_end(parts, reference, dtype, unit, [states[-1] for states in hidden])
+    progress("judging half precision", reference.num_layers + 1, reference.num_layers + 1)
+
+
+def _pieces(session: Rehearsal, texts: Sequence[Sequence[int]]) -> Iterator[_Piece]:
+    for number, tokens in enumerate(texts):
+        session.reset()
+        session.steps.clear()
+        session.prefill([list(tokens)])
+        for feeds in session.steps:
+            start, width = int(feeds["write_indices"][0]), feeds["input_ids"].shape[1]
+            yield _Piece(number, start, start + width, feeds)
+
+
+def _judge_layer(
+    reference: Reference,
+    config: ModelConfig,
+    index: int,
+    dtype: str,
+    unit: float,
+    entries: Sequence[Array],
+    ends: Sequence[Array],
+    given: Sequence[Mapping[str, Array]],
+    experts: Sequence[Choices | None],
+) -> Iterator[RoundingError]:
+    places = sites(config, index)
+    right: list[dict[str, Array]] = []
+    whole: list[Array] = []
+    errors = {site.name: _Errors() for site in places if site.name in given[0]}
+    layer_errors = _Errors()
+
+    def probed(layer: Any, number: int, kind: str) -> Probe:
+        probe = Probe(places, given[number], kind)
+        with probe.attached(layer.module):
+            run_layer(reference, layer.module, entries[number], 0, kind)
+        return probe
+
+    with reference.opened_layer(index, TRUTH) as layer:
+        for number, entry in enumerate(entries):
+            right.append(_arrays(probed(layer, number, TRUTH).expected))
+            whole.append(_alone(layer, entry, "eager", experts[number]))
+    with reference.opened_layer(index, dtype) as layer:
+        for number, entry in enumerate(entries):
+            probe = probed(layer, number, dtype)
+            own, other = _arrays(probe.expected), _arrays(probe.by_sdpa)
+            for name, found in errors.items():
+                others = [other[name]] if name in other else []
+                found.add(right[number][name], given[number][name], own[name], *others)
+            layer_errors.add(
+                whole[number],
+                ends[number],
+                *(_alone(layer, entry, kind, experts[number]) for kind in ("eager", "sdpa")),
+            )
+    for name, found in errors.items():
+        yield found.result(index, name, unit)
+    yield layer_errors.result(index, WHOLE_LAYER, unit)
+
+
+def _alone(layer: Any, entry: Array, attention: str, experts: Choices | None) -> Array:
+    result: Array = layer.run(
+        entry, attention=attention, queries_at_once=len(entry), choices=experts
+    )
+    return result
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, Array]:
+    return {name: tensor.double().numpy() for name, tensor in tensors.items()}
+
+
+def _judge_end(
+    parts: Any, reference: Reference, dtype: str, unit: float, states: Sequence[Array]
+) -> RoundingError:
+    """The final norm and the projection to the vocabulary, given transformers' own last hidden states."""
+    errors = _Errors()
+    rows = np.concatenate(states)
+    blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
+    made, right = [], []
+    with parts.epilogue([]) as run:
+        for block in blocks:
+            wanted = {"logits_indices": np.arange(len(block), dtype=np.int64)[None]}
+            logits, _ = run(0, wanted, torch.from_numpy(block)[None].to(TYPES[dtype]))
+            made.append(logits[0])
+    for kind in (TRUTH, dtype):
+        with (
+            reference.final_norm(kind) as norm,
+            reference.head(kind) as head,
+            torch.inference_mode(),
+        ):
+            type_of = next(head.parameters()).dtype
+            for number, block in enumerate(blocks):
+                result = head(norm(torch.from_numpy(block).to(type_of)))
+                if kind == TRUTH:
+                    right.append(result.float().numpy())
+                else:
+                    errors.add(right[number], made[number], result.float().numpy())
+    return errors.result(None, END, unit)

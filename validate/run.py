@@ -1,0 +1,252 @@
+"""A session in use: every logit it gives is written down beside the tokens that lead to it.
+
+A scenario only says what is fed, through the `Session` protocol and as any program would feed it. What the reference
+has to be asked follows from that: for each row the tokens it held, in one piece and without a cache. Prefill, chunks,
+cache, batching, padding and truncation are the target's own affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwenport.engines import CachedSession, Step
+from qwenport.validate.budget import Plan
+from qwenport.validate.prompts import Prompts
+from qwenport.validate.text import Text
+
+Float32 = NDArray[np.float32]
+Seen = dict[str, NDArray[Any]]
+"""Name -> the value at every token of one text, [S, ...]."""
+
+STREAM_DISTANCE = 97  # between the texts of two rows, in the prompts' tokens: no two begin alike
+
+
+class CandidateError(Exception):
+    """The target failed while it was being used; the message is its own."""
+
+
+class NotApplicable(Exception):  # noqa: N818 - not an error, a reason
+    """The scenario has no meaning for this target; the message says why."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a target said.
+
+    Attributes:
+        candidate: logits fp32 [n, vocab].
+        labels: the name of each position.
+        texts: what any model can be asked to give its own logits of the same positions, in the same order.
+        seen: for each text what was observed inside the target; empty where nothing was asked for.
+        lineage: for each text the histories that its values come from; see `Observing.lineage`.
+    """
+
+    candidate: Float32
+    labels: tuple[str, ...]
+    texts: tuple[Text, ...]
+    seen: tuple[Seen, ...]
+    lineage: tuple[frozenset[int], ...]
+
+
+@dataclass(frozen=True)
+class Observing:
+    """What to keep of the values that a session shows.
+
+    Attributes:
+        heads: names of values [B, heads, S, ...]; all others are [B, S, ...].
+        lineage: histories whose values are kept, as an earlier observation numbered them; None for all.
+    """
+
+    heads: AbstractSet[str] = frozenset()
+    lineage: frozenset[int] | None = None
+
+
+@dataclass
+class _History:
+    """The tokens of a row from slot 0, and the logits judged so far by the index of their token."""
+
+    number: int
+    row: int
+    first_position: int
+    lineage: frozenset[int]
+    tokens: list[int] = field(default_factory=list)
+    logits: list[Float32] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+    seen: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
+
+
+class Run:
+    """One scenario on one session.
+
+    Attributes:
+        session: the target.
+        prompts: where tokens come from.
+        plan: the sizes.
+        greedy: transformers' own continuation of `greedy_prompt`.
+        original_context: positions before the rope settings stretch them; None where they do not.
+        special_ids: ids that prompts hardly reach: the highest, special and added ones.
+    """
+
+    def __init__(
+        self,
+        session: CachedSession,
+        prompts: Prompts,
+        plan: Plan,
+        *,
+        greedy: Sequence[int] = (),
+        original_context: int | None = None,
+        special_ids: Sequence[int] = (),
+        on_step: Callable[[Step], None] = lambda step: None,
+        observing: Observing | None = None,
+        keep: bool = True,
+    ) -> None:
+        """Use a session.
+
+        Args:
+            on_step: called after each step.
+            observing: what to keep of the values that the session shows; None for nothing.
+            keep: whether logits are worth keeping; a rehearsal's are not.
+            Others as the attributes.
+        """
+        self.session, self.prompts, self.plan = session, prompts, plan
+        self.greedy, self.original_context = tuple(greedy), original_context
+        self.special_ids = tuple(special_ids)
+        self._first_position = 0
+        self._rows: dict[int, _History] = {}
+        self._done: list[_History] = []
+        self._on_step, self._observing, self._keep = on_step, observing, keep
+        self._histories = 0
+        session.on_step = self._after_step
+
+    @property
+    def capacity(self) -> int:
+        """Cache slots of a row that have a position."""
+        return min(self.session.capacity, self.session.max_positions - self._first_position)
+
+    def take(self, count: int, *, stream: int = 0, start: int = 0) -> list[int]:
+        """Tokens start..start+count-1 of one of the texts, cut where the cache ends."""
+        count = max(0, min(count, self.capacity - start))
+        return self.prompts.take(count, start=STREAM_DISTANCE * stream + start)
+
+    def length(self, row: int = 0) -> int:
+        """Tokens that a row holds."""
+        return len(self._rows[row].tokens) if row in self._rows else 0
+
+    def tokens(self, row: int = 0) -> tuple[int, ...]:
+        """The tokens that a row holds."""
+        return tuple(self._rows[row].tokens) if row in self._rows else ()
+
+    def start(self, first_position: int = 0) -> None:
+        """Forget all rows; texts begin at `first_position`."""
+        self._guard(self.session.reset, first_position=first_position)
+        self._done += [self._rows[row] for row in sorted(self._rows)]
+        self._rows.clear()
+        self._first_position = first_position
+
+    def prefill(self, rows: Sequence[Sequence[int]], *, all_logits: bool = False) -> None:
+        """`Session.prefill`, with the last logits of each row as `generate` and C++ ask for them, or with all."""
+        if not any(len(row) for row in rows):
+            return
+        logits = self._guard(self.session.prefill, rows, all_logits=all_logits)
+        for index, (row, made) in enumerate(zip(rows, logits, strict=True)):
+            self._note(index, row, made, len(row) if all_logits else min(1, len(row)))
+
+    def decode(self, tokens: Sequence[int | None]) -> None:
+        """`Session.decode`."""
+        logits = self._guard(self.session.decode, tokens)
+        for index, token in enumerate(tokens):
+            if token is not None:
+                self._note(index, [token], logits[index : index + 1], 1)
+
+    def truncate(self, length: int, row: int = 0) -> None:
+        """`Session.truncate`: what the row is given next follows its first `length` tokens."""
+        self._guard(self.session.truncate, length, row)
+        if row not in self._rows:
+            return
+        before = self._rows.pop(row)
+        self._done.append(before)
+        after = self._history(row, before.lineage)
+        after.tokens = before.tokens[:length]
+        after.seen = {n: [np.concatenate(parts)[:length]] for n, parts in before.seen.items()}
+
+    def observation(self) -> Observation:
+        """All that was judged since the run was made.
+
+        Raises:
+            CandidateError: logits of another shape than a session owes.
+        """
+        histories = [*self._done, *(self._rows[row] for row in sorted(self._rows))]
+        judged = [history for history in histories if history.indices]
+        if not judged:
+            raise NotApplicable("the cache is too short for it")
+        parts = [part for history in judged for part in history.logits]
+        labels = [
+            f"row {h.row} position {h.first_position + index} (step of {width})"
+            for h in judged
+            for index, width in zip(h.indices, h.widths, strict=True)
+        ]
+        texts = [
+            Text(tuple(h.tokens[: h.indices[-1] + 1]), tuple(h.indices), h.first_position)
+            for h in judged
+        ]
+        seen = [
+            {name: np.concatenate(made)[: len(text.tokens)] for name, made in h.seen.items()}
+            for h, text in zip(judged, texts, strict=True)
+        ]
+        candidate = np.concatenate(parts) if parts else np.zeros((0, 0), dtype=np.float32)
+        lineage = tuple(h.lineage for h in judged)
+        return Observation(candidate, tuple(labels), tuple(texts), tuple(seen), lineage)
+
+    def _history(self, row: int, lineage: frozenset[int] = frozenset()) -> _History:
+        """The row's history, begun if there is none."""
+        if row not in self._rows:
+            number = self._histories
+            self._histories += 1
+            self._rows[row] = _History(number, row, self._first_position, lineage | {number})
+        return self._rows[row]
+
+    def _after_step(self, step: Step) -> None:
+        self._on_step(step)
+        for row in np.flatnonzero(step.taken).tolist():
+            history = self._history(row)
+            if self._observing is None:
+                continue
+            wanted = self._observing.lineage
+            if wanted is not None and history.number not in wanted:
+                continue
+            for name, value in step.observed.items():
+                of_row = value[row]
+                if name in self._observing.heads:
+                    of_row = of_row.swapaxes(0, 1)
+                history.seen.setdefault(name, []).append(np.array(of_row[: step.taken[row]]))
+
+    def _note(self, row: int, tokens: Sequence[int], made: Any, expected: int) -> None:
+        shape = (expected, self.session.vocab_size)
+        if np.shape(made) != shape:
+            raise CandidateError(
+                f"the target gave logits of shape {np.shape(made)}, expected {shape}"
+            )
+        if not len(tokens):
+            return
+        history = self._history(row)
+        history.tokens += [int(token) for token in tokens]
+        held = len(history.tokens)
+        if self._keep:
+            history.logits.append(
+                np.array(made, dtype=np.float32)
+            )  # a session may reuse its memory
+        history.indices += range(held - expected, held)
+        history.widths += [len(tokens)] * expected
+
+    def _guard(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # whatever the runtime raises is the target's failure, not ours
+            raise CandidateError(f"the target raised {type(error).__name__}: {error}") from error

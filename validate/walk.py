@@ -1,0 +1,209 @@
+"""A random walk: operations that a program could perform on a session, drawn by a seed, judged at every logit.
+
+The operations are drawn before anything runs and do not depend on what the target answers. An operation stands by
+itself: it carries its tokens, and is cut to what fits when it is performed, so any part of a walk is a walk. That is
+how a failing one is shrunk to a script of a few lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from qwenport.engines import CachedSession
+from qwenport.validate.budget import SMALL_MODEL_STEPS, Plan
+from qwenport.validate.prompts import Prompts
+from qwenport.validate.run import Run
+
+Kind = Literal["prefill", "decode", "truncate", "reset"]
+
+MOST_TRIALS = 80  # runs of shorter walks while one is shrunk
+LONG_RUN = 12  # single tokens of one row in a row, at most
+
+Rows = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of a session's method.
+
+    Attributes:
+        kind: the method.
+        rows: prefill: each row's tokens; decode: one token a row, or none.
+        all_logits: of prefill.
+        row, length: of truncate.
+    """
+
+    kind: Kind
+    rows: Rows = ()
+    all_logits: bool = False
+    row: int = 0
+    length: int = 0
+
+    def __str__(self) -> str:
+        """As a line of Python."""
+        if self.kind == "reset":
+            return "session.reset()"
+        if self.kind == "truncate":
+            return f"session.truncate({self.length}, row={self.row})"
+        if self.kind == "decode":
+            return f"session.decode({[row[0] if row else None for row in self.rows]})"
+        option = ", all_logits=True" if self.all_logits else ""
+        return f"session.prefill({[list(row) for row in self.rows]}{option})"
+
+
+def draw_walk(plan: Plan, prompts: Prompts, session: CachedSession) -> list[Operation]:
+    """The walk of `plan.seed`.
+
+    Args:
+        plan: says how many steps and tokens it may take.
+        prompts: where tokens come from.
+        session: its rows and slots.
+    """
+    return _Walk(plan, prompts, session).draw()
+
+
+class _Walk:
+    def __init__(self, plan: Plan, prompts: Prompts, session: CachedSession) -> None:
+        self._random = np.random.default_rng((plan.seed, 3))
+        self._prompts = prompts
+        self._rows = min(session.max_batch, 4)
+        self._held = [0] * self._rows
+        small = plan.steps >= SMALL_MODEL_STEPS
+        self._slots = min(session.capacity, session.max_positions, 384 if small else 96)
+        self._widest = min(plan.widest, 256 if small else 48)
+        self._steps, self._tokens = plan.share(0.15, 12), plan.context * (4 if small else 1) // 2
+
+    def draw(self) -> list[Operation]:
+        found: list[Operation] = []
+        while self._steps > 0 and self._tokens > 0:
+            choice = self._random.random()
+            if choice < 0.35 or not any(self._held):
+                found.append(self._prefill())
+            elif choice < 0.65:
+                found += [self._decode()]
+            elif choice < 0.75:
+                row = int(self._random.integers(self._rows))
+                found += [self._decode(row) for _ in range(self._random.integers(2, LONG_RUN))]
+            elif choice < 0.95:
+                found.append(self._truncate())
+            else:
+                self._held = [0] * self._rows
+                found.append(Operation("reset"))
+        return found
+
+    def _take(self, count: int) -> tuple[int, ...]:
+        start = int(self._random.integers(len(self._prompts.ids)))
+        self._tokens -= count
+        return tuple(self._prompts.take(count, start=start))
+
+    def _prefill(self) -> Operation:
+        used = int(self._random.integers(1, self._rows + 1))
+        rows = []
+        for row in range(used):
+            room = min(self._slots - self._held[row], self._widest)
+            count = 0
+            if room > 0 and (self._random.random() < 0.7 or used == 1):
+                count = int(np.exp(self._random.uniform(0, np.log(room + 1))))
+            count = min(count, room)
+            self._held[row] += count
+            rows.append(self._take(count))
+        self._steps -= 1
+        return Operation("prefill", tuple(rows), all_logits=bool(self._random.random() < 0.3))
+
+    def _decode(self, only: int | None = None) -> Operation:
+        rows = []
+        for row in range(self._rows):
+            wanted = row == only if only is not None else self._random.random() < 0.7
+            fits = wanted and 0 < self._held[row] < self._slots
+            self._held[row] += int(fits)
+            rows.append(self._take(1) if fits else ())
+        self._steps -= 1
+        return Operation("decode", tuple(rows))
+
+    def _truncate(self) -> Operation:
+        row = int(self._random.integers(self._rows))
+        length = int(self._random.integers(self._held[row] + 1)) if self._held[row] else 0
+        self._held[row] = length
+        return Operation("truncate", row=row, length=length)
+
+
+def perform(run: Run, operation: Operation) -> None:
+    """Perform one operation, cut to what fits."""
+    if operation.kind == "reset":
+        run.start()
+    elif operation.kind == "truncate":
+        run.truncate(min(operation.length, run.length(operation.row)), operation.row)
+    elif operation.kind == "decode":
+        tokens = [
+            row[0] if row and 0 < run.length(index) < run.capacity else None
+            for index, row in enumerate(operation.rows)
+        ]
+        if any(token is not None for token in tokens):
+            run.decode(tokens)
+    else:
+        rows = [
+            list(row[: run.capacity - run.length(index)])
+            for index, row in enumerate(operation.rows)
+        ]
+        run.prefill(rows, all_logits=operation.all_logits)
+
+
+def shrink(
+    operations: Sequence[Operation],
+    fails: Callable[[Sequence[Operation]], bool],
+    trials: int = MOST_TRIALS,
+) -> list[Operation]:
+    """A shorter walk that still fails: parts of it are left out, then prefills are cut, while it does.
+
+    Args:
+        operations: a walk that fails.
+        fails: whether a walk does.
+        trials: how often `fails` may be asked.
+    """
+    best = list(operations)
+
+    def better(candidate: list[Operation]) -> bool:
+        nonlocal best, trials
+        if trials <= 0 or not candidate:
+            return False
+        trials -= 1
+        if not fails(candidate):
+            return False
+        best = candidate
+        return True
+
+    size = len(best)
+    while size >= 1 and trials > 0:
+        start = 0
+        while start < len(best) and trials > 0:
+            if not better(best[:start] + best[start + size :]):
+                start += size
+        size //= 2
+    for index in range(len(best)):
+        while trials > 0 and (shorter := _cut(best[index])) is not None:
+            if not better([*best[:index], shorter, *best[index + 1 :]]):
+                break
+    return best
+
+
+def _cut(operation: Operation) -> Operation | None:
+    """The same prefill with half its tokens; None if it cannot be cut."""
+    if operation.kind != "prefill" or max(map(len, operation.rows), default=0) < 2:
+        return None
+    rows = tuple(row[: (len(row) + 1) // 2] for row in operation.rows)
+    return Operation("prefill", rows, operation.all_logits)
+
+
+def script(operations: Sequence[Operation], rows: int, capacity: int) -> str:
+    """The walk as a Python program that anyone can run, but for the path."""
+    lines = [
+        "from pathlib import Path",
+        "from qwenport.engines import open_session",
+        f"session = open_session(Path(TARGET), max_batch={rows}, capacity={capacity})",
+        *map(str, operations),
+    ]
+    return "\n".join(lines)
