@@ -12,6 +12,7 @@ import numpy as np
 from qwenport import import_extra
 from qwenport.engines.errors import SessionError
 from qwenport.engines.lowering import for_onnxruntime
+from qwenport.engines.memory import untouched_zeros
 from qwenport.engines.session import CachedSession, Float32, Int64
 from qwenport.exporter import Package
 
@@ -92,7 +93,7 @@ class OnnxRuntimeSession(CachedSession):
         # onnx.TensorProto's numbers
         self._element = {"fp32": 1, "fp16": 10, "bf16": 16}[self._dtype]
         self._cache: dict[str, _Memory] = {
-            f"{layer}.{part}": self._allocate(np.zeros(shape, dtype=bits))
+            f"{layer}.{part}": self._allocate(shape, bits)
             for layer in range(config.num_hidden_layers)
             for part in ("key", "value")
         }
@@ -130,10 +131,11 @@ class OnnxRuntimeSession(CachedSession):
         model = for_onnxruntime(model, on_cpu=self.device == "cpu")
         return start_onnxruntime(model, package.path, device=self.device, threads=threads)
 
-    def _allocate(self, zeros: Any) -> _Memory:
-        if self.device == "cpu":  # where it lies: its pages cost nothing until they are written
+    def _allocate(self, shape: tuple[int, ...], bits: Any) -> _Memory:
+        if self.device == "cpu":
+            zeros = untouched_zeros(shape, bits)
             return _Memory(zeros, zeros.ctypes.data)
-        value = self._ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
+        value = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, bits), self.device, 0)
         return _Memory(value, value.data_ptr())
 
     def cache_addresses(self) -> dict[str, tuple[int, int]]:

@@ -180,7 +180,11 @@ class CachedSession(ABC):
                 if self._lengths[b] == self._slots:
                     ids[b, 0] = self._last_token[b]
             finishing = active & (taken == remaining)
-            logits = self._run(ids, starts, taken, all_logits)
+            if all_logits:
+                wanted = np.broadcast_to(np.arange(width, dtype=np.int64), ids.shape)
+            else:
+                wanted = np.maximum(taken - 1, 0)[:, None]
+            logits = self._run(ids, starts, taken, wanted)
             for b, row in enumerate(rows):
                 if active[b]:
                     if all_logits:
@@ -193,6 +197,37 @@ class CachedSession(ABC):
             remaining -= taken
         empty = np.zeros((0, self.vocab_size), dtype=np.float32)
         return [np.concatenate(parts) if parts else empty for parts in results]
+
+    def prefill_choosing(
+        self, tokens: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]
+    ) -> Float32:
+        """Append tokens[b] to row b in one step, with the logits of chosen ones.
+
+        Args:
+            tokens: as many for each row, at most `max_step_tokens`.
+            wanted: indices into each row's tokens, as many for each row, at most `max_step_logits`.
+
+        Returns:
+            fp32 [rows, n, vocab].
+
+        Raises:
+            CapacityError, SessionError: as `prefill`, or more than one step takes.
+        """
+        rows = [np.asarray(row, dtype=np.int64).reshape(-1) for row in tokens]
+        self._check(rows)
+        indices = np.asarray(wanted, dtype=np.int64)
+        width = len(rows[0])
+        if any(len(row) != width for row in rows) or not 1 <= width <= self.max_step_tokens:
+            raise SessionError(f"one step takes rows of one length, 1 to {self.max_step_tokens}")
+        if indices.shape[0] != len(rows) or not 1 <= indices.shape[1] <= self.max_step_logits:
+            raise SessionError(f"one step gives 1 to {self.max_step_logits} logits a row")
+        if indices.min() < 0 or indices.max() >= width:
+            raise SessionError(f"logits are wanted of tokens outside 0..{width - 1}")
+        starts = self._lengths[: len(rows)].copy()
+        logits = self._run(np.stack(rows), starts, np.full(len(rows), width), indices)
+        self._lengths[: len(rows)] += width
+        self._last_token[: len(rows)] = [row[-1] for row in rows]
+        return logits
 
     def decode(self, token_ids: Sequence[int | None]) -> Float32:
         """See `Session.decode`."""
@@ -219,13 +254,9 @@ class CachedSession(ABC):
                     f"there are {self._slots} slots"
                 )
 
-    def _run(self, ids: Int64, starts: Int64, taken: Int64, all_logits: bool) -> Float32:
+    def _run(self, ids: Int64, starts: Int64, taken: Int64, wanted: Int64) -> Float32:
         width = ids.shape[1]
         span = -(-int(starts.max() + width) // SPAN_MULTIPLE) * SPAN_MULTIPLE
-        if all_logits:
-            wanted = np.broadcast_to(np.arange(width, dtype=np.int64), ids.shape)
-        else:
-            wanted = np.maximum(taken - 1, 0)[:, None]
         first = self._first_position
         feeds = {
             "input_ids": ids,

@@ -22,7 +22,7 @@ class Budget:
     """One budget.
 
     Attributes:
-        context: positions that the whole model is run to, where it has so many. Never less than the widest step.
+        context: positions that the whole model is run to, where it has so many. Its widest step may reach further.
         distance: positions that one decoder layer of each kind is run to by itself.
         weight_reads: parameters read by single-token steps in all; divided by the model's size it gives steps.
         steps: the least and the most single-token steps, whatever the size.
@@ -40,7 +40,7 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget(256, 1024, 1e10, (32, 240), 512, 0.5),
-    "standard": Budget(1024, 8192, 3e10, (96, 720), 512, 1.5),
+    "standard": Budget(1024, 8192, 2e10, (96, 720), 512, 1.0),
     "thorough": Budget(4096, 1 << 20, 1e11, (320, 2400), 2048, 4.0),
 }
 DEFAULT = "standard"
@@ -123,7 +123,7 @@ def make_plan(
         raise ValidationError(f"budget {budget!r} is not one of {', '.join(BUDGETS)}")
     sizes, parameters = BUDGETS[budget], parameters_per_token(config)
     widest = min(max_step_tokens, capacity)
-    context = min(capacity, max(sizes.context, widest))
+    context = min(capacity, sizes.context)
     steps = int(np.clip(sizes.weight_reads / parameters, *sizes.steps))
     small = parameters < SMALL_MODEL
     wide = widest if small else min(widest, WIDE_BATCH_TOKENS[budget] // rows)
@@ -139,7 +139,7 @@ def make_plan(
         steps=steps,
         rounding=sizes.rounding,
         dense_logits=int(min(context, MOST_LOGITS / 4 / config.vocab_size)),
-        widths=_widths(widest, sizes.width_share * context, seed),
+        widths=_widths(widest, sizes.width_share * context, seed, small),
         edges=_edges(context, max(2, steps // 12)),
         wide_batch=max(1, wide),
         greedy=2 if streamed else 32,
@@ -160,21 +160,15 @@ def parameters_per_token(config: ModelConfig) -> int:
     return int(total)
 
 
-def _widths(widest: int, tokens: float, seed: int) -> tuple[int, ...]:
-    """The widest step, its neighbour, and widths drawn between on a log scale until `tokens` are spent."""
+def _widths(widest: int, tokens: float, seed: int, small: bool) -> tuple[int, ...]:
+    """The widest step, then widths drawn between on a log scale until `tokens` are spent, at least six."""
     generator = np.random.default_rng((seed, 1))
-    found = [widest]
-    wanted = [widest - 1, *_spread_widths(widest, generator)]
-    spent = widest
-    for width in wanted:
-        if width < 2 or width in found:
-            continue
-        if spent + width > tokens and len(found) >= 6:
-            continue
-        if spent + width > 2 * tokens:
-            continue
-        found.append(width)
-        spent += width
+    found, spent = [widest], 0
+    for width in [*([widest - 1] if small else []), *_spread_widths(widest, generator)]:
+        fits = spent + width <= tokens
+        if width >= 2 and width not in found and (fits or (len(found) < 6 and width < tokens / 4)):
+            found.append(width)
+            spent += width
     return tuple(found)
 
 

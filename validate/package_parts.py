@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qwenport.engines import start_onnxruntime
 from qwenport.engines.lowering import for_onnxruntime
+from qwenport.engines.memory import untouched_zeros
 from qwenport.exporter import Package
 from qwenport.validate.sites import LOGITS, hidden_states
 from qwenport.validate.streaming import Feeds, Geometry, Run
@@ -112,10 +113,10 @@ class PackageParts:
         yield run
 
     def _empty(self, size: Geometry) -> Any:
-        """Zeros whose pages cost nothing until they are written, [max_batch, heads, capacity, head_dim]."""
+        """A cache, [max_batch, heads, capacity, head_dim]."""
         config = self._package.config
         shape = (size.max_batch, config.num_key_value_heads, size.capacity, config.head_dim)
-        return np.zeros(shape, dtype=np.float32)
+        return untouched_zeros(shape, np.float32)
 
 
 def _known(session: Any, values: dict[str, Any] | Feeds) -> dict[str, Any]:

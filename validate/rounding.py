@@ -3,7 +3,7 @@
 From end to end, two right programs in bf16 differ by chance as much as many wrong ones do from them. Inside one
 operator they do not: given the same input, the error of each of 512 positions is a draw from one distribution, and
 medians of 512 draws can be told apart. So transformers' own hidden states, in the target's dtype, are put into each
-layer of the network. Its result, and that of every operator in it, is compared with transformers in fp64 on the same
+layer of the network. Its result, and that of every operator in it, is compared with transformers in fp32 on the same
 input, and the distribution of those errors with transformers' own.
 
 Two numbers per position: the relative error, ||made - right|| / ||right||, and its systematic part,
@@ -13,7 +13,7 @@ Two numbers per position: the relative error, ||made - right|| / ||right||, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 
 from qwenport.exporter import ModelConfig
 from qwenport.validate.candidate import Candidate
-from qwenport.validate.localisation import TRUTH, WHOLE_LAYER, observed_sites, values_by_site
+from qwenport.validate.localisation import WHOLE_LAYER, observed_sites, values_by_site
+from qwenport.validate.oracle import ATTENTIONS
 from qwenport.validate.pieces import as_array
 from qwenport.validate.probe import Probe, run_layer
-from qwenport.validate.reference import Choices, Reference, Text
+from qwenport.validate.reference import Choices, Reference
 from qwenport.validate.sites import router_choices, sites
 from qwenport.validate.streaming import Feeds, Progress, Rehearsal
 from qwenport.validate.thresholds import (
@@ -42,6 +43,7 @@ Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 
 END = "final norm and lm_head"
+TRUTH = "fp32"  # a thousand times finer than what is judged
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS_AT_ONCE = 64  # positions of the head at once: its logits are wide
 
@@ -71,7 +73,7 @@ class RoundingError:
         layer: the decoder layer; None behind them.
         operator: as in `sites`, WHOLE_LAYER or END.
         positions: how many were compared.
-        nonfinite: positions at which the target has NaN or infinities where fp64 has none.
+        nonfinite: positions at which the target has NaN or infinities where fp32 has none.
         relative, systematic: by quantile.
     """
 
@@ -219,8 +221,7 @@ def judge_rounding(
         texts: tokens, at least 512 in all.
         progress: called with (what, layers done, layers in all).
     """
-    asked = [Text(tuple(tokens), ()) for tokens in texts]
-    hidden = reference.hidden_states(asked, dtype)
+    entries = [_embedded(reference, tokens, dtype) for tokens in texts]
     unit = float(torch.finfo(TYPES[dtype]).eps) / 2
     geometry = candidate.geometry(1, max(len(text) for text in texts))
     pieces = list(_pieces(Rehearsal(geometry), texts))
@@ -228,7 +229,6 @@ def judge_rounding(
     for index in range(reference.num_layers):
         places = observed_sites(config, index, candidate.uses)
         names = [*places, *([routers[index]] if index in routers else [])]
-        entries = [states[index] for states in hidden]
         made: list[list[Array]] = [[] for _ in texts]
         seen: list[dict[str, list[Array]]] = [{name: [] for name in names} for _ in texts]
         with parts.layer(index, [geometry], names) as run:
@@ -252,11 +252,11 @@ def judge_rounding(
             for of_text in values_of
         ]
         given = [values_by_site(config, of_text, places, index) for of_text in values_of]
-        yield from _judge_layer(
+        entries = yield from _judge_layer(
             reference, config, index, dtype, unit, entries, ends, given, experts
         )
         progress("judging half precision", index + 1, reference.num_layers + 1)
-    yield _judge_end(parts, reference, dtype, unit, [states[-1] for states in hidden])
+    yield _judge_end(parts, reference, dtype, unit, entries)
     progress("judging half precision", reference.num_layers + 1, reference.num_layers + 1)
 
 
@@ -280,12 +280,13 @@ def _judge_layer(
     ends: Sequence[Array],
     given: Sequence[Mapping[str, Array]],
     experts: Sequence[Choices | None],
-) -> Iterator[RoundingError]:
+) -> Generator[RoundingError, None, list[Array]]:
+    """Yields the errors of one layer; returns what leaves transformers' own layer, the next one's input."""
     places = sites(config, index)
     right: list[dict[str, Array]] = []
     whole: list[Array] = []
     errors = {site.name: _Errors() for site in places if site.name in given[0]}
-    layer_errors = _Errors()
+    layer_errors, following = _Errors(), []
 
     def probed(layer: Any, number: int, kind: str) -> Probe:
         probe = Probe(places, given[number], kind)
@@ -304,14 +305,18 @@ def _judge_layer(
             for name, found in errors.items():
                 others = [other[name]] if name in other else []
                 found.add(right[number][name], given[number][name], own[name], *others)
-            layer_errors.add(
-                whole[number],
-                ends[number],
-                *(_alone(layer, entry, kind, experts[number]) for kind in ("eager", "sdpa")),
-            )
+            eager, sdpa = (_alone(layer, entry, kind, experts[number]) for kind in ATTENTIONS)
+            layer_errors.add(whole[number], ends[number], eager, sdpa)
+            following.append(eager)
     for name, found in errors.items():
         yield found.result(index, name, unit)
     yield layer_errors.result(index, WHOLE_LAYER, unit)
+    return following
+
+
+def _embedded(reference: Reference, tokens: Sequence[int], dtype: str) -> Array:
+    rows: Array = torch.from_numpy(reference.embed(tokens)).to(TYPES[dtype]).float().numpy()
+    return rows
 
 
 def _alone(layer: Any, entry: Array, attention: str, experts: Choices | None) -> Array:

@@ -43,6 +43,7 @@ ROUTING_SUMMARY = "Each token's experts against transformers' routers"
 LAYERS_SUMMARY = "Each layer's error in the declared types, given transformers' own input"
 OPERATORS_SUMMARY = "Each operator's error in the declared types, given its input"
 IN_THE_PLAN = "it is inside the engine's plan; its logits show it"
+END_TO_END = 256  # positions at which logits are compared in half precision
 MOST_KINDS = 6  # of decoder layers that are run alone; of a target that has more, the first ones
 
 
@@ -299,9 +300,11 @@ def _end_to_end(
     dtype = target.dtype
 
     def run_texts(run: Run) -> None:
+        left = END_TO_END
         for tokens in texts:
             run.start()
-            run.prefill([tokens[: run.capacity]], all_logits=True)
+            run.prefill([tokens[: min(run.capacity, left)]], all_logits=True)
+            left -= min(len(tokens), left)
 
     scenario = Scenario(f"in {dtype}", f"The same texts from end to end in {dtype}", run_texts)
     started = time.monotonic()
@@ -344,7 +347,10 @@ def explain(
     if investigation.fault is not None:
         investigation.unexplained = None
     elif investigation.unexplained is None and names:
-        investigation.unexplained = f"{', '.join(names[:4])} fail by what they compare themselves; their own lines say what is wrong"
+        told = ", ".join(names[:4])
+        investigation.unexplained = (
+            f"{told} fail by what they compare; their own lines say what is wrong"
+        )
 
 
 def _rounding_fault(errors: Sequence[RoundingError]) -> Fault | None:

@@ -156,14 +156,23 @@ class Run:
             return
         logits = self._guard(self.session.prefill, rows, all_logits=all_logits)
         for index, (row, made) in enumerate(zip(rows, logits, strict=True)):
-            self._note(index, row, made, len(row) if all_logits else min(1, len(row)))
+            judged = range(len(row)) if all_logits else range(len(row))[-1:]
+            self._note(index, row, made, judged)
+
+    def prefill_choosing(
+        self, rows: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]
+    ) -> None:
+        """`CachedSession.prefill_choosing`; each row's wanted indices ascend."""
+        logits = self._guard(self.session.prefill_choosing, rows, wanted)
+        for index, row in enumerate(rows):
+            self._note(index, row, logits[index], wanted[index])
 
     def decode(self, tokens: Sequence[int | None]) -> None:
         """`Session.decode`."""
         logits = self._guard(self.session.decode, tokens)
         for index, token in enumerate(tokens):
             if token is not None:
-                self._note(index, [token], logits[index : index + 1], 1)
+                self._note(index, [token], logits[index : index + 1], [0])
 
     def truncate(self, length: int, row: int = 0) -> None:
         """`Session.truncate`: what the row is given next follows its first `length` tokens."""
@@ -227,8 +236,9 @@ class Run:
                     of_row = of_row.swapaxes(0, 1)
                 history.seen.setdefault(name, []).append(np.array(of_row[: step.taken[row]]))
 
-    def _note(self, row: int, tokens: Sequence[int], made: Any, expected: int) -> None:
-        shape = (expected, self.session.vocab_size)
+    def _note(self, row: int, tokens: Sequence[int], made: Any, judged: Sequence[int]) -> None:
+        """Write down what a row was given, and the logits of some of it, by index."""
+        shape = (len(judged), self.session.vocab_size)
         if np.shape(made) != shape:
             raise CandidateError(
                 f"the target gave logits of shape {np.shape(made)}, expected {shape}"
@@ -237,13 +247,13 @@ class Run:
             return
         history = self._history(row)
         history.tokens += [int(token) for token in tokens]
-        held = len(history.tokens)
+        before = len(history.tokens) - len(tokens)
         if self._keep:
             history.logits.append(
                 np.array(made, dtype=np.float32)
             )  # a session may reuse its memory
-        history.indices += range(held - expected, held)
-        history.widths += [len(tokens)] * expected
+        history.indices += [before + index for index in judged]
+        history.widths += [len(tokens)] * len(judged)
 
     def _guard(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:

@@ -65,12 +65,29 @@ def last_logits(run: Run) -> None:
             run.decode(follows)
 
 
+def chosen_logits(run: Run) -> None:
+    """Several logits of a step, but not all: what the bindings allow, and a program of one's own may ask."""
+    rows = min(2, run.session.max_batch)
+    run.start()
+    width = min(PREFILL_TOKENS, run.plan.widest, run.capacity)
+    for start, count in ((0, 2), (width, 5)):
+        tokens = [run.take(width, stream=row + 1, start=start) for row in range(rows)]
+        if len(tokens[0]) <= count + rows:
+            break
+        # other ones in each row, the last only in the first
+        last = len(tokens[0]) - 1
+        wanted = [
+            np.linspace(row, last - 2 * row, count).astype(int).tolist() for row in range(rows)
+        ]
+        run.prefill_choosing(tokens, wanted)
+
+
 def step_widths(run: Run) -> None:
     """Single steps of many widths, the widest first; some from the start, some behind text that stays."""
     generator = np.random.default_rng((run.plan.seed, 2))
     for number, width in enumerate(run.plan.widths):
         width = min(width, run.capacity)
-        room = min(run.length(), run.plan.context - width, run.capacity - width)
+        room = min(run.length(), run.plan.context - width)
         behind = int(generator.integers(0, room + 1)) if number % 2 and room > 0 else 0
         if behind:
             run.truncate(behind)
@@ -78,7 +95,7 @@ def step_widths(run: Run) -> None:
             run.start()
         run.prefill([run.take(width, start=behind)])
         follows = run.take(1, start=behind + width)
-        if follows and behind + width < run.plan.context:
+        if follows:
             run.decode(follows)
 
 
@@ -322,6 +339,7 @@ def looked_into(run: Run) -> None:
 SCENARIOS = (
     Scenario("prefill", "One prompt in one step, all logits", prefill),
     Scenario("last logits", "Prompts as generate and C++ run them: one logit a row", last_logits),
+    Scenario("chosen logits", "Steps that are asked for some of their logits", chosen_logits),
     Scenario("step widths", "Single steps of many widths, the widest first", step_widths),
     Scenario("whole context", "A long text, its end, and every edge of a span", whole_context),
     Scenario("decode", "A prompt, then token by token through the cache", decode),

@@ -52,7 +52,7 @@ HALF_TOP1 = 0.992
 HALF_CLEAR_SIGMAS = 6.0
 HALF_Z = 3.3  # of the interval of that share: 99.9%
 
-# Of an operator's or a layer's result, given the same input, against transformers in fp64: the median and the 95th
+# Of an operator's or a layer's result, given the same input, against transformers in fp32: the median and the 95th
 # percentile over positions of (a) the relative error and (b) its systematic part, |<made, right> / <right, right> - 1|,
 # in units of transformers' own, the larger of its two attentions. The lower end of the interval must not pass it.
 # Right operators were found at up to 1.45 in (a): a bias that is added after the product is rounded makes two roundings

@@ -148,9 +148,7 @@ ALWAYS_WRONG: tuple[Defect, ...] = (
         checkpoint=MIXTURE,
     ),
     # in a bf16 package the router's logits are bf16 anyway
-    defect(
-        "experts", experts.router_logits_in_bf16, _SPARSE, checkpoint=MIXTURE, dtype="fp32"
-    ),
+    defect("experts", experts.router_logits_in_bf16, _SPARSE, checkpoint=MIXTURE, dtype="fp32"),
 )
 
 ROUNDING: tuple[Defect, ...] = (
@@ -167,9 +165,9 @@ ROUNDING: tuple[Defect, ...] = (
             rounding.scores_rounded_before_they_are_scaled: {2},
             rounding.norm_in_bf16: {2},
             rounding.every_norm_in_bf16: _ALL,
-            rounding.rotation_rounded_at_each_product: _ALL,
+            rounding.rotation_by_three_products: _ALL,
             rounding.rope_angles_in_bf16: _ALL,
-            rounding.residual_stream_through_thirds: {2},
+            rounding.residual_stream_scaled_and_back: {2},
             rounding.hidden_states_of_6_bits: {1},
             rounding.cached_keys_of_6_bits: {3},
             rounding.silu_by_exp: _ALL,

@@ -147,4 +147,3 @@ def _multiply(facts: Facts, weights: ir.Value, where: Fact, factor: float) -> No
     assert weights.dtype is not None
     less = facts.op("Mul", weights, real(facts.model, factor, weights.dtype))
     take_place(facts, weights, facts.op("Where", where.value, less, weights, dtype=weights.dtype))
-

@@ -108,7 +108,8 @@ class Facts:
         self, kind: str, *inputs: ir.Value, dtype: ir.DataType | None = None, **attributes: Any
     ) -> ir.Value:
         """A node's output, of the first input's dtype where none is given."""
-        name = f"defect.{kind}_{len(self.model.graph)}"
+        before = sum((n.name or "").startswith("defect.") for n in self.model.graph)
+        name = f"defect.{kind}_{before}"  # nodes of defects are never removed
         made = insert(self.model, self.before, kind, inputs, name, dtype=dtype, **attributes)
         self.made.add(given_producer(made))
         return made

@@ -17,7 +17,9 @@ from defects.tools import constant, given, node, nodes
 from qwenport.exporter.rope import RopeConfig, inverse_frequencies
 from qwenport.plugins import moe_router
 
-Between = tuple[tuple[str, ...], str]  # the values that an operator is given, and what it makes of them
+Between = tuple[
+    tuple[str, ...], str
+]  # the values that an operator is given, and what it makes of them
 
 # ---- products summed in pieces
 
@@ -71,12 +73,12 @@ def _in_pieces(model: ir.Model, product: ir.Node, pieces: int) -> None:
 
 def softmax_in_bf16(model: ir.Model) -> None:
     """One layer's scores, their exponentials and the sum of those are bf16."""
-    _write_out(model, 1, _softmax)
+    _write_out(model, attention(model, 1), _softmax)
 
 
 def softmax_in_bf16_in_every_layer(model: ir.Model) -> None:
-    for layer in layers(model):
-        _write_out(model, layer, _softmax)
+    for target in nodes(model, "Attention"):
+        _write_out(model, target, _softmax)
 
 
 def weights_divided_after_the_values(model: ir.Model) -> None:
@@ -86,7 +88,7 @@ def weights_divided_after_the_values(model: ir.Model) -> None:
         powers, total = _powers(facts, scores)
         return facts.op("Div", facts.op("MatMul", powers, values), total)
 
-    _write_out(model, 2, mix)
+    _write_out(model, attention(model, 2), mix)
 
 
 def scores_rounded_before_they_are_scaled(model: ir.Model) -> None:
@@ -95,7 +97,7 @@ def scores_rounded_before_they_are_scaled(model: ir.Model) -> None:
     def mix(facts: Facts, scores: ir.Value, values: ir.Value) -> ir.Value:
         return facts.op("MatMul", facts.op("Softmax", scores, axis=-1), values)
 
-    _write_out(model, 2, mix)
+    _write_out(model, attention(model, 2), mix)
 
 
 def _softmax(facts: Facts, scores: ir.Value, values: ir.Value) -> ir.Value:
@@ -112,10 +114,9 @@ def _powers(facts: Facts, scores: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def _write_out(
-    model: ir.Model, layer: int, mix: Callable[[Facts, ir.Value, ir.Value], ir.Value]
+    model: ir.Model, target: ir.Node, mix: Callable[[Facts, ir.Value, ir.Value], ir.Value]
 ) -> None:
     """Scores as products of grouped heads, scaled and masked; `mix` makes the rest of scores and values."""
-    target = attention(model, layer)
     q, k, v, mask = (given(value) for value in target.inputs)
     facts = _facts(model, target)
     heads, groups = (_size(value, 1) for value in (q, k))
@@ -139,7 +140,7 @@ def _write_out(
 
 
 def norm_in_bf16(model: ir.Model) -> None:
-    """One norm: squares, mean, root, quotient and product each rounded."""
+    """One norm: squares, their sum, 16 at a time, the mean, the root, its reciprocal and both products are rounded."""
     _norm(model, node(model, "model.layers.2.post_attention_layernorm.RMSNormalization"))
 
 
@@ -151,17 +152,24 @@ def every_norm_in_bf16(model: ir.Model) -> None:
 def _norm(model: ir.Model, norm: ir.Node) -> None:
     x, weight = (given(value) for value in norm.inputs)
     facts = _facts(model, norm)
-    mean = facts.op("ReduceMean", facts.op("Mul", x, x), _numbers(model, -1), keepdims=1)
+    size, last = _size(weight, 0), _numbers(model, -1)
+    squares, total = facts.op("Mul", x, x), None
+    for start in range(0, size, 16):
+        bounds = [_numbers(model, n) for n in (start, start + 16)]
+        part = facts.op("ReduceSum", facts.op("Slice", squares, *bounds, last), last, keepdims=1)
+        total = part if total is None else facts.op("Add", total, part)
+    mean = facts.op("Div", given(total), _exact(facts, size, x))
     epsilon = _exact(facts, norm.attributes["epsilon"].as_float(), x)
-    quotient = facts.op("Div", x, facts.op("Sqrt", facts.op("Add", mean, epsilon)))
-    take_place(facts, norm.outputs[0], facts.op("Mul", quotient, weight))
+    root = facts.op("Sqrt", facts.op("Add", mean, epsilon))
+    normal = facts.op("Mul", x, facts.op("Reciprocal", root))
+    take_place(facts, norm.outputs[0], facts.op("Mul", normal, weight))
 
 
 # ---- rotary embeddings
 
 
-def rotation_rounded_at_each_product(model: ir.Model) -> None:
-    """x cos and x sin are bf16 before they are added, in every layer."""
+def rotation_by_three_products(model: ir.Model) -> None:
+    """A complex product with one multiplication fewer: its sums and products are bf16, and some cancel."""
     _rotate(model, lambda facts, table, positions: facts.op("Gather", table, positions, axis=0))
 
 
@@ -196,8 +204,9 @@ def _rotate(model: ir.Model, look_up: Callable[[Facts, ir.Value, ir.Value], ir.V
         )
         a = facts.op("Slice", x, _numbers(model, 0), half, last)
         b = facts.op("Slice", x, half, _numbers(model, _size(x, 3)), last)
-        first = facts.op("Sub", facts.op("Mul", a, cos), facts.op("Mul", b, sin))
-        second = facts.op("Add", facts.op("Mul", b, cos), facts.op("Mul", a, sin))
+        both = facts.op("Mul", cos, facts.op("Add", a, b))
+        first = facts.op("Sub", both, facts.op("Mul", b, facts.op("Add", cos, sin)))
+        second = facts.op("Add", both, facts.op("Mul", a, facts.op("Sub", sin, cos)))
         take_place(facts, rotary.outputs[0], facts.op("Concat", first, second, axis=-1))
         model.graph.remove(rotary, safe=True)
 
@@ -205,13 +214,14 @@ def _rotate(model: ir.Model, look_up: Callable[[Facts, ir.Value, ir.Value], ir.V
 # ---- coarser values
 
 
-def residual_stream_through_thirds(model: ir.Model) -> None:
-    """What one layer is given is multiplied by 3 and divided by 3."""
+def residual_stream_scaled_and_back(model: ir.Model) -> None:
+    """What one layer is given is multiplied by 3 and by 7, and divided by 3 and by 7."""
     stream = hidden(model, 3)
     facts = Facts(model, following(model, stream))
     assert stream.dtype is not None
-    three = real(model, 3.0, stream.dtype)
-    take_place(facts, stream, facts.op("Div", facts.op("Mul", stream, three), three))
+    three, seven = (real(model, n, stream.dtype) for n in (3.0, 7.0))
+    scaled = facts.op("Mul", facts.op("Mul", stream, three), seven)
+    take_place(facts, stream, facts.op("Div", facts.op("Div", scaled, three), seven))
 
 
 def hidden_states_of_6_bits(model: ir.Model) -> None:
@@ -351,12 +361,11 @@ ROUNDED: dict[Callable[[ir.Model], None], Callable[[ir.Model], Between]] = {
     scores_rounded_before_they_are_scaled: _attention(2),
     norm_in_bf16: _norm_of("layers.2.post_attention_layernorm"),
     every_norm_in_bf16: _norm_of("norm"),
-    rotation_rounded_at_each_product: _rope(1, "queries"),
+    rotation_by_three_products: _rope(1, "queries"),
     rope_angles_in_bf16: _rope(2, "keys"),
-    residual_stream_through_thirds: _sum_before(3),
+    residual_stream_scaled_and_back: _sum_before(3),
     hidden_states_of_6_bits: _sum_before(2),
     cached_keys_of_6_bits: _rope(3, "keys"),
     silu_by_exp: _silu,
     router_softmax_in_bf16: _router,
 }
-

@@ -87,4 +87,3 @@ def _leak(facts: Facts, result: ir.Value, held: ir.Value) -> None:
     total = facts.op("ReduceSum", held, constant(model, "defect.axes_1_2", [1, 2]), keepdims=1)
     little = facts.op("Mul", total, real(model, LEAK, dtype))
     take_place(facts, result, facts.op("Add", result, little))
-

@@ -17,6 +17,7 @@ DOMAIN = "defects"  # of model-local functions that a defect brings along
 INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 OTHER_VERSION = "0.0.0-seeded"
 
+
 def seed(
     package: Path,
     faulty: Path,

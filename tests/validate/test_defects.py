@@ -19,7 +19,7 @@ import torch
 from defects.catalogue import DEFECTS, ROUNDING, RUN_DEPENDENT, Defect
 from defects.defect import EXACT_NETWORK, NETWORK, PACKAGE
 from defects.rounding import ROUNDED
-from defects.runs import Run, prefill, run
+from defects.runs import USUAL, Run, prefill, run
 from defects.tools import OTHER_VERSION, seed
 
 from qwenport.engines import OnnxRuntimeSession
@@ -32,6 +32,7 @@ HIDDEN = 1e-6  # the same nodes on the same numbers, but for those that choose
 NETWORK_NOISE = 1e-5  # onnxruntime and the interpreter sum in different orders
 ALIKE = 1e-5  # exact arithmetic in another order of operations
 COARSER = 1.5  # times the healthy operator's own error
+NO_ERROR = 1e-7  # of an operator that is fp32 in the declared types
 
 # one or two of a family in the fast tests
 FAST = {
@@ -41,6 +42,13 @@ FAST = {
     "smaller_caches_damped", "window_of_100_in_one_layer", "one_token_is_nan",
     "last_expert_ignored", "slots_behind_the_span_leak", "a_key_left_behind_is_seen",
 }  # fmt: skip
+# each expert of the example gets some token of any longer text
+SEEN_USUALLY = {
+    "last_expert_ignored_as_third_choice",
+    "last_expert_ignored",
+    "one_expert_without_weights",
+}
+
 FAST_NETWORK = {"two_tokens_lose_their_third_choice", "a_key_left_behind_is_seen"}
 FAST_ROUNDING = {"query_projection_in_8_pieces", "softmax_in_bf16"}
 
@@ -170,11 +178,13 @@ def test_a_seeded_package_says_that_another_version_wrote_it(
 def test_a_package_is_wrong_in_one_way_of_running_and_right_in_another(
     defect: Defect, healthy: Healthy, faulty: Healthy
 ) -> None:
-    (wrong, right), (shown, hidden) = (
-        in_onnxruntime(package, *given(defect)) for package in (healthy(defect), faulty(defect))
+    (wrong, right, usual), (shown, hidden, as_usual) = (
+        in_onnxruntime(package, *given(defect), USUAL)
+        for package in (healthy(defect), faulty(defect))
     )
     assert difference(shown, wrong) > SHOWN
     assert difference(hidden, right) < HIDDEN
+    assert (difference(as_usual, usual) < HIDDEN) == (defect.name not in SEEN_USUALLY)
 
 
 @pytest.mark.parametrize("defect", cases(RUN_DEPENDENT, FAST_NETWORK, EXACT_NETWORK))
@@ -213,8 +223,9 @@ def test_rounding_shows_in_declared_types_only(
         for package in (right, wrong)
     )
     with capsys.disabled():
-        print(f"\n{defect.name}: {more:.1e} where {own:.1e} is its own, {more / own:.1f} x", end=" ")
-    assert more > COARSER * own
+        factor = more / max(own, NO_ERROR)
+        print(f"\n{defect.name}: {more:.1e} where {own:.1e} is its own, {factor:.1f} x", end=" ")
+    assert factor > COARSER
 
 
 def operands(package: Package, names: tuple[str, ...]) -> dict[str, torch.Tensor]:

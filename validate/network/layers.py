@@ -426,19 +426,21 @@ def _attention(context: Context, layer: Any) -> Compute:
     ) -> torch.Tensor:
         batch, heads, queries, size = q.shape
         kv_heads, keys = k.shape[1], k.shape[2]
-        # a group of query heads shares a head of keys and values
-        grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, size)
-        columns, values = k.unsqueeze(2).transpose(-1, -2), v.unsqueeze(2)
+        # a group of query heads shares a head of keys and values: their queries stand below one another
+        group = heads // kv_heads
+        grouped = q.reshape(batch, kv_heads, group, queries, size)
+        columns = k.transpose(-1, -2)
         shaped = mask
-        if mask is not None:  # [batch, 1 or kv_heads, 1 or heads of a group, queries, keys]
+        if mask is not None:  # [batch, 1 or kv_heads, 1 or group, queries, keys]
             by_head = mask.shape[1] == heads and heads != 1
             sizes = (kv_heads, -1) if by_head else (mask.shape[1], 1)
             shaped = mask.reshape(mask.shape[0], *sizes, *mask.shape[2:])
         at_once = max(1, SCORES_AT_ONCE // (batch * heads * keys))
         pieces = []
         for start in range(0, queries, at_once):
-            rows = slice(start, start + at_once)
-            scores = grouped[..., rows, :] @ columns
+            rows = slice(start, min(start + at_once, queries))
+            below = grouped[..., rows, :].reshape(batch, kv_heads, -1, size)
+            scores = (below @ columns).reshape(batch, kv_heads, group, -1, keys)
             if causal != "NONE":
                 offset = 0 if causal == "UPPER_LEFT" else keys - queries
                 order = torch.arange(queries)[rows, None]
@@ -449,7 +451,9 @@ def _attention(context: Context, layer: Any) -> Compute:
                     scores.masked_fill_(~seen, -torch.inf)
                 else:
                     scores = scores + seen
-            pieces.append(context.round(torch.softmax(scores, -1)) @ values)
+            weights = context.round(torch.softmax(scores, -1))
+            made = weights.reshape(batch, kv_heads, -1, keys) @ v
+            pieces.append(made.reshape(batch, kv_heads, group, -1, v.shape[-1]))
         mixed = torch.cat(pieces, dim=-2) if len(pieces) != 1 else pieces[0]
         return mixed.reshape(batch, heads, queries, v.shape[-1])
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from qwenport.engines import MAX_STEP_LOGITS, MAX_STEP_TOKENS, CachedSession, SessionError
+from qwenport.engines.memory import untouched_zeros
 from qwenport.engines.session import Float32, Int64
 from qwenport.exporter import ModelConfig
 from qwenport.validate.network.interpreter import Interpreter
@@ -85,8 +86,7 @@ def caches_of(
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros whose pages cost nothing until they are written; torch's own are written at once."""
-    zeros = np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=np.uint8)
+    zeros = untouched_zeros((*shape[:-1], shape[-1] * dtype.itemsize), np.uint8)
     return torch.from_numpy(zeros).view(dtype)
 
 

@@ -16,21 +16,27 @@ from qwenport.validate.errors import ValidationError
 MOST = 300  # characters of a message
 MOST_OF_A_NAME = 80
 MOST_OF_A_PATH = 120
+CUT = " ... "
 
 
 def one_line(text: object, most: int = MOST) -> str:
-    """The text on one line of at most `most` characters; what is too much is cut out of the middle."""
+    """The text on one line of at most `most` characters; what is too much is cut out, most of it near the end."""
+    return _cut(text, most, most // 6)
+
+
+def cut(name: object) -> str:
+    """A tensor's or file's name, or a path, short enough for a message: its beginning and its end."""
+    most = MOST_OF_A_PATH if isinstance(name, Path) else MOST_OF_A_NAME
+    return _cut(name, most, most // 2)
+
+
+def _cut(text: object, most: int, of_the_end: int) -> str:
     line = " ".join(str(text).split())
     line = "".join(c if c.isprintable() else "�" for c in line)
     if len(line) <= most:
         return line
-    kept = most - len(" ... ")
-    return f"{line[: kept - kept // 2]} ... {line[len(line) - kept // 2 :]}"
-
-
-def cut(name: object) -> str:
-    """A tensor's or file's name, or a path, short enough for a message."""
-    return one_line(name, MOST_OF_A_PATH if isinstance(name, Path) else MOST_OF_A_NAME)
+    end = line[len(line) - of_the_end :]
+    return f"{line[: most - len(CUT) - of_the_end]}{CUT}{end}"
 
 
 @contextlib.contextmanager
@@ -63,7 +69,9 @@ def reported(
         said = one_line(error, 10_000)
         for alias, known in (aliases or {}).items():
             said = said.replace(alias, known)
-        begin = f"{one_line(subject, MOST_OF_A_PATH)}: {what}: {type(error).__name__}"
+        begin = (
+            f"{_cut(subject, MOST_OF_A_PATH, MOST_OF_A_PATH // 2)}: {what}: {type(error).__name__}"
+        )
         line = f"{begin}: {said}" if said else begin
         raise ValidationError(one_line(line)) from error
 

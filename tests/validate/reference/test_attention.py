@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,7 @@ NAMES = ["qwen2 bf16 tied", "llama fp32", "qwen2_moe fp32", "qwen3_moe bf16 stac
 
 
 @pytest.fixture
-def calls(
-    pair_of: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[list[bool]]:
+def calls(pair_of: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each call of torch's attention, whether it was given a mask."""
     for name in NAMES:
         pair_of(name)  # whose export calls it as well
@@ -32,7 +30,7 @@ def calls(
         return original(*arguments, **keywords)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
-    yield made
+    return made
 
 
 @pytest.mark.parametrize("name", NAMES)
