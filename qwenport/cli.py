@@ -1,7 +1,7 @@
 """The command line: a group whose commands are imported only when one is invoked.
 
-Exit codes: 0 done, 1 a parity check failed (or a bug, with its traceback), 2 an error the user
-can act on, in one line, 130 interrupted, 141 the reader of our output went away, 143 terminated.
+Exit codes: 0 done, 1 parity does not hold and nothing else, 2 an error the user can act on, in one line,
+70 a bug of ours, 130 interrupted, 141 the reader of our output went away, 143 terminated.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -23,6 +24,7 @@ import click
 from qwenport import QwenportError, __version__
 
 EXIT_ERROR = 2
+EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
@@ -37,6 +39,8 @@ COMMANDS = {
     "doctor": ("qwenport.commands.doctor", "Show what is installed and which targets work here."),
     "demo": ("qwenport.commands.demo", "Run the whole path on a small checkpoint."),
 }
+
+TRACEBACK = "QWENPORT_TRACEBACK"
 
 # Errors that a file system gives for reasons of its own.
 SYSTEM_ERRORS = (
@@ -143,10 +147,25 @@ def _run(arguments: list[str]) -> int:
         return EXIT_BROKEN_PIPE
     except OSError as error:
         message = _system_error(error)
-        if message is None:
-            raise
-        return _fail(message)
+        return _bug(error) if message is None else _fail(message)
+    except Exception as error:
+        return _bug(error)
     return 0
+
+
+def _bug(error: Exception) -> int:
+    """Say that it is ours, and where; the whole traceback with QWENPORT_TRACEBACK set."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = (
+        f"{os.path.basename(os.path.dirname(frame.filename))}/{os.path.basename(frame.filename)}"
+    )
+    _fail(
+        f"a bug in Qwenport, please report it: {type(error).__name__}: {error} "
+        f"({place}, line {frame.lineno}; {TRACEBACK}=1 shows the traceback)"
+    )
+    return EXIT_BUG
 
 
 def _explain(error: click.ClickException) -> str:

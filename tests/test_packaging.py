@@ -141,14 +141,22 @@ def test_exit_code_and_message(
     assert capsys.readouterr().err == message
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bug", [FileNotFoundError(errno.ENOENT, "a bug"), TypeError("a bug")])
+def test_a_bug_is_one_line_and_no_verdict_and_keeps_its_traceback_for_us(
+    bug: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     @click.command()
     def command() -> None:
-        raise FileNotFoundError(errno.ENOENT, "a bug")
+        raise bug
 
     monkeypatch.setattr(cli.LazyGroup, "get_command", lambda self, ctx, name: command)
-    with pytest.raises(FileNotFoundError):
-        cli.main(["doctor"])
+    monkeypatch.delenv("QWENPORT_TRACEBACK", raising=False)
+    assert cli.main(["doctor"]) == 70
+    (line,) = capsys.readouterr().err.splitlines()
+    assert type(bug).__name__ in line and "test_packaging.py" in line
+    monkeypatch.setenv("QWENPORT_TRACEBACK", "1")
+    assert cli.main(["doctor"]) == 70
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["doctor", "--nonsense"], []])

@@ -40,7 +40,7 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget(256, 1024, 1e10, (32, 240), 512, 0.5),
-    "standard": Budget(1024, 8192, 2e10, (96, 720), 512, 1.0),
+    "standard": Budget(1024, 8192, 2e10, (96, 720), 512, 0.75),
     "thorough": Budget(4096, 1 << 20, 1e11, (320, 2400), 2048, 4.0),
 }
 DEFAULT = "standard"
@@ -48,7 +48,7 @@ DEFAULT = "standard"
 # Logits are kept until they are judged, on both sides: this many numbers of them at most.
 MOST_LOGITS = 1.2e8
 # A batch's rows are run side by side, padding included: this many tokens at most for one wide step of all rows.
-WIDE_BATCH_TOKENS = {"quick": 256, "standard": 1024, "thorough": 16384}
+WIDE_BATCH_TOKENS = {"quick": 256, "standard": 512, "thorough": 16384}
 SMALL_MODEL = 2e7  # parameters: below it, a whole batch of widest steps costs less than starting up
 SMALL_MODEL_STEPS = 240  # steps that only a model below about that size is given
 
@@ -96,6 +96,17 @@ class Plan:
         return max(least, int(self.steps * part))
 
 
+def find_budget(name: str) -> Budget:
+    """The budget of that name.
+
+    Raises:
+        ValidationError: no such budget.
+    """
+    if name not in BUDGETS:
+        raise ValidationError(f"budget {name!r} is not one of {', '.join(BUDGETS)}")
+    return BUDGETS[name]
+
+
 def make_plan(
     config: ModelConfig,
     *,
@@ -119,9 +130,7 @@ def make_plan(
     Raises:
         ValidationError: no such budget.
     """
-    if budget not in BUDGETS:
-        raise ValidationError(f"budget {budget!r} is not one of {', '.join(BUDGETS)}")
-    sizes, parameters = BUDGETS[budget], parameters_per_token(config)
+    sizes, parameters = find_budget(budget), parameters_per_token(config)
     widest = min(max_step_tokens, capacity)
     context = min(capacity, sizes.context)
     steps = int(np.clip(sizes.weight_reads / parameters, *sizes.steps))
@@ -142,7 +151,7 @@ def make_plan(
         widths=_widths(widest, sizes.width_share * context, seed, small),
         edges=_edges(context, max(2, steps // 12)),
         wide_batch=max(1, wide),
-        greedy=2 if streamed else 32,
+        greedy=2 if streamed else 32 if small else 16,
     )
 
 

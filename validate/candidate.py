@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-from qwenport import QwenportError
 from qwenport.engines import (
     MAX_STEP_LOGITS,
     MAX_STEP_TOKENS,
@@ -16,7 +15,9 @@ from qwenport.engines import (
     open_session,
 )
 from qwenport.engines.onnxruntime_session import MAX_STEP_TOKENS as PACKAGE_STEP_TOKENS
-from qwenport.validate.errors import NetworkError, ValidationError, one_line
+from qwenport.validate.errors import NetworkError
+from qwenport.validate.failures import reported
+from qwenport.validate.run import CandidateError
 from qwenport.validate.streaming import Geometry, Parts, Progress, Use, stream
 from qwenport.validate.target import ENGINE, NETWORK, Target
 
@@ -68,18 +69,14 @@ class Candidate:
     def _parse(self) -> None:
         from qwenport.validate.network import Interpreter, parse_package
 
-        assert self._target.package is not None
+        package = self._target.package
+        assert package is not None
         try:
-            self.parsed = parse_package(self._target.package, self._target.capacity)
-            self._interpreter = Interpreter(self._exactly(self.parsed), exact=True)
+            with reported(package.model, "cannot be read as a model"):
+                self.parsed = parse_package(package, self._target.capacity)
+                self._interpreter = Interpreter(self._exactly(self.parsed), exact=True)
         except NetworkError as error:
             raise Refused(str(error)) from error
-        except QwenportError:
-            raise
-        except Exception as error:  # what onnx_ir makes of a damaged file
-            raise ValidationError(
-                one_line(f"{self._target.package.model} cannot be read", error)
-            ) from error
         self.complaints = self.parsed.complaints
 
     def _exactly(self, parsed: Any) -> Any:
@@ -118,7 +115,8 @@ class Candidate:
             return frozenset(self._interpreter.used())
         if self._target.package is None:
             return frozenset()
-        graph = ir.load(self._target.package.model).graph
+        with reported(self._target.package.model, "cannot be read as a model"):
+            graph = ir.load(self._target.package.model).graph
         found: set[str] = set()
         pending = list(graph.outputs)
         while pending:
@@ -162,15 +160,10 @@ class Candidate:
             if self._streamed:
                 wanted = [Use(self.geometry(rows, slots), act) for rows, slots, act in uses]
                 return stream(self.parts(), wanted, observe, self._progress)
-            return [self._whole(rows, slots, observe) for rows, slots, _ in uses]
-        except NetworkError as error:
+            with reported(self._target.path, "does not load"):  # which says nothing about parity
+                return [self._whole(rows, slots, observe) for rows, slots, _ in uses]
+        except (NetworkError, CandidateError) as error:
             raise Refused(f"{type(error).__name__}: {error}") from error
-        except QwenportError:
-            raise
-        except (MemoryError, KeyboardInterrupt):
-            raise
-        except Exception as error:  # a runtime that cannot load it says nothing about parity
-            raise ValidationError(one_line(f"{self._target.path} does not load", error)) from error
 
     def _whole(self, max_batch: int, capacity: int, observe: Sequence[str]) -> CachedSession:
         target, package = self._target, self._target.package

@@ -12,12 +12,3 @@ class NetworkError(ValidationError):
 
     It says that the target is wrong or unproven, so `validate` makes it a failure and not a senseless question.
     """
-
-
-LONGEST_LINE = 300
-
-
-def one_line(what: str, error: BaseException) -> str:
-    """`what` and what a library said of it, in one line of at most LONGEST_LINE characters."""
-    text = " ".join(f"{what}: {type(error).__name__}: {error}".split())
-    return text if len(text) <= LONGEST_LINE else text[: LONGEST_LINE - 1] + "…"

@@ -72,6 +72,7 @@ def check_identity(
 
     Raises:
         ConfigError, CheckpointError: not a checkpoint.
+        ValidationError: model.onnx cannot be read.
     """
     checkpoint = open_checkpoint(checkpoint_path, target.rope_scaling)
     if target.judged_as == ENGINE or target.package is None:
@@ -90,14 +91,10 @@ def _engine(target: Target, checkpoint: Checkpoint, progress: Progress) -> Ident
 
 def _package(package: Package, checkpoint: Checkpoint, progress: Progress) -> Identity:
     from qwenport.validate.model_file import read_model
-    from qwenport.validate.weights_identity import compare_weights, hash_checkpoint
+    from qwenport.validate.weights_identity import compare_weights
 
     begun = time.perf_counter()
-    try:
-        model = read_model(package.model)
-    except ValueError as error:
-        rows = (_row(name, begun, reason=str(error), status="failed") for name in SUMMARIES)
-        return Identity(tuple(rows), hash_checkpoint(checkpoint, progress), False)
+    model = read_model(package.model)
     outside = _outside(model, package.path)
     compared = compare_weights(model, package.path, checkpoint, progress)
     weights = _row(WEIGHTS, begun, compared.checks)

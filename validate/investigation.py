@@ -24,6 +24,8 @@ from qwenport.validate.scenarios import Scenario
 from qwenport.validate.sites import hidden_states, layer_output, router_choices
 from qwenport.validate.text import Choices, Text
 
+MOST_LOOKED_INTO = 4  # of the scenarios that failed; each is run again, layer by layer
+
 MakeRun = Callable[..., Run]
 """(session, keywords of `Run`) -> a run."""
 
@@ -165,7 +167,7 @@ class Investigation:
                 f"the graph has no value {self.missing[0]}, which the exporter writes"
             )
             return
-        for scenario, observation in failed:
+        for scenario, observation in failed[:MOST_LOOKED_INTO]:
             self._explain(scenario, observation)
             if self.fault is not None:
                 return

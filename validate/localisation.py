@@ -296,7 +296,8 @@ def fault_nonfinite(scenario: str, layer: int | None, where: str, theirs: str) -
     """
     nan = float("nan")
     text = f"NaN or infinity first appears in what {where} computes; {theirs}"
-    return Fault(scenario, layer, WHOLE_LAYER, nan, nan, nan, nan, text)
+    operator = "embed_tokens" if layer is None else WHOLE_LAYER
+    return Fault(scenario, layer, operator, nan, nan, nan, nan, text)
 
 
 def fault_outside(scenario: str, operator: str, before: float, error: OperatorError) -> Fault:

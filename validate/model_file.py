@@ -9,6 +9,8 @@ from typing import Any
 
 import onnx
 
+from qwenport.validate.failures import reported
+
 _INTEGERS = {
     onnx.TensorProto.UINT8, onnx.TensorProto.INT8, onnx.TensorProto.UINT16, onnx.TensorProto.INT16,
     onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.UINT32, onnx.TensorProto.UINT64,
@@ -30,13 +32,13 @@ def read_model(file: Path) -> onnx.ModelProto:
     """Read model.onnx.
 
     Raises:
-        ValueError: it is no ONNX model.
+        ValidationError: it is no ONNX model, or one without a graph.
     """
     model = onnx.ModelProto()
-    try:
+    with reported(file, "not an ONNX model"):
         model.ParseFromString(file.read_bytes())
-    except Exception as error:  # protobuf's own type differs from backend to backend
-        raise ValueError(f"{file.name} is not an ONNX model ({error})") from error
+        if not model.graph.node:
+            raise ValueError("it has no graph")
     return model
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwenport.validate.metrics import Metrics, compare
-from qwenport.validate.reference import Choices, Reference, Text
+from qwenport.validate.text import Choices, Text
+
+if TYPE_CHECKING:
+    from qwenport.validate.reference import Reference
 
 Float32 = NDArray[np.float32]
 
 # transformers' implementations of attention. In half precision they round differently, and both are right.
 ATTENTIONS = ("eager", "sdpa")
+LONG = (
+    512  # tokens: beyond it eager scores cost more than all products, and in fp32 both say the same
+)
 
 
 @dataclass
@@ -53,36 +60,38 @@ class Oracle:
         Several texts that begin alike are computed as one.
         """
         known = self._known.setdefault((dtype, attention), [])
-        new: list[_Known] = []
-        wanted: list[set[int]] = []
-        served = []
+
+        def implementation(text: Text) -> str:
+            return "sdpa" if dtype == "fp32" and len(text.tokens) > LONG else attention
+
+        missing: dict[int, set[int]] = {}  # by index in `known`
         for text in sorted(texts, key=lambda text: -len(text.tokens)):
-            owner = next((k for k in known if k.begins(text)), None)
-            if owner is not None and all(index in owner.rows for index in text.positions):
-                continue
-            number = next((i for i, k in enumerate(new) if k.begins(text)), None)
-            if number is None:
-                number = len(new)
-                new.append(_Known(text.tokens, text.first_position))
-                wanted.append(set())
-            wanted[number] |= set(text.positions)
+            index = next((i for i, k in enumerate(known) if k.begins(text)), None)
+            if index is None:
+                index = len(known)
+                known.append(_Known(text.tokens, text.first_position))
+            if new := set(text.positions) - known[index].rows.keys():
+                missing.setdefault(index, set()).update(new)
         asked = [
-            Text(k.tokens, tuple(sorted(positions)), k.first_position)
-            for k, positions in zip(new, wanted, strict=True)
-        ]
-        if asked:
-            made = self.reference.logits(asked, dtype, attention=attention)
-            for k, text, logits in zip(new, asked, made, strict=True):
-                k.rows.update(zip(text.positions, logits, strict=True))
-        known += new
-        for text in texts:
-            owner = next(
-                k
-                for k in known
-                if k.begins(text) and all(index in k.rows for index in text.positions)
+            Text(
+                known[index].tokens[: max(positions) + 1],
+                tuple(sorted(positions)),
+                known[index].first_position,
             )
-            served.append(np.stack([owner.rows[index] for index in text.positions]))
-        return served
+            for index, positions in missing.items()
+        ]
+        for kind in dict.fromkeys(map(implementation, asked)):
+            some = [
+                (i, t) for i, t in zip(missing, asked, strict=True) if implementation(t) == kind
+            ]
+            made = self.reference.logits([text for _, text in some], dtype, attention=kind)
+            for (index, text), logits in zip(some, made, strict=True):
+                known[index].rows.update(zip(text.positions, logits, strict=True))
+        rows = [next(k.rows for k in known if k.begins(text)) for text in texts]
+        return [
+            np.stack([of_text[index] for index in text.positions])
+            for of_text, text in zip(rows, texts, strict=True)
+        ]
 
     def with_choices(
         self, texts: Sequence[Text], choices: Sequence[Choices | None]

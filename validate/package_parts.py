@@ -13,6 +13,8 @@ from qwenport.engines import start_onnxruntime
 from qwenport.engines.lowering import for_onnxruntime
 from qwenport.engines.memory import untouched_zeros
 from qwenport.exporter import Package
+from qwenport.validate.failures import reported
+from qwenport.validate.run import CandidateError
 from qwenport.validate.sites import LOGITS, hidden_states
 from qwenport.validate.streaming import Feeds, Geometry, Run
 
@@ -39,9 +41,14 @@ class PackageParts:
         """A session of the piece of the graph between some values and others.
 
         Raises:
-            ValueError: the piece needs more than is given, for instance another layer's cache.
+            CandidateError: the piece needs more than is given, for instance another layer's cache.
         """
-        graph = ir.convenience.extract(self._model.graph, given, wanted)
+        try:
+            graph = ir.convenience.extract(self._model.graph, given, wanted)
+        except ValueError as error:
+            raise CandidateError(
+                f"the graph cannot be cut before {wanted[0]}: {' '.join(str(error).split())}"
+            ) from error
         used = {value for node in graph for value in node.inputs}
         for value in [*graph.inputs]:
             if value not in used:
@@ -49,7 +56,8 @@ class PackageParts:
         piece = ir.Model(
             graph, ir_version=self._model.ir_version, functions=list(self._model.functions.values())
         )
-        return start_onnxruntime(piece, self._package.path)
+        with reported(self._package.path, "does not load"):
+            return _Session(start_onnxruntime(piece, self._package.path))
 
     def _steps(self) -> list[str]:
         """The inputs that every part may read."""
@@ -117,6 +125,29 @@ class PackageParts:
         config = self._package.config
         shape = (size.max_batch, config.num_key_value_heads, size.capacity, config.head_dim)
         return untouched_zeros(shape, np.float32)
+
+
+class _Session:
+    """An onnxruntime session; what it raises while it runs is the target's failure."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run(self, *arguments: Any) -> Any:
+        return self._guard(self._session.run, *arguments)
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        self._guard(self._session.run_with_iobinding, binding)
+
+    @staticmethod
+    def _guard(method: Any, *arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except Exception as error:  # onnxruntime has no base class for its own
+            raise CandidateError(f"the target raised {type(error).__name__}: {error}") from error
 
 
 def _known(session: Any, values: dict[str, Any] | Feeds) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def check_distance(run: LayerRun, reference: Reference, layer: int, margin: floa
         margin: experts chosen in a near-tie of routers, within this, are taken over.
     """
     choices = None if run.experts is None else Choices({layer: run.experts}, margin)
-    expected = reference.run_layer(layer, "fp32", run.entry, choices=choices)
+    expected = reference.run_layer(layer, "fp32", run.entry, attention="sdpa", choices=choices)
     with np.errstate(all="ignore"):
         errors = np.linalg.norm(run.end.astype(np.float64) - expected, axis=1)
         sizes = np.linalg.norm(expected.astype(np.float64), axis=1)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from qwenport.validate.errors import ValidationError
+from qwenport.validate.failures import cut, reported
 
 SEED = 20240919
 PIECE = 32  # tokens of text, then of random ids
@@ -110,8 +111,6 @@ def special_ids(checkpoint_path: Path, vocab_size: int) -> tuple[int, ...]:
 
 
 def _from_file(checkpoint_path: Path, vocab_size: int, file: Path) -> Prompts:
-    from qwenport.validate.reference.failures import cut, reported
-
     with reported(f"prompts {file}", "cannot be read"):
         text = file.read_text(encoding="utf-8")
     if not any((checkpoint_path / name).is_file() for name in TOKENIZER_FILES):
@@ -131,7 +130,6 @@ def _encode(checkpoint_path: Path, text: str, subject: str) -> list[int]:
     from transformers import AutoTokenizer
 
     from qwenport.validate.quiet import quiet_transformers
-    from qwenport.validate.reference.failures import reported
 
     with quiet_transformers(), reported(subject, "the tokenizer does not take it"):
         tokenizer = AutoTokenizer.from_pretrained(

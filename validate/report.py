@@ -159,6 +159,8 @@ class Report:
     def verdict(self) -> str:
         """The verdict with what it is about, in one line."""
         text = "parity holds" if self.passed else "parity does NOT hold"
+        if not self.complete:
+            text = "interrupted, no verdict"
         if self.layers_judged < self.layers:
             text += f" for the first {self.layers_judged} of {self.layers} layers"
         counts = {

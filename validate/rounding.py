@@ -233,15 +233,15 @@ def judge_rounding(
         seen: list[dict[str, list[Array]]] = [{name: [] for name in names} for _ in texts]
         with parts.layer(index, [geometry], names) as run:
             for piece in pieces:
-                given = torch.from_numpy(entries[piece.text][piece.start : piece.stop])
-                end, values = run(0, piece.feeds, given[None].to(TYPES[dtype]))
+                entry = torch.from_numpy(entries[piece.text][piece.start : piece.stop])
+                end, values = run(0, piece.feeds, entry[None].to(TYPES[dtype]))
                 made[piece.text].append(as_array(end)[0])
                 for name in names:
                     value = values[name][0]
                     if name in places and places[name].heads:
                         value = value.swapaxes(0, 1)
                     seen[piece.text][name].append(np.array(value))
-        ends = [np.concatenate(parts_) for parts_ in made]
+        ends = [np.concatenate(found) for found in made]
         values_of = [
             {name: np.concatenate(found) for name, found in of_text.items()} for of_text in seen
         ]

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwenport.validate import localisation
 from qwenport.validate.budget import Plan
 from qwenport.validate.candidate import Candidate, Refused
 from qwenport.validate.coverage import Counter
+from qwenport.validate.errors import NetworkError
 from qwenport.validate.investigation import Bench, Investigation
 from qwenport.validate.judge import Judge, result_of, seconds_since, status_of
-from qwenport.validate.localisation import Fault
+from qwenport.validate.localisation import WHOLE_LAYER, Fault
 from qwenport.validate.oracle import Oracle
 from qwenport.validate.prompts import Prompts
 from qwenport.validate.report import Check, ScenarioResult, Status
@@ -43,7 +43,9 @@ ROUTING_SUMMARY = "Each token's experts against transformers' routers"
 LAYERS_SUMMARY = "Each layer's error in the declared types, given transformers' own input"
 OPERATORS_SUMMARY = "Each operator's error in the declared types, given its input"
 IN_THE_PLAN = "it is inside the engine's plan; its logits show it"
-END_TO_END = 256  # positions at which logits are compared in half precision
+END_TO_END = 128  # positions at which logits are compared in half precision
+# What a runtime raises of a piece of a model: the target's failure, while anything else is ours.
+RUNTIME_ERRORS: tuple[type[Exception], ...] = (NetworkError, CandidateError)
 MOST_KINDS = 6  # of decoder layers that are run alone; of a target that has more, the first ones
 
 
@@ -115,7 +117,7 @@ class Structure:
             return ScenarioResult(EMBEDDING, EMBEDDING_SUMMARY, "not run", reason=why)
         try:
             checks = check_embedding(self.candidate, self.oracle.reference, size, self.progress)
-        except Exception as error:  # whatever the runtime raises is the target's failure
+        except RUNTIME_ERRORS as error:
             return _raised(EMBEDDING, EMBEDDING_SUMMARY, error, started)
         self.counter.embedded_ids = size
         return _row(EMBEDDING, EMBEDDING_SUMMARY, checks, started)
@@ -152,7 +154,7 @@ class Structure:
             run = run_layer_alone(
                 self.candidate, layer, prompts.take(plan.distance), router, plan.distance
             )
-        except Exception as error:  # whatever the runtime raises is the target's failure
+        except RUNTIME_ERRORS as error:
             return _raised(name, summary, error, started)
         checks = check_distance(run, self.oracle.reference, layer, margin)
         self.counter.layer_distance[name.removeprefix("distance of ")] = plan.distance - 1
@@ -223,7 +225,7 @@ def rounding(
     progress: Progress,
 ) -> tuple[list[ScenarioResult], list[RoundingError]]:
     """Half precision: every layer, every operator, and the logits from end to end."""
-    from qwenport.validate.rounding import END, WHOLE_LAYER, judge_rounding
+    from qwenport.validate.rounding import END, judge_rounding
 
     started = time.monotonic()
     declared = candidate.declared()
@@ -237,7 +239,7 @@ def rounding(
             errors.append(error)
             if error.nonfinite:
                 break  # what follows is given values that are no numbers
-    except Exception as error:  # whatever the interpreter raises is the target's failure
+    except NetworkError as error:
         rows = [_raised(name, LAYERS_SUMMARY, error, started) for name in (LAYERS, OPERATORS)]
         return rows, errors
     counter.rounding = sum(map(len, texts))
@@ -341,9 +343,7 @@ def explain(
         if investigation.fault is None and name.startswith("distance of layer "):
             nan, layer = float("nan"), int(name.rpartition(" ")[2])
             text = f"The error starts at layer {layer}, run alone over a long text: {rest[name].failures[0]}."
-            investigation.fault = Fault(
-                name, layer, localisation.WHOLE_LAYER, nan, nan, nan, nan, text
-            )
+            investigation.fault = Fault(name, layer, WHOLE_LAYER, nan, nan, nan, nan, text)
     if investigation.fault is not None:
         investigation.unexplained = None
     elif investigation.unexplained is None and names:
@@ -354,7 +354,7 @@ def explain(
 
 
 def _rounding_fault(errors: Sequence[RoundingError]) -> Fault | None:
-    from qwenport.validate.rounding import WHOLE_LAYER, worst
+    from qwenport.validate.rounding import worst
 
     inside = [error for error in errors if error.operator != WHOLE_LAYER and error.excess > 1]
     bad = worst(inside or [error for error in errors if error.excess > 1])

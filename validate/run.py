@@ -155,6 +155,8 @@ class Run:
         if not any(len(row) for row in rows):
             return
         logits = self._guard(self.session.prefill, rows, all_logits=all_logits)
+        if len(logits) != len(rows):
+            raise CandidateError(f"the target gave logits of {len(logits)} rows, not {len(rows)}")
         for index, (row, made) in enumerate(zip(rows, logits, strict=True)):
             judged = range(len(row)) if all_logits else range(len(row))[-1:]
             self._note(index, row, made, judged)
@@ -164,12 +166,14 @@ class Run:
     ) -> None:
         """`CachedSession.prefill_choosing`; each row's wanted indices ascend."""
         logits = self._guard(self.session.prefill_choosing, rows, wanted)
+        self._check(logits, (len(rows), len(wanted[0])))
         for index, row in enumerate(rows):
             self._note(index, row, logits[index], wanted[index])
 
     def decode(self, tokens: Sequence[int | None]) -> None:
         """`Session.decode`."""
         logits = self._guard(self.session.decode, tokens)
+        self._check(logits, (len(tokens),))
         for index, token in enumerate(tokens):
             if token is not None:
                 self._note(index, [token], logits[index : index + 1], [0])
@@ -238,11 +242,7 @@ class Run:
 
     def _note(self, row: int, tokens: Sequence[int], made: Any, judged: Sequence[int]) -> None:
         """Write down what a row was given, and the logits of some of it, by index."""
-        shape = (len(judged), self.session.vocab_size)
-        if np.shape(made) != shape:
-            raise CandidateError(
-                f"the target gave logits of shape {np.shape(made)}, expected {shape}"
-            )
+        self._check(made, (len(judged),))
         if not len(tokens):
             return
         history = self._history(row)
@@ -254,6 +254,13 @@ class Run:
             )  # a session may reuse its memory
         history.indices += [before + index for index in judged]
         history.widths += [len(tokens)] * len(judged)
+
+    def _check(self, made: Any, shape: tuple[int, ...]) -> None:
+        expected = (*shape, self.session.vocab_size)
+        if np.shape(made) != expected:
+            raise CandidateError(
+                f"the target gave logits of shape {np.shape(made)}, expected {expected}"
+            )
 
     def _guard(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:

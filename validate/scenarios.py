@@ -70,7 +70,8 @@ def chosen_logits(run: Run) -> None:
     rows = min(2, run.session.max_batch)
     run.start()
     width = min(PREFILL_TOKENS, run.plan.widest, run.capacity)
-    for start, count in ((0, 2), (width, 5)):
+    for start, most in ((0, 2), (width, 5)):
+        count = min(most, run.session.max_step_logits)
         tokens = [run.take(width, stream=row + 1, start=start) for row in range(rows)]
         if len(tokens[0]) <= count + rows:
             break

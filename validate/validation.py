@@ -11,14 +11,14 @@ investigation  errors from layer to layer, routers, where a failure starts      
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenport.validate import rows
-from qwenport.validate.budget import DEFAULT, Plan, make_plan
+from qwenport.validate.budget import DEFAULT, Plan, find_budget, make_plan
 from qwenport.validate.candidate import Candidate, Refused
 from qwenport.validate.coverage import Counter
 from qwenport.validate.environment import describe_environment
@@ -35,6 +35,7 @@ from qwenport.validate.scenarios import LOOKED_INTO, SCENARIOS, Scenario, greedy
 from qwenport.validate.streaming import Progress
 from qwenport.validate.target import ENGINE, NETWORK, Target, check_source, open_target
 from qwenport.validate.thresholds import FP32_ROUTER_MARGIN, HALF_ROUTER_MARGIN
+from qwenport.validate.thresholds import NAMES as THRESHOLDS
 
 if TYPE_CHECKING:
     from qwenport.validate.reference import Reference
@@ -255,7 +256,11 @@ class Validation:
             (bench.max_batch, capacity, bench.rehearsal(group))
             for capacity, group in groups.items()
         ]
-        sessions = dict(zip(groups, bench.candidate.open(uses), strict=True))
+        try:
+            sessions = dict(zip(groups, bench.candidate.open(uses), strict=True))
+        except Refused as error:
+            self.results += [result_of(s, "failed", reason=str(error)) for s in SCENARIOS]
+            return
         if self.streamed:
             self._run_streamed(bench, sessions)
             return
@@ -268,6 +273,7 @@ class Validation:
     def _run_streamed(self, bench: Bench, sessions: dict[int, Any]) -> None:
         """Every scenario's logits, then the oracle's of all of them in one pass."""
         found: dict[str, Observation] = {}
+        before = len(self.results)
         for scenario in SCENARIOS:
             with self._judging(scenario):
                 found[scenario.name] = self._observe(bench, scenario, sessions)
@@ -279,6 +285,8 @@ class Validation:
             if scenario.name in found:
                 with self._judging(scenario) as started:
                     self._take(scenario, found.pop(scenario.name), started)
+        order = [scenario.name for scenario in SCENARIOS]
+        self.results[before:] = sorted(self.results[before:], key=lambda r: order.index(r.name))
 
     def _observe(self, bench: Bench, scenario: Scenario, sessions: dict[int, Any]) -> Observation:
         assert self._counter is not None
@@ -302,16 +310,14 @@ class Validation:
     def _take(self, scenario: Scenario, observation: Observation, started: float) -> None:
         assert self._judge is not None and self._counter is not None
         assert self._investigation is not None
-        choices: Callable[[], Sequence[Any] | None] = lambda: None  # noqa: E731
-        if not self.streamed or self.target.config.moe is not None:
-            investigation = self._investigation
-            choices = lambda: investigation.choices(scenario)  # noqa: E731
-        result = self._judge.judge(scenario, observation, choices, started)
+        investigation = self._investigation
+        result = self._judge.judge(
+            scenario, observation, lambda: investigation.choices(scenario), started
+        )
         self._counter.judged(observation)
         self.results.append(result)
         if result.status == "failed":
-            kept = None if self.streamed else observation
-            self._failed.append((scenario, kept))
+            self._failed.append((scenario, observation))
 
     def _explain(self, bench: Bench) -> None:
         """Where the failures start, and the random walk as a short script."""
@@ -378,6 +384,12 @@ def _extent(target: Target, options: Options) -> tuple[int, bool]:
     Raises:
         ValidationError: the options do not fit together, or the target.
     """
+    find_budget(options.budget)
+    if options.seed < 0:
+        raise ValidationError(f"seed {options.seed} is negative")
+    unknown = [name for name in options.thresholds if name not in THRESHOLDS]
+    if unknown:
+        raise ValidationError(f"threshold {unknown[0]!r} is not one of {', '.join(THRESHOLDS)}")
     every = target.config.num_hidden_layers
     layers = every if options.layers is None else options.layers
     if not 1 <= layers <= every:

@@ -22,6 +22,7 @@ Kind = Literal["prefill", "decode", "truncate", "reset"]
 
 MOST_TRIALS = 80  # runs of shorter walks while one is shrunk
 LONG_RUN = 12  # single tokens of one row in a row, at most
+NARROW = 4  # tokens a row of a prefill, once those are spent that the walk may take
 
 Rows = tuple[tuple[int, ...], ...]
 
@@ -75,11 +76,14 @@ class _Walk:
         small = plan.steps >= SMALL_MODEL_STEPS
         self._slots = min(session.capacity, session.max_positions, 384 if small else 96)
         self._widest = min(plan.widest, 256 if small else 48)
-        self._steps, self._tokens = plan.share(0.15, 12), plan.context * (4 if small else 1) // 2
+        self._steps, self._tokens = (
+            plan.share(0.15, 12),
+            plan.context * 2 if small else plan.context // 4,
+        )
 
     def draw(self) -> list[Operation]:
         found: list[Operation] = []
-        while self._steps > 0 and self._tokens > 0:
+        while self._steps > 0:
             choice = self._random.random()
             if choice < 0.35 or not any(self._held):
                 found.append(self._prefill())
@@ -102,9 +106,10 @@ class _Walk:
 
     def _prefill(self) -> Operation:
         used = int(self._random.integers(1, self._rows + 1))
+        widest = self._widest if self._tokens > 0 else min(self._widest, NARROW)
         rows = []
         for row in range(used):
-            room = min(self._slots - self._held[row], self._widest)
+            room = min(self._slots - self._held[row], widest)
             count = 0
             if room > 0 and (self._random.random() < 0.7 or used == 1):
                 count = int(np.exp(self._random.uniform(0, np.log(room + 1))))

@@ -52,7 +52,7 @@ def rows_of(coverage: dict[str, Any]) -> list[Row]:
             "Rows",
             "given tokens, and judged",
             ranges(runs(c["rows"])),
-            *ranges([(0, c["max_batch"] - 1)]),
+            _below(c["max_batch"]),
         ),
         _listed(
             "Spans",
@@ -71,7 +71,7 @@ def rows_of(coverage: dict[str, Any]) -> list[Row]:
             "Positions",
             "logits of the whole model",
             ranges(c["positions"]),
-            *ranges([(0, back)]),
+            _below(c["max_seq_len"]),
             f"{positions:,} in all",
         ),
         Row(
@@ -123,6 +123,11 @@ def _experts(experts: Sequence[dict[str, Any]]) -> list[Row]:
             f"{there:,} in {counted(len(experts), 'layer')}",
         )
     ]
+
+
+def _below(count: int) -> str:
+    """For example "0 to 7"."""
+    return ", ".join(ranges([(0, count - 1)]))
 
 
 def _listed(

@@ -15,6 +15,7 @@ from qwenport.validate import identity, rows
 from qwenport.validate.html import coverage, plots, rounding, svg, words
 
 TEMPLATE_NAME = "report.html.j2"
+COLUMNS = 6  # scenarios side by side, as many as a sheet of paper has room for
 LISTED = 4  # failed scenarios that are named beside the verdict; the others where the reader asks
 
 METRICS = (
@@ -111,6 +112,7 @@ def render(report: dict[str, Any]) -> str:
         report=shown,
         verdict=verdict_of(shown),
         failed=[s for s in scenarios if s["status"] == "failed"],
+        columns=COLUMNS,
         listed=LISTED,
         measured=[s for s in scenarios if s["metrics"] is not None],
         sections=_sections(scenarios),
@@ -127,6 +129,7 @@ def render(report: dict[str, Any]) -> str:
         bands=plots.bands(shown["routing"]),
         rounding_plots=rounding.plots(shown["rounding"]),
         quantiles=list(zip(rounding.SERIES, rounding.quantiles(shown["rounding"]), strict=False)),
+        crowded=rounding.is_crowded(shown["rounding"]),
         worst=rounding.worst(shown["rounding"]),
         bounds=rounding.BOUNDS,
     )

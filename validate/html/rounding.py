@@ -34,6 +34,7 @@ TITLES = {
 }
 SERIES = ("first", "second")  # quantiles
 HEIGHT = 200.0
+CROWDED = 24  # whole layers, of which more need a plot of full width
 WORST = 12  # operators that are listed by themselves
 
 
@@ -71,6 +72,11 @@ def quantiles(errors: Sequence[dict[str, Any]]) -> list[str]:
         if error["relative"]:
             return [figure(spread["quantile"]) for spread in error["relative"][: len(SERIES)]]
     return []
+
+
+def is_crowded(errors: Sequence[dict[str, Any]]) -> bool:
+    """Whether the plots have so many layers that their marks are drawn smaller."""
+    return sum(error["operator"] == WHOLE_LAYER for error in errors) > CROWDED
 
 
 def plots(errors: Sequence[dict[str, Any]]) -> list[Plot]:

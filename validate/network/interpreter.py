@@ -152,8 +152,9 @@ class Interpreter:
             values = self._constant(layer, outputs[0])
             return _Step(layer.name, lambda: values, True, (), outputs, True)
         half = outputs[0].dtype
+        rounds = half in HALF
         context = Context(
-            self.parsed.trt, (lambda x: x.to(half).float()) if half in HALF else (lambda x: x)
+            self.parsed.trt, (lambda x: x.to(half).float()) if rounds else (lambda x: x), rounds
         )
         layer.__class__ = getattr(self.parsed.trt, KINDS[kind].interface)
         compute = KINDS[kind].read(context, layer)

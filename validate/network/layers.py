@@ -23,10 +23,17 @@ SCORES_AT_ONCE = 1 << 25  # numbers of an attention's scores in memory at once: 
 
 @dataclass(frozen=True)
 class Context:
-    """What a reader may ask: TensorRT's module, and `round`, which rounds an intermediate as the layer's type does."""
+    """What a reader may ask.
+
+    Attributes:
+        trt: TensorRT's module.
+        round: rounds an intermediate as the layer's type does.
+        rounds: whether that changes anything.
+    """
 
     trt: Any
     round: Callable[[torch.Tensor], torch.Tensor]
+    rounds: bool = True
 
 
 @dataclass(frozen=True)
@@ -424,6 +431,16 @@ def _attention(context: Context, layer: Any) -> Compute:
     def compute(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
+        if (
+            causal == "NONE"
+            and mask is not None
+            and mask.dtype == torch.bool
+            and not context.rounds
+        ):
+            # without an intermediate to be rounded the whole is one function, and torch's is faster
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=1.0, enable_gqa=True
+            )
         batch, heads, queries, size = q.shape
         kv_heads, keys = k.shape[1], k.shape[2]
         # a group of query heads shares a head of keys and values: their queries stand below one another

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qwenport.validate.errors import ValidationError
-from qwenport.validate.reference.failures import cut, one_line, reported
+from qwenport.validate.failures import cut, one_line, reported
 
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from qwenport.validate.errors import ValidationError
+from qwenport.validate.failures import one_line, reported
 from qwenport.validate.quiet import quiet_transformers
-from qwenport.validate.reference.failures import one_line, reported
 from qwenport.validate.reference.files import CONFIG, visible_to_transformers
 from qwenport.validate.reference.hooks import (
     Attach,

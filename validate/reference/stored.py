@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qwenport.validate.errors import ValidationError
-from qwenport.validate.reference.failures import cut
+from qwenport.validate.failures import cut
 from qwenport.validate.reference.files import opened, weight_files
 
 # transformers' stacks of experts -> the projections of one expert that lie in them, one below the other

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from qwenport.validate.reference.failures import reported
+from qwenport.validate.failures import reported
 from qwenport.validate.reference.files import CONFIG
 from qwenport.validate.reference.hooks import Attach, attached
 from qwenport.validate.reference.layers import LayerCalls, call_layer

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qwenport.validate.errors import ValidationError
+from qwenport.validate.failures import cut, one_line, reported
 from qwenport.validate.quiet import quiet_transformers
-from qwenport.validate.reference.failures import cut, one_line, reported
 from qwenport.validate.reference.files import CONFIG, opened, visible_to_transformers, weight_files
 from qwenport.validate.reference.hooks import Attach, attached
 from qwenport.validate.reference.layers import LayerCalls

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from qwenport import QwenportError
 from qwenport.validate.errors import NetworkError, ValidationError
+from qwenport.validate.failures import cut, one_line, reported
 from qwenport.validate.prompts import make_prompts
 from qwenport.validate.reference import Reference
-from qwenport.validate.reference.failures import cut, one_line, reported
 
 from .pairs import Pair
 
@@ -204,6 +206,16 @@ def test_errors_of_our_own_stay_what_they_are() -> None:
     with pytest.raises(ValidationError, match=r"^x+ \.\.\. x+$") as caught, reported("a", "b"):
         raise ValidationError("x" * 900)
     assert len(str(caught.value)) == 300
+    with pytest.raises(NetworkError, match=r"^x+ \.\.\. x+$"), reported("a", "b"):
+        raise NetworkError("x" * 900)  # still one that says something about the target
+
+
+def test_importing_it_loads_neither_torch_nor_transformers() -> None:
+    program = (
+        "import sys, qwenport.validate.failures\n"
+        "raise SystemExit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 @given(st.text(max_size=700), st.integers(20, 300))

@@ -60,7 +60,7 @@ def reported(
         line = one_line(error)
         if line == str(error):
             raise
-        raise ValidationError(line) from error
+        raise type(error)(line) from error
     except (QwenportError, MemoryError):
         raise
     except BaseException as error:

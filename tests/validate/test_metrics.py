@@ -15,14 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenport.validate import Check, Fault, Report, ScenarioResult, ValidationError
-from qwenport.validate.judging import checks_of
+from qwenport.validate.coverage import Coverage, Experts
+from qwenport.validate.judge import checks_of
 from qwenport.validate.metrics import BLOCK, Metrics, compare
 from qwenport.validate.report import RouterBand
 from qwenport.validate.thresholds import fp32_thresholds
 
 
-def expected(candidate: np.ndarray, reference: np.ndarray, near_tie: float) -> dict[str, float]:
-    """The metrics in Python floats, one number at a time."""
+def expected(
+    candidate: np.ndarray, reference: np.ndarray, near_ties: list[float]
+) -> dict[str, float]:
+    """The metrics in Python floats, one number at a time.
+
+    Args:
+        near_ties: the margin of each position.
+    """
     c, r = candidate.tolist(), reference.tolist()
     pairs = [
         (x, y) for row_c, row_r in zip(c, r, strict=True) for x, y in zip(row_c, row_r, strict=True)
@@ -47,7 +54,7 @@ def expected(candidate: np.ndarray, reference: np.ndarray, near_tie: float) -> d
             set(sorted(range(len(row)), key=row.__getitem__)[-5:]) for row in (row_c, row_r)
         )
         overlaps.append(len(best_c & best_r) / len(best_r))
-    clear = [s for s, m in zip(same, margins, strict=True) if m >= near_tie]
+    clear = [s for s, m, tie in zip(same, margins, near_ties, strict=True) if m >= tie]
     return {
         "max_abs": max(abs(x - y) for x, y in pairs),
         "mean_abs": math.fsum(abs(x - y) for x, y in pairs) / len(pairs),
@@ -88,8 +95,11 @@ def test_metrics_equal_plain_arithmetic(
     reference = (rng.standard_normal((positions, vocab)) * size).astype(np.float32)
     candidate = reference + (rng.standard_normal((positions, vocab)) * noise).astype(np.float32)
     found = compare(candidate, reference, near_tie_margin=near_tie)
-    for name, value in expected(candidate, reference, near_tie).items():
+    for name, value in expected(candidate, reference, [near_tie] * positions).items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-9, abs=1e-13), name
+    assert found.near_tie_margin == near_tie
+    lengths = np.linalg.norm((candidate - reference).astype(np.float64), axis=1)
+    assert found.by_position.difference == pytest.approx(lengths, rel=1e-5, abs=1e-13)
     assert (found.positions, found.vocab, found.nonfinite) == (positions, vocab, 0)
     assert found.worst_rel_l2 >= found.rel_l2 * (1 - 1e-9)
     assert found.by_position.rel_l2[found.worst_position] == found.worst_rel_l2
@@ -101,6 +111,27 @@ def test_metrics_equal_plain_arithmetic(
         assert found.by_position.kl[row] == pytest.approx(one.kl_mean, rel=1e-9, abs=1e-13)
     wrong = [row for row in range(positions) if reference[row].argmax() != candidate[row].argmax()]
     assert found.first_disagreement == (wrong[0] if wrong else None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), positions=st.integers(1, 2 * BLOCK + 3))
+def test_each_position_may_have_a_near_tie_margin_of_its_own(seed: int, positions: int) -> None:
+    rng = np.random.default_rng(seed)
+    reference = rng.standard_normal((positions, 9)).astype(np.float32)
+    candidate = reference + rng.standard_normal((positions, 9)).astype(np.float32)
+    margins = rng.choice([0.0, 0.3, 1.0, np.inf], positions)
+    found = compare(candidate, reference, near_tie_margin=margins)
+    for name, value in expected(candidate, reference, margins.tolist()).items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-9, abs=1e-13), name
+    assert found.near_tie_margin == margins.max()
+
+
+def test_one_margin_for_all_is_an_array_of_it() -> None:
+    rng = np.random.default_rng(5)
+    reference, candidate = rng.standard_normal((2, 40, 9)).astype(np.float32)
+    one = compare(candidate, reference, near_tie_margin=0.4)
+    assert one == compare(candidate, reference, near_tie_margin=np.full(40, 0.4))
+    assert 0 < one.near_ties < 40
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -163,15 +194,18 @@ def _report(*scenarios: ScenarioResult, **facts: Any) -> Report:
         "complete": True,
         "prompts": "none",
         "own_rounding": 1e-7,
-        "cache_slots": 1,
-        "max_seq_len": 1,
+        "coverage": None,
         "loosened": (),
         "layers_error": (),
+        "rounding": (),
         "fault": None,
+        "unexplained": None,
+        "script": None,
         "routing": (),
         "replayed": 0,
         "environment": {},
         "hashes": {},
+        "weights_sha256": {},
     }
     return Report(**(plain | facts), scenarios=scenarios)
 
@@ -189,6 +223,46 @@ def test_a_report_in_which_nothing_was_compared_does_not_pass() -> None:
     assert _report(skipped, tables, compared).passed
     assert not _report(skipped, tables, compared, complete=False).passed
     assert not _report(compared, ScenarioResult("routing", "s", "failed", reason="why")).passed
+
+
+def test_the_verdict_says_what_was_judged_whatever_it_is() -> None:
+    compared = ScenarioResult("prefill", "s", "passed", (), _metrics())
+    raised = ScenarioResult("decode", "s", "failed", reason="why")
+    assert _report().verdict == "parity does NOT hold: ; judged: nothing"
+    coverage = Coverage(
+        budget="quick",
+        seed=0,
+        step_widths=(1, 64),
+        widest_step=512,
+        last_logits_steps=1,
+        all_logits_steps=1,
+        single_steps=3,
+        batches=(1,),
+        max_batch=8,
+        rows=(0,),
+        spans=(64,),
+        all_spans=8,
+        capacities=(512,),
+        positions=((0, 66),),
+        max_seq_len=512,
+        distance=66,
+        layer_distance={"layer 0": 511},
+        token_ids=40,
+        embedded_ids=2048,
+        vocab_size=2048,
+        experts=(Experts(2, 12, (3, 4)),),
+        rounding=0,
+        left_out=(),
+    )
+    judged = (
+        "judged: steps of 1 to 64 of 512 tokens (2 widths), batches of 1 of 8, rows 0, 1 of 8 spans, "
+        "67 of 512 positions, attention over 512, 2048 of 2048 token ids, 10 of 12 experts"
+    )
+    assert _report(compared, coverage=coverage).verdict == f"parity holds: 1 passed; {judged}"
+    failed = _report(compared, raised, coverage=coverage, layers=9).verdict
+    assert failed.startswith("parity does NOT hold for the first 2 of 9 layers: 1 passed, 1 failed")
+    assert failed.endswith(judged)
+    assert _report(compared, coverage=coverage).to_json()["verdict"].endswith(judged)
 
 
 def test_a_failure_names_scenario_metric_value_bound_and_place(tmp_path: Path) -> None:
@@ -223,14 +297,18 @@ def test_json_is_strict_where_numbers_are_not_finite(tmp_path: Path) -> None:
 
     text = (tmp_path / "report.json").read_text(encoding="utf-8")
     data = json.loads(text, parse_constant=refuse)
-    assert data["schema_version"] == 2 and data["passed"] is False
+    assert data["schema_version"] == 3 and data["passed"] is False
     (found,) = data["scenarios"][0]["checks"]
     assert (found["value"], found["bound"], found["passed"]) == ("NaN", "Infinity", False)
     assert data["own_rounding"] == "NaN" and data["routing"][0]["most"] == "Infinity"
     assert (data["fault"]["input_error"], data["fault"]["local_error"]) == ("NaN", "-Infinity")
     assert data["scenarios"][0]["by_position"] is data["scenarios"][0]["metrics"] is None
     assert data["scenarios"][1]["metrics"]["own_ratio"] == "Infinity"
-    assert data["scenarios"][1]["by_position"] == {"rel_l2": [0.0], "kl": [0.0]}
+    assert data["scenarios"][1]["by_position"] == {
+        "rel_l2": [0.0],
+        "kl": [0.0],
+        "difference": [0.0],
+    }
     assert "by_position" not in data["scenarios"][1]["metrics"]
 
 
