@@ -74,6 +74,11 @@ class Judge:
                     metrics, checks = self.measure(observation, oracle, greedy=scenario.greedy)
         return result_of(scenario, status_of(checks), checks, metrics, started=started)
 
+    def ask(self, texts: Sequence[Text]) -> None:
+        """Have the oracle compute these texts together, before they are judged one by one."""
+        if texts:
+            self._oracle.logits(texts)
+
     def in_dtype(self, dtype: str) -> Judge:
         """The same judge for what the target does in another dtype."""
         other = Judge(self._oracle, dtype, self._overrides)

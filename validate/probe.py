@@ -68,6 +68,7 @@ class Probe:
 
     Attributes:
         expected: site name -> tensor [S, ...], after the layer has run.
+        result: what the layer gave, for whoever ran it to keep.
         by_sdpa: the same for attention by transformers' other implementation of it.
     """
 
@@ -75,6 +76,7 @@ class Probe:
         self._sites = {site.name: site for site in sites}
         self._given, self._dtype = given, TORCH[dtype]
         self.expected: dict[str, torch.Tensor] = {}
+        self.result = torch.empty(0)
         self.by_sdpa: dict[str, torch.Tensor] = {}
 
     def _at(self, name: str, made: torch.Tensor) -> torch.Tensor:

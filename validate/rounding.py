@@ -4,7 +4,7 @@ From end to end, two right programs in bf16 differ by chance as much as many wro
 operator they do not: given the same input, the error of each of 512 positions is a draw from one distribution, and
 medians of 512 draws can be told apart. So transformers' own hidden states, in the target's dtype, are put into each
 layer of the network. Its result, and that of every operator in it, is compared with transformers in fp32 on the same
-input, and the distribution of those errors with transformers' own.
+input, and the distribution of those errors with that of transformers' own, found in the same way.
 
 Two numbers per position: the relative error, ||made - right|| / ||right||, and its systematic part,
 |<made, right> / <right, right> - 1|. Random roundings cancel in the second, a statistic that was rounded does not.
@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 from qwenport.exporter import ModelConfig
 from qwenport.validate.candidate import Candidate
 from qwenport.validate.localisation import WHOLE_LAYER, observed_sites, values_by_site
-from qwenport.validate.oracle import ATTENTIONS
 from qwenport.validate.pieces import as_array
 from qwenport.validate.probe import Probe, run_layer
-from qwenport.validate.reference import Choices, Reference
+from qwenport.validate.reference import Choices, OpenLayer, Reference
 from qwenport.validate.sites import router_choices, sites
 from qwenport.validate.streaming import Feeds, Progress, Rehearsal
 from qwenport.validate.thresholds import (
@@ -119,27 +118,31 @@ class _Errors:
     numbers: int = 1  # in the result at one position
     nonfinite: int = 0
 
-    def add(self, right: Array, *results: Array) -> None:
-        """The target's result and then transformers' own, one or two."""
+    def add(self, right: Array, made: Array) -> None:
+        """The target's result, and what it should be."""
+        self.nonfinite += self._add(0, right, made)
+
+    def add_own(self, right: Array, *results: Array) -> None:
+        """Transformers' own results, by one or two implementations, and what they should be."""
+        for index, result in enumerate(results, start=1):
+            self._add(index, right, result)
+
+    def _add(self, index: int, right: Array, made: Array) -> int:
+        """Note errors by position; returns how many positions are not finite and should be."""
         r = np.asarray(right, dtype=np.float64).reshape(len(right), -1)
+        m = np.asarray(made, dtype=np.float64).reshape(len(r), -1)
+        if m.shape != r.shape:
+            m = np.full_like(r, np.nan)
         self.numbers = r.shape[1]
         size = np.einsum("pn,pn->p", r, r)
-        known = np.isfinite(size) & (size > 0)
-        for index, result in enumerate(results):
-            m = np.asarray(result, dtype=np.float64).reshape(len(r), -1)
-            if m.shape != r.shape:
-                m = np.full_like(r, np.nan)
-            finite = np.isfinite(m).all(axis=1)
-            if index == 0:
-                self.nonfinite += int((np.isfinite(size) & ~finite).sum())
-            use = known & finite
-            difference = m[use] - r[use]
-            self.relative[index].append(
-                np.sqrt(np.einsum("pn,pn->p", difference, difference) / size[use])
-            )
-            self.systematic[index].append(
-                np.abs(np.einsum("pn,pn->p", difference, r[use])) / size[use]
-            )
+        finite = np.isfinite(m).all(axis=1)
+        use = np.isfinite(size) & (size > 0) & finite
+        difference = m[use] - r[use]
+        squares = np.einsum("pn,pn->p", difference, difference)
+        self.relative[index].append(np.sqrt(squares / size[use]))
+        along = np.einsum("pn,pn->p", difference, r[use])
+        self.systematic[index].append(np.abs(along) / size[use])
+        return int((np.isfinite(size) & ~finite).sum())
 
     def result(self, layer: int | None, operator: str, unit: float) -> RoundingError:
         relative, systematic = (
@@ -283,35 +286,51 @@ def _judge_layer(
 ) -> Generator[RoundingError, None, list[Array]]:
     """Yields the errors of one layer; returns what leaves transformers' own layer, the next one's input."""
     places = sites(config, index)
-    right: list[dict[str, Array]] = []
-    whole: list[Array] = []
     errors = {site.name: _Errors() for site in places if site.name in given[0]}
-    layer_errors, following = _Errors(), []
+    whole, following = _Errors(), []
 
-    def probed(layer: Any, number: int, kind: str) -> Probe:
-        probe = Probe(places, given[number], kind)
+    def probed(layer: OpenLayer, number: int, values: Mapping[str, Array], kind: str) -> Probe:
+        probe = Probe(places, values, kind)
         with probe.attached(layer.module):
-            run_layer(reference, layer.module, entries[number], 0, kind)
+            probe.result = run_layer(reference, layer.module, entries[number], 0, kind)
         return probe
 
-    with reference.opened_layer(index, TRUTH) as layer:
-        for number, entry in enumerate(entries):
-            right.append(_arrays(probed(layer, number, TRUTH).expected))
-            whole.append(_alone(layer, entry, "eager", experts[number]))
+    own: list[dict[str, Array]] = []
+    by_sdpa: list[dict[str, Array]] = []
     with reference.opened_layer(index, dtype) as layer:
         for number, entry in enumerate(entries):
-            probe = probed(layer, number, dtype)
-            own, other = _arrays(probe.expected), _arrays(probe.by_sdpa)
+            probe = probed(layer, number, {}, dtype)
+            own.append(_arrays(probe.expected))
+            by_sdpa.append(_arrays(probe.by_sdpa))
+            if experts[number] is None:
+                following.append(probe.result.float().numpy())
+            else:
+                following.append(_alone(layer, entry, experts[number]))
+    with reference.opened_layer(index, TRUTH) as layer:
+        for number, entry in enumerate(entries):
+            # transformers' own results on its own inputs, the target's on its own: both rounded, hardly apart
+            right = _arrays(probed(layer, number, own[number], TRUTH).expected)
+            theirs = {n: (own[number][n], *_given(by_sdpa[number], n)) for n in errors}
+            expected = _arrays(probed(layer, number, given[number], TRUTH).expected)
             for name, found in errors.items():
-                others = [other[name]] if name in other else []
-                found.add(right[number][name], given[number][name], own[name], *others)
-            eager, sdpa = (_alone(layer, entry, kind, experts[number]) for kind in ATTENTIONS)
-            layer_errors.add(whole[number], ends[number], eager, sdpa)
-            following.append(eager)
+                found.add(expected[name], given[number][name])
+                found.add_own(right[name], *theirs[name])
+            truth = _alone(layer, entry, experts[number])
+            whole.add(truth, ends[number])
+            whole.add_own(truth, following[number])
     for name, found in errors.items():
         yield found.result(index, name, unit)
-    yield layer_errors.result(index, WHOLE_LAYER, unit)
+    yield whole.result(index, WHOLE_LAYER, unit)
     return following
+
+
+def _given(values: Mapping[str, Array], name: str) -> tuple[Array, ...]:
+    return (values[name],) if name in values else ()
+
+
+def _alone(layer: OpenLayer, entry: Array, experts: Choices | None) -> Array:
+    result: Array = layer.run(entry, queries_at_once=len(entry), choices=experts)
+    return result
 
 
 def _embedded(reference: Reference, tokens: Sequence[int], dtype: str) -> Array:
@@ -319,15 +338,8 @@ def _embedded(reference: Reference, tokens: Sequence[int], dtype: str) -> Array:
     return rows
 
 
-def _alone(layer: Any, entry: Array, attention: str, experts: Choices | None) -> Array:
-    result: Array = layer.run(
-        entry, attention=attention, queries_at_once=len(entry), choices=experts
-    )
-    return result
-
-
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, Array]:
-    return {name: tensor.double().numpy() for name, tensor in tensors.items()}
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
 
 
 def _judge_end(
@@ -355,5 +367,6 @@ def _judge_end(
                 if kind == TRUTH:
                     right.append(result.float().numpy())
                 else:
-                    errors.add(right[number], made[number], result.float().numpy())
+                    errors.add(right[number], made[number])
+                    errors.add_own(right[number], result.float().numpy())
     return errors.result(None, END, unit)

@@ -26,7 +26,7 @@ CONTEXT_TOKENS = 48  # at the end of the context, and across the original one
 CONTEXT_DECODES = 8
 RESET_FIRST, RESET_PROMPT = 40, 9
 DENSE_PIECE = 64  # tokens of a step of which every logit is judged, where not all can be
-BATCH_LENGTHS = (20, 33, 9, 48, 1, 27, 40, 14)
+BATCH_LENGTHS = (20, 33, 9, 25, 1, 27, 18, 14)
 BATCH_CHUNK = 17
 SMALL_CACHES = (64, 192)  # as `generate` allocates them for short texts
 

@@ -10,9 +10,7 @@ investigation  errors from layer to layer, routers, where a failure starts      
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +28,9 @@ from qwenport.validate.memory import must_stream
 from qwenport.validate.oracle import Oracle
 from qwenport.validate.prompts import make_prompts, special_ids
 from qwenport.validate.report import Report, ScenarioResult
-from qwenport.validate.run import CandidateError, NotApplicable, Observation, Run
-from qwenport.validate.scenarios import LOOKED_INTO, SCENARIOS, Scenario, greedy_prompt
+from qwenport.validate.run import Run
+from qwenport.validate.runner import Runner
+from qwenport.validate.scenarios import LOOKED_INTO, SCENARIOS, greedy_prompt
 from qwenport.validate.streaming import Progress
 from qwenport.validate.target import ENGINE, NETWORK, Target, check_source, open_target
 from qwenport.validate.thresholds import FP32_ROUTER_MARGIN, HALF_ROUTER_MARGIN
@@ -127,11 +126,11 @@ class Validation:
         self.script: str | None = None
         self.complete = False
         self._progress = progress
-        self._failed: list[tuple[Scenario, Observation | None]] = []
         self._oracle: Oracle | None = None
         self._judge: Judge | None = None
         self._counter: Counter | None = None
         self._investigation: Investigation | None = None
+        self._runner: Runner | None = None
 
     def run(self, reference: Reference | None = None) -> None:
         """Do everything. `reference`: one that is loaded already.
@@ -175,7 +174,9 @@ class Validation:
         )
         structure = rows.Structure(self.target, candidate, oracle, counter, self._progress)
         self.results += structure.results()
-        self._run_scenarios(bench)
+        runner = Runner(bench, self._judge, counter, investigation, self.streamed, self._progress)
+        self._runner = runner
+        runner.run(self.results)
         self.results += structure.distance(self.prompts, investigation, plan)
         self._progress("looking inside", 0, 1)
         followed = investigation.follow(LOOKED_INTO)
@@ -246,87 +247,14 @@ class Validation:
         in_fp32 = self.target.compute_dtype == "fp32"
         return FP32_ROUTER_MARGIN if in_fp32 else HALF_ROUTER_MARGIN
 
-    # ------------------------------------------------------------------ scenarios
-
-    def _run_scenarios(self, bench: Bench) -> None:
-        groups: dict[int, list[Scenario]] = {}
-        for scenario in SCENARIOS:
-            groups.setdefault(bench.capacity_of(scenario), []).append(scenario)
-        uses = [
-            (bench.max_batch, capacity, bench.rehearsal(group))
-            for capacity, group in groups.items()
-        ]
-        try:
-            sessions = dict(zip(groups, bench.candidate.open(uses), strict=True))
-        except Refused as error:
-            self.results += [result_of(s, "failed", reason=str(error)) for s in SCENARIOS]
-            return
-        if self.streamed:
-            self._run_streamed(bench, sessions)
-            return
-        for done, scenario in enumerate(SCENARIOS):
-            self._progress(scenario.name, done, len(SCENARIOS))
-            with self._judging(scenario) as started:
-                observation = self._observe(bench, scenario, sessions)
-                self._take(scenario, observation, started)
-
-    def _run_streamed(self, bench: Bench, sessions: dict[int, Any]) -> None:
-        """Every scenario's logits, then the oracle's of all of them in one pass."""
-        found: dict[str, Observation] = {}
-        before = len(self.results)
-        for scenario in SCENARIOS:
-            with self._judging(scenario):
-                found[scenario.name] = self._observe(bench, scenario, sessions)
-        assert self._oracle is not None
-        texts = [text for observation in found.values() for text in observation.texts]
-        if texts:
-            self._oracle.logits(texts)
-        for scenario in SCENARIOS:
-            if scenario.name in found:
-                with self._judging(scenario) as started:
-                    self._take(scenario, found.pop(scenario.name), started)
-        order = [scenario.name for scenario in SCENARIOS]
-        self.results[before:] = sorted(self.results[before:], key=lambda r: order.index(r.name))
-
-    def _observe(self, bench: Bench, scenario: Scenario, sessions: dict[int, Any]) -> Observation:
-        assert self._counter is not None
-        session = sessions[bench.capacity_of(scenario)]
-        run = bench.make_run(session, on_step=self._counter.step)
-        scenario.run(run)
-        return run.observation()
-
-    @contextmanager
-    def _judging(self, scenario: Scenario) -> Iterator[float]:
-        """A scenario that cannot be run, or whose target fails, gets its result here."""
-        started = time.monotonic()
-        try:
-            yield started
-        except CandidateError as error:
-            self.results.append(result_of(scenario, "failed", reason=str(error), started=started))
-            self._failed.append((scenario, None))
-        except NotApplicable as reason:
-            self.results.append(result_of(scenario, "not run", reason=str(reason), started=started))
-
-    def _take(self, scenario: Scenario, observation: Observation, started: float) -> None:
-        assert self._judge is not None and self._counter is not None
-        assert self._investigation is not None
-        investigation = self._investigation
-        result = self._judge.judge(
-            scenario, observation, lambda: investigation.choices(scenario), started
-        )
-        self._counter.judged(observation)
-        self.results.append(result)
-        if result.status == "failed":
-            self._failed.append((scenario, observation))
-
     def _explain(self, bench: Bench) -> None:
         """Where the failures start, and the random walk as a short script."""
-        assert self._investigation is not None
+        assert self._investigation is not None and self._runner is not None
         if not self._names_of("failed"):
             return
         self._progress("looking for where the error starts", 0, 1)
-        rows.explain(self._investigation, self._failed, self.results, self.rounding)
-        walked = any(scenario.name == "random walk" for scenario, _ in self._failed)
+        rows.explain(self._investigation, self._runner.failed, self.results, self.rounding)
+        walked = any(scenario.name == "random walk" for scenario, _ in self._runner.failed)
         if walked and not self.streamed:
             assert self._judge is not None
             self.script = rows.shortest_walk(bench, self._judge)

@@ -25,7 +25,7 @@ from qwenport.validate.streaming import Geometry, Parts, Rehearsal, Use, stream
 from qwenport.validate.target import open_target
 
 ROWS, CAPACITY = 3, 40
-EXAMPLES = 4  # of many steps each
+EXAMPLES = 3  # of many steps each
 KINDS = [
     ("qwen2", "bfloat16"),
     ("llama", "float32"),
@@ -222,11 +222,23 @@ def same_numbers(whole: Report, parts: Report) -> None:
         assert (a.name, a.status) == (b.name, b.status)
         if a.metrics is not None and a.name != "greedy":  # shorter when streamed
             assert b.metrics is not None
-            assert a.metrics.by_position == b.metrics.by_position
-            assert (a.metrics.max_abs, a.metrics.kl_mean) == (b.metrics.max_abs, b.metrics.kl_mean)
+            # when streamed, transformers is asked about the longest texts, which rounds in another order
+            assert a.metrics.positions == b.metrics.positions
+            assert a.metrics.rel_l2 == pytest.approx(b.metrics.rel_l2, rel=0.1, abs=3e-7)
+            assert a.metrics.top1_clear == b.metrics.top1_clear
 
 
-@pytest.mark.parametrize("judged_as", [None, pytest.param("tensorrt-network", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("package", "judged_as"),
+    [
+        (KINDS[0], None),
+        pytest.param(KINDS[0], "tensorrt-network", marks=pytest.mark.slow),
+        pytest.param(KINDS[2], None, marks=pytest.mark.slow),
+        pytest.param(KINDS[3], "tensorrt-network", marks=pytest.mark.slow),
+    ],
+    indirect=["package"],
+    ids=str,
+)
 def test_a_streamed_verdict_has_the_numbers_of_a_whole_one(
     package: Package, judged_as: str | None
 ) -> None:
