@@ -24,6 +24,11 @@ DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 HEADS = ((1, 1), (2, 1), (3, 1), (7, 1), (2, 2), (3, 3), (5, 5), (4, 2), (6, 2), (6, 3), (8, 4))
 THETAS = (1e4, 5e4, 5e5, 1e6)
 CONTEXT = (16, 256)  # positions of a package
+# Trained models have a few channels of the residual stream that are about so many times the rest, and much the same for
+# every token: Dettmers et al., "LLM.int8()", arXiv:2208.07339; Sun et al., "Massive Activations", arXiv:2402.17762.
+OUTLIERS = (0, 1, 2, 3)  # channels
+OUTLIER_SIZE = 100.0
+ADDED = 0.25  # of what a layer adds otherwise, where there are outliers
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class HealthyModel:
         options: the rest of `export`'s keywords, those that differ from its defaults.
         seed: of the weights.
         shards: files of the weights.
+        outliers: channels of the residual stream that are OUTLIER_SIZE times the others.
     """
 
     config: Raw
@@ -45,6 +51,7 @@ class HealthyModel:
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     shards: int = 1
+    outliers: int = 0
 
     @property
     def export_arguments(self) -> dict[str, Any]:
@@ -59,19 +66,35 @@ def write(folder: Path, model: HealthyModel) -> Path:
 
 
 def healthy_tensors(model: HealthyModel) -> dict[str, torch.Tensor]:
-    """Random weights that keep activations near 1: 1/sqrt(fan in), norms around 1, biases that matter."""
+    """Random weights that keep activations near 1: 1/sqrt(fan in), norms around 1, biases that matter.
+
+    Outlier channels are large in every embedding, and much the same, so that no token's norm depends on the others
+    alone. What a norm makes of the others is small then, and of the outliers large: its weight divides them and makes
+    up for the others. It no longer evens out what layers add to the others, so that is kept small: else values and
+    attention scores would grow from layer to layer, as no trained model's do, and rounding with them.
+    """
     generator = torch.Generator().manual_seed(model.seed)
     tensors = {}
+    hidden = model.config["hidden_size"]
+    size = torch.ones(hidden)
+    large = torch.randperm(hidden, generator=generator)[: model.outliers]
+    size[large] = OUTLIER_SIZE
+    evened = size.square().mean().sqrt() / size
     for name, shape in tensor_shapes(model.config).items():
         values = torch.randn(*shape, generator=generator)
         if "norm" in name:
             values = 1 + 0.2 * values
+            if len(values) == hidden and not name.endswith(("q_norm.weight", "k_norm.weight")):
+                values = values * evened
         elif len(shape) == 1:
             values = 0.3 * values
         elif "embed_tokens" in name:
-            values = 0.5 * values
+            values[:, large] = 1 + 0.2 * values[:, large]
+            values = 0.5 * values * size
         else:
             values = values / shape[-1] ** 0.5
+            if model.outliers and ("o_proj" in name or "down_proj" in name):
+                values = ADDED * values
         tensors[name] = values.to(TORCH_DTYPES[model.dtype])
     return tensors
 
@@ -124,6 +147,7 @@ def healthy_models(
         options=options,
         seed=draw(st.integers(0, 2**31 - 1)),
         shards=draw(st.integers(1, 3)),
+        outliers=draw(st.sampled_from(OUTLIERS)),
     )
 
 

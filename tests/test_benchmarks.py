@@ -107,8 +107,79 @@ def test_quick_run_of_experts_measures_both_parts_and_checks_every_output(work: 
     assert str(BENCHMARKS.parent) not in text
 
 
+def run_quick(name: str, work: Path, *options: str) -> dict[str, Any]:
+    """Run a benchmark's smoke test; its JSON."""
+    output = work / f"{name}.json"
+    command = [sys.executable, BENCHMARKS / f"{name}.py", "--quick", *options]
+    run = subprocess.run(
+        [*command, "--work", work / "work", "--output", output],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    text = output.read_text(encoding="utf-8")
+    assert str(BENCHMARKS.parent) not in text
+    data: dict[str, Any] = json.loads(text)
+    assert data.keys() >= KEYS
+    assert (data["benchmark"], data["quick"], data["bars"]) == (name, True, [])
+    return data
+
+
+@pytest.mark.slow
+def test_quick_run_of_sensitivity_counts_by_family_and_form(work: Path) -> None:
+    data = run_quick("sensitivity", work, "--families", "rounding,norms", "--models", "1")
+    assert {run["family"] for run in data["runs"]} <= {"rounding", "norms"}
+    forms = {"package", "network, exact", "network"}
+    assert {run["form"] for run in data["runs"]} <= forms
+    assert all(run["caught"] and run["error"] is None for run in data["runs"])
+    assert sum(row["defects"] for row in data["by_family"]) == len(data["runs"]) == 6
+    assert all(row["caught"] == row["caught_by_numbers"] for row in data["by_family"])
+    assert {record["form"] for record in data["healthy"]} == forms
+    assert [row["false_alarms"] for row in data["false_alarms"]] == [0, 0, 0]
+
+
+def test_sensitivity_knows_its_families(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sensitivity = load("sensitivity")
+    from click.testing import CliRunner
+
+    result = CliRunner().invoke(sensitivity.main, ["--families", "norms,colours"])
+    assert result.exit_code == 2 and "no family 'colours'; there are norms, " in result.output
+    assert "window_of_256" in sensitivity._names("distance, rope")
+    assert sensitivity.HEALTHY_MODELS >= 300
+
+
+@pytest.mark.slow
+def test_quick_run_of_false_alarms_judges_one_text_in_both_forms(work: Path) -> None:
+    data = run_quick("false_alarms", work)
+    assert [row["contender"] for row in data["summary"]] == ["bf16, package", "bf16, network"]
+    assert all(row["false_alarms"] == 0 and row["error"] is None for row in data["summary"])
+    package, network = data["runs"]
+    assert package["passed"] and network["passed"] and network["cpu_seconds"] > 1
+    ratio = network["ratios"]["in bf16"]
+    assert 0 < ratio["low"] < ratio["ratio"] < ratio["high"]
+    assert network["worst_rounding"]["times_own"] > 0 and package["worst_rounding"] is None
+
+
+def test_prompt_files_differ(load: Any, tmp_path: Path) -> None:
+    files = load("false_alarms").write_prompts(tmp_path, 10)
+    texts = {file.read_text(encoding="utf-8") for file in files}
+    assert len(texts) == 10 and min(map(len, texts)) > 1000
+
+
 @pytest.mark.parametrize(
-    "name", ["export", "build", "decode", "experts", "embedded", "shapes", "peers"]
+    "name",
+    [
+        "export",
+        "build",
+        "decode",
+        "experts",
+        "embedded",
+        "shapes",
+        "peers",
+        "sensitivity",
+        "false_alarms",
+    ],
 )
 def test_help_says_what_a_script_does(name: str) -> None:
     run = subprocess.run(

@@ -40,7 +40,7 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget(256, 1024, 1e10, (32, 240), 512, 0.5),
-    "standard": Budget(1024, 8192, 2e10, (96, 720), 512, 0.75),
+    "standard": Budget(1024, 8192, 2e10, (96, 720), 512, 0.5),
     "thorough": Budget(4096, 1 << 20, 1e11, (320, 2400), 2048, 4.0),
 }
 DEFAULT = "standard"
@@ -50,6 +50,7 @@ MOST_LOGITS = 1.2e8
 # A batch's rows are run side by side, padding included: this many tokens at most for one wide step of all rows.
 WIDE_BATCH_TOKENS = {"quick": 256, "standard": 512, "thorough": 16384}
 SMALL_MODEL = 2e7  # parameters: below it, a whole batch of widest steps costs less than starting up
+NARROW = 16  # tokens: a step so narrow costs hardly more than a single token's
 SMALL_MODEL_STEPS = 240  # steps that only a model below about that size is given
 
 
@@ -149,7 +150,7 @@ def make_plan(
         rounding=sizes.rounding,
         dense_logits=int(min(context, MOST_LOGITS / 4 / config.vocab_size)),
         widths=_widths(widest, sizes.width_share * context, seed, small),
-        edges=_edges(context, max(2, steps // 12)),
+        edges=_edges(context, max(2, steps // 16)),
         wide_batch=max(1, wide),
         greedy=2 if streamed else 32 if small else 16,
     )
@@ -174,7 +175,7 @@ def _widths(widest: int, tokens: float, seed: int, small: bool) -> tuple[int, ..
     generator = np.random.default_rng((seed, 1))
     found, spent = [widest], 0
     for width in [*([widest - 1] if small else []), *_spread_widths(widest, generator)]:
-        fits = spent + width <= tokens
+        fits = width <= NARROW or spent + width <= tokens
         if width >= 2 and width not in found and (fits or (len(found) < 6 and width < tokens / 4)):
             found.append(width)
             spent += width

@@ -22,6 +22,9 @@ from qwenport.validate.run import Observation
 from qwenport.validate.scenarios import Scenario
 from qwenport.validate.text import Choices, Text
 from qwenport.validate.thresholds import (
+    FP32_NEAR_TIE_MOST,
+    FP32_REL_L2_MOST,
+    FP32_TIMES_OWN_ROUNDING_LEAST,
     HALF_CONFIDENCE,
     HALF_Z,
     Thresholds,
@@ -108,8 +111,24 @@ class Judge:
     def _in_fp32(
         self, observation: Observation, oracle: Float32, greedy: bool
     ) -> tuple[Metrics, tuple[Check, ...]]:
+        metrics, checks = self._with_rounding(
+            observation, oracle, fp32_thresholds(self._oracle.own_rounding, greedy=greedy)
+        )
+        near = 0 < metrics.rel_l2 <= FP32_REL_L2_MOST and not metrics.nonfinite
+        if status_of(checks) == "passed" or not near:
+            return metrics, checks
+        # It is off by little. Rounding is not the same at all positions, so ask what it is at these.
+        here = self._oracle.own_rounding_of(observation.texts)
+        bounds = fp32_thresholds(max(self._oracle.own_rounding, here.rel_l2), greedy=greedy)
+        margin = min(FP32_NEAR_TIE_MOST, FP32_TIMES_OWN_ROUNDING_LEAST * here.max_abs)
+        bounds = dataclasses.replace(bounds, near_tie_margin=max(bounds.near_tie_margin, margin))
+        return self._with_rounding(observation, oracle, bounds)
+
+    def _with_rounding(
+        self, observation: Observation, oracle: Float32, bounds: Thresholds
+    ) -> tuple[Metrics, tuple[Check, ...]]:
         own = self._oracle.own_rounding
-        bounds = self.override(fp32_thresholds(own, greedy=greedy))
+        bounds = self.override(bounds)
         metrics = compare(observation.candidate, oracle, near_tie_margin=bounds.near_tie_margin)
         ratio = metrics.rel_l2 / own if own else float("inf") if metrics.rel_l2 else 0.0
         metrics = dataclasses.replace(metrics, own_ratio=ratio)

@@ -105,6 +105,12 @@ class Oracle:
         logits = self.reference.logits(texts, choices=choices)
         return logits, self.reference.replayed - before
 
+    def own_rounding_of(self, texts: Sequence[Text]) -> Metrics:
+        """How far transformers' fp32 logits of these very positions are from its own in fp64."""
+        return compare(
+            np.concatenate(self.logits(texts)), np.concatenate(self.logits(texts, "fp64"))
+        )
+
     def own_errors(self, texts: Sequence[Text], dtype: str) -> list[Metrics]:
         """What transformers itself reaches in a dtype, for each of ATTENTIONS."""
         right = np.concatenate(self.logits(texts))

@@ -90,7 +90,8 @@ class RoundingError:
             return math.inf
         return max(
             [s.least / ROUNDING_TIMES_OWN for s in self.relative]
-            + [s.least / ROUNDING_SYSTEMATIC_TIMES_OWN for s in self.systematic]
+            + [s.least / ROUNDING_SYSTEMATIC_TIMES_OWN for s in self.systematic],
+            default=0.0,
         )
 
     def __str__(self) -> str:
@@ -98,6 +99,8 @@ class RoundingError:
         where = self.operator if self.layer is None else f"layer {self.layer}, {self.operator}"
         if self.nonfinite:
             return f"{where}: NaN or infinity at {self.nonfinite} of {self.positions} positions"
+        if not self.relative:
+            return f"{where}: zero everywhere"
         kinds = [("relative", s, s.least / ROUNDING_TIMES_OWN) for s in self.relative]
         kinds += [
             ("systematic", s, s.least / ROUNDING_SYSTEMATIC_TIMES_OWN) for s in self.systematic
@@ -129,19 +132,19 @@ class _Errors:
 
     def _add(self, index: int, right: Array, made: Array) -> int:
         """Note errors by position; returns how many positions are not finite and should be."""
-        r = np.asarray(right, dtype=np.float64).reshape(len(right), -1)
-        m = np.asarray(made, dtype=np.float64).reshape(len(r), -1)
+        r = np.asarray(right, dtype=np.float32).reshape(len(right), -1)
+        m = np.asarray(made, dtype=np.float32).reshape(len(r), -1)
         if m.shape != r.shape:
             m = np.full_like(r, np.nan)
         self.numbers = r.shape[1]
-        size = np.einsum("pn,pn->p", r, r)
+        size = _products(r, r)
         finite = np.isfinite(m).all(axis=1)
         use = np.isfinite(size) & (size > 0) & finite
-        difference = m[use] - r[use]
-        squares = np.einsum("pn,pn->p", difference, difference)
-        self.relative[index].append(np.sqrt(squares / size[use]))
-        along = np.einsum("pn,pn->p", difference, r[use])
-        self.systematic[index].append(np.abs(along) / size[use])
+        if not use.all():
+            r, m = r[use], m[use]
+        difference = m - r
+        self.relative[index].append(np.sqrt(_products(difference, difference) / size[use]))
+        self.systematic[index].append(np.abs(_products(difference, r)) / size[use])
         return int((np.isfinite(size) & ~finite).sum())
 
     def result(self, layer: int | None, operator: str, unit: float) -> RoundingError:
@@ -161,6 +164,11 @@ class _Errors:
             spreads,
             _spreads(systematic[0], systematic[1:], left),
         )
+
+
+def _products(a: Array, b: Array) -> Float64:
+    """Sums of products by position; in fp32, a thousand times finer than what they are compared with."""
+    return np.einsum("pn,pn->p", a, b).astype(np.float64)
 
 
 def _spreads(made: Float64, own: Sequence[Float64], least: Sequence[float]) -> tuple[Spread, ...]:

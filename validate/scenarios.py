@@ -107,7 +107,7 @@ def whole_context(run: Run) -> None:
     """
     plan = run.plan
     end = min(plan.context, run.capacity)
-    tail = min(plan.share(0.2, 8), end - 1)
+    tail = min(plan.share(0.15, 8), end - 1)
     run.start()
     for start, stop, dense in _pieces(end - tail, min(plan.dense_logits, end - tail), run):
         run.prefill([run.take(stop - start, start=start)], all_logits=dense)

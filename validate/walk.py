@@ -78,7 +78,7 @@ class _Walk:
         self._widest = min(plan.widest, 256 if small else 48)
         self._steps, self._tokens = (
             plan.share(0.15, 12),
-            plan.context * 2 if small else plan.context // 4,
+            plan.context * 2 if small else plan.context // 6,
         )
 
     def draw(self) -> list[Operation]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qwenport.exporter import MANIFEST, sha256, write_json
+from qwenport.exporter import MANIFEST, describe_graph, sha256, write_json
 
 DOMAIN = "defects"  # of model-local functions that a defect brings along
 INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
@@ -25,7 +25,7 @@ def seed(
     *,
     other_version: bool = True,
 ) -> Path:
-    """Copy `package` to `faulty` with its weights, apply `change` to its graph, fix the hashes.
+    """Copy `package` to `faulty` with its weights, apply `change` to its graph, make the manifest right.
 
     Args:
         package: a healthy one.
@@ -42,6 +42,7 @@ def seed(
     for name in manifest["files"]:
         file = faulty / name
         manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    manifest |= describe_graph(model)
     if other_version:
         manifest["qwenport_version"] = OTHER_VERSION
     write_json(faulty / MANIFEST, manifest)

@@ -54,7 +54,10 @@ def test_what_follows_a_truncation_sees_what_is_left(
 def test_chosen_logits_are_those_of_all(count: int, width: int, data: st.DataObject) -> None:
     """Rows of different lengths before, as many new tokens for each."""
     before = data.draw(st.lists(st.lists(st.integers(0, 49), max_size=7), min_size=3, max_size=3))
-    new = [data.draw(st.lists(st.integers(0, 49), min_size=width, max_size=width)) for _ in range(count)]
+    new = [
+        data.draw(st.lists(st.integers(0, 49), min_size=width, max_size=width))
+        for _ in range(count)
+    ]
     number = data.draw(st.integers(1, min(4, width)))
     indices = st.lists(st.integers(0, width - 1), min_size=number, max_size=number)
     wanted = [data.draw(indices) for _ in range(count)]

@@ -16,6 +16,7 @@ from onnx import helper
 from qwenport.engines import CapacityError, SessionError
 from qwenport.exporter import Package, export
 from qwenport.validate.network import Interpreter, NetworkSession, ParsedNetwork, parse_package
+from qwenport.validate.network.parse import with_exact_tables
 
 from .models import Array, int64, parse, proto
 
@@ -77,7 +78,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     checkpoint = checkpoints.write_checkpoint(folder / "checkpoint", raw, dtype=DTYPES[dtype])
     package = export(checkpoint, folder / "package")
     assert package.dtype == dtype
-    parsed = {exact: parse_package(package, CAPACITY, exact=exact) for exact in (False, True)}
+    declared = parse_package(package, CAPACITY)
+    parsed = {False: declared, True: with_exact_tables(declared, package)}
     return Model(package, checkpoint, parsed, transformers_model(checkpoint, torch.float32))
 
 

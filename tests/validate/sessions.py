@@ -20,7 +20,9 @@ from qwenport.validate.scenarios import Scenario, greedy_prompt
 from qwenport.validate.text import Text
 
 VOCABULARY = 50
-PROMPTS = Prompts(tuple(int(i) for i in np.random.default_rng(5).permutation(1000) % VOCABULARY), "")
+PROMPTS = Prompts(
+    tuple(int(i) for i in np.random.default_rng(5).permutation(1000) % VOCABULARY), ""
+)
 
 Array = Any
 

@@ -23,7 +23,16 @@ def counted(plan: Plan, chosen: list[Any]) -> tuple[Counter, dict[str, set[int]]
     counter = Counter(plan, VOCABULARY)
     seen: dict[str, set[int]] = {
         name: set()
-        for name in ("widths", "batches", "rows", "spans", "capacities", "positions", "ids", "reach")
+        for name in (
+            "widths",
+            "batches",
+            "rows",
+            "spans",
+            "capacities",
+            "positions",
+            "ids",
+            "reach",
+        )
     }
     steps = dict.fromkeys(("last", "all", "single"), 0)
 

@@ -303,9 +303,7 @@ def test_parity_never_holds_without_saying_what_was_judged(
     assert [line for line in lines[:-1] if "parity" in line] == []
 
 
-def test_seed_and_budget_decide_what_is_run(
-    pair: tuple[Path, Path], capsys: Capture
-) -> None:
+def test_seed_and_budget_decide_what_is_run(pair: tuple[Path, Path], capsys: Capture) -> None:
     found = {}
     for name, options in {
         "quick": (),

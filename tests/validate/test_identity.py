@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from qwenport.exporter import COMPANIONS, MANIFEST, export, sha256
 from qwenport.exporter.checkpoint import read_safetensors_header
+from qwenport.validate import ValidationError
 from qwenport.validate import identity as judged
 from qwenport.validate.identity import Identity, check_identity
 from qwenport.validate.report import ScenarioResult
@@ -401,11 +402,12 @@ def test_another_version_s_graph_is_not_compared(package: Path) -> None:
     assert row.status == "not run" and "written by Qwenport 0.0.1; this is" in (row.reason or "")
 
 
-def test_a_file_that_is_no_model_fails_and_is_not_safe(package: Path) -> None:
-    (package / "model.onnx").write_bytes(b"\xff" * 100)
+@pytest.mark.parametrize("content", [b"\xff" * 100, b"", b"x" * 10_000])
+def test_a_file_that_is_no_model_cannot_be_judged(content: bytes, package: Path) -> None:
+    (package / "model.onnx").write_bytes(content)
     fix_manifest(package)
-    found = judge(package)
-    assert set(failures(found)) == {"weights", "graph", "files"} and not found.safe
+    with pytest.raises(ValidationError, match=r"model.onnx: not an ONNX model: "):
+        judge(package)
 
 
 # attacks on the files

@@ -60,9 +60,7 @@ def test_what_was_judged_before_an_interruption_is_told_and_does_not_pass(
 ) -> None:
     package, checkpoint = pair
     options = Options(streamed, budget="quick")
-    validation = Validation(
-        open_target(package), checkpoint, options, progress=interrupting(at)
-    )
+    validation = Validation(open_target(package), checkpoint, options, progress=interrupting(at))
     with pytest.raises(KeyboardInterrupt):
         validation.run()
     report = validation.report()

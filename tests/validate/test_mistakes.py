@@ -203,10 +203,11 @@ def test_transformers_itself_passes_every_scenario(setting: Setting) -> None:
 
 
 CHUNKED = {"batches", "chosen logits", "chunked prefill", "step widths", "truncation"}
+AT_30 = {"decode", "greedy", "truncation", "batches"}
 POSITIONS = {"end of context", "middle of context", "past original context"}
 # but for the random walk, which sees most of them
 MISTAKES = {
-    "token 30": {"decode", "greedy", "truncation"},
+    "token 30": AT_30,
     "reset": ALL - SMALL - {"prefill"},
     "chunks": CHUNKED,
     "idle rows": {"batches", "truncation"},
@@ -215,17 +216,19 @@ MISTAKES = {
     "chosen": {"chosen logits"},
     "truncation ignored": {"step widths", "truncation", "whole context"},
     "last logits": ALL - POSITIONS - {"prefill", "whole context", "chosen logits", "token ids"},
-    "all logits": {"prefill", "whole context", "chunked prefill", "batches", "token ids"} | POSITIONS,
+    "all logits": {"prefill", "whole context", "chunked prefill", "batches", "token ids"}
+    | POSITIONS,
     "wide steps": {"step widths", "wide batch"},
-    "narrow steps": ALL - {"prefill", "chosen logits", "whole context", "wide batch", "cache of 192"},
+    "narrow steps": ALL
+    - {"prefill", "chosen logits", "whole context", "wide batch", "cache of 192"},
     "single tokens": ALL - {"prefill", "chosen logits", "token ids"},
     "small cache": {"cache of 64"},
     "full cache": SMALL,
     "past 290": POSITIONS - {"past original context"},
     "deep": {"step widths", "whole context", "wide batch"},
     "highest id": {"token ids"},
-    "raises": {"decode", "greedy", "truncation"},
-    "a row too many": {"decode", "greedy", "truncation"},
+    "raises": AT_30,
+    "a row too many": AT_30,
 }
 WALKED = {
     "reset", "chunks", "idle rows", "joining", "third row", "truncation ignored", "last logits",

@@ -46,7 +46,9 @@ class Counting:
         self.asked += [(dtype, attention, text) for text in texts]
         if choices is not None:
             self.replayed += 2
-        return [np.stack([row(text, i, dtype, attention) for i in text.positions]) for text in texts]
+        return [
+            np.stack([row(text, i, dtype, attention) for i in text.positions]) for text in texts
+        ]
 
 
 def row(text: Text, index: int, dtype: str = "fp32", attention: str = "eager") -> np.ndarray:

@@ -70,7 +70,11 @@ def test_every_row_of_a_healthy_embedding_is_the_checkpoint_s(
 @pytest.mark.parametrize("judged_as", WAYS)
 @pytest.mark.parametrize("row", [0, 700, VOCABULARY - 1])
 def test_one_bit_of_one_row_is_caught(
-    package: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch, row: int, judged_as: str | None
+    package: Path,
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+    row: int,
+    judged_as: str | None,
 ) -> None:
     """What the checkpoint's row would be with another last bit."""
     right = reference.embed

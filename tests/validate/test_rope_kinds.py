@@ -111,9 +111,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(checkpoint, package): positions 512 to 2047 exist by the request alone."""
     folder = tmp_path_factory.mktemp("extended")
     source = make_checkpoint(folder / "checkpoint", positions=512)
-    made = export(
-        source, folder / "package", rope_scaling="yarn:4", weights="copy", max_batch=2
-    )
+    made = export(source, folder / "package", rope_scaling="yarn:4", weights="copy", max_batch=2)
     return source, made.path
 
 

@@ -85,7 +85,13 @@ def play(operations: list[Any], run: Run) -> Model:
                     model.give(number, [token], [0])
         else:
             count, width, wanted, start = arguments
-            width = min([width, run.session.max_step_tokens, *(model.slots - len(held) for held in model.rows[:count])])
+            width = min(
+                [
+                    width,
+                    run.session.max_step_tokens,
+                    *(model.slots - len(held) for held in model.rows[:count]),
+                ]
+            )
             if width < 1:
                 continue
             given = [PROMPTS.take(width, start=start + 7 * r) for r in range(count)]

@@ -21,9 +21,7 @@ FROM_ONE_TOKEN = {"prefill", "last logits", "step widths", "whole context", "dec
 
 def planned(rows: int = 3, capacity: int = 512, **changes: Any) -> Plan:
     sizes = {"budget": "quick", "seed": 0, "max_step_tokens": 512, "streamed": False} | changes
-    return make_plan(
-        mini_config(), rows=rows, capacity=capacity, max_positions=capacity, **sizes
-    )
+    return make_plan(mini_config(), rows=rows, capacity=capacity, max_positions=capacity, **sizes)
 
 
 def observe(scenario: Scenario, plan: Plan, *, logits: int = 512, **keywords: Any) -> Observation:
@@ -108,9 +106,7 @@ def test_a_scenario_repeats_itself_to_the_last_token(plan: Plan, scenario: Scena
 def test_every_scenario_of_a_usual_target_runs(scenario: Scenario) -> None:
     """Rope scaled from 200 positions, 40 special ids; the long text may not be the whole context."""
     plan = planned()
-    observation = observe(
-        scenario, plan, original_context=200, special_ids=tuple(range(5, 45))
-    )
+    observation = observe(scenario, plan, original_context=200, special_ids=tuple(range(5, 45)))
     assert observation.texts
 
 
@@ -159,5 +155,5 @@ def test_greedy_feeds_transformers_tokens_and_judges_each_next_one() -> None:
     plan = planned()
     (scenario,) = [s for s in SCENARIOS if s.greedy]
     (text,) = observe(scenario, plan).texts
-    assert list(text.tokens[12:]) == PROMPTS.take(32, start=500)[:-1]
-    assert text.positions == tuple(range(11, 12 + 31))
+    assert list(text.tokens[12:]) == PROMPTS.take(plan.greedy, start=500)[:-1]
+    assert text.positions == tuple(range(11, 11 + plan.greedy))

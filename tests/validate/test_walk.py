@@ -89,7 +89,7 @@ def test_a_walk_stays_within_rows_and_slots_and_what_it_may_cost(plan: Plan) -> 
 
 
 @given(plans(most=100), st.randoms(use_true_random=False))
-@settings(max_examples=80)
+@settings(max_examples=40)
 def test_any_part_of_a_walk_is_a_walk(plan: Plan, random: Any) -> None:
     operations = [o for o in drawn(plan) if random.random() < 0.6]
     try:
@@ -148,7 +148,7 @@ def wrong(plan: Plan, operations: Sequence[Operation], slot: int) -> bool:
 
 
 @given(plans(most=100), st.integers(0, 30))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_a_failing_walk_shrinks_to_a_short_one_that_fails(plan: Plan, slot: int) -> None:
     operations = drawn(plan)
     assume(wrong(plan, operations, slot))
@@ -209,7 +209,7 @@ class Calls:
 
 
 @given(plans(most=60).filter(lambda plan: plan.capacity > 3))
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_a_script_is_python_that_does_the_same(plan: Plan) -> None:
     operations = drawn(plan)
     text = script(operations, plan.rows, plan.capacity)

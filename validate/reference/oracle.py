@@ -43,6 +43,8 @@ from qwenport.validate.reference.whole import WholeModel
 from qwenport.validate.target import Target
 from qwenport.validate.text import Choices, Text
 
+ROWS_AT_ONCE = 8192  # of the vocabulary's matrix
+
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
@@ -187,9 +189,10 @@ class Reference:
         return self._greedy[key]
 
     def own_rounding(self, tokens: Sequence[int], pieces: int = 16) -> float:
-        """How far transformers' fp32 logits differ by rounding alone: through its cache in pieces, and in one piece.
+        """How far transformers' fp32 logits are off by rounding alone: the larger of two distances.
 
-        The weights are read once.
+        One is between its logits through its cache in pieces and in one piece. The other is between those in one piece
+        and what it computes in fp64: where a few channels dwarf the rest, sums lose what the first does not show.
 
         Args:
             pieces: the number of pieces, all equally long but for the last; fewer if there are fewer tokens. Pieces
@@ -209,6 +212,7 @@ class Reference:
             )
         sizes = (len(tokens), -(-len(tokens) // pieces))
         states = [self._model.embed(tokens, "fp32")] * 2
+        exact = self._model.embed(tokens, "fp64")
         tick = self._counter("own rounding", 1)
         for index in range(self.num_layers):
             with self.opened_layer(index, "fp32") as layer:
@@ -216,14 +220,21 @@ class Reference:
                     layer.run_tensor(state, 0, "eager", size)
                     for state, size in zip(states, sizes, strict=True)
                 ]
+            with self.opened_layer(index, "fp64") as layer:
+                exact = layer.run_tensor(exact, 0, "eager", len(tokens))
             tick()
-        wanted = [state[None, list(text.positions)] for state in states]
+        wanted = [state[None, list(text.positions)] for state in (*states, exact)]
         with self._model.final_norm("fp32") as norm, torch.inference_mode():
-            wanted = [norm(rows) for rows in wanted]
+            wanted[:2] = [norm(rows) for rows in wanted[:2]]
+        with self._model.final_norm("fp64") as norm, torch.inference_mode():
+            right = norm(wanted[2])
         with self._model.head("fp32") as head, torch.inference_mode():
-            whole, cached = (as_float32(head(rows)) for rows in wanted)
-        difference, size = np.linalg.norm(cached - whole), np.linalg.norm(whole)
-        return float(difference / size) if difference else 0.0
+            whole, cached = (head(rows)[0] for rows in wanted[:2])
+            # a large vocabulary in fp64 would be gigabytes: some of its rows at a time
+            parts = [right[0] @ rows.double().T for rows in head.weight.split(ROWS_AT_ONCE)]
+        size = torch.linalg.norm(whole.double())
+        differences = (cached - whole).double(), whole.double() - torch.cat(parts, dim=1)
+        return max(float(torch.linalg.norm(d) / size) if d.any() else 0.0 for d in differences)
 
     def first_nonfinite(self, text: Text, dtype: str, attention: str = "eager") -> int | str | None:
         """Where an infinity or NaN first appears when transformers runs the text in `dtype`.

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
+import numpy as np
 import torch
 
 from qwenport.validate.errors import ValidationError
@@ -103,8 +104,11 @@ class StoredWeights:
         """The rows `indices` of a matrix, [len(indices), columns]; no other row is read."""
         with opened(self._files[name]) as content:
             table = content.get_slice(name)
-            stored = {index: table[index : index + 1] for index in sorted(set(indices))}
-            found = torch.cat([stored[index] for index in indices])
+            wanted = np.unique(np.asarray(indices, dtype=np.int64))
+            # a run of neighbours is one read
+            runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
+            stored = torch.cat([table[int(run[0]) : int(run[-1]) + 1] for run in runs])
+            found = stored[torch.from_numpy(np.searchsorted(wanted, indices))]
         return self._rounded(found).to(dtype, copy=True)
 
     def _parts(self, name: str, parameter: torch.Tensor) -> list[tuple[str, Index]]:
