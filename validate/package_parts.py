@@ -13,7 +13,8 @@ from qwenport.engines import start_onnxruntime
 from qwenport.engines.lowering import for_onnxruntime
 from qwenport.engines.memory import untouched_zeros
 from qwenport.exporter import Package
-from qwenport.validate.failures import reported
+from qwenport.validate.errors import ValidationError
+from qwenport.validate.failures import cut, reported
 from qwenport.validate.run import CandidateError
 from qwenport.validate.sites import LOGITS, hidden_states
 from qwenport.validate.streaming import Feeds, Geometry, Run
@@ -30,10 +31,15 @@ class PackageParts:
         Args:
             package: the whole.
             layers: how many decoder layers to run before the final norm.
+
+        Raises:
+            ValidationError: a node is given a value that nothing makes.
         """
         self.num_layers = layers
         self._package = package
-        self._model = for_onnxruntime(ir.load(package.model), on_cpu=True)
+        model = ir.load(package.model)
+        _check_values(model, package)
+        self._model = for_onnxruntime(model, on_cpu=True)
         self._inputs = [str(value.name) for value in self._model.graph.inputs]
         self._hidden = hidden_states(package.config.num_hidden_layers)
 
@@ -152,3 +158,19 @@ class _Session:
 
 def _known(session: Any, values: dict[str, Any] | Feeds) -> dict[str, Any]:
     return {value.name: values[value.name] for value in session.get_inputs()}
+
+
+def _check_values(model: ir.Model, package: Package) -> None:
+    """Refuse a graph that no runtime loads, as the whole package would be; cut in pieces it would look like a fault.
+
+    Raises:
+        ValidationError: a node is given a value that nothing makes.
+    """
+    known = {*model.graph.inputs, *model.graph.initializers.values()}
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and value.producer() is None and value not in known:
+                raise ValidationError(
+                    f"{cut(package.path)} does not load: nothing makes the value {cut(value.name)}, "
+                    f"which node {cut(node.name)} is given"
+                )

@@ -33,8 +33,8 @@ def down_projection_in_16_pieces(model: ir.Model) -> None:
     _in_pieces(model, node(model, "model.layers.2.mlp.down_proj.MatMul"), 16)
 
 
-def head_in_8_pieces(model: ir.Model) -> None:
-    _in_pieces(model, node(model, "model.lm_head.MatMul"), 8)
+def head_in_16_pieces(model: ir.Model) -> None:
+    _in_pieces(model, node(model, "model.lm_head.MatMul"), 16)
 
 
 def every_product_of_a_layer_in_4_pieces(model: ir.Model) -> None:
@@ -215,13 +215,15 @@ def _rotate(model: ir.Model, look_up: Callable[[Facts, ir.Value, ir.Value], ir.V
 
 
 def residual_stream_scaled_and_back(model: ir.Model) -> None:
-    """What one layer is given is multiplied by 3 and by 7, and divided by 3 and by 7."""
+    """What one layer is given is multiplied by 3, 5, 7 and 11, and divided by them again."""
     stream = hidden(model, 3)
     facts = Facts(model, following(model, stream))
     assert stream.dtype is not None
-    three, seven = (real(model, n, stream.dtype) for n in (3.0, 7.0))
-    scaled = facts.op("Mul", facts.op("Mul", stream, three), seven)
-    take_place(facts, stream, facts.op("Div", facts.op("Div", scaled, three), seven))
+    scaled = stream
+    for kind in ("Mul", "Div"):
+        for number in (3.0, 5.0, 7.0, 11.0):
+            scaled = facts.op(kind, scaled, real(model, number, stream.dtype))
+    take_place(facts, stream, scaled)
 
 
 def hidden_states_of_6_bits(model: ir.Model) -> None:
@@ -352,7 +354,7 @@ def _rope(layer: int, which: str) -> Callable[[ir.Model], Between]:
 ROUNDED: dict[Callable[[ir.Model], None], Callable[[ir.Model], Between]] = {
     query_projection_in_8_pieces: _product("layers.1.self_attn.q_proj"),
     down_projection_in_16_pieces: _product("layers.2.mlp.down_proj"),
-    head_in_8_pieces: _product("lm_head"),
+    head_in_16_pieces: _product("lm_head"),
     every_product_of_a_layer_in_4_pieces: _product("layers.3.mlp.up_proj"),
     router_product_in_8_pieces: _router_product,
     softmax_in_bf16: _attention(1),

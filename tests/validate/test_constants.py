@@ -12,7 +12,7 @@ import pytest
 from qwenport.exporter import Package, export
 from qwenport.validate.network import constants
 from qwenport.validate.network.constants import check_constants
-from qwenport.validate.network.parse import ParsedNetwork, parse_package
+from qwenport.validate.network.parse import ParsedNetwork, parse_package, with_exact_tables
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 Parsed = tuple[Package, ParsedNetwork]
@@ -22,7 +22,8 @@ Parsed = tuple[Package, ParsedNetwork]
 def parsed_of(tmp_path: Path) -> Callable[..., Parsed]:
     def parsed(name: str = "tiny-qwen2.5", *, exact: bool = False, **options: Any) -> Parsed:
         package = export(EXAMPLES / name, tmp_path / "package", **options)
-        return package, parse_package(package, 64, exact=exact)
+        made = parse_package(package, 64)
+        return package, with_exact_tables(made, package) if exact else made
 
     return parsed
 

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from defects.catalogue import DEFECTS, ROUNDING, RUN_DEPENDENT, Defect
+from defects.catalogue import AS_TRANSFORMERS, DEFECTS, ROUNDING, RUN_DEPENDENT, Defect
 from defects.defect import EXACT_NETWORK, NETWORK, PACKAGE
 from defects.rounding import ROUNDED
 from defects.runs import USUAL, Run, prefill, run
@@ -207,7 +207,7 @@ def test_the_parsed_network_has_the_same_defect(
 TEXT = run(prefill(60, all_logits=True))
 
 
-@pytest.mark.parametrize("defect", cases(ROUNDING, FAST_ROUNDING, NETWORK))
+@pytest.mark.parametrize("defect", cases((*ROUNDING, *AS_TRANSFORMERS), FAST_ROUNDING, NETWORK))
 def test_rounding_shows_in_declared_types_only(
     defect: Defect, healthy: Healthy, faulty: Healthy, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -235,7 +236,7 @@ def _through_the_cache(model: Any, tokens: list[int], size: int) -> Any:
 @pytest.mark.parametrize(
     ("length", "pieces", "size"), [(23, 4, 6), (40, 2, 20), (40, 16, 3), (5, 9, 1)]
 )
-def test_own_rounding_is_what_transformers_cache_makes_of_it(
+def test_own_rounding_is_the_larger_of_what_its_cache_and_what_fp64_make_of_it(
     name: str, length: int, pieces: int, size: int, pair_of: Callable[[str], Pair]
 ) -> None:
     pair = pair_of(name)
@@ -247,15 +248,17 @@ def test_own_rounding_is_what_transformers_cache_makes_of_it(
         experts_implementation="eager",
     ).eval()
     whole, cached = (_through_the_cache(plain, tokens, n)[length // 2 :] for n in (length, size))
-    expected = rel_l2(cached, whole)
+    exact = copy.deepcopy(plain).double()
+    right = _through_the_cache(exact, tokens, length)[length // 2 :]
+    expected = max(rel_l2(cached, whole), rel_l2(whole, right))
     found = pair.whole.own_rounding(tokens, pieces)
     assert found == pytest.approx(expected, rel=0.5, abs=2e-8)
     assert found < 1e-5
-    assert size > 8 or found > 1e-8
+    assert found > 1e-8
     assert pair.streamed.own_rounding(tokens, pieces) == found
 
 
-def test_own_rounding_reads_all_weights_once(
+def test_own_rounding_reads_all_weights_once_in_each_dtype(
     pair_of: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = pair_of("qwen2_moe fp32")
@@ -269,7 +272,8 @@ def test_own_rounding_reads_all_weights_once(
     monkeypatch.setattr(StoredWeights, "loaded", watched)
     pair.streamed.own_rounding(range(20))
     assert loaded == [
-        *(f"model.layers.{index}." for index in range(3)),
+        *(f"model.layers.{index}." for index in (0, 0, 1, 1, 2, 2)),
+        "model.norm.",
         "model.norm.",
         "lm_head.",
     ]
@@ -277,7 +281,7 @@ def test_own_rounding_reads_all_weights_once(
 
 def test_own_rounding_needs_pieces_and_tokens(pair_of: Callable[[str], Pair]) -> None:
     for reference in pair_of("llama fp32").both():
-        assert reference.own_rounding([5]) == 0.0  # one token has no pieces
+        assert reference.own_rounding([5]) < 1e-6  # one token has no pieces
         with pytest.raises(ValidationError, match="pieces"):
             reference.own_rounding([1, 2, 3], 1)
         with pytest.raises(ValidationError, match="text"):
