@@ -125,12 +125,17 @@ class _Errors:
         """The target's result, and what it should be."""
         self.nonfinite += self._add(0, right, made)
 
-    def add_own(self, right: Array, *results: Array) -> None:
-        """Transformers' own results, by one or two implementations, and what they should be."""
-        for index, result in enumerate(results, start=1):
-            self._add(index, right, result)
+    def add_own(self, right: Array, *results: Array, bias: Array | None = None) -> None:
+        """Transformers' own results, by one or two implementations, and what they should be.
 
-    def _add(self, index: int, right: Array, made: Array) -> int:
+        Args:
+            bias: of a linear. Transformers adds it before it rounds. A network rounds the product first, which is right
+                too, so its error is added to transformers' own.
+        """
+        for index, result in enumerate(results, start=1):
+            self._add(index, right, result, bias)
+
+    def _add(self, index: int, right: Array, made: Array, bias: Array | None = None) -> int:
         """Note errors by position; returns how many positions are not finite and should be."""
         r = np.asarray(right, dtype=np.float32).reshape(len(right), -1)
         m = np.asarray(made, dtype=np.float32).reshape(len(r), -1)
@@ -143,8 +148,11 @@ class _Errors:
         if not use.all():
             r, m = r[use], m[use]
         difference = m - r
-        self.relative[index].append(np.sqrt(_products(difference, difference) / size[use]))
-        self.systematic[index].append(np.abs(_products(difference, r)) / size[use])
+        twice: Float64 | float = 1.0
+        if bias is not None:
+            twice = np.sqrt(1 + _products(r - bias, r - bias) / size[use])
+        self.relative[index].append(twice * np.sqrt(_products(difference, difference) / size[use]))
+        self.systematic[index].append(twice * np.abs(_products(difference, r)) / size[use])
         return int((np.isfinite(size) & ~finite).sum())
 
     def result(self, layer: int | None, operator: str, unit: float) -> RoundingError:
@@ -315,6 +323,7 @@ def _judge_layer(
             else:
                 following.append(_alone(layer, entry, experts[number]))
     with reference.opened_layer(index, TRUTH) as layer:
+        biases = {name: _bias(layer.module, name) for name in errors}
         for number, entry in enumerate(entries):
             # transformers' own results on its own inputs, the target's on its own: both rounded, hardly apart
             right = _arrays(probed(layer, number, own[number], TRUTH).expected)
@@ -322,7 +331,7 @@ def _judge_layer(
             expected = _arrays(probed(layer, number, given[number], TRUTH).expected)
             for name, found in errors.items():
                 found.add(expected[name], given[number][name])
-                found.add_own(right[name], *theirs[name])
+                found.add_own(right[name], *theirs[name], bias=biases[name])
             truth = _alone(layer, entry, experts[number])
             whole.add(truth, ends[number])
             whole.add_own(truth, following[number])
@@ -330,6 +339,15 @@ def _judge_layer(
         yield found.result(index, name, unit)
     yield whole.result(index, WHOLE_LAYER, unit)
     return following
+
+
+def _bias(module: Any, name: str) -> Array | None:
+    """The bias of the linear of that name in a decoder layer; None where the name is of something else."""
+    try:
+        bias = module.get_submodule(name).bias
+    except AttributeError:
+        return None
+    return None if bias is None else bias.float().numpy()
 
 
 def _given(values: Mapping[str, Array], name: str) -> tuple[Array, ...]:

@@ -59,10 +59,10 @@ HALF_Z = 4.5  # of the interval of that share: by the exact binomial law 99.9% w
 # Of an operator's or a layer's result, given the same input, against transformers in fp32: the median and the 95th
 # percentile over positions of (a) the relative error and (b) its systematic part, |<made, right> / <right, right> - 1|,
 # in units of transformers' own, the larger of its two attentions. The lower end of the interval must not pass it.
-# Right operators were found at up to 1.45 in (a): a bias that is added after the product is rounded makes two roundings
-# where transformers has one. A product of eight partial sums in bf16 has 2.3, a norm with its mean square in bf16 has
-# 10 in (b). The intervals are those of order statistics, which need no assumption on the distribution.
-ROUNDING_TIMES_OWN = 2.0
+# Right operators were found at up to 1.2 in (a): SiLU in two operators has three roundings where transformers has two.
+# A product of eight partial sums in bf16 has 2.3, a norm with its mean square in bf16 has 10 in (b). The intervals are
+# those of order statistics, which need no assumption on the distribution.
+ROUNDING_TIMES_OWN = 1.6
 ROUNDING_SYSTEMATIC_TIMES_OWN = 3.0
 ROUNDING_Z = 4.4  # 1 in 100,000: a large model is judged at 10,000 places
 ROUNDING_QUANTILES = (0.5, 0.95)
