@@ -331,7 +331,9 @@ def explain(
     if failed:
         investigation.explain(failed)
     if investigation.fault is None and (LAYERS in names or OPERATORS in names):
-        investigation.fault = _rounding_fault(errors)
+        rounding_rows = [r for r in results if r.name in (LAYERS, OPERATORS) and r.checks]
+        notes = [row.checks[0].where for row in rounding_rows]
+        investigation.fault = _rounding_fault(errors, next(filter(None, notes), None))
     rest = {result.name: result for result in results}
     for name in (ROPE_TABLES, EMBEDDING):
         if investigation.fault is None and name in names:
@@ -353,7 +355,7 @@ def explain(
         )
 
 
-def _rounding_fault(errors: Sequence[RoundingError]) -> Fault | None:
+def _rounding_fault(errors: Sequence[RoundingError], note: str | None) -> Fault | None:
     from qwenport.validate.rounding import worst
 
     inside = [error for error in errors if error.operator != WHOLE_LAYER and error.excess > 1]
@@ -362,7 +364,7 @@ def _rounding_fault(errors: Sequence[RoundingError]) -> Fault | None:
         return None
     spread = bad.relative[0] if bad.relative else None
     made, own = (float("nan"),) * 2 if spread is None else (spread.made, spread.own)
-    text = f"The rounding is worse than transformers' own at {bad}."
+    text = f"The error starts at {note}." if note else f"The rounding starts to be worse at {bad}."
     return Fault(OPERATORS, bad.layer, bad.operator, float("nan"), made, made, own, text)
 
 
