@@ -208,12 +208,17 @@ def prepare(directory: Path) -> None:
     Raises:
         ValidationError: it is no directory, or nothing can be written there.
     """
+    if directory.exists() and not directory.is_dir():
+        raise ValidationError(f"--report {directory}: not a directory")
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name in (JSON_NAME, HTML_NAME):
             (directory / name).unlink(missing_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory):
             pass
+        for path in made:  # an empty directory is no report: it is made when there is one
+            path.rmdir()
     except OSError as error:
         raise ValidationError(f"--report {directory}: {error.strerror or error}") from error
 

@@ -125,7 +125,8 @@ def test_ratios_are_drawn_by_layer_with_their_bound() -> None:
         assert plot.svg.count('class="mark first"') == plot.svg.count('class="mark second"') == 25
         assert plot.svg.count("whisker") == 50
         assert ">end</text>" in plot.svg
-    assert "it may be 2 at most" in relative.words and "it may be 3 at most" in systematic.words
+    for plot, bound in ((relative, BOUNDS["relative"]), (systematic, BOUNDS["systematic"])):
+        assert f"it may be {bound:g} at most" in plot.words
     assert plots(extremes()["operators only"]["rounding"]) == []
 
 
