@@ -15,7 +15,7 @@ from qwenport.exporter import ModelConfig
 from qwenport.validate import localisation
 from qwenport.validate.budget import Plan
 from qwenport.validate.candidate import Candidate, Refused
-from qwenport.validate.localisation import Fault, OperatorError
+from qwenport.validate.localisation import WHOLE_LAYER, Fault, OperatorError
 from qwenport.validate.oracle import Oracle
 from qwenport.validate.prompts import Prompts
 from qwenport.validate.report import RouterBand
@@ -240,7 +240,7 @@ class Investigation:
         for text, seen in zip(observation.texts, observation.seen, strict=True):
             for index, name in enumerate(hidden_states(self._reference.num_layers)):
                 if not np.isfinite(seen[name]).all():
-                    where = "the embedding" if index == 0 else f"layer {index - 1}"
+                    where = "embed_tokens" if index == 0 else f"layer {index - 1}, {WHOLE_LAYER}"
                     theirs = self.theirs(text, self._dtype)
                     self.fault = localisation.fault_nonfinite(
                         scenario.name, None if index == 0 else index - 1, where, theirs

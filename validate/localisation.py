@@ -295,7 +295,7 @@ def fault_nonfinite(scenario: str, layer: int | None, where: str, theirs: str) -
         theirs: whether transformers' own run has one too, as a sentence.
     """
     nan = float("nan")
-    text = f"NaN or infinity first appears in what {where} computes; {theirs}"
+    text = f"NaN or infinity first appears in the result of {where}; {theirs}"
     operator = "embed_tokens" if layer is None else WHOLE_LAYER
     return Fault(scenario, layer, operator, nan, nan, nan, nan, text)
 
