@@ -27,10 +27,11 @@ from qwenport.validate.localisation import WHOLE_LAYER, observed_sites, values_b
 from qwenport.validate.pieces import as_array
 from qwenport.validate.probe import Probe, run_layer
 from qwenport.validate.reference import Choices, OpenLayer, Reference
-from qwenport.validate.sites import router_choices, sites
+from qwenport.validate.sites import ATTENTION, router_choices, sites
 from qwenport.validate.streaming import Feeds, Progress, Rehearsal
 from qwenport.validate.thresholds import (
     HALF_ROUTER_MARGIN,
+    ROUNDING_ATTENTION_TIMES_OWN,
     ROUNDING_LEAST,
     ROUNDING_QUANTILES,
     ROUNDING_SYSTEMATIC_TIMES_OWN,
@@ -84,12 +85,17 @@ class RoundingError:
     systematic: tuple[Spread, ...]
 
     @property
+    def bound(self) -> float:
+        """On the relative error, in units of transformers' own."""
+        return ROUNDING_ATTENTION_TIMES_OWN if self.operator == ATTENTION else ROUNDING_TIMES_OWN
+
+    @property
     def excess(self) -> float:
         """The lower end of the worst ratio in units of its bound; above 1 it is too much."""
         if self.nonfinite:
             return math.inf
         return max(
-            [s.least / ROUNDING_TIMES_OWN for s in self.relative]
+            [s.least / self.bound for s in self.relative]
             + [s.least / ROUNDING_SYSTEMATIC_TIMES_OWN for s in self.systematic],
             default=0.0,
         )
@@ -101,7 +107,7 @@ class RoundingError:
             return f"{where}: NaN or infinity at {self.nonfinite} of {self.positions} positions"
         if not self.relative:
             return f"{where}: zero everywhere"
-        kinds = [("relative", s, s.least / ROUNDING_TIMES_OWN) for s in self.relative]
+        kinds = [("relative", s, s.least / self.bound) for s in self.relative]
         kinds += [
             ("systematic", s, s.least / ROUNDING_SYSTEMATIC_TIMES_OWN) for s in self.systematic
         ]
