@@ -43,7 +43,7 @@ FP32_TOP1 = 1.0
 # transformers' own input, over at least 512 positions (`rounding`). From end to end two right programs may differ much:
 # transformers' own sdpa was found at 0.25 to 1.34 times the error of its own eager attention. So the yardstick is the
 # larger error of the two, and logits are judged by a bound that each of them keeps against the other: the lower end of
-# the interval of the ratio must not pass it. What is really wrong lies at 10 and above.
+# the interval of the ratio must not pass it.
 HALF_CONFIDENCE = 0.999
 HALF_TIMES_OWN = 2.0
 # KL grows with the square of the error. Below 2e-4 it is better than 8-bit weights are (llama.cpp: 2.4e-4 on an 8B).
@@ -60,8 +60,7 @@ HALF_Z = 4.5  # of the interval of that share: by the exact binomial law 99.9% w
 # percentile over positions of (a) the relative error and (b) its systematic part, |<made, right> / <right, right> - 1|,
 # in units of transformers' own, the larger of its two attentions. The lower end of the interval must not pass it.
 # Right operators were found at up to 1.2 in (a): SiLU in two operators has three roundings where transformers has two.
-# A product of eight partial sums in bf16 has 2.3, a norm with its mean square in bf16 has 10 in (b). The intervals are
-# those of order statistics, which need no assumption on the distribution.
+# The intervals are those of order statistics, which need no assumption on the distribution.
 ROUNDING_TIMES_OWN = 1.6
 # TensorRT's parser multiplies queries and keys by the root of the scale each, and both products are rounded, before
 # attention: 1.9 times transformers' own was found there on SmolLM2, with a lower end of 1.81.

@@ -123,7 +123,7 @@ def test_no_text_of_a_report_becomes_markup(text: str) -> None:
 
 @pytest.mark.parametrize(("name", "report"), extremes().items(), ids=list(extremes()))
 def test_extremes_are_drawn(name: str, report: dict[str, Any]) -> None:
-    opened(report)
+    assert str(report["target"]) in opened(report).text
 
 
 def test_values_that_are_not_finite_are_said_in_words() -> None:
