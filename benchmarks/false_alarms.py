@@ -5,8 +5,8 @@
 
 The model (benchmarks/smollm2.py) has the outlier activations of a trained model, which random weights have not. Its
 package in bf16, as published, and in fp16 is judged in two forms, run by onnxruntime and as the network that
-TensorRT's parser makes of it, each time with another prompt file: a slice of a page of docs/. Every verdict that parity
-does not hold is a false alarm. With --quick the bundled checkpoint stands in for it, in bf16 with one prompt.
+TensorRT's parser makes of it, each time with another prompt file: a slice of a page of docs/. The package, which runs
+in fp32, is judged with two of them. Every verdict that parity does not hold is a false alarm. With --quick the bundled checkpoint stands in for it, in bf16 with one prompt.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from smollm2 import make_checkpoint
 FORMS = {"package": (), "network": ("--as", "tensorrt-network")}
 DTYPES = ("bf16", "fp16")
 PROMPTS = 10
+PROMPTS_OF_PACKAGE = 2  # run in fp32: what differs from prompt to prompt is rounding, which only the network has
 CHARACTERS = 6000  # of a prompt file, about 1,500 tokens
 MAX_SEQ_LEN = "2048"
 TINY = ROOT / "examples" / "tiny-qwen2.5"
@@ -222,6 +223,8 @@ def main(quick: bool, count: int, work: Path, output: Path | None) -> None:
     report = Report("false_alarms", quick, settings)
     for number, prompts in enumerate(write_prompts(folder / "prompts", count)):
         for entrant in entrants:
+            if entrant.form == "package" and number >= PROMPTS_OF_PACKAGE:
+                continue
             report.add_run(entrant.name, **run(entrant, number, prompts, budget, work))
     shutil.rmtree(folder, ignore_errors=True)
     summary = [summarise(report, entrant) for entrant in entrants]

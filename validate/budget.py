@@ -40,7 +40,7 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget(256, 1024, 1e10, (32, 240), 512, 0.5),
-    "standard": Budget(1024, 8192, 2e10, (96, 720), 512, 0.5),
+    "standard": Budget(1024, 8192, 1.4e10, (96, 720), 512, 0.5),
     "thorough": Budget(4096, 1 << 20, 1e11, (320, 2400), 2048, 4.0),
 }
 DEFAULT = "standard"

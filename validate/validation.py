@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from qwenport.validate.reference import Reference
     from qwenport.validate.rounding import RoundingError
 
+OWN_ROUNDING = 64  # tokens on which transformers' own rounding in fp32 is measured
+
 
 @dataclass(frozen=True)
 class Options:
@@ -161,7 +163,7 @@ class Validation:
         rows.leave_out(counter, self.target, self.layers, self.streamed)
         self._oracle = oracle = Oracle(
             self._load_reference() if reference is None else reference,
-            self.prompts.take(min(128, plan.context)),
+            self.prompts.take(min(OWN_ROUNDING, plan.context)),
         )
         self._judge = Judge(oracle, self.target.compute_dtype, self.options.thresholds)
         bench = self._bench(candidate, plan, oracle)

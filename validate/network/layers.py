@@ -209,6 +209,8 @@ def _matrix_multiply(context: Context, layer: Any) -> Compute:
             x.transpose(-1, -2) if side == "TRANSPOSE" else x
             for x, side in zip((a, b), sides, strict=True)
         )
+        if b.ndim == a.ndim == 3 and len(b) == 1:
+            b = b[0]  # one matrix for all rows: torch then makes one product of them
         return a @ b
 
     return compute

@@ -188,7 +188,7 @@ class Reference:
             self._greedy[key] = new, as_float32(logits)
         return self._greedy[key]
 
-    def own_rounding(self, tokens: Sequence[int], pieces: int = 16) -> float:
+    def own_rounding(self, tokens: Sequence[int], pieces: int = 8) -> float:
         """How far transformers' fp32 logits are off by rounding alone: the larger of two distances.
 
         One is between its logits through its cache in pieces and in one piece. The other is between those in one piece
