@@ -1,7 +1,7 @@
 """The command line: a group whose commands are imported only when one is invoked.
 
 Exit codes: 0 done, 1 parity does not hold and nothing else, 2 an error the user can act on, in one line,
-70 a bug of ours, 130 interrupted, 141 the reader of our output went away, 143 terminated.
+70 a bug of this program, 130 interrupted, 141 the reader of our output went away, 143 terminated.
 """
 
 from __future__ import annotations

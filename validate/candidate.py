@@ -53,7 +53,7 @@ class Candidate:
             progress: called with (what, done, total) while a streamed target runs.
 
         Raises:
-            Refused: TensorRT's parser refuses the model, or makes a layer of it that nobody knows.
+            Refused: TensorRT's parser refuses the model, or makes a layer of it that is not known here.
             ValidationError: model.onnx cannot be read.
             MissingExtraError: what is needed is not installed.
         """

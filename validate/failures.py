@@ -1,6 +1,6 @@
 """What other libraries raise, as one line for the user.
 
-A checkpoint that transformers, torch, safetensors or tokenizers refuse is a senseless question, not a bug of ours:
+A checkpoint that transformers, torch, safetensors or tokenizers refuse is a senseless question, not a bug of this program:
 whatever they raise becomes a ValidationError that says which file it was about.
 """
 

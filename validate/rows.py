@@ -24,7 +24,7 @@ from qwenport.validate.router_check import compare_routing
 from qwenport.validate.run import CandidateError, NotApplicable, Observation, Run
 from qwenport.validate.scenarios import SCENARIOS, Scenario
 from qwenport.validate.sites import router_choices
-from qwenport.validate.streaming import Progress
+from qwenport.validate.streaming import Progress, Rehearsal
 from qwenport.validate.target import NETWORK, PACKAGE, Target
 from qwenport.validate.walk import Operation, draw_walk, perform, script, shrink
 
@@ -368,19 +368,20 @@ def _rounding_fault(errors: Sequence[RoundingError], note: str | None) -> Fault 
     return Fault(OPERATORS, bad.layer, bad.operator, float("nan"), made, made, own, text)
 
 
-def shortest_walk(bench: Bench, judge: Judge) -> str | None:
-    """What the random walk found, as a Python program of as few operations as still show it."""
+def replay_of_walk(bench: Bench, judge: Judge, streamed: bool) -> str | None:
+    """What the random walk found, as a Python program of as few operations as still show it.
+
+    A streamed one is given whole: every try would read all weights.
+    """
     walk = next(s for s in SCENARIOS if s.name == "random walk")
     rows, capacity = bench.max_batch, bench.plan.capacity
-    (session,) = bench.candidate.open([(rows, capacity, lambda session: None)])
-    operations = draw_walk(bench.plan, bench.prompts, session)
+    rehearsal = Rehearsal(bench.candidate.geometry(rows, capacity))
+    operations = draw_walk(bench.plan, bench.prompts, rehearsal)
 
     def fails(candidate: Sequence[Operation]) -> bool:
         run = bench.make_run(session)
         try:
-            run.start()
-            for operation in candidate:
-                perform(run, operation)
+            perform(run, candidate)
             observation = run.observation()
         except NotApplicable:
             return False
@@ -388,9 +389,14 @@ def shortest_walk(bench: Bench, judge: Judge) -> str | None:
             return True
         return judge.judge(walk, observation).status == "failed"
 
-    if not fails(operations):
-        return None  # it needed what the scenarios before it left in the cache
-    return script(shrink(operations, fails), rows, capacity)
+    if not streamed:
+        (session,) = bench.candidate.open([(rows, capacity, lambda session: None)])
+        if not fails(operations):
+            return None  # it needed what the scenarios before it left in the cache
+        operations = shrink(operations, fails)
+    return script(
+        perform(bench.make_run(rehearsal, keep=False), operations), rows, capacity
+    )
 
 
 def _row(name: str, summary: str, checks: Sequence[Check], started: float) -> ScenarioResult:

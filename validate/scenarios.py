@@ -302,9 +302,7 @@ def token_ids(run: Run) -> None:
 
 def random_walk(run: Run) -> None:
     """Operations that a program could perform, drawn at random (`--seed`)."""
-    run.start()
-    for operation in draw_walk(run.plan, run.prompts, run.session):
-        perform(run, operation)
+    perform(run, draw_walk(run.plan, run.prompts, run.session))
 
 
 def greedy_prompt(plan: Plan) -> tuple[int, int]:

@@ -256,10 +256,9 @@ class Validation:
             return
         self._progress("looking for where the error starts", 0, 1)
         rows.explain(self._investigation, self._runner.failed, self.results, self.rounding)
-        walked = any(scenario.name == "random walk" for scenario, _ in self._runner.failed)
-        if walked and not self.streamed:
+        if any(scenario.name == "random walk" for scenario, _ in self._runner.failed):
             assert self._judge is not None
-            self.script = rows.shortest_walk(bench, self._judge)
+            self.script = rows.replay_of_walk(bench, self._judge, self.streamed)
 
     def _names_of(self, status: str) -> list[str]:
         return [result.name for result in self.results if result.status == status]

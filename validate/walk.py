@@ -8,7 +8,7 @@ how a failing one is shrunk to a script of a few lines.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -136,25 +136,35 @@ class _Walk:
         return Operation("truncate", row=row, length=length)
 
 
-def perform(run: Run, operation: Operation) -> None:
-    """Perform one operation, cut to what fits."""
+def perform(run: Run, operations: Sequence[Operation]) -> list[Operation]:
+    """A walk from an empty session; returns what was performed."""
+    run.start()
+    return [done for operation in operations if (done := _perform(run, operation)) is not None]
+
+
+def _perform(run: Run, operation: Operation) -> Operation | None:
+    """Perform one operation, cut to what fits; returns what was performed, None if nothing was left."""
     if operation.kind == "reset":
         run.start()
-    elif operation.kind == "truncate":
-        run.truncate(min(operation.length, run.length(operation.row)), operation.row)
-    elif operation.kind == "decode":
-        tokens = [
-            row[0] if row and 0 < run.length(index) < run.capacity else None
+        return operation
+    if operation.kind == "truncate":
+        length = min(operation.length, run.length(operation.row))
+        run.truncate(length, operation.row)
+        return replace(operation, length=length)
+    if operation.kind == "decode":
+        rows = tuple(
+            row if row and 0 < run.length(index) < run.capacity else ()
             for index, row in enumerate(operation.rows)
-        ]
-        if any(token is not None for token in tokens):
-            run.decode(tokens)
+        )
+        if any(rows):
+            run.decode([row[0] if row else None for row in rows])
     else:
-        rows = [
-            list(row[: run.capacity - run.length(index)])
-            for index, row in enumerate(operation.rows)
-        ]
-        run.prefill(rows, all_logits=operation.all_logits)
+        rows = tuple(
+            row[: run.capacity - run.length(index)] for index, row in enumerate(operation.rows)
+        )
+        if any(rows):
+            run.prefill([list(row) for row in rows], all_logits=operation.all_logits)
+    return replace(operation, rows=rows) if any(rows) else None
 
 
 def shrink(
@@ -204,7 +214,7 @@ def _cut(operation: Operation) -> Operation | None:
 
 
 def script(operations: Sequence[Operation], rows: int, capacity: int) -> str:
-    """The walk as a Python program that anyone can run, but for the path."""
+    """A walk that fits, as a Python program that anyone can run, but for the path."""
     lines = [
         "from pathlib import Path",
         "from qwenport.engines import open_session",

@@ -172,7 +172,8 @@ def lines_of(report: Report) -> list[str]:
     elif report.unexplained is not None:
         lines.append(f"Where the error starts was not found: {report.unexplained}.")
     if report.script is not None:
-        lines += ["The random walk fails; this shows it (TARGET is the package or engine):"]
+        whole = " whole, as it was streamed," if report.reference_mode == "streamed" else ""
+        lines += [f"The random walk fails; this shows it{whole} (TARGET is the package or engine):"]
         lines += [f"    {line}" for line in report.script.splitlines()]
     return [*lines, report.verdict]
 
