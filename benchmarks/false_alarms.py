@@ -6,21 +6,21 @@
 The model (benchmarks/smollm2.py) has the outlier activations of a trained model, which random weights have not. Its
 package in bf16, as published, and in fp16 is judged in two forms, run by onnxruntime and as the network that
 TensorRT's parser makes of it, each time with another prompt file: a slice of a page of docs/. The package, which runs
-in fp32, is judged with two of them. Every verdict that parity does not hold is a false alarm. With --quick the bundled checkpoint stands in for it, in bf16 with one prompt.
+in fp32, is judged with two of them. As many run at once as there are cores. Every verdict that parity does not hold is a false alarm. With --quick the bundled checkpoint stands in for it, in bf16 with one prompt.
 """
 
 from __future__ import annotations
 
-import resource
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 from exporters import ours
-from measure import ROOT, WORK, measure
+from measure import ROOT, WORK, child_environment, cores, measure
 from report import Bar, Report, output_path
 from rich.table import Table
 from smollm2 import make_checkpoint
@@ -28,7 +28,9 @@ from smollm2 import make_checkpoint
 FORMS = {"package": (), "network": ("--as", "tensorrt-network")}
 DTYPES = ("bf16", "fp16")
 PROMPTS = 10
-PROMPTS_OF_PACKAGE = 2  # run in fp32: what differs from prompt to prompt is rounding, which only the network has
+PROMPTS_OF_PACKAGE = (
+    2  # run in fp32: what differs from prompt to prompt is rounding, which only the network has
+)
 CHARACTERS = 6000  # of a prompt file, about 1,500 tokens
 MAX_SEQ_LEN = "2048"
 TINY = ROOT / "examples" / "tiny-qwen2.5"
@@ -86,14 +88,14 @@ def export(checkpoint: Path, package: Path, work: Path, *arguments: str) -> Path
 
 
 def run(entrant: Entrant, number: int, prompts: Path, budget: str, work: Path) -> dict[str, Any]:
-    """Validate once; a record."""
+    """Validate once, on one core; a record."""
     log = work / "logs" / f"false-alarms-{entrant.name}-{number}.log"
-    before = _cpu_seconds()
-    done = measure(entrant.command(prompts, budget), log)
+    one_core = child_environment() | {"OMP_NUM_THREADS": "1"}
+    done = measure(entrant.command(prompts, budget), log, one_core)
     facts: dict[str, Any] = {
         "prompts": number,
         "seconds": done.seconds,
-        "cpu_seconds": _cpu_seconds() - before,
+        "cpu_seconds": done.cpu_seconds,
         "passed": None,
         "error": done.error if done.result == {} else None,
     }
@@ -106,12 +108,6 @@ def run(entrant: Entrant, number: int, prompts: Path, budget: str, work: Path) -
             "worst_rounding": worst_rounding(done.result),
         }
     return facts
-
-
-def _cpu_seconds() -> float:
-    """Of all processes that this one has run to their end."""
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return spent.ru_utime + spent.ru_stime
 
 
 def ratios_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -221,11 +217,17 @@ def main(quick: bool, count: int, work: Path, output: Path | None) -> None:
         entrants += [Entrant(dtype, form, checkpoint, package) for form in FORMS]
     settings = {"model": checkpoint.name, "prompts": count, "budget": budget}
     report = Report("false_alarms", quick, settings)
-    for number, prompts in enumerate(write_prompts(folder / "prompts", count)):
-        for entrant in entrants:
-            if entrant.form == "package" and number >= PROMPTS_OF_PACKAGE:
-                continue
-            report.add_run(entrant.name, **run(entrant, number, prompts, budget, work))
+    files = write_prompts(folder / "prompts", count)
+    todo = [
+        (entrant, number)
+        for number in range(count)
+        for entrant in entrants
+        if entrant.form != "package" or number < PROMPTS_OF_PACKAGE
+    ]
+    with ThreadPoolExecutor(cores()) as pool:
+        records = pool.map(lambda each: run(*each, files[each[1]], budget, work), todo)
+        for (entrant, _), record in zip(todo, records, strict=True):
+            report.add_run(entrant.name, **record)
     shutil.rmtree(folder, ignore_errors=True)
     summary = [summarise(report, entrant) for entrant in entrants]
     judged = bars(summary)

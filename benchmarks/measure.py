@@ -26,6 +26,7 @@ class Run:
 
     Attributes:
         seconds: wall time from start to exit, the interpreter's start included.
+        cpu_seconds: of the process and those that it waited for.
         peak_rss: bytes; of the largest single process, where the child started others.
         code: exit code, negative for a signal.
         stdout: all of it.
@@ -35,6 +36,7 @@ class Run:
     """
 
     seconds: float
+    cpu_seconds: float
     peak_rss: int
     code: int
     stdout: str
@@ -78,9 +80,8 @@ def measure(
             raise
         seconds, busy = time.perf_counter() - start, busy_seconds()
     child.returncode = code = os.waitstatus_to_exitcode(status)
-    others = None
+    others, own = None, usage.ru_utime + usage.ru_stime
     if busy is not None and busy_before is not None:
-        own = usage.ru_utime + usage.ru_stime
         others = round(max(0.0, busy - busy_before - own) / seconds, 2)
     unit = 1 if sys.platform == "darwin" else 1024
     stdout = output.read_text(encoding="utf-8", errors="replace")
@@ -88,7 +89,12 @@ def measure(
     if code:
         said = log.read_text(encoding="utf-8", errors="replace") + "\n" + stdout
         error = without_paths(last_line(said) or f"exit code {code}")
-    return Run(seconds, usage.ru_maxrss * unit, code, stdout, error, round(load, 2), others)
+    return Run(seconds, own, usage.ru_maxrss * unit, code, stdout, error, round(load, 2), others)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def busy_seconds() -> float | None:

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 import click
-from measure import ROOT, WORK
+from measure import ROOT, WORK, cores
 from rich.console import Console
 from rich.table import Table
 
@@ -97,9 +97,7 @@ def machine() -> dict[str, Any]:
     """What ran it. No name and no address."""
     return {
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "os": (_field("/etc/os-release", "PRETTY_NAME", "=") or platform.system()).strip('"'),
         "kernel": platform.release(),

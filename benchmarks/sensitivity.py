@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
 import shutil
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from measure import ROOT, WORK
+from measure import ROOT, WORK, cores
 from report import Bar, Report, output_path
 from rich.table import Table
 
@@ -319,7 +318,7 @@ def main(quick: bool, families: str | None, models: int, work: Path, output: Pat
         names, models = names[:QUICK_DEFECTS], min(models, QUICK_MODELS)
     forms = {defect.name: defect.forms for defect in DEFECTS}
     tasks = [(name, form) for name in names for form in forms[name]]
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    workers = cores()
     report = Report(
         "sensitivity",
         quick,

@@ -394,9 +394,7 @@ def replay_of_walk(bench: Bench, judge: Judge, streamed: bool) -> str | None:
         if not fails(operations):
             return None  # it needed what the scenarios before it left in the cache
         operations = shrink(operations, fails)
-    return script(
-        perform(bench.make_run(rehearsal, keep=False), operations), rows, capacity
-    )
+    return script(perform(bench.make_run(rehearsal, keep=False), operations), rows, capacity)
 
 
 def _row(name: str, summary: str, checks: Sequence[Check], started: float) -> ScenarioResult:
