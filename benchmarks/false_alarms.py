@@ -6,7 +6,8 @@
 The model (benchmarks/smollm2.py) has the outlier activations of a trained model, which random weights have not. Its
 package in bf16, as published, and in fp16 is judged in two forms, run by onnxruntime and as the network that
 TensorRT's parser makes of it, each time with another prompt file: a slice of a page of docs/. The package, which runs
-in fp32, is judged with two of them. As many run at once as there are cores. Every verdict that parity does not hold is a false alarm. With --quick the bundled checkpoint stands in for it, in bf16 with one prompt.
+in fp32, is judged with two of them. As many run at once as there are cores. Every verdict that parity does not hold is
+a false alarm. With --quick the bundled checkpoint stands in for it, in bf16 with one prompt.
 """
 
 from __future__ import annotations

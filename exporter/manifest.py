@@ -32,6 +32,8 @@ def kind_of(path: Path) -> Kind:
             return _KINDS[json.loads((path / MANIFEST).read_text(encoding="utf-8"))["format"]]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PackageError(f"{path / MANIFEST}: not a manifest of Qwenport's") from error
+    if (path / "model.onnx").is_file() or (path / "engine.plan").is_file():
+        raise PackageError(f"{path}: has no {MANIFEST}; it is not a whole package or engine")
     if (path / "config.json").is_file():
         return "checkpoint"
     raise PackageError(

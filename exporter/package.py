@@ -298,6 +298,28 @@ def _weight_files(package: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
+def _check_types(manifest: dict[str, Any]) -> None:
+    """What is read of a manifest without further ado is of the right type.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is not; says what.
+    """
+    if manifest["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {manifest['dtype']!r}")
+    for name in ("max_seq_len", "max_batch"):
+        if type(manifest[name]) is not int or manifest[name] < 1:
+            raise ValueError(f"{name} {manifest[name]!r}")
+    if not isinstance(manifest["rope_scaling"], str | None):
+        raise ValueError(f"rope_scaling {manifest['rope_scaling']!r}")
+    source = manifest["source"]
+    texts = [source["config_sha256"], source["dtype"]]
+    texts += [file[name] for file in source["files"] for name in ("name", "header_sha256")]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("source holds something that is no text")
+    if not isinstance(manifest["weights"]["mode"], str):
+        raise ValueError("weights has no mode")
+
+
 def load_package(path: Path) -> Package:
     """Open a package directory and check it against its manifest.
 
@@ -312,11 +334,12 @@ def load_package(path: Path) -> Package:
     try:
         check_files(path, manifest["files"])
         check_weight_files(path, manifest["weights"]["files"])
+        _check_types(manifest)
         config = parse_config(read_config_json(path), manifest["rope_scaling"])
         same = manifest["model"] == as_json(dataclasses.asdict(config))
     except (CheckpointError, ConfigError) as error:
         raise PackageError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise PackageError(
             f"{path / MANIFEST}: damaged ({type(error).__name__}: {error})"
         ) from error

@@ -41,6 +41,7 @@ COMMANDS = {
 }
 
 TRACEBACK = "QWENPORT_TRACEBACK"
+MOST_OF_A_LINE, MOST_OF_A_WORD = 290, 120  # characters of an error; of a name or path in it
 
 # Errors that a file system gives for reasons of its own.
 SYSTEM_ERRORS = (
@@ -211,6 +212,14 @@ def _exit_on_signals() -> Iterator[None]:
 
 
 def _fail(message: str) -> int:
-    """Print `message` as one line on stderr."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    """Print `message` on stderr, as one line of at most MOST_OF_A_LINE characters."""
+    words = [_cut(word, MOST_OF_A_WORD, MOST_OF_A_WORD // 2) for word in message.split()]
+    print("error:", _cut(" ".join(words), MOST_OF_A_LINE, MOST_OF_A_LINE // 6), file=sys.stderr)
     return EXIT_ERROR
+
+
+def _cut(text: str, most: int, of_the_end: int) -> str:
+    """The text, or its beginning and its end where it is too long."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most - of_the_end - 3]}...{text[len(text) - of_the_end :]}"

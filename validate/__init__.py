@@ -3,6 +3,7 @@
 `validate` asks, a `Report` answers. Importing this is cheap; torch and transformers load when it is called.
 """
 
+from qwenport.validate.candidate import open_candidate
 from qwenport.validate.errors import NetworkError, ValidationError
 from qwenport.validate.localisation import Fault, OperatorError
 from qwenport.validate.report import Check, Report, ScenarioResult
@@ -22,6 +23,7 @@ __all__ = [
     "Validation",
     "ValidationError",
     "check_source",
+    "open_candidate",
     "open_target",
     "parse_overrides",
     "prepare_report",

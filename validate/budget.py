@@ -51,6 +51,15 @@ MOST_LOGITS = 1.2e8
 WIDE_BATCH_TOKENS = {"quick": 256, "standard": 512, "thorough": 16384}
 SMALL_MODEL = 2e7  # parameters: below it, a whole batch of widest steps costs less than starting up
 NARROW = 16  # tokens: a step so narrow costs hardly more than a single token's
+CACHES = {
+    "quick": (2, 4),
+    "standard": (4, 12),
+    "thorough": (8, 64),
+}  # sizes: of a large model, of a small one
+DECODED_SHARE, DECODED_LEAST = 0.2, 29  # single-token steps of "decode", of all; at least
+SMALL_VOCABULARY = (
+    8192  # ids: of so many the logits of each are a matter of seconds for a small model
+)
 SMALL_MODEL_STEPS = 240  # steps that only a model below about that size is given
 
 
@@ -74,6 +83,11 @@ class Plan:
         edges: multiples of 64 below `context` at which spans are judged by single-token steps.
         wide_batch: width of one step of all rows.
         greedy: new tokens of `greedy`.
+        caches: slots of the small caches that are filled to their last slot.
+        cache_sizes: how many sizes of cache `generate` may allocate.
+        batches: rows of the steps of "batches".
+        decoded: positions up to which "decode" goes token by token.
+        every_id: whether every id of the vocabulary goes through the model.
     """
 
     budget: str
@@ -91,6 +105,11 @@ class Plan:
     edges: tuple[int, ...]
     wide_batch: int
     greedy: int
+    caches: tuple[int, ...]
+    cache_sizes: int
+    batches: tuple[int, ...]
+    decoded: int
+    every_id: bool
 
     def share(self, part: float, least: int = 1) -> int:
         """A part of the single-token steps."""
@@ -118,6 +137,7 @@ def make_plan(
     max_positions: int,
     max_step_tokens: int,
     streamed: bool,
+    one_cache: bool = False,
 ) -> Plan:
     """The sizes of everything that is run.
 
@@ -127,6 +147,7 @@ def make_plan(
         seed: of everything that is drawn.
         rows, capacity, max_positions, max_step_tokens: of the target's sessions.
         streamed: weights are read from disk for every pass.
+        one_cache: sessions have one capacity only, as an engine's have.
 
     Raises:
         ValidationError: no such budget.
@@ -137,6 +158,8 @@ def make_plan(
     steps = int(np.clip(sizes.weight_reads / parameters, *sizes.steps))
     small = parameters < SMALL_MODEL
     wide = widest if small else min(widest, WIDE_BATCH_TOKENS[budget] // rows)
+    all_small = small and budget != "quick"  # what costs little is judged whole
+    some = max(DECODED_LEAST, int(steps * DECODED_SHARE))
     return Plan(
         budget=budget,
         seed=seed,
@@ -153,6 +176,11 @@ def make_plan(
         edges=_edges(context, max(2, steps // 16)),
         wide_batch=max(1, wide),
         greedy=2 if streamed else 32 if small else 16,
+        caches=() if one_cache else _caches(capacity, CACHES[budget][small], seed),
+        cache_sizes=1 if one_cache else -(-capacity // SPAN_MULTIPLE),
+        batches=tuple(n for n in range(2, rows + 1) if all_small or n in (2, 3, rows)),
+        decoded=context if all_small else min(context, some),
+        every_id=all_small and config.vocab_size <= SMALL_VOCABULARY,
     )
 
 
@@ -192,6 +220,16 @@ def _spread_widths(widest: int, generator: np.random.Generator) -> Sequence[int]
         for low, high in zip(bounds[-2::-1], bounds[:0:-1], strict=False):
             drawn.append(int(generator.integers(low, min(high, widest + 1))))
     return drawn
+
+
+def _caches(capacity: int, most: int, seed: int) -> tuple[int, ...]:
+    """Multiples of 64 below the capacity: 64, 192, then others drawn, `most` in all."""
+    every = list(range(SPAN_MULTIPLE, capacity, SPAN_MULTIPLE))
+    first = [slots for slots in (SPAN_MULTIPLE, 3 * SPAN_MULTIPLE) if slots in every]
+    left = [slots for slots in every if slots not in first]
+    count = min(len(left), max(0, most - len(first)))
+    drawn = np.random.default_rng((seed, 3)).choice(left, count, replace=False) if count else []
+    return tuple(sorted([*first, *map(int, drawn)]))
 
 
 def _edges(context: int, most: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from qwenport.engines import (
@@ -19,7 +20,7 @@ from qwenport.validate.errors import NetworkError
 from qwenport.validate.failures import reported
 from qwenport.validate.run import CandidateError
 from qwenport.validate.streaming import Geometry, Parts, Progress, Use, stream
-from qwenport.validate.target import ENGINE, NETWORK, Target
+from qwenport.validate.target import ENGINE, NETWORK, Target, open_target
 
 Rehearse = Callable[[CachedSession], None]
 
@@ -208,3 +209,29 @@ class Candidate:
     def release(self) -> None:
         """Give the weights of a loaded package back."""
         self._loaded = None
+
+
+def open_candidate(
+    path: Path,
+    *,
+    judged_as: str | None = None,
+    max_batch: int = 1,
+    capacity: int | None = None,
+) -> CachedSession:
+    """A session of a target as `validate` runs it: a package, TensorRT's network of it, or an engine.
+
+    Args:
+        path: the package or engine directory.
+        judged_as: as in `open_target`. A network's arithmetic is in fp32, as its scenarios are judged.
+        max_batch: rows.
+        capacity: cache slots per row; the target's by default.
+
+    Raises:
+        As `open_target`.
+        Refused: TensorRT's parser refuses the network.
+    """
+    target = open_target(path, judged_as=judged_as)
+    candidate = Candidate(target, layers=target.config.num_hidden_layers, streamed=False)
+    use = (max_batch, capacity or target.capacity, lambda session: None)
+    (session,) = candidate.open([use])
+    return session

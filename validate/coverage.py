@@ -34,10 +34,11 @@ class Coverage:
         last_logits_steps, all_logits_steps: steps of more than one token that were asked for one logit a row, as
             generation does, and for all.
         single_steps: steps of one token.
+        single_positions: positions of single-token steps.
         batches, max_batch: rows of the steps; what the target allows.
         rows: rows that were given tokens and judged.
         spans, all_spans: active parts of the cache that steps had; how many there are.
-        capacities: slots of the caches.
+        capacities, all_capacities: slots of the caches; how many sizes `generate` may allocate.
         positions, max_seq_len: positions of which logits were judged by the whole model; how many there are.
         distance: how far back attention reached in the whole model.
         layer_distance: the same for decoder layers by themselves, by name; empty where none was run so.
@@ -54,12 +55,14 @@ class Coverage:
     last_logits_steps: int
     all_logits_steps: int
     single_steps: int
+    single_positions: Ranges
     batches: tuple[int, ...]
     max_batch: int
     rows: tuple[int, ...]
     spans: tuple[int, ...]
     all_spans: int
     capacities: tuple[int, ...]
+    all_capacities: int
     positions: Ranges
     max_seq_len: int
     distance: int
@@ -75,17 +78,22 @@ class Coverage:
         """For example "steps of 1 to 512 tokens (14 widths), 1, 2, 3 and 8 rows, ..."."""
         if not self.step_widths:
             return "nothing"
-        judged = sum(last - first + 1 for first, last in self.positions)
+        judged, single = map(_count, (self.positions, self.single_positions))
+        widths = f"{len(self.step_widths)} width{'s' * (len(self.step_widths) > 1)}"
+        ids = f"{self.token_ids} of {self.vocab_size} token ids"
+        if self.embedded_ids > self.token_ids:
+            ids += f" ({self.embedded_ids} in the embedding)"
         distance = max([self.distance, *self.layer_distance.values()])
         parts = [
             f"steps of {self.step_widths[0]} to {self.step_widths[-1]} of {self.widest_step} tokens "
-            f"({len(self.step_widths)} widths)",
+            f"({widths})",
             f"batches of {_listed(self.batches)} of {self.max_batch}",
             f"rows {_ranges(_spans_of(self.rows))}",
             f"{len(self.spans)} of {self.all_spans} spans",
-            f"{judged} of {self.max_seq_len} positions",
+            f"caches of {len(self.capacities)} of {self.all_capacities} sizes",
+            f"{judged} of {self.max_seq_len} positions, {single} of them token by token",
             f"attention over {distance + 1}",
-            f"{max(self.token_ids, self.embedded_ids)} of {self.vocab_size} token ids",
+            ids,
         ]
         if self.experts:
             there = sum(layer.experts for layer in self.experts)
@@ -111,6 +119,7 @@ class Counter:
     spans: set[int] = field(default_factory=set)
     capacities: set[int] = field(default_factory=set)
     positions: set[int] = field(default_factory=set)
+    single_positions: set[int] = field(default_factory=set)
     ids: set[int] = field(default_factory=set)
     embedded_ids: int = 0
     distance: int = 0
@@ -130,6 +139,8 @@ class Counter:
         every = step.feeds["logits_indices"].shape[1] == width
         self.steps["single" if width == 1 else "all" if every else "last"] += 1
         active = step.taken > 0
+        if width == 1:
+            self.single_positions.update(step.feeds["position_ids"][active, 0].tolist())
         self.rows.update(np.flatnonzero(active).tolist())
         reach = (step.starts + step.taken)[active]
         self.distance = max(self.distance, int(reach.max()) - 1)
@@ -167,12 +178,14 @@ class Counter:
             last_logits_steps=self.steps["last"],
             all_logits_steps=self.steps["all"],
             single_steps=self.steps["single"],
+            single_positions=_spans_of(sorted(self.single_positions)),
             batches=tuple(sorted(self.batches)),
             max_batch=plan.rows,
             rows=tuple(sorted(self.rows)),
             spans=tuple(sorted(self.spans)),
             all_spans=every,
             capacities=tuple(sorted(self.capacities)),
+            all_capacities=plan.cache_sizes,
             positions=_spans_of(sorted(self.positions)),
             max_seq_len=plan.max_positions,
             distance=self.distance,
@@ -187,13 +200,24 @@ class Counter:
 
     def _not_reached(self, every: int, experts: Sequence[Experts]) -> list[str]:
         plan, found = self.plan, []
-        judged = len(self.positions)
+        judged, reach = len(self.positions), self.distance + 1
         if judged < plan.max_positions:
-            reach = self.distance + 1
+            beyond = f", and its attention beyond {reach}" if reach < plan.max_positions else ""
+            further = " (--budget thorough reaches further)" if plan.budget != "thorough" else ""
             found.append(
-                f"{plan.max_positions - judged} of {plan.max_positions} positions by the whole model, and its "
-                f"attention beyond {reach} (--budget thorough reaches further)"
+                f"{plan.max_positions - judged} of {plan.max_positions} positions by the whole model{beyond}{further}"
             )
+        if (single := len(self.single_positions)) < plan.max_positions:
+            found.append(
+                f"single-token steps at {plan.max_positions - single} of {plan.max_positions} positions"
+            )
+        if 0 < len(self.capacities) < plan.cache_sizes:
+            left = plan.cache_sizes - len(self.capacities)
+            found.append(f"{left} of {plan.cache_sizes} sizes of the cache")
+        if len(self.ids) < self.vocab_size:
+            rest = self.vocab_size - len(self.ids)
+            where = ", which were compared in the embedding" if self.embedded_ids else ""
+            found.append(f"{rest} of {self.vocab_size} token ids by the whole model{where}")
         if 0 < len(self.spans) < every:
             found.append(f"{every - len(self.spans)} of {every} spans of the cache")
         deepest = max(self.layer_distance.values(), default=self.distance) + 1
@@ -217,6 +241,10 @@ def _spans_of(values: Sequence[int]) -> Ranges:
         else:
             found.append((value, value))
     return tuple(found)
+
+
+def _count(ranges: Ranges) -> int:
+    return sum(last - first + 1 for first, last in ranges)
 
 
 def _ranges(ranges: Ranges) -> str:

@@ -1,7 +1,7 @@
 """What other libraries raise, as one line for the user.
 
-A checkpoint that transformers, torch, safetensors or tokenizers refuse is a senseless question, not a bug of this program:
-whatever they raise becomes a ValidationError that says which file it was about.
+A checkpoint that transformers, torch, safetensors or tokenizers refuse is a senseless question, not a bug of this
+program: whatever they raise becomes a ValidationError that says which file it was about.
 """
 
 from __future__ import annotations

@@ -90,11 +90,12 @@ def _engine(target: Target, checkpoint: Checkpoint, progress: Progress) -> Ident
 
 
 def _package(package: Package, checkpoint: Checkpoint, progress: Progress) -> Identity:
-    from qwenport.validate.model_file import read_model
+    from qwenport.validate.model_file import check_places, read_model
     from qwenport.validate.weights_identity import compare_weights
 
     begun = time.perf_counter()
     model = read_model(package.model)
+    check_places(model, package.path)
     outside = _outside(model, package.path)
     compared = compare_weights(model, package.path, checkpoint, progress)
     weights = _row(WEIGHTS, begun, compared.checks)
@@ -220,10 +221,13 @@ def _manifest_errors(package: Package, model: onnx.ModelProto, checkpoint: Check
 def _weight_types(model: onnx.ModelProto) -> set[int]:
     from qwenport.validate.model_file import is_floating
 
+    """Of what lies in weight files; constants of the graph may be of any type."""
     return {
         tensor.data_type
         for tensor in model.graph.initializer
-        if tensor.name not in TABLES and is_floating(tensor.data_type)
+        if tensor.name not in TABLES
+        and tensor.data_location == tensor.EXTERNAL
+        and is_floating(tensor.data_type)
     }
 
 
@@ -248,11 +252,7 @@ def _outside(model: onnx.ModelProto, package: Path) -> list[str]:
 
     errors = []
     for tensor in (*model.graph.initializer, *inner_tensors(model)):
-        try:
-            place = place_of(tensor)
-        except ValueError as error:
-            errors.append(str(error))
-            continue
+        place = place_of(tensor)
         if place is not None and not is_inside(package, place.location):
             errors.append(f"{tensor.name} is in {place.location}")
     return errors

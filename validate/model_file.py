@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 
 from qwenport.validate.failures import reported
 
@@ -39,7 +40,28 @@ def read_model(file: Path) -> onnx.ModelProto:
         model.ParseFromString(file.read_bytes())
         if not model.graph.node:
             raise ValueError("it has no graph")
+        ir.from_proto(model)  # names that are given twice, types that do not exist
     return model
+
+
+def check_places(model: onnx.ModelProto, package: Path) -> None:
+    """Every tensor outside model.onnx lies whole in a file that exists. One outside the package is not looked for.
+
+    Raises:
+        ValidationError: one does not.
+    """
+    with reported(package / "model.onnx", "damaged"):
+        for tensor in (*model.graph.initializer, *inner_tensors(model)):
+            place = place_of(tensor)
+            if place is None or not is_inside(package, place.location):
+                continue
+            file = package / place.location
+            if not file.is_file():
+                raise ValueError(
+                    f"tensor {tensor.name} lies in {place.location}, which does not exist"
+                )
+            if place.offset + (place.length or 0) > file.stat().st_size:
+                raise ValueError(f"tensor {tensor.name} reaches past the end of {place.location}")
 
 
 def is_floating(data_type: int) -> bool:

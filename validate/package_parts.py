@@ -15,7 +15,7 @@ from qwenport.engines.memory import untouched_zeros
 from qwenport.exporter import Package
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.failures import cut, reported
-from qwenport.validate.run import CandidateError
+from qwenport.validate.run import CandidateError, InseparableError
 from qwenport.validate.sites import LOGITS, hidden_states
 from qwenport.validate.streaming import Feeds, Geometry, Run
 
@@ -47,12 +47,12 @@ class PackageParts:
         """A session of the piece of the graph between some values and others.
 
         Raises:
-            CandidateError: the piece needs more than is given, for instance another layer's cache.
+            InseparableError: the piece needs more than is given, for instance another layer's cache.
         """
         try:
             graph = ir.convenience.extract(self._model.graph, given, wanted)
         except ValueError as error:
-            raise CandidateError(
+            raise InseparableError(
                 f"the graph cannot be cut before {wanted[0]}: {' '.join(str(error).split())}"
             ) from error
         used = {value for node in graph for value in node.inputs}

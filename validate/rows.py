@@ -21,7 +21,13 @@ from qwenport.validate.prompts import Prompts
 from qwenport.validate.report import Check, ScenarioResult, Status
 from qwenport.validate.rope_check import check_tables
 from qwenport.validate.router_check import compare_routing
-from qwenport.validate.run import CandidateError, NotApplicable, Observation, Run
+from qwenport.validate.run import (
+    CandidateError,
+    InseparableError,
+    NotApplicable,
+    Observation,
+    Run,
+)
 from qwenport.validate.scenarios import SCENARIOS, Scenario
 from qwenport.validate.sites import router_choices
 from qwenport.validate.streaming import Progress, Rehearsal
@@ -154,6 +160,9 @@ class Structure:
             run = run_layer_alone(
                 self.candidate, layer, prompts.take(plan.distance), router, plan.distance
             )
+        except InseparableError as error:
+            self.counter.leave_out(f"layer {layer} by itself over {plan.distance} positions")
+            return ScenarioResult(name, summary, "not run", reason=str(error))
         except RUNTIME_ERRORS as error:
             return _raised(name, summary, error, started)
         checks = check_distance(run, self.oracle.reference, layer, margin)
@@ -368,7 +377,7 @@ def _rounding_fault(errors: Sequence[RoundingError], note: str | None) -> Fault 
     return Fault(OPERATORS, bad.layer, bad.operator, float("nan"), made, made, own, text)
 
 
-def replay_of_walk(bench: Bench, judge: Judge, streamed: bool) -> str | None:
+def replay_of_walk(bench: Bench, judge: Judge, target: Target, streamed: bool) -> str | None:
     """What the random walk found, as a Python program of as few operations as still show it.
 
     A streamed one is given whole: every try would read all weights.
@@ -394,7 +403,8 @@ def replay_of_walk(bench: Bench, judge: Judge, streamed: bool) -> str | None:
         if not fails(operations):
             return None  # it needed what the scenarios before it left in the cache
         operations = shrink(operations, fails)
-    return script(perform(bench.make_run(rehearsal, keep=False), operations), rows, capacity)
+    performed = perform(bench.make_run(rehearsal, keep=False), operations)
+    return script(performed, rows, capacity, target.judged_as)
 
 
 def _row(name: str, summary: str, checks: Sequence[Check], started: float) -> ScenarioResult:

@@ -31,6 +31,10 @@ class CandidateError(Exception):
     """The target failed while it was being used; the message is its own."""
 
 
+class InseparableError(CandidateError):
+    """A piece of the target cannot be run by itself: its graph is built in another way. The whole may be right."""
+
+
 class NotApplicable(Exception):  # noqa: N818 - not an error, a reason
     """The scenario has no meaning for this target; the message says why."""
 

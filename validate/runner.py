@@ -13,7 +13,7 @@ from qwenport.validate.investigation import Bench, Investigation
 from qwenport.validate.judge import Judge, result_of
 from qwenport.validate.report import ScenarioResult
 from qwenport.validate.run import CandidateError, NotApplicable, Observation
-from qwenport.validate.scenarios import SCENARIOS, Scenario
+from qwenport.validate.scenarios import Scenario, scenarios
 from qwenport.validate.streaming import Progress
 
 
@@ -36,6 +36,7 @@ class Runner:
         self.failed: list[tuple[Scenario, Observation | None]] = []
         self._bench, self._judge, self._counter = bench, judge, counter
         self._investigation, self._streamed, self._progress = investigation, streamed, progress
+        self._scenarios = scenarios(bench.plan)
         self._sessions: dict[int, Any] = {}
         self._results: list[ScenarioResult] = []
 
@@ -48,7 +49,7 @@ class Runner:
         self._results = results
         bench = self._bench
         groups: dict[int, list[Scenario]] = {}
-        for scenario in SCENARIOS:
+        for scenario in self._scenarios:
             groups.setdefault(bench.capacity_of(scenario), []).append(scenario)
         uses = [
             (bench.max_batch, capacity, bench.rehearsal(group))
@@ -57,13 +58,13 @@ class Runner:
         try:
             self._sessions = dict(zip(groups, bench.candidate.open(uses), strict=True))
         except Refused as error:
-            results += [result_of(s, "failed", reason=str(error)) for s in SCENARIOS]
+            results += [result_of(s, "failed", reason=str(error)) for s in self._scenarios]
             return
         if self._streamed:
             self._run_streamed()
             return
-        for done, scenario in enumerate(SCENARIOS):
-            self._progress(scenario.name, done, len(SCENARIOS))
+        for done, scenario in enumerate(self._scenarios):
+            self._progress(scenario.name, done, len(self._scenarios))
             with self._judging(scenario) as started:
                 self._take(scenario, self._observe(scenario), started)
 
@@ -71,15 +72,15 @@ class Runner:
         """Every scenario's logits, then the oracle's of all of them in one pass."""
         found: dict[str, Observation] = {}
         before = len(self._results)
-        for scenario in SCENARIOS:
+        for scenario in self._scenarios:
             with self._judging(scenario):
                 found[scenario.name] = self._observe(scenario)
         self._judge.ask([text for observation in found.values() for text in observation.texts])
-        for scenario in SCENARIOS:
+        for scenario in self._scenarios:
             if scenario.name in found:
                 with self._judging(scenario) as started:
                     self._take(scenario, found.pop(scenario.name), started)
-        order = [scenario.name for scenario in SCENARIOS]
+        order = [scenario.name for scenario in self._scenarios]
         self._results[before:] = sorted(
             self._results[before:], key=lambda result: order.index(result.name)
         )

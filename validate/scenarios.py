@@ -28,7 +28,6 @@ RESET_FIRST, RESET_PROMPT = 40, 9
 DENSE_PIECE = 64  # tokens of a step of which every logit is judged, where not all can be
 BATCH_LENGTHS = (20, 33, 9, 25, 1, 27, 18, 14)
 BATCH_CHUNK = 17
-SMALL_CACHES = (64, 192)  # as `generate` allocates them for short texts
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def decode(run: Run) -> None:
     """A short prompt, then one token at a time through the cache."""
     run.start()
     run.prefill([run.take(DECODE_PROMPT)])
-    for position in range(DECODE_PROMPT, DECODE_PROMPT + run.plan.share(0.2, 24)):
+    for position in range(DECODE_PROMPT, run.plan.decoded):
         if follows := run.take(1, start=position):
             run.decode(follows)
 
@@ -173,7 +172,7 @@ def batches(run: Run) -> None:
     most = run.session.max_batch
     if most == 1:
         raise NotApplicable("the target was made for one row")
-    for rows in sorted({2, min(3, most), most}):
+    for rows in run.plan.batches:
         _batch(run, rows, decodes=3 if rows < most else 8)
 
 
@@ -293,8 +292,10 @@ def truncation(run: Run) -> None:
 
 
 def token_ids(run: Run) -> None:
-    """The ids that prompts hardly reach: the highest, the lowest, special and added ones."""
+    """The ids that prompts hardly reach: the highest, the lowest, special and added ones; of a small model all."""
     ids = list(run.special_ids)
+    if run.plan.every_id:
+        ids += [token for token in range(run.session.vocab_size) if token not in run.special_ids]
     for start in range(0, len(ids), max(1, run.capacity)):
         run.start()
         run.prefill([ids[start : start + run.capacity]], all_logits=True)
@@ -333,8 +334,8 @@ def looked_into(run: Run) -> None:
             run.decode(follows)
 
 
-# In this order: the first finds an unused cache, and all after the long text one that is full of old values, which
-# show if a mask lets anything through.
+# In this order, and then the small caches of the plan: the first finds an unused cache, and all after the long text one
+# that is full of old values, which show if a mask lets anything through.
 SCENARIOS = (
     Scenario("prefill", "One prompt in one step, all logits", prefill),
     Scenario("last logits", "Prompts as generate and C++ run them: one logit a row", last_logits),
@@ -345,12 +346,6 @@ SCENARIOS = (
     Scenario("chunked prefill", "One prompt in chunks of several sizes", chunked_prefill),
     Scenario("batches", "2, 3 and all rows: ragged, idle, joining, finishing early", batches),
     Scenario("wide batch", "All rows in one wide step", wide_batch),
-    *(
-        Scenario(
-            f"cache of {slots}", "A small cache, filled to its last slot", small_cache, False, slots
-        )
-        for slots in SMALL_CACHES
-    ),
     Scenario("end of context", "A text that ends at the last position", end_of_context),
     Scenario(
         "middle of context",
@@ -368,4 +363,15 @@ SCENARIOS = (
     Scenario("random walk", "Operations drawn at random", random_walk),
     Scenario("greedy", "transformers' greedy continuation, token for token", greedy, greedy=True),
 )
+
+
+def scenarios(plan: Plan) -> tuple[Scenario, ...]:
+    """All that is run: SCENARIOS, and a cache of each of the plan's sizes."""
+    caches = (
+        Scenario(f"cache of {n}", "A small cache, filled to its last slot", small_cache, False, n)
+        for n in plan.caches
+    )
+    return (*SCENARIOS, *caches)
+
+
 LOOKED_INTO = Scenario("layers", "Hidden states from layer to layer", looked_into)

@@ -30,7 +30,7 @@ from qwenport.validate.prompts import make_prompts, special_ids
 from qwenport.validate.report import Report, ScenarioResult
 from qwenport.validate.run import Run
 from qwenport.validate.runner import Runner
-from qwenport.validate.scenarios import LOOKED_INTO, SCENARIOS, greedy_prompt
+from qwenport.validate.scenarios import LOOKED_INTO, SCENARIOS, greedy_prompt, scenarios
 from qwenport.validate.streaming import Progress
 from qwenport.validate.target import ENGINE, NETWORK, Target, check_source, open_target
 from qwenport.validate.thresholds import FP32_ROUTER_MARGIN, HALF_ROUTER_MARGIN
@@ -225,6 +225,7 @@ class Validation:
             max_positions=target.capacity,
             max_step_tokens=geometry.max_step_tokens,
             streamed=self.streamed,
+            one_cache=target.judged_as == ENGINE,
         )
 
     def _bench(self, candidate: Candidate, plan: Plan, oracle: Oracle) -> Bench:
@@ -258,7 +259,7 @@ class Validation:
         rows.explain(self._investigation, self._runner.failed, self.results, self.rounding)
         if any(scenario.name == "random walk" for scenario, _ in self._runner.failed):
             assert self._judge is not None
-            self.script = rows.replay_of_walk(bench, self._judge, self.streamed)
+            self.script = rows.replay_of_walk(bench, self._judge, self.target, self.streamed)
 
     def _names_of(self, status: str) -> list[str]:
         return [result.name for result in self.results if result.status == status]
@@ -273,9 +274,10 @@ class Validation:
         """What is known by now; scenarios that have not been run are said to be interrupted."""
         target, investigation = self.target, self._investigation
         done = {result.name for result in self.results}
+        planned = SCENARIOS if self._counter is None else scenarios(self._counter.plan)
         left = [
             result_of(scenario, "not run", reason="interrupted")
-            for scenario in SCENARIOS
+            for scenario in planned
             if scenario.name not in done
         ]
         return Report(

@@ -45,15 +45,17 @@ class Operation:
     length: int = 0
 
     def __str__(self) -> str:
-        """As a line of Python."""
+        """As a line of the Python program that `script` writes."""
         if self.kind == "reset":
-            return "session.reset()"
+            return "session.reset(); texts = [[] for _ in texts]"
         if self.kind == "truncate":
-            return f"session.truncate({self.length}, row={self.row})"
+            return f"session.truncate({self.length}, row={self.row}); del texts[{self.row}][{self.length}:]"
+        rows = [list(row) for row in self.rows]
         if self.kind == "decode":
-            return f"session.decode({[row[0] if row else None for row in self.rows]})"
+            tokens = [row[0] if row else None for row in self.rows]
+            return f"compare({rows}, session.decode({tokens}))"
         option = ", all_logits=True" if self.all_logits else ""
-        return f"session.prefill({[list(row) for row in self.rows]}{option})"
+        return f"compare({rows}, session.prefill({rows}{option}))"
 
 
 def draw_walk(plan: Plan, prompts: Prompts, session: CachedSession) -> list[Operation]:
@@ -213,12 +215,34 @@ def _cut(operation: Operation) -> Operation | None:
     return Operation("prefill", rows, operation.all_logits)
 
 
-def script(operations: Sequence[Operation], rows: int, capacity: int) -> str:
-    """A walk that fits, as a Python program that anyone can run, but for the path."""
-    lines = [
-        "from pathlib import Path",
-        "from qwenport.engines import open_session",
-        f"session = open_session(Path(TARGET), max_batch={rows}, capacity={capacity})",
-        *map(str, operations),
-    ]
-    return "\n".join(lines)
+def script(operations: Sequence[Operation], rows: int, capacity: int, judged_as: str) -> str:
+    """A walk that fits, as a Python program that compares every row's last logits with transformers.
+
+    Args:
+        operations: what `perform` returned.
+        rows, capacity: of the session.
+        judged_as: how the target was judged; see `open_target`.
+    """
+    begin = _REPLAY.format(rows=rows, capacity=capacity, judged_as=judged_as)
+    return "\n".join([begin, *map(str, operations)])
+
+
+# TARGET and CHECKPOINT stand for the two paths. What each step prints is the largest difference of a logit.
+_REPLAY = """\
+import numpy as np, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from qwenport.validate import open_candidate
+
+session = open_candidate(Path(TARGET), judged_as={judged_as!r}, max_batch={rows}, capacity={capacity})
+model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+texts = [[] for _ in range({rows})]
+
+def compare(given, logits):
+    for row, tokens in enumerate(given):
+        texts[row] += tokens
+        if tokens:
+            right = model(torch.tensor([texts[row]])).logits[0, -1].detach().numpy()
+            made = np.asarray(logits[row]).reshape(-1, len(right))[-1]
+            print(f"row {{row}}, {{len(texts[row])}} tokens: {{np.abs(made - right).max():.3g}}")
+"""

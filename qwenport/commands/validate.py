@@ -173,7 +173,7 @@ def lines_of(report: Report) -> list[str]:
         lines.append(f"Where the error starts was not found: {report.unexplained}.")
     if report.script is not None:
         whole = " whole, as it was streamed," if report.reference_mode == "streamed" else ""
-        lines += [f"The random walk fails; this shows it{whole} (TARGET is the package or engine):"]
+        lines += [f"The random walk fails; this shows it{whole} (put the two paths in):"]
         lines += [f"    {line}" for line in report.script.splitlines()]
     return [*lines, report.verdict]
 

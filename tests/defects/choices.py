@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from defects.facts import Fact, Facts
-from defects.sites import following, real, take_place
+from defects.sites import damp, following, hidden, real, take_place
 from defects.tools import BOOL, INT64, constant, given, graph_input, insert, nodes, replace_uses
 from qwenport.plugins import moe_router
 
@@ -32,6 +32,12 @@ def highest_id_out_of_reach(model: ir.Model) -> None:
 def ids_above_1900_a_row_early(model: ir.Model) -> None:
     facts = Facts(model)
     _look_up(facts, (facts.tokens > 1900).choose(facts.tokens - 1, facts.tokens))
+
+
+def one_token_damped_inside(model: ir.Model) -> None:
+    """The embedding of every token is right; what a layer in the middle is given of one is not."""
+    facts = Facts(model)
+    damp(hidden(model, 2), facts.tokens.equals(5), 2)
 
 
 def one_token_is_zero(model: ir.Model) -> None:

@@ -20,6 +20,13 @@ def decoding_between_100_and_200_turned(model: ir.Model) -> None:
     turn(model, facts.width.equals(1) & there, "queries")
 
 
+def decoding_from_340_to_350_damped(model: ir.Model) -> None:
+    """A few single-token steps in the middle of the context, one layer's hidden states by a twentieth."""
+    facts = Facts(model)
+    there = (facts.positions >= 340) & (facts.positions < 351)
+    damp(hidden(model, 2), facts.width.equals(1) & there, 2, factor=1.05)
+
+
 def keys_of_the_last_quarter_turned(model: ir.Model) -> None:
     """One layer's keys from position 384 of 512 on."""
     facts = Facts(model)
@@ -111,6 +118,13 @@ def a_cache_of_64_slots_turned(model: ir.Model) -> None:
     capacity = facts.size(graph_input(model, "past_key_values.0.key"), 2)
     whole = facts.of(capacity.equals(64).value)
     turn(model, whole, "queries")
+
+
+def a_cache_of_320_slots_damped(model: ir.Model) -> None:
+    """One size of several that `generate` allocates."""
+    facts = Facts(model)
+    capacity = facts.size(graph_input(model, "past_key_values.0.key"), 2)
+    damp(hidden(model, 3), capacity.equals(320))
 
 
 def a_cache_in_use_to_its_end_damps_queries(model: ir.Model) -> None:

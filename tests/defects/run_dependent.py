@@ -183,6 +183,12 @@ RUN_DEPENDENT: tuple[Defect, ...] = (
                 run(prefill(64), decode(20), prefill(130), decode(20)),
             ),
             (
+                places.decoding_from_340_to_350_damped,
+                None,
+                run(prefill(342), decode(3)),
+                run(prefill(339), decode(1), prefill(60)),
+            ),
+            (
                 places.keys_of_the_last_quarter_turned,
                 {2},
                 run(prefill(400)),
@@ -254,6 +260,7 @@ RUN_DEPENDENT: tuple[Defect, ...] = (
         for change, layers, shown_by, forms in (
             (places.smaller_caches_damped, None, _SMALL, (PACKAGE,)),
             (places.a_cache_of_64_slots_turned, _ALL, _SMALL, (PACKAGE,)),
+            (places.a_cache_of_320_slots_damped, None, run(prefill(9), capacity=320), (PACKAGE,)),
         )
     ),
     hidden(
@@ -312,6 +319,7 @@ RUN_DEPENDENT: tuple[Defect, ...] = (
             (choices.one_token_looked_up_as_another, (1234,)),
             (choices.highest_id_out_of_reach, (END_OF_TURN,)),
             (choices.ids_above_1900_a_row_early, (1901, 1999)),
+            (choices.one_token_damped_inside, (5,)),
             (choices.one_token_is_zero, (777,)),
             (choices.one_token_is_nan, (1500,)),
             (choices.special_tokens_are_zero, (END_OF_TEXT, END_OF_TURN)),

@@ -242,7 +242,9 @@ def test_the_verdict_says_what_was_judged_whatever_it_is() -> None:
         rows=(0,),
         spans=(64,),
         all_spans=8,
+        single_positions=((64, 66),),
         capacities=(512,),
+        all_capacities=8,
         positions=((0, 66),),
         max_seq_len=512,
         distance=66,
@@ -256,7 +258,8 @@ def test_the_verdict_says_what_was_judged_whatever_it_is() -> None:
     )
     judged = (
         "judged: steps of 1 to 64 of 512 tokens (2 widths), batches of 1 of 8, rows 0, 1 of 8 spans, "
-        "67 of 512 positions, attention over 512, 2048 of 2048 token ids, 10 of 12 experts"
+        "caches of 1 of 8 sizes, 67 of 512 positions, 3 of them token by token, attention over 512, "
+        "40 of 2048 token ids (2048 in the embedding), 10 of 12 experts"
     )
     assert _report(compared, coverage=coverage).verdict == f"parity holds: 1 passed; {judged}"
     failed = _report(compared, raised, coverage=coverage, layers=9).verdict

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from qwenport.engines import Step
 from qwenport.validate.budget import Plan, make_plan
 from qwenport.validate.run import NotApplicable, Observation
-from qwenport.validate.scenarios import LOOKED_INTO, SCENARIOS, SMALL_CACHES, Scenario
+from qwenport.validate.scenarios import LOOKED_INTO, SCENARIOS, Scenario, scenarios
 
-from .sessions import PROMPTS, Diary, capacity_of, make_run, mini_config, plans, said
+from .sessions import PROMPTS, VOCABULARY, Diary, capacity_of, make_run, mini_config, plans, said
 
 NEEDS_ROWS = {"batches", "wide batch"}
 FROM_ONE_TOKEN = {"prefill", "last logits", "step widths", "whole context", "decode", "greedy"}
@@ -122,7 +122,7 @@ def test_the_scenarios_reach_every_width_row_and_edge_of_the_plan() -> None:
             spans.add(len(step.feeds["key_positions"]))
             singles.update(step.starts[step.taken > 0].tolist())
 
-    for scenario in SCENARIOS:
+    for scenario in scenarios(plan):
         try:
             observe(scenario, plan, on_step=note)
         except NotApplicable:
@@ -136,11 +136,38 @@ def test_the_scenarios_reach_every_width_row_and_edge_of_the_plan() -> None:
 
 def test_small_caches_are_filled_to_their_last_slot() -> None:
     plan = planned()
-    small = [s for s in SCENARIOS if s.capacity is not None]
-    assert {s.capacity for s in small} == set(SMALL_CACHES)
+    small = [s for s in scenarios(plan) if s.capacity is not None]
+    assert {s.capacity for s in small} == set(plan.caches) >= {64, 192}
     for scenario in small:
         (text,) = observe(scenario, plan).texts
         assert len(text.tokens) == scenario.capacity
+
+
+@given(plans())
+def test_of_a_small_model_every_cache_position_batch_and_id_is_run(plan: Plan) -> None:
+    sizes = range(64, plan.capacity, 64)
+    assert set(plan.caches) <= set(sizes) and plan.cache_sizes == -(-plan.capacity // 64)
+    assert {64, 192} & set(sizes) <= set(plan.caches)
+    if not plan.every_id:  # a large model, or a quick judgement
+        return
+    assert plan.budget != "quick" and plan.decoded == plan.context
+    assert plan.batches == tuple(range(2, plan.rows + 1))
+    assert len(plan.caches) == min(len(sizes), 12 if plan.budget == "standard" else 64)
+
+
+def test_every_position_of_a_small_model_is_decoded_and_every_id_said() -> None:
+    plan = planned(capacity=512, budget="standard")
+    singles: set[int] = set()
+
+    def note(step: Step) -> None:
+        if step.feeds["input_ids"].shape[1] == 1:
+            singles.update(step.starts[step.taken > 0].tolist())
+
+    by_name = {scenario.name: scenario for scenario in SCENARIOS}
+    observe(by_name["decode"], plan, on_step=note)
+    assert singles == set(range(5, 512))
+    texts = observe(by_name["token ids"], plan, special_ids=(3, 1)).texts
+    assert {token for text in texts for token in text.tokens} == set(range(VOCABULARY))
 
 
 def test_the_last_position_of_the_model_is_judged() -> None:

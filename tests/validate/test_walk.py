@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +28,7 @@ from qwenport.validate.walk import (
     shrink,
 )
 
-from .sessions import PROMPTS, VOCABULARY, Diary, make_run, mini_config, plans, said
+from .sessions import PROMPTS, VOCABULARY, Diary, make_run, mini_config, plans, said, signature
 
 
 def planned(seed: int, budget: str, capacity: int) -> Plan:
@@ -196,36 +201,47 @@ def test_shrinking_asks_no_more_often_than_it_may(numbers: list[int], trials: in
 # ---- the script
 
 
-class Calls:
-    """Notes what is called on it."""
+class SignsTexts:
+    """transformers' model, as far as the script uses it, whose logits are a diary's."""
 
-    def __init__(self) -> None:
-        self.made: list[tuple[Any, ...]] = []
+    @classmethod
+    def from_pretrained(cls, checkpoint: str, dtype: torch.dtype) -> SignsTexts:
+        assert (checkpoint, dtype) == ("the checkpoint", torch.float32)
+        return cls()
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments, **keywords: self.made.append((name, arguments, keywords))
+    def __call__(self, ids: torch.Tensor) -> SimpleNamespace:
+        logits = torch.zeros(1, ids.shape[1], VOCABULARY)
+        logits[0, -1, 0], logits[0, -1, 1] = ids.shape[1] - 1, signature(ids[0].tolist())
+        return SimpleNamespace(logits=logits)
 
 
 @given(plans(most=60).filter(lambda plan: plan.capacity > 3), st.data())
 @settings(max_examples=40)
-def test_a_script_is_python_that_does_the_same(plan: Plan, data: st.DataObject) -> None:
+def test_a_script_performs_the_walk_and_prints_how_far_its_logits_are_off(
+    plan: Plan, data: st.DataObject
+) -> None:
     every = drawn(plan)
     kept = data.draw(st.sets(st.sampled_from(range(len(every))), min_size=1))
     part = [every[index] for index in sorted(kept)]  # as shrinking leaves it
-    judged = session_of(plan)
+    judged, replayed = session_of(plan), session_of(plan)
     operations = perform(make_run(judged, plan), part)
-    text = script(operations, plan.rows, plan.capacity)
-    compile(text, "script", "exec")
-    assert f"max_batch={plan.rows}, capacity={plan.capacity}" in text
-    lines = text.splitlines()
-    assert len(lines) == len(operations) + 3
-    replayed = session_of(plan)
-    for line, operation in zip(lines[3:], operations, strict=True):
-        calls = Calls()
-        exec(line, {"session": calls})
-        ((name, arguments, keywords),) = calls.made
-        assert name == operation.kind
-        getattr(replayed, name)(*arguments, **keywords)  # refuses what does not fit
-    assert isinstance(ast.parse(text).body[2], ast.Assign)
+    text = script(operations, plan.rows, plan.capacity, "package")
+
+    def opened(path: Path, **options: Any) -> Diary:
+        wanted = {"judged_as": "package", "max_batch": plan.rows, "capacity": plan.capacity}
+        assert path == Path("the target") and options == wanted
+        return replayed  # refuses what does not fit
+
+    with (
+        patch("transformers.AutoModelForCausalLM", SignsTexts),
+        patch("qwenport.validate.open_candidate", opened),
+        redirect_stdout(StringIO()) as printed,
+    ):
+        exec(text, {"TARGET": "the target", "CHECKPOINT": "the checkpoint"})
+    lines = printed.getvalue().splitlines()
+    given_rows = [
+        row for o in operations if o.kind in ("prefill", "decode") for row in o.rows if row
+    ]
+    assert len(lines) == len(given_rows) and all(line.endswith(" tokens: 0") for line in lines)
     assert (replayed.cache == judged.cache).all()
     assert (replayed.lengths == judged.lengths).all()

@@ -32,7 +32,9 @@ class Row:
 def rows_of(coverage: dict[str, Any]) -> list[Row]:
     """The table of a report's `coverage`."""
     c = coverage
-    positions = sum(last - first + 1 for first, last in c["positions"])
+    positions, single = (
+        sum(last - first + 1 for first, last in c[key]) for key in ("positions", "single_positions")
+    )
     back = c["max_seq_len"] - 1
     return [
         _listed(
@@ -65,7 +67,7 @@ def rows_of(coverage: dict[str, Any]) -> list[Row]:
             "Cache capacities",
             "slots",
             [f"{slots:,}" for slots in c["capacities"]],
-            f"up to {c['max_seq_len']:,}",
+            f"{counted(c['all_capacities'], 'size')} up to {c['max_seq_len']:,}",
         ),
         _listed(
             "Positions",
@@ -73,6 +75,13 @@ def rows_of(coverage: dict[str, Any]) -> list[Row]:
             ranges(c["positions"]),
             _below(c["max_seq_len"]),
             f"{positions:,} in all",
+        ),
+        _listed(
+            "Positions, token by token",
+            "of steps of one token",
+            ranges(c["single_positions"]),
+            _below(c["max_seq_len"]),
+            f"{single:,} in all",
         ),
         Row(
             "Attention distance, whole model",

@@ -119,6 +119,8 @@ def coverage(**changes: Any) -> dict[str, Any]:
         "spans": [64, 128, 512, 32768],
         "all_spans": 512,
         "capacities": [64, 192, 32768],
+        "all_capacities": 512,
+        "single_positions": [[5, 100], [32760, 32767]],
         "positions": [[0, 511], [32700, 32767]],
         "max_seq_len": 32768,
         "distance": 575,

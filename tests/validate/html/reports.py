@@ -242,7 +242,7 @@ def extremes() -> dict[str, dict[str, Any]]:
         left_out=[f"experts of layer {n}" for n in range(48)],
     )
     none = coverage(
-        step_widths=[], batches=[], rows=[], spans=[], capacities=[], positions=[], rounding=0,
+        step_widths=[], batches=[], rows=[], spans=[], capacities=[], positions=[], rounding=0, single_positions=[],
         layer_distance={}, left_out=[],
     )  # fmt: skip
     bands = [

@@ -61,7 +61,9 @@ any_coverage = st.fixed_dictionaries(
         **{key: counts for key, value in coverage().items() if isinstance(value, int)},
         "budget": texts,
         **dict.fromkeys(("step_widths", "batches", "rows", "spans", "capacities"), numbered),
-        "positions": lists(st.tuples(counts, counts).map(sorted)),
+        **dict.fromkeys(
+            ("positions", "single_positions"), lists(st.tuples(counts, counts).map(sorted))
+        ),
         "layer_distance": st.dictionaries(texts, counts, max_size=3),
         "experts": rows(
             layer=counts, experts=counts, without_tokens=st.lists(st.integers(0, 127), max_size=9)

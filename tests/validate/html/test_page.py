@@ -51,7 +51,7 @@ def assert_coverage_said(page: Page, coverage: dict[str, Any]) -> None:
     for key in ("step_widths", "batches", "rows"):
         for first, last in runs(coverage[key]):
             assert f"{first:,}" in cells and f"{last:,}" in cells
-    for first, last in coverage["positions"]:
+    for first, last in (*coverage["positions"], *coverage["single_positions"]):
         assert f"{first:,}" in cells and f"{last:,}" in cells
 
 

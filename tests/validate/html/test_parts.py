@@ -47,12 +47,13 @@ def test_what_was_judged_stands_beside_what_the_target_allows() -> None:
     assert found["Batches"] == ("1 to 3, 8", "1 to 8", None)
     assert found["Rows"] == ("0 to 7", "0 to 7", None)
     assert found["Spans"] == ("64, 128, 512, 32,768 (4 in all)", "512 spans", None)
-    assert found["Cache capacities"] == ("64, 192, 32,768", "up to 32,768", None)
+    assert found["Cache capacities"] == ("64, 192, 32,768", "512 sizes up to 32,768", None)
     assert found["Positions"] == (
         "0 to 511, 32,700 to 32,767 (580 in all)",
         "0 to 32,767",
         None,
     )
+    assert found["Positions, token by token"][0] == "5 to 100, 32,760 to 32,767 (104 in all)"
     assert found["Attention distance, whole model"] == ("575", "32,767", None)
     assert found["Attention distance, layer 3 alone"] == ("32,766", "32,767", None)
     assert found["Token ids, whole model"] == ("1,225", "151,936", None)
