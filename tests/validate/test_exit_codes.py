@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -140,7 +139,41 @@ def a_text(file: Path) -> None:
     file.write_text("version https://git-lfs.github.com/spec/v1\n" * 100)
 
 
-DAMAGE = (truncated, zeros, overwritten, empty, no_nodes, a_text)
+def a_node_twice(file: Path) -> None:
+    model = onnx.load(file, load_external_data=False)
+    model.graph.node.append(model.graph.node[3])
+    file.write_bytes(model.SerializeToString())
+
+
+def external(key: str, value: str) -> Callable[[Path], None]:
+    """Another place for one weight."""
+
+    def change(file: Path) -> None:
+        model = onnx.load(file, load_external_data=False)
+        weight = next(t for t in model.graph.initializer if t.name.endswith("q_proj.bias"))
+        places = {entry.key: entry.value for entry in weight.external_data} | {key: value}
+        del weight.external_data[:]
+        for name, text in places.items():
+            weight.external_data.add(key=name, value=text)
+        file.write_bytes(model.SerializeToString())
+
+    change.__name__ = f"{key}_{value.replace('/', '_')}"
+    return change
+
+
+DAMAGE = (
+    truncated,
+    zeros,
+    overwritten,
+    empty,
+    no_nodes,
+    a_text,
+    a_node_twice,
+    external("location", "weights/missing.safetensors"),
+    external("offset", "999999999999"),
+    external("offset", "-5"),
+    external("length", "many"),
+)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["package", "network"])
@@ -154,6 +187,36 @@ def test_a_damaged_graph_under_a_right_hash_is_no_verdict(
     damage(broken[0] / "model.onnx")
     fix_hashes(broken[0])
     assert "model.onnx" in refused(capsys, *broken, *way)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_seq_len": "x"},
+        {"max_seq_len": -5},
+        {"max_batch": 1.5},
+        {"dtype": ["bf16"]},
+        {"rope_scaling": 5},
+        {"source": {}},
+        {"source": {"config_sha256": 1, "dtype": "bf16", "files": []}},
+        {"weights": {"mode": 3, "files": {}}},
+        {"files": []},
+        {"model": None},
+    ],
+    ids=str,
+)
+def test_a_manifest_of_odd_types_is_no_verdict(
+    changes: dict[str, Any], broken: tuple[Path, Path], capsys: Capture
+) -> None:
+    fix_hashes(broken[0], **changes)
+    assert MANIFEST in refused(capsys, *broken)
+
+
+def test_a_package_without_its_manifest_is_not_taken_for_a_checkpoint(
+    broken: tuple[Path, Path], capsys: Capture
+) -> None:
+    (broken[0] / MANIFEST).unlink()
+    assert f"has no {MANIFEST}" in refused(capsys, *broken)
 
 
 def unknown_operator(model: ir.Model) -> None:
@@ -328,7 +391,7 @@ def test_seed_and_budget_decide_what_is_run(pair: tuple[Path, Path], capsys: Cap
 def test_a_failing_random_walk_prints_a_script_that_replays(
     way: tuple[str, ...], tmp_path: Path, capsys: Capture
 ) -> None:
-    """It runs as it stands, and what it asks for is what is wrong."""
+    """It runs as it stands, and prints how far the logits are from transformers'."""
     package = export(DENSE, tmp_path / "package", weights="copy", max_seq_len=128, max_batch=3).path
     faulty = seed(package, tmp_path / "faulty", rows.last_row_of_several_damped)
     assert run(faulty, DENSE, *way) == 1
@@ -337,10 +400,9 @@ def test_a_failing_random_walk_prints_a_script_that_replays(
     lines = out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("The random walk fails"))
     script = [line.removeprefix("    ") for line in lines[start + 1 : -1]]
-    answers = []
+    off = {}
     for target in (package, faulty):
-        scope: dict[str, Any] = {"TARGET": str(target)}
-        *before, last = script
-        exec("\n".join(before), scope)
-        answers.append(np.concatenate(list(map(np.atleast_2d, eval(last, scope)))))
-    assert np.abs(answers[0] - answers[1]).max() > 1e-3
+        exec("\n".join(script), {"TARGET": str(target), "CHECKPOINT": str(DENSE)})
+        printed = capsys.readouterr().out.splitlines()
+        off[target] = [float(line.rpartition(": ")[2]) for line in printed]
+    assert max(off[package]) < 1e-3 < max(off[faulty])
