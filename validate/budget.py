@@ -227,9 +227,8 @@ def _caches(capacity: int, most: int, seed: int) -> tuple[int, ...]:
     every = list(range(SPAN_MULTIPLE, capacity, SPAN_MULTIPLE))
     first = [slots for slots in (SPAN_MULTIPLE, 3 * SPAN_MULTIPLE) if slots in every]
     left = [slots for slots in every if slots not in first]
-    count = min(len(left), max(0, most - len(first)))
-    drawn = np.random.default_rng((seed, 3)).choice(left, count, replace=False) if count else []
-    return tuple(sorted([*first, *map(int, drawn)]))
+    drawn = np.random.default_rng((seed, 3)).permutation(left)[: max(0, most - len(first))]
+    return tuple(sorted([*first, *(int(slots) for slots in drawn)]))
 
 
 def _edges(context: int, most: int) -> tuple[int, ...]:
