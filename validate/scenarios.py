@@ -222,13 +222,14 @@ def wide_batch(run: Run) -> None:
 
 
 def small_cache(run: Run) -> None:
-    """A cache of the size that `generate` allocates for a short text, filled to its last slot."""
+    """A cache of a size that `generate` allocates, filled to its last slot; a large one has a short text in it."""
     if run.session.capacity >= run.plan.capacity:
         raise NotApplicable("the target's whole cache is not larger")
-    single = min(6, run.capacity - 1)
+    end = run.capacity if run.capacity <= run.plan.context else PREFILL_TOKENS
+    single = min(6, end - 1)
     run.start()
-    run.prefill([run.take(run.capacity - single)])
-    for position in range(run.capacity - single, run.capacity):
+    run.prefill([run.take(end - single)])
+    for position in range(end - single, end):
         run.decode(run.take(1, start=position))
 
 
@@ -368,7 +369,9 @@ SCENARIOS = (
 def scenarios(plan: Plan) -> tuple[Scenario, ...]:
     """All that is run: SCENARIOS, and a cache of each of the plan's sizes."""
     caches = (
-        Scenario(f"cache of {n}", "A small cache, filled to its last slot", small_cache, False, n)
+        Scenario(
+            f"cache of {n}", f"A cache of {n} slots, as generate allocates", small_cache, False, n
+        )
         for n in plan.caches
     )
     return (*SCENARIOS, *caches)
