@@ -39,9 +39,9 @@ class Budget:
 
 
 BUDGETS = {
-    "quick": Budget(256, 1024, 1e10, (32, 240), 512, 0.5),
-    "standard": Budget(1024, 8192, 1.4e10, (96, 720), 512, 0.5),
-    "thorough": Budget(4096, 1 << 20, 1e11, (320, 2400), 2048, 4.0),
+    "quick": Budget(256, 1024, 1e10, (24, 240), 512, 0.5),
+    "standard": Budget(1024, 8192, 1.4e10, (48, 720), 512, 0.5),
+    "thorough": Budget(4096, 1 << 20, 1e11, (200, 2400), 2048, 4.0),
 }
 DEFAULT = "standard"
 
@@ -56,7 +56,7 @@ CACHES = {
     "standard": (4, 12),
     "thorough": (8, 64),
 }  # sizes: of a large model, of a small one
-DECODED_SHARE, DECODED_LEAST = 0.2, 29  # single-token steps of "decode", of all; at least
+DECODED_SHARE, DECODED_LEAST = 0.2, 17  # single-token steps of "decode", of all; at least
 SMALL_VOCABULARY = (
     8192  # ids: of so many the logits of each are a matter of seconds for a small model
 )

@@ -212,9 +212,6 @@ def _manifest_errors(package: Package, model: onnx.ModelProto, checkpoint: Check
                 f"max_seq_len: {manifest.get('max_seq_len')} in the manifest, rows of {name}: "
                 f"{rows[0] if rows else 'none'}"
             )
-    batch = manifest.get("max_batch")
-    if type(batch) is not int or batch < 1:
-        errors.append(f"max_batch: {batch} in the manifest, which is no number of rows")
     return errors
 
 

@@ -85,6 +85,7 @@ def chosen_logits(run: Run) -> None:
 def step_widths(run: Run) -> None:
     """Single steps of many widths, the widest first; some from the start, some behind text that stays."""
     generator = np.random.default_rng((run.plan.seed, 2))
+    followed = run.plan.share(0.1, 4)
     for number, width in enumerate(run.plan.widths):
         width = min(width, run.capacity)
         room = min(run.length(), run.plan.context - width)
@@ -95,7 +96,7 @@ def step_widths(run: Run) -> None:
             run.start()
         run.prefill([run.take(width, start=behind)])
         follows = run.take(1, start=behind + width)
-        if follows:
+        if follows and number < followed:
             run.decode(follows)
 
 
@@ -226,7 +227,7 @@ def small_cache(run: Run) -> None:
     if run.session.capacity >= run.plan.capacity:
         raise NotApplicable("the target's whole cache is not larger")
     end = run.capacity if run.capacity <= run.plan.context else PREFILL_TOKENS
-    single = min(6, end - 1)
+    single = min(run.plan.share(0.05, 2), 6, end - 1)
     run.start()
     run.prefill([run.take(end - single)])
     for position in range(end - single, end):
@@ -258,7 +259,7 @@ def _at(run: Run, first_position: int, stream: int) -> None:
     """A short text that begins anywhere: its first token gets slot 0, and sees nothing before it."""
     run.start(max(0, first_position))
     tokens = run.take(CONTEXT_TOKENS, stream=stream)
-    prompt = max(1, len(tokens) - CONTEXT_DECODES)
+    prompt = max(1, len(tokens) - min(CONTEXT_DECODES, run.plan.share(0.1, 4)))
     run.prefill([tokens[:prompt]], all_logits=True)
     for token in tokens[prompt:]:
         run.decode([token])

@@ -319,7 +319,7 @@ RUN_DEPENDENT: tuple[Defect, ...] = (
             (choices.one_token_looked_up_as_another, (1234,)),
             (choices.highest_id_out_of_reach, (END_OF_TURN,)),
             (choices.ids_above_1900_a_row_early, (1901, 1999)),
-            (choices.one_token_damped_inside, (5,)),
+            (choices.one_token_damped_inside, (1905,)),
             (choices.one_token_is_zero, (777,)),
             (choices.one_token_is_nan, (1500,)),
             (choices.special_tokens_are_zero, (END_OF_TEXT, END_OF_TURN)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import checkpoints
@@ -19,7 +19,7 @@ from qwenport.validate.oracle import Oracle
 from qwenport.validate.prompts import Prompts
 from qwenport.validate.reference import Reference
 from qwenport.validate.run import CandidateError, NotApplicable, Run
-from qwenport.validate.scenarios import SCENARIOS, greedy_prompt
+from qwenport.validate.scenarios import SCENARIOS, greedy_prompt, scenarios
 from qwenport.validate.target import Target, open_target
 
 from .sessions import capacity_of
@@ -29,8 +29,8 @@ VOCABULARY = 48
 SPECIAL = (47, 0, 46)
 # no prompt has the highest id
 PROMPTS = Prompts(tuple((np.random.default_rng(3).permutation(940) % 47).tolist()), "")
-ALL = {scenario.name for scenario in SCENARIOS}
 SMALL = {"cache of 64", "cache of 192"}
+ALL = {scenario.name for scenario in SCENARIOS} | SMALL
 
 Array = Any
 Model = Callable[[Sequence[int], int], Array]
@@ -132,7 +132,7 @@ class Setting:
         judge = Judge(self.oracle, "fp32", {})
         sessions: dict[int, Posing] = {}
         found: dict[str, Any] = {}
-        for scenario in SCENARIOS:
+        for scenario in scenarios(self.plan):
             capacity = capacity_of(scenario, self.plan)
             session = sessions.setdefault(capacity, Posing(self.model, capacity, wrong))
             run = Run(
@@ -162,6 +162,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
         target.config, budget="quick", seed=0, rows=ROWS, capacity=CAPACITY,
         max_positions=CAPACITY, max_step_tokens=WIDEST, streamed=False,
     )  # fmt: skip
+    plan = replace(plan, caches=(64, 192))
     prompt, count = greedy_prompt(plan)
     greedy, _ = reference.greedy(PROMPTS.take(prompt), count)
     oracle = Oracle(reference, PROMPTS.take(128))
