@@ -83,7 +83,7 @@ class Plan:
         edges: multiples of 64 below `context` at which spans are judged by single-token steps.
         wide_batch: width of one step of all rows.
         greedy: new tokens of `greedy`.
-        caches: slots of the small caches that are filled to their last slot.
+        caches: slots of the caches of "cache of N"; those beyond `context` are given a short text only.
         cache_sizes: how many sizes of cache `generate` may allocate.
         batches: rows of the steps of "batches".
         decoded: positions up to which "decode" goes token by token.
