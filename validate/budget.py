@@ -111,6 +111,11 @@ class Plan:
     decoded: int
     every_id: bool
 
+    @property
+    def small(self) -> bool:
+        """Whether the model is so small that reading its weights once more costs next to nothing."""
+        return self.steps >= SMALL_MODEL_STEPS
+
     def share(self, part: float, least: int = 1) -> int:
         """A part of the single-token steps."""
         return max(least, int(self.steps * part))

@@ -69,7 +69,8 @@ class Probe:
     Attributes:
         expected: site name -> tensor [S, ...], after the layer has run.
         result: what the layer gave, for whoever ran it to keep.
-        by_sdpa: the same for attention by transformers' other implementation of it.
+        others: the same for attention by other formulas: torch's scaled_dot_product_attention, and the one that TensorRT's
+            parser writes down for any Attention.
     """
 
     def __init__(self, sites: tuple[Site, ...], given: Mapping[str, Array], dtype: str) -> None:
@@ -77,7 +78,7 @@ class Probe:
         self._given, self._dtype = given, TORCH[dtype]
         self.expected: dict[str, torch.Tensor] = {}
         self.result = torch.empty(0)
-        self.by_sdpa: dict[str, torch.Tensor] = {}
+        self.others: dict[str, list[torch.Tensor]] = {}
 
     def _at(self, name: str, made: torch.Tensor) -> torch.Tensor:
         """Note what a site should be, [S, ...], and go on with what is given for it."""
@@ -165,8 +166,12 @@ class Probe:
         )
         if self._dtype in (torch.bfloat16, torch.float16):
             sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-            other, _ = sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-            self.by_sdpa[ATTENTION] = other[0]
+            root = torch.tensor(scaling**0.5, dtype=self._dtype)  # rounded, as it is in the network
+            ways = ((query, key, scaling), (query * root, key * root, 1.0))
+            self.others[ATTENTION] = [
+                sdpa(module, q, k, value, attention_mask, dropout, scale, **kwargs)[0][0]
+                for q, k, scale in ways
+            ]
         eager = sys.modules[type(module).__module__].eager_attention_forward
         made, weights = eager(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
         return self._at(ATTENTION, made[0])[None], weights

@@ -27,11 +27,10 @@ from qwenport.validate.localisation import WHOLE_LAYER, observed_sites, values_b
 from qwenport.validate.pieces import as_array
 from qwenport.validate.probe import Probe, run_layer
 from qwenport.validate.reference import Choices, OpenLayer, Reference
-from qwenport.validate.sites import ATTENTION, router_choices, sites
+from qwenport.validate.sites import router_choices, sites
 from qwenport.validate.streaming import Feeds, Progress, Rehearsal
 from qwenport.validate.thresholds import (
     HALF_ROUTER_MARGIN,
-    ROUNDING_ATTENTION_TIMES_OWN,
     ROUNDING_LEAST,
     ROUNDING_QUANTILES,
     ROUNDING_SYSTEMATIC_TIMES_OWN,
@@ -54,7 +53,7 @@ class Spread:
 
     Attributes:
         quantile: of the positions.
-        made, own: the target's and transformers' errors there, the larger of its attentions.
+        made, own: the target's and transformers' errors there, the largest of its attentions.
         times_own: their ratio, and `least` the lower end of its interval.
     """
 
@@ -85,17 +84,12 @@ class RoundingError:
     systematic: tuple[Spread, ...]
 
     @property
-    def bound(self) -> float:
-        """On the relative error, in units of transformers' own."""
-        return ROUNDING_ATTENTION_TIMES_OWN if self.operator == ATTENTION else ROUNDING_TIMES_OWN
-
-    @property
     def excess(self) -> float:
         """The lower end of the worst ratio in units of its bound; above 1 it is too much."""
         if self.nonfinite:
             return math.inf
         return max(
-            [s.least / self.bound for s in self.relative]
+            [s.least / ROUNDING_TIMES_OWN for s in self.relative]
             + [s.least / ROUNDING_SYSTEMATIC_TIMES_OWN for s in self.systematic],
             default=0.0,
         )
@@ -107,7 +101,7 @@ class RoundingError:
             return f"{where}: NaN or infinity at {self.nonfinite} of {self.positions} positions"
         if not self.relative:
             return f"{where}: zero everywhere"
-        kinds = [("relative", s, s.least / self.bound) for s in self.relative]
+        kinds = [("relative", s, s.least / ROUNDING_TIMES_OWN) for s in self.relative]
         kinds += [
             ("systematic", s, s.least / ROUNDING_SYSTEMATIC_TIMES_OWN) for s in self.systematic
         ]
@@ -122,8 +116,8 @@ class RoundingError:
 class _Errors:
     """Errors of one place by position, of the target and of transformers' implementations."""
 
-    relative: list[list[Float64]] = field(default_factory=lambda: [[], [], []])
-    systematic: list[list[Float64]] = field(default_factory=lambda: [[], [], []])
+    relative: list[list[Float64]] = field(default_factory=lambda: [[], [], [], []])
+    systematic: list[list[Float64]] = field(default_factory=lambda: [[], [], [], []])
     numbers: int = 1  # in the result at one position
     nonfinite: int = 0
 
@@ -132,7 +126,7 @@ class _Errors:
         self.nonfinite += self._add(0, right, made)
 
     def add_own(self, right: Array, *results: Array, bias: Array | None = None) -> None:
-        """Transformers' own results, by one or two implementations, and what they should be.
+        """Transformers' own results, by up to three implementations, and what they should be.
 
         Args:
             bias: of a linear. Transformers adds it before it rounds. A network rounds the product first, which is right
@@ -318,12 +312,12 @@ def _judge_layer(
         return probe
 
     own: list[dict[str, Array]] = []
-    by_sdpa: list[dict[str, Array]] = []
+    others: list[dict[str, list[Array]]] = []
     with reference.opened_layer(index, dtype) as layer:
         for number, entry in enumerate(entries):
             probe = probed(layer, number, {}, dtype)
             own.append(_arrays(probe.expected))
-            by_sdpa.append(_arrays(probe.by_sdpa))
+            others.append({n: [_array(t) for t in ts] for n, ts in probe.others.items()})
             if experts[number] is None:
                 following.append(probe.result.float().numpy())
             else:
@@ -333,7 +327,7 @@ def _judge_layer(
         for number, entry in enumerate(entries):
             # transformers' own results on its own inputs, the target's on its own: both rounded, hardly apart
             right = _arrays(probed(layer, number, own[number], TRUTH).expected)
-            theirs = {n: (own[number][n], *_given(by_sdpa[number], n)) for n in errors}
+            theirs = {n: (own[number][n], *others[number].get(n, ())) for n in errors}
             expected = _arrays(probed(layer, number, given[number], TRUTH).expected)
             for name, found in errors.items():
                 found.add(expected[name], given[number][name])
@@ -356,10 +350,6 @@ def _bias(module: Any, name: str) -> Array | None:
     return None if bias is None else bias.float().numpy()
 
 
-def _given(values: Mapping[str, Array], name: str) -> tuple[Array, ...]:
-    return (values[name],) if name in values else ()
-
-
 def _alone(layer: OpenLayer, entry: Array, experts: Choices | None) -> Array:
     result: Array = layer.run(entry, queries_at_once=len(entry), choices=experts)
     return result
@@ -371,7 +361,12 @@ def _embedded(reference: Reference, tokens: Sequence[int], dtype: str) -> Array:
 
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, Array]:
-    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+    return {name: _array(tensor) for name, tensor in tensors.items()}
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    array: Array = tensor.float().numpy()
+    return array
 
 
 def _judge_end(

@@ -28,7 +28,7 @@ from qwenport.validate.memory import must_stream
 from qwenport.validate.oracle import Oracle
 from qwenport.validate.prompts import make_prompts, special_ids
 from qwenport.validate.report import Report, ScenarioResult
-from qwenport.validate.run import Run
+from qwenport.validate.run import Observation, Run
 from qwenport.validate.runner import Runner
 from qwenport.validate.scenarios import LOOKED_INTO, SCENARIOS, greedy_prompt, scenarios
 from qwenport.validate.streaming import Progress
@@ -180,8 +180,7 @@ class Validation:
         self._runner = runner
         runner.run(self.results)
         self.results += structure.distance(self.prompts, investigation, plan)
-        self._progress("looking inside", 0, 1)
-        followed = investigation.follow(LOOKED_INTO)
+        followed = self._follow(investigation, plan, counter)
         self.results += rows.routing(
             self._judge, oracle, self.target, investigation, followed, counter
         )
@@ -249,6 +248,18 @@ class Validation:
     def _router_margin(self) -> float:
         in_fp32 = self.target.compute_dtype == "fp32"
         return FP32_ROUTER_MARGIN if in_fp32 else HALF_ROUTER_MARGIN
+
+    def _follow(
+        self, investigation: Investigation, plan: Plan, counter: Counter
+    ) -> Observation | None:
+        """Errors from layer to layer. Each layer is read four times more for it, which a large streamed model is spared
+        while nothing has failed and no router is to be judged."""
+        moe, failed = self.target.config.moe, self._names_of("failed")
+        if self.streamed and not (plan.small or moe or failed or plan.budget == "thorough"):
+            counter.leave_out("how rounding grows from layer to layer, since nothing failed")
+            return None
+        self._progress("looking inside", 0, 1)
+        return investigation.follow(LOOKED_INTO)
 
     def _explain(self, bench: Bench) -> None:
         """Where the failures start, and the random walk as a short script."""

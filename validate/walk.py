@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from qwenport.engines import CachedSession
-from qwenport.validate.budget import SMALL_MODEL_STEPS, Plan
+from qwenport.validate.budget import Plan
 from qwenport.validate.prompts import Prompts
 from qwenport.validate.run import Run
 
@@ -75,12 +75,11 @@ class _Walk:
         self._prompts = prompts
         self._rows = min(session.max_batch, 4)
         self._held = [0] * self._rows
-        small = plan.steps >= SMALL_MODEL_STEPS
-        self._slots = min(session.capacity, session.max_positions, 384 if small else 96)
-        self._widest = min(plan.widest, 256 if small else 48)
+        self._slots = min(session.capacity, session.max_positions, 384 if plan.small else 96)
+        self._widest = min(plan.widest, 256 if plan.small else 48)
         self._steps, self._tokens = (
             plan.share(0.15, 12),
-            plan.context * 2 if small else plan.context // 6,
+            plan.context * 2 if plan.small else plan.context // 6,
         )
 
     def draw(self) -> list[Operation]:

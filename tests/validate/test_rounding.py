@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from checkpoints import mini, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenport.exporter import export
-from qwenport.validate import rounding
+from qwenport.validate import rounding, validate
 from qwenport.validate.candidate import Candidate
 from qwenport.validate.localisation import WHOLE_LAYER
 from qwenport.validate.reference import Reference
@@ -28,6 +30,8 @@ from qwenport.validate.thresholds import (
     ROUNDING_Z,
 )
 
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 EXAMPLES = Path(__file__).parents[2] / "examples"
 POSITIONS, NUMBERS = 512, 64
 UNIT = 2.0**-9  # half a unit in the last place of bf16
@@ -289,3 +293,20 @@ def test_every_operator_of_a_healthy_package_is_below_its_bound(
     # and it is rounding that is judged: most operators are as good as transformers' own
     middle = [error.relative[0].times_own for error in found]
     assert 0.8 < float(np.median(middle)) < 1.2
+
+
+@pytest.mark.parametrize(("family", "head_dim", "dtype"), [("qwen2", 12, "bf16"), ("llama", 28, "fp16")])
+def test_a_root_of_the_scale_that_the_dtype_has_not_is_the_parser_s_doing(
+    family: str, head_dim: int, dtype: str, tmp_path: Path
+) -> None:
+    """It is rounded into queries and keys, and what comes of it is systematic."""
+    root = torch.tensor(head_dim**-0.5).sqrt()
+    assert root.to(TYPES[dtype]) != root
+    raw = mini(family, head_dim=head_dim, max_position_embeddings=256, torch_dtype=NAMES[dtype])
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", raw, dtype=TYPES[dtype])
+    export(checkpoint, tmp_path / "package")
+    report = validate(
+        tmp_path / "package", checkpoint, judged_as="tensorrt-network", budget="quick"
+    )
+    assert report.passed, report.failures
+    assert report.rounding and max(error.excess for error in report.rounding) < 0.9

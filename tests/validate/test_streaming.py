@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qwenport.engines import CachedSession, OnnxRuntimeSession
 from qwenport.exporter import Package, export
-from qwenport.validate import Report, memory, validate
+from qwenport.validate import Report, budget, memory, validate
 from qwenport.validate.candidate import Candidate, Refused
 from qwenport.validate.network import Interpreter, NetworkSession, parse_package
 from qwenport.validate.network.parse import with_exact_tables
@@ -269,6 +269,26 @@ def test_fewer_layers_are_the_first_layers(tiny_checkpoint: Path, tiny_package: 
     assert report.passed
     assert (report.layers_judged, report.layers, report.reference_mode) == (2, 5, "streamed")
     assert [error.name for error in report.layers_error] == ["embedding", "layer 0", "layer 1"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_large_model_is_read_again_for_its_layers_only_if_something_failed(
+    broken: bool,
+    tiny_checkpoint: Path,
+    tiny_package: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from defects.catalogue import DEFECTS
+    from defects.tools import seed
+
+    (defect,) = [d for d in DEFECTS if d.name == "wrong_epsilon_in_one_norm"]
+    judged = seed(tiny_package, tmp_path / "p", defect.change) if broken else tiny_package
+    monkeypatch.setattr(budget, "SMALL_MODEL_STEPS", 10**9)
+    report = validate(judged, tiny_checkpoint, layers=2, budget="quick")
+    assert report.passed is not broken and report.coverage is not None
+    left_out = [text for text in report.coverage.left_out if "from layer to layer" in text]
+    assert (len(left_out), len(report.layers_error)) == ((0, 3) if broken else (1, 0))
 
 
 def test_a_layer_that_needs_another_s_cache_is_refused_and_not_a_crash(
