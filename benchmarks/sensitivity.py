@@ -7,6 +7,7 @@
 Every defect of the catalogue (tests/defects) is put into a package of a bundled checkpoint, and that package is
 judged in each of the defect's forms: run by onnxruntime, as the network that TensorRT's parser makes of it in exact
 arithmetic, or in the types that the network declares. It says that another version wrote it, so that numbers judge.
+What was judged is written down at once, under the commit, and is not judged again by a run that comes after it.
 Then models that are right by construction are drawn (tests/healthy_models.py) and judged in all three forms. There are
 no peers: none has a parity command that can fail.
 """
@@ -14,20 +15,21 @@ no peers: none has a parity command that can fail.
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 from measure import ROOT, WORK, cores
-from report import Bar, Report, output_path
+from report import Bar, Report, output_path, qwenport_version
 from rich.table import Table
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -39,9 +41,13 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 HEALTHY_MODELS = 300
 SPARE = 5  # one in five more is drawn, since some are drawn twice
+AT_ONCE = 20  # healthy models that one task draws
 SEED = 2026
 QUICK_DEFECTS, QUICK_MODELS = 3, 3
 IDENTITY = {"weights", "files"}  # rows that compare bytes, not numbers
+TUPLES = ("lives_in", "failed")  # of a `Judged`
+
+Task = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,8 @@ class Judged:
         return bool(set(self.failed) - IDENTITY)
 
 
-def judge_defect(name: str, form: str) -> Judged:
-    """Seed a defect into a package made for it, and validate."""
+def judge_defect(name: str, form: str) -> dict[str, Any]:
+    """Seed a defect into a package made for it, and validate; the fields of a `Judged`."""
     import torch
     from defects.catalogue import DEFECTS
     from defects.tools import seed
@@ -94,9 +100,9 @@ def judge_defect(name: str, form: str) -> Judged:
     where = None if defect.layers is None else tuple(sorted(defect.layers))
     work, started = Path(tempfile.mkdtemp()), time.process_time()
 
-    def judged(caught: bool, *found: Any, error: str | None = None) -> Judged:
+    def judged(caught: bool, *found: Any, error: str | None = None) -> dict[str, Any]:
         seconds = time.process_time() - started
-        return Judged(name, defect.family, form, caught, where, *found, seconds, error)
+        return asdict(Judged(name, defect.family, form, caught, where, *found, seconds, error))
 
     try:
         checkpoint = defect.write_checkpoint(work / "checkpoint")
@@ -179,10 +185,44 @@ def _verdict(package: Path, checkpoint: Path, options: dict[str, Any]) -> dict[s
     }
 
 
-def spread(count: int, workers: int) -> list[int]:
-    """`count` in `workers` parts that are as equal as can be, without empty ones."""
-    parts = [count // workers + (index < count % workers) for index in range(workers)]
-    return [part for part in parts if part]
+@dataclass(frozen=True)
+class Journal:
+    """What a commit has judged so far, a line a task; None keeps nothing."""
+
+    path: Path | None
+
+    def known(self) -> dict[str, Any]:
+        """Task -> its result."""
+        if self.path is None or not self.path.is_file():
+            return {}
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return {line["task"]: line["result"] for line in map(json.loads, lines)}
+
+    def add(self, task: str, result: Any) -> None:
+        """Write one down."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"task": task, "result": result}) + "\n")
+
+    def run(self, pool: Executor, function: Callable[..., Any], tasks: list[Task]) -> Iterator[Any]:
+        """The results of all tasks in order, of which only the unknown ones are run."""
+        known = self.known()
+        running = {
+            task: pool.submit(function, *task) for task in tasks if json.dumps(task) not in known
+        }
+        for task in tasks:
+            if task not in running:
+                yield known[json.dumps(task)]
+                continue
+            result = running.pop(task).result()
+            self.add(json.dumps(task), result)
+            yield result
+
+
+def batches(count: int) -> list[int]:
+    """`count` in parts of AT_ONCE; the last may be smaller."""
+    return [min(AT_ONCE, count - start) for start in range(0, count, AT_ONCE)]
 
 
 def scores(judged: Sequence[Judged], healthy: list[dict[str, Any]], asked: int) -> list[Bar]:
@@ -324,15 +364,18 @@ def main(quick: bool, families: str | None, models: int, work: Path, output: Pat
         quick,
         {"defects": len(names), "families": families, "models": models, "seed": SEED},
     )
+    version = qwenport_version()
+    whole = "(" in version and "changes" not in version and not quick  # a commit, and nothing else
+    journal = Journal(work / "sensitivity" / f"{version}.jsonl" if whole else None)
     judged: list[Judged] = []
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for one in pool.map(judge_defect, *zip(*tasks, strict=True)) if tasks else ():
-            judged.append(one)
-            facts = {key: value for key, value in asdict(one).items() if key != "defect"}
-            report.add_run(one.defect, **facts)
-        parts = spread(models + -(-models // SPARE), workers)
-        seeds = [SEED + index for index in range(len(parts))]
-        healthy = [r for records in pool.map(judge_healthy, parts, seeds) for r in records]
+        for facts in journal.run(pool, judge_defect, tasks):
+            tuples = {key: None if facts[key] is None else tuple(facts[key]) for key in TUPLES}
+            judged.append(Judged(**facts | tuples))
+            report.add_run(facts["defect"], **{k: v for k, v in facts.items() if k != "defect"})
+        sizes = batches(models + -(-models // SPARE))
+        drawn = [(count, SEED + index) for index, count in enumerate(sizes)]
+        healthy = [r for records in journal.run(pool, judge_healthy, drawn) for r in records]
     rows, alarms = by_family(judged), alarms_of(healthy)
     report.data |= {"healthy": healthy, "by_family": rows, "false_alarms": alarms}
     for record in healthy:

@@ -69,8 +69,8 @@ class Probe:
     Attributes:
         expected: site name -> tensor [S, ...], after the layer has run.
         result: what the layer gave, for whoever ran it to keep.
-        others: the same for attention by other formulas: torch's scaled_dot_product_attention, and the one that TensorRT's
-            parser writes down for any Attention.
+        others: the same for attention by other formulas: torch's scaled_dot_product_attention, and the one that
+            TensorRT's parser writes down for any Attention.
     """
 
     def __init__(self, sites: tuple[Site, ...], given: Mapping[str, Array], dtype: str) -> None:

@@ -58,10 +58,10 @@ HALF_Z = 4.5  # of the interval of that share: by the exact binomial law 99.9% w
 
 # Of an operator's or a layer's result, given the same input, against transformers in fp32: the median and the 95th
 # percentile over positions of (a) the relative error and (b) its systematic part, |<made, right> / <right, right> - 1|,
-# in units of transformers' own. The lower end of the interval must not pass it. For attention the largest of three counts:
-# transformers' eager and sdpa, and sdpa of queries and keys that are each multiplied by the root of the scale before, all
-# rounded. The last is what TensorRT's parser makes of any Attention: where the root is no number of the dtype, the error
-# is systematic, up to 5 times that of the others (found with heads of 12 and 28 dimensions).
+# in units of transformers' own. The lower end of the interval must not pass it. For attention the largest of three
+# counts: transformers' eager and sdpa, and sdpa of queries and keys that are each multiplied by the root of the scale
+# before, all rounded. The last is what TensorRT's parser makes of any Attention: where the root is no number of the
+# dtype, the error is systematic, up to 5 times that of the others (found with heads of 12 and 28 dimensions).
 # Right operators were found at up to 1.2 in (a): SiLU in two operators has three roundings where transformers has two.
 # The intervals are those of order statistics, which need no assumption on the distribution.
 ROUNDING_TIMES_OWN = 1.6

@@ -295,7 +295,9 @@ def test_every_operator_of_a_healthy_package_is_below_its_bound(
     assert 0.8 < float(np.median(middle)) < 1.2
 
 
-@pytest.mark.parametrize(("family", "head_dim", "dtype"), [("qwen2", 12, "bf16"), ("llama", 28, "fp16")])
+@pytest.mark.parametrize(
+    ("family", "head_dim", "dtype"), [("qwen2", 12, "bf16"), ("llama", 28, "fp16")]
+)
 def test_a_root_of_the_scale_that_the_dtype_has_not_is_the_parser_s_doing(
     family: str, head_dim: int, dtype: str, tmp_path: Path
 ) -> None:
