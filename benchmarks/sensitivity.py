@@ -158,7 +158,10 @@ def judge_healthy(count: int, seed: int) -> list[dict[str, Any]]:
                     "rope_scaling": model.config.get("rope_scaling"),
                     "export": model.export_arguments,
                 }
-                found.append(record | _verdict(work / "package", checkpoint, options))
+                said = _verdict(work / "package", checkpoint, options)
+                # what is drawn depends on what this process has loaded: an accused one is kept whole
+                accused = {} if said["passed"] else {"drawn": repr(model)}
+                found.append(record | said | accused)
         finally:
             shutil.rmtree(work)
 

@@ -24,6 +24,7 @@ from qwenport.validate.text import Choices, Text
 from qwenport.validate.thresholds import (
     FP32_NEAR_TIE_MOST,
     FP32_REL_L2_MOST,
+    FP32_REL_L2_MOST_DENSE,
     FP32_TIMES_OWN_ROUNDING_LEAST,
     HALF_CONFIDENCE,
     HALF_Z,
@@ -114,12 +115,15 @@ class Judge:
         metrics, checks = self._with_rounding(
             observation, oracle, fp32_thresholds(self._oracle.own_rounding, greedy=greedy)
         )
-        near = 0 < metrics.rel_l2 <= FP32_REL_L2_MOST and not metrics.nonfinite
+        routed = self._oracle.reference.routed
+        highest = FP32_REL_L2_MOST if routed else FP32_REL_L2_MOST_DENSE
+        near = 0 < metrics.rel_l2 <= highest and not metrics.nonfinite
         if status_of(checks) == "passed" or not near:
             return metrics, checks
         # It is off by little. Rounding is not the same at all positions, so ask what it is at these.
         here = self._oracle.own_rounding_of(observation.texts)
-        bounds = fp32_thresholds(max(self._oracle.own_rounding, here.rel_l2), greedy=greedy)
+        own = max(self._oracle.own_rounding, here.rel_l2)
+        bounds = fp32_thresholds(own, greedy=greedy, highest=highest)
         margin = min(FP32_NEAR_TIE_MOST, FP32_TIMES_OWN_ROUNDING_LEAST * here.max_abs)
         bounds = dataclasses.replace(bounds, near_tie_margin=max(bounds.near_tie_margin, margin))
         return self._with_rounding(observation, oracle, bounds)

@@ -62,6 +62,7 @@ class Reference:
         vocab_size: logits a position.
         num_layers: decoder layers that are used.
         weights_note: what the weights are, for a reviewer.
+        routed: whether tokens go to experts, of which rounding may choose another.
         replayed: choices of experts taken over so far, in all calls together.
     """
 
@@ -89,6 +90,7 @@ class Reference:
                 It is one line of at most 300 characters, whatever transformers, torch or safetensors raised.
         """
         self.vocab_size = target.config.vocab_size
+        self.routed = target.config.moe is not None
         self.weights_note = "fp32"
         rounded_to = None
         if target.dtype != target.source["dtype"]:
