@@ -198,8 +198,11 @@ class Journal:
         """Task -> its result."""
         if self.path is None or not self.path.is_file():
             return {}
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        return {line["task"]: line["result"] for line in map(json.loads, lines)}
+        text = self.path.read_text(encoding="utf-8")
+        whole, end, half = text.rpartition("\n")
+        if half:  # of a run that was killed while it wrote: judged again
+            self.path.write_text(whole + end, encoding="utf-8")
+        return {line["task"]: line["result"] for line in map(json.loads, whole.splitlines())}
 
     def add(self, task: str, result: Any) -> None:
         """Write one down."""

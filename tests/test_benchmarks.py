@@ -139,6 +139,18 @@ def test_quick_run_of_sensitivity_counts_by_family_and_form(work: Path) -> None:
     assert [row["false_alarms"] for row in data["false_alarms"]] == [0, 0, 0]
 
 
+def test_sensitivity_goes_on_where_a_run_was_killed(load: Any, tmp_path: Path) -> None:
+    """Half a line is judged again; whole ones are not."""
+    journal = load("sensitivity").Journal(tmp_path / "new" / "commit.jsonl")
+    assert journal.known() == {}
+    journal.add("a", {"caught": True})
+    with journal.path.open("a") as stream:
+        stream.write('{"task": "b", "res')
+    assert journal.known() == {"a": {"caught": True}}
+    journal.add("b", [2])
+    assert journal.known() == {"a": {"caught": True}, "b": [2]}
+
+
 def test_sensitivity_knows_its_families(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sensitivity = load("sensitivity")
     from click.testing import CliRunner

@@ -19,8 +19,8 @@ FP32_REL_L2 = 1e-5
 FP32_TIMES_OWN_ROUNDING = 10
 # Where a model amplifies rounding so much that transformers hardly agrees with itself, the bound is raised.
 FP32_TIMES_OWN_ROUNDING_LEAST = 5
-# But not without end: the most that transformers was found to disagree with itself is 1.8e-5 (24 random layers). A
-# larger figure is no rounding; in a mixture of experts it is a token that went to other experts.
+# But not without end: over a whole text, the most that transformers was found to disagree with itself is 1.8e-5 (24
+# random layers). In a mixture of experts a larger figure is a token that went to other experts.
 FP32_REL_L2_MOST = 1e-4
 # No experts, no such tokens: where a dense model is off by more, transformers' own fp32 against fp64 at these very
 # positions decides, up to here. In models with channels 100 times the rest it was 4.2e-5, a right network at 1.6e-4.
