@@ -43,7 +43,7 @@ HEALTHY_MODELS = 300
 SPARE = 5  # one in five more is drawn, since some are drawn twice
 AT_ONCE = 20  # healthy models that one task draws
 SEED = 2026
-QUICK_DEFECTS, QUICK_MODELS = 3, 3
+QUICK_DEFECTS, QUICK_MODELS = 1, 3
 IDENTITY = {"weights", "files"}  # rows that compare bytes, not numbers
 TUPLES = ("lives_in", "failed")  # of a `Judged`
 

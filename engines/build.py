@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from qwenport.engines.plan import Progress, build_plan
 from qwenport.engines.plugin_library import check_library, register_for_build
 from qwenport.engines.targets import flavour_of, load_tensorrt, parse_gpus
 from qwenport.exporter import (
-    COMPANIONS,
     ENGINE_FORMAT,
     MANIFEST,
     Package,
     as_json,
     atomic_directory,
+    copy_companions,
+    damaged,
     load_package,
     sha256,
     write_json,
@@ -40,15 +42,17 @@ TYPICAL_SPAN = 1024  # the span that the builder tunes decoding for
 
 
 def build(
-    package_path: Path,
-    engine_path: Path,
+    package_path: Path | str,
+    engine_path: Path | str,
     *,
     target: str,
     gpus: str | None = None,
     max_seq_len: int | None = None,
     max_batch: int | None = None,
-    plugins: Path | None = None,
+    plugins: Path | str | None = None,
+    force_clean: bool = False,
     progress: Progress = lambda what, done, total: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Engine:
     """Build the engine of a package.
 
@@ -61,20 +65,25 @@ def build(
         max_batch: rows, at most (and by default) the package's.
         plugins: library of the CUDA plugins, to be used and copied; without it the custom operators are
             computed from their function bodies.
+        force_clean: remove scratch directories of builds for the same place, even if they may still run.
         progress: called with (what, done, total).
+        note: called with what the user should know meanwhile.
 
     Raises:
         PackageError, MissingExtraError, PluginError, LoweringError, BuildError: nothing is left at engine_path.
     """
+    engine_path = Path(engine_path)
     flavour = flavour_of(target)
     package = load_package(package_path)
     architectures = parse_gpus(gpus, flavour, package.dtype)
     capacity = _limit("max sequence length", max_seq_len, package.max_seq_len)
     batch = _limit("max batch", max_batch, package.max_batch)
     if plugins is not None:
+        plugins = Path(plugins)
         check_library(plugins, flavour, architectures)
+    package.check_graph()
     trt = load_tensorrt(flavour, "build engines")
-    with atomic_directory(engine_path) as scratch:
+    with atomic_directory(engine_path, force_clean=force_clean, note=note) as scratch:
         if plugins is not None:
             shutil.copyfile(plugins, scratch / LIBRARY)
             register_for_build(trt, scratch / LIBRARY)
@@ -91,9 +100,7 @@ def build(
             progress,
         )
         shutil.rmtree(scratch / "lowered")
-        for name in COMPANIONS:
-            if (package.path / name).is_file():
-                shutil.copyfile(package.path / name, scratch / name)
+        copy_companions(package.path, scratch)
         manifest = {
             "format": ENGINE_FORMAT,
             "format_version": FORMAT_VERSION,
@@ -189,15 +196,16 @@ def write_lowered(
     """
     import onnx_ir as ir
 
-    model = for_tensorrt(
-        ir.load(package.model),
-        dtype=package.dtype,
-        capacity=capacity,
-        positions=capacity,
-        kv_heads=package.config.num_key_value_heads,
-        plugins=plugins,
-    )
-    check_graph(model)
+    with damaged(package.model):
+        model = for_tensorrt(
+            package.read_model(),
+            dtype=package.dtype,
+            capacity=capacity,
+            positions=capacity,
+            kv_heads=package.config.num_key_value_heads,
+            plugins=plugins,
+        )
+        check_graph(model)
     folder.mkdir()
     os.symlink(os.path.abspath(package.path / "weights"), folder / "weights")
     path = folder / "model.onnx"

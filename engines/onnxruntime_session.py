@@ -14,7 +14,7 @@ from qwenport.engines.errors import SessionError
 from qwenport.engines.lowering import for_onnxruntime
 from qwenport.engines.memory import untouched_zeros
 from qwenport.engines.session import CachedSession, Float32, Int64
-from qwenport.exporter import Package
+from qwenport.exporter import Package, damaged
 
 # Attention scores take heads x tokens x span numbers, so a long prompt runs in pieces.
 MAX_STEP_TOKENS = 512
@@ -120,9 +120,12 @@ class OnnxRuntimeSession(CachedSession):
         )
 
     def _load(self, package: Package, threads: int | None) -> Any:
-        import onnx_ir as ir
 
-        model = ir.load(package.model)
+        model = package.read_model()
+        with damaged(package.model):
+            return self._start(model, package, threads)
+
+    def _start(self, model: Any, package: Package, threads: int | None) -> Any:
         values = {value.name: value for node in model.graph for value in node.outputs}
         for name in self._observe:
             if name not in values:
@@ -182,7 +185,7 @@ def start_onnxruntime(
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        SessionError: the device is not available.
+        SessionError: the device is not available, or onnxruntime does not load the model.
     """
     import onnx_ir as ir
 
@@ -204,4 +207,8 @@ def start_onnxruntime(
     }.items():
         options.add_session_config_entry(key, value)
     proto = ir.to_proto(model)
-    return ort.InferenceSession(proto.SerializeToString(), options, providers=[provider])
+    try:
+        return ort.InferenceSession(proto.SerializeToString(), options, providers=[provider])
+    except Exception as error:  # onnxruntime has no base class for its own
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SessionError(f"{folder}: onnxruntime does not load it: {said}") from error

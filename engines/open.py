@@ -12,7 +12,7 @@ from qwenport.exporter import kind_of, load_package
 
 
 def open_session(
-    target: Path, *, max_batch: int = 1, capacity: int | None = None, device: str = "cpu"
+    target: Path | str, *, max_batch: int = 1, capacity: int | None = None, device: str = "cpu"
 ) -> CachedSession:
     """Open a session on a package or an engine directory.
 
@@ -27,8 +27,9 @@ def open_session(
         MissingExtraError: onnxruntime or the engine's TensorRT is not installed.
         SessionError: more rows or slots than the target has.
     """
+    target = Path(target)
     if kind_of(target) == "engine":
         return TensorRTSession(load_engine(target), max_batch=max_batch, capacity=capacity)
-    return OnnxRuntimeSession(
-        load_package(target), max_batch=max_batch, capacity=capacity, device=device
-    )
+    package = load_package(target)
+    package.check_graph()
+    return OnnxRuntimeSession(package, max_batch=max_batch, capacity=capacity, device=device)

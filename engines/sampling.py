@@ -49,12 +49,12 @@ class SamplingError(QwenportError):
     """No token can be chosen from these logits (NaN, +inf, all -inf, wrong shape or dtype)."""
 
 
-def _number(name: str, value: object, low: float, high: float) -> float:
+def _number(name: str, value: object, low: float, high: float, or_else: str = "") -> float:
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
         raise SamplingParamsError(f"{name} must be a number, got {value!r}")
     number = float(value)
     if not low <= number <= high:
-        raise SamplingParamsError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
+        raise SamplingParamsError(f"{name} must be {or_else}in [{low:g}, {high:g}], got {value!r}")
     return number
 
 
@@ -101,7 +101,7 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
         lowest = 1e-30 if self.temperature else 0.0
-        put("temperature", _number("temperature", self.temperature, lowest, 1e30))
+        put("temperature", _number("temperature", self.temperature, lowest, 1e30, "0 or "))
         put("top_k", _integer("top_k", self.top_k, None))
         put("top_p", _number("top_p", self.top_p, 0.0, 1.0))
         put(

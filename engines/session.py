@@ -10,6 +10,7 @@ padding; if it is full, it replays its last token into that token's own slot.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,7 @@ class CachedSession(ABC):
         max_step_logits: int,
         max_positions: int,
     ) -> None:
+        max_batch, capacity = _whole(max_batch, "rows"), _whole(capacity, "slots")
         if max_batch < 1 or capacity < 1:
             raise SessionError(f"a session needs a row and a slot, not {max_batch} x {capacity}")
         self.max_batch, self.capacity, self.vocab_size = max_batch, capacity, vocab_size
@@ -140,6 +142,7 @@ class CachedSession(ABC):
         Raises:
             CapacityError: there is no such position.
         """
+        first_position = _whole(first_position, "first position")
         if not 0 <= first_position < self.max_positions:
             raise CapacityError(
                 f"position {first_position} is outside 0..{self.max_positions - 1}, what the model supports"
@@ -150,6 +153,7 @@ class CachedSession(ABC):
 
     def truncate(self, length: int, row: int = 0) -> None:
         """See `Session.truncate`. The cache keeps what lay behind; it is never attended to."""
+        length, row = _whole(length, "length"), _whole(row, "row")
         if not 0 <= row < self.max_batch:
             raise SessionError(f"row {row} of a session of {self.max_batch}")
         if not 0 <= length <= self._lengths[row]:
@@ -162,7 +166,7 @@ class CachedSession(ABC):
         self, tokens: Sequence[Sequence[int]], *, all_logits: bool = False
     ) -> list[Float32]:
         """See `Session.prefill`."""
-        rows = [np.asarray(row, dtype=np.int64).reshape(-1) for row in tokens]
+        rows = [_token_ids(row, b) for b, row in enumerate(tokens)]
         self._check(rows)
         widest = min(self.max_step_tokens, self.max_step_logits if all_logits else self.capacity)
         results: list[list[Float32]] = [[] for _ in rows]
@@ -213,9 +217,12 @@ class CachedSession(ABC):
         Raises:
             CapacityError, SessionError: as `prefill`, or more than one step takes.
         """
-        rows = [np.asarray(row, dtype=np.int64).reshape(-1) for row in tokens]
+        rows = [_token_ids(row, b) for b, row in enumerate(tokens)]
         self._check(rows)
-        indices = np.asarray(wanted, dtype=np.int64)
+        chosen = [_token_ids(row, b, "indices") for b, row in enumerate(wanted)]
+        if len({len(row) for row in chosen}) != 1:
+            raise SessionError("as many logits are wanted of each row")
+        indices = np.stack(chosen)
         width = len(rows[0])
         if any(len(row) != width for row in rows) or not 1 <= width <= self.max_step_tokens:
             raise SessionError(f"one step takes rows of one length, 1 to {self.max_step_tokens}")
@@ -231,6 +238,8 @@ class CachedSession(ABC):
 
     def decode(self, token_ids: Sequence[int | None]) -> Float32:
         """See `Session.decode`."""
+        if isinstance(token_ids, str | bytes | bytearray):
+            raise SessionError("tokens are integers, not text or bytes")
         rows = self.prefill([[] if token is None else [token] for token in token_ids])
         zeros = np.zeros((1, self.vocab_size), dtype=np.float32)
         return np.concatenate([row if len(row) else zeros for row in rows])
@@ -273,3 +282,35 @@ class CachedSession(ABC):
     @abstractmethod
     def _step(self, feeds: dict[str, Int64]) -> Float32:
         """Run the model once; return logits fp32 [rows, n, vocab]."""
+
+
+def _whole(value: int, what: str) -> int:
+    """An integer, and nothing that would be rounded to one."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise SessionError(f"{what} must be an integer, not {value!r:.60}") from None
+
+
+def _token_ids(row: Sequence[int], number: int, what: str = "token ids") -> Int64:
+    """One row as int64 [n]: a flat list or array of integers, and nothing that would be rounded or flattened."""
+    try:
+        found = np.asarray(row)
+    except ValueError:  # lists of several lengths
+        found = np.zeros((1, 1))
+    if found.ndim == 1 and not len(found):
+        return np.zeros(0, dtype=np.int64)
+    mixed = (
+        not isinstance(row, np.ndarray)
+        and found.ndim == 1
+        and any(isinstance(t, bool | np.bool_) for t in row)
+    )
+    if found.ndim != 1 or found.dtype.kind not in "iu" or mixed:
+        raise SessionError(
+            f"row {number}: {what} must be a flat list of integers, not {repr(row)[:60]}"
+        )
+    if found.dtype.kind == "u" and found.max() > np.iinfo(np.int64).max:
+        raise SessionError(f"row {number}: {what} has {found.max()}, which is no token")
+    return found.astype(np.int64)

@@ -3,16 +3,16 @@
 Heavy imports (torch, onnx_ir) happen inside `export`, so that opening a package is quick.
 """
 
+from qwenport.exporter.adapter import Adapter
 from qwenport.exporter.checkpoint import (
-    CHUNK_BYTES,
     Checkpoint,
-    TensorEntry,
     expert_stacks,
     open_checkpoint,
     stacked_shape,
 )
+from qwenport.exporter.companions import COMPANIONS, check_companions, copy_companions, stop_ids
 from qwenport.exporter.config import ModelConfig, parse_config, read_config_json
-from qwenport.exporter.directory import atomic_directory, sha256
+from qwenport.exporter.directory import atomic_directory, published, sha256
 from qwenport.exporter.errors import (
     CheckpointError,
     ConfigError,
@@ -20,18 +20,25 @@ from qwenport.exporter.errors import (
     PackageError,
     TracingError,
 )
+from qwenport.exporter.json_file import read_json
 from qwenport.exporter.manifest import (
+    BINDINGS,
     ENGINE_FORMAT,
+    FILES,
     MANIFEST,
+    SOURCE,
+    Each,
     Kind,
     as_json,
     check_files,
+    check_listed,
+    check_shape,
+    damaged,
     kind_of,
     read_manifest,
     write_json,
 )
 from qwenport.exporter.package import (
-    COMPANIONS,
     DEFAULT_MAX_BATCH,
     DTYPES,
     WEIGHT_MODES,
@@ -41,43 +48,57 @@ from qwenport.exporter.package import (
     export,
     load_package,
 )
-from qwenport.exporter.rope import RopeConfig, inverse_frequencies, rope_tables
+from qwenport.exporter.rope import Rope, rope_tables
+from qwenport.exporter.safetensors_file import CHUNK_BYTES, DTYPE_NAMES, TensorEntry
 
 __all__ = [
+    "BINDINGS",
     "CHUNK_BYTES",
     "COMPANIONS",
     "DEFAULT_MAX_BATCH",
     "DTYPES",
+    "DTYPE_NAMES",
     "ENGINE_FORMAT",
+    "FILES",
     "MANIFEST",
+    "SOURCE",
     "WEIGHT_MODES",
+    "Adapter",
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
+    "Each",
     "ExportError",
     "Kind",
     "ModelConfig",
     "Package",
     "PackageError",
-    "RopeConfig",
+    "Rope",
     "TensorEntry",
     "TracingError",
     "as_json",
     "atomic_directory",
+    "check_companions",
     "check_files",
+    "check_listed",
+    "check_shape",
+    "copy_companions",
+    "damaged",
     "describe_graph",
     "expected_model",
     "expert_stacks",
     "export",
-    "inverse_frequencies",
     "kind_of",
     "load_package",
     "open_checkpoint",
     "parse_config",
+    "published",
     "read_config_json",
+    "read_json",
     "read_manifest",
     "rope_tables",
     "sha256",
     "stacked_shape",
+    "stop_ids",
     "write_json",
 ]

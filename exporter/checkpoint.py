@@ -1,60 +1,54 @@
-"""A Hugging Face checkpoint directory, read by its safetensors HEADERS only.
+"""A Hugging Face checkpoint directory: config.json and the safetensors headers, compared with each other.
 
-A safetensors file is 8 bytes of header length, a JSON header, then raw row-major bytes, so the place of
-every tensor is known without reading a weight. Pickled weights are refused: loading them runs code.
+Every tensor is used, or named in a note that says why it is not. No weight is read but for what has to be compared: a
+head that repeats the embedding, a tensor that is there twice, buffers of rotary frequencies. Pickled weights are
+refused: loading them runs code.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwenport.exporter.config import ModelConfig, MoEConfig, parse_config, read_config_json
+from qwenport.exporter.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, read_adapter
+from qwenport.exporter.config import ModelConfig, parse_config, read_config_json
 from qwenport.exporter.errors import CheckpointError
+from qwenport.exporter.json_file import read_json
+from qwenport.exporter.manifest import why_no_directory
+from qwenport.exporter.names import rotary_buffers, understood
+from qwenport.exporter.safetensors_file import (
+    CHUNK_BYTES,
+    DTYPE_BYTES,
+    DTYPE_NAMES,
+    TensorEntry,
+    WeightFile,
+    chunks,
+    read_safetensors_header,
+)
+from qwenport.wording import cut
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-CHUNK_BYTES = 1 << 24  # of weights in memory at a time
-MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library itself enforces
-
-# safetensors dtype -> bytes per element, for the dtypes a supported checkpoint can hold
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 # a sparse layer's experts as two tensors; each expert's gate projection lies before its up projection
 GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
-DTYPE_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: `offset` and `length` in bytes from the start of `file`."""
-
-    name: str
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """One safetensors file: its name in the checkpoint, its real path, its size and its header's hash."""
-
-    name: str
-    path: Path
-    size: int
-    header_sha256: str
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every tensor is known and has the shape its config.json promises."""
+    """A checkpoint whose every tensor is known and has the shape its config.json promises.
+
+    Attributes:
+        path, config, raw_config: the directory, and its config.json.
+        dtype: config.json's, or the embedding's where it does not say.
+        tensors: name -> place. Names are those of transformers' model, whatever the files call them; dtypes may differ.
+        files: that hold them.
+        prefix: what stands in the files before the names of the decoder's tensors: "model." as published.
+        notes: what was passed over, a sentence each.
+        adapter: what is to be merged into the weights, if that was asked for.
+    """
 
     path: Path
     config: ModelConfig
@@ -62,6 +56,14 @@ class Checkpoint:
     dtype: str
     tensors: dict[str, TensorEntry]
     files: tuple[WeightFile, ...]
+    prefix: str = "model."
+    notes: tuple[str, ...] = ()
+    adapter: Adapter | None = None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter lies beside the weights."""
+        return (self.path / ADAPTER_CONFIG).is_file()
 
     @property
     def weight_bytes(self) -> int:
@@ -69,28 +71,78 @@ class Checkpoint:
         return sum(tensor.length for tensor in self.tensors.values())
 
 
-def open_checkpoint(path: Path, rope_scaling: str | None = None) -> Checkpoint:
-    """Read config.json and all safetensors headers, and hold them against each other.
+def open_checkpoint(
+    path: Path | str,
+    rope_scaling: str | None = None,
+    *,
+    max_seq_len: int | None = None,
+    merged: bool = False,
+) -> Checkpoint:
+    """Read config.json and all safetensors headers, and compare them.
 
     Args:
         path: checkpoint directory in Hugging Face layout.
         rope_scaling: "KIND:FACTOR" to add to a checkpoint without rope scaling.
+        max_seq_len: positions that are wanted; all that the rope settings allow by default.
+        merged: the adapter that lies beside the weights belongs to the model; it is not looked at otherwise.
 
     Raises:
         ConfigError: config.json is missing, not supported, or not understood.
-        CheckpointError: files are missing, damaged or pickled; a tensor is missing, extra, misshapen or of
-            another dtype (named).
+        CheckpointError: files are missing, damaged or pickled; a tensor is missing, extra or misshapen (named).
     """
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory")
+    path = Path(path)
+    refuse_what_is_no_checkpoint(path)
     raw = read_config_json(path)
-    config = parse_config(raw, rope_scaling)
-    files, tensors = _read_headers(path)
-    expected = expected_tensors(config, tensors)
-    tensors = _without_tied_copy(path, config, tensors)
-    _compare(expected, tensors)
-    dtype = _one_dtype(config, tensors)
-    return Checkpoint(path, config, raw, dtype, tensors, files)
+    config = parse_config(raw, rope_scaling, max_seq_len)
+    found = _read_headers(path)
+    notes = list(found.notes)
+    if config.unread_keys:
+        notes.append(
+            f"config.json has keys that neither transformers nor Qwenport reads: {', '.join(config.unread_keys)}"
+        )
+    prefix, tensors = understood(found.tensors)
+    if prefix != "model.":
+        notes.append(f"tensor names begin with {prefix!r} instead of 'model.'")
+    buffers = rotary_buffers(path, parse_config(raw, None, max_seq_len), tensors)
+    if buffers:
+        notes.append(
+            f"{len(buffers)} {'buffer' if len(buffers) == 1 else 'buffers'} of rotary frequencies (inv_freq): as "
+            "config.json has them, not needed"
+        )
+        tensors = {name: entry for name, entry in tensors.items() if name not in buffers}
+    given, tensors = tensors, _without_tied_copy(path, config, tensors)
+    if len(tensors) < len(given):
+        notes.append("lm_head.weight repeats the embedding, which is tied to it: not used")
+    _compare(expected_tensors(config, tensors), tensors)
+    dtype = config.dtype or DTYPE_NAMES[tensors["model.embed_tokens.weight"].dtype]
+    adapter = read_adapter(path, tensors) if merged else None
+    if adapter is not None:
+        count, rank = len(adapter.matrices), adapter.rank
+        notes.append(f"the adapter beside the weights (rank {rank}) is merged into {count} of them")
+    return Checkpoint(path, config, raw, dtype, tensors, found.files, prefix, tuple(notes), adapter)
+
+
+def refuse_what_is_no_checkpoint(path: Path) -> None:
+    """Say what a path is that is no checkpoint directory, and what to do.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if (wrong := why_no_directory(path)) is not None:
+        raise CheckpointError(wrong)
+    if (path / "qwenport.json").is_file():
+        raise CheckpointError(
+            f"{path}: a package or engine of Qwenport's, not a checkpoint; give the directory that it was made from"
+        )
+    if (path / "config.json").is_file():
+        return
+    found = [file for file in sorted(path.iterdir()) if file.suffix == ".gguf"]
+    if found:
+        raise CheckpointError(why_no_directory(found[0]))
+    if (path / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{path}: an adapter without its model; merge it into the model with peft, and export the result"
+        )
 
 
 def expected_tensors(
@@ -100,66 +152,18 @@ def expected_tensors(
 
     A sparse layer's experts are a tensor each, as published, unless its stacked tensors are among `present`.
     """
-    hidden = config.hidden_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        for name, rows, columns, bias in (
-            ("self_attn.q_proj", queries, hidden, config.qkv_bias),
-            ("self_attn.k_proj", keys, hidden, config.qkv_bias),
-            ("self_attn.v_proj", keys, hidden, config.qkv_bias),
-            ("self_attn.o_proj", hidden, queries, config.output_bias),
-        ):
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
-        if config.qk_norm:
-            shapes[prefix + "self_attn.q_norm.weight"] = (config.head_dim,)
-            shapes[prefix + "self_attn.k_norm.weight"] = (config.head_dim,)
-        moe = config.moe_of(layer)
-        if moe is None:
-            shapes |= _swiglu(prefix + "mlp.", hidden, config.intermediate_size, config.mlp_bias)
-        else:
-            shapes |= _sparse_mlp(prefix + "mlp.", hidden, moe, present)
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
+    from qwenport.exporter.decoder import parameter_shapes  # brings torch
 
-
-def _swiglu(prefix: str, hidden: int, inner: int, bias: bool) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, rows, columns in (
-        ("gate_proj", inner, hidden),
-        ("up_proj", inner, hidden),
-        ("down_proj", hidden, inner),
-    ):
-        shapes[f"{prefix}{name}.weight"] = (rows, columns)
-        if bias:
-            shapes[f"{prefix}{name}.bias"] = (rows,)
-    return shapes
-
-
-def _sparse_mlp(
-    prefix: str, hidden: int, moe: MoEConfig, present: Container[str]
-) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {prefix + "gate.weight": (moe.num_experts, hidden)}
-    stacks = {
-        prefix + GATE_UP: (moe.num_experts, 2 * moe.expert_size, hidden),
-        prefix + DOWN: (moe.num_experts, hidden, moe.expert_size),
-    }
-    if any(name in present for name in stacks):
-        shapes |= stacks
-    else:
-        for expert in range(moe.num_experts):
-            shapes |= _swiglu(f"{prefix}experts.{expert}.", hidden, moe.expert_size, False)
-    if moe.shared_expert_size is not None:
-        shapes |= _swiglu(f"{prefix}shared_expert.", hidden, moe.shared_expert_size, False)
-        shapes[prefix + "shared_expert_gate.weight"] = (1, hidden)
+    for name, shape in parameter_shapes(config).items():
+        layer, _, _ = name.rpartition("experts.")
+        stacked = any(f"{layer}{stack}" in present for stack in (GATE_UP, DOWN))
+        if not name.endswith((GATE_UP, DOWN)) or stacked:
+            shapes[name] = shape
+            continue
+        experts, rows, columns = shape
+        parts = expert_parts(name, experts)
+        shapes |= dict.fromkeys(parts, (rows * experts // len(parts), columns))
     return shapes
 
 
@@ -196,8 +200,18 @@ def stacked_shape(checkpoint: Checkpoint, name: str, parts: list[TensorEntry]) -
     return (moe.num_experts, rows * len(parts) // moe.num_experts, columns)
 
 
-def _read_headers(path: Path) -> tuple[tuple[WeightFile, ...], dict[str, TensorEntry]]:
+@dataclass
+class _Found:
+    """What the headers hold."""
+
+    files: tuple[WeightFile, ...]
+    tensors: dict[str, TensorEntry]
+    notes: list[str] = field(default_factory=list)
+
+
+def _read_headers(path: Path) -> _Found:
     index, single = path / INDEX_FILE, path / SINGLE_FILE
+    weight_map: dict[str, str] = {}
     if index.is_file():
         weight_map = _read_index(index)
         if single.is_file() and SINGLE_FILE not in weight_map.values():
@@ -207,51 +221,82 @@ def _read_headers(path: Path) -> tuple[tuple[WeightFile, ...], dict[str, TensorE
             )
         names = sorted(set(weight_map.values()))
     elif single.is_file():
-        weight_map = None
         names = [SINGLE_FILE]
     else:
-        pickled = sorted(
-            p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
-        )
-        if pickled:
-            raise CheckpointError(
-                f"{path}: only pickled weights ({pickled[0]}); loading those can run code, so they are "
-                "refused. Convert the checkpoint to safetensors first"
-            )
-        raise CheckpointError(f"{path}: no {SINGLE_FILE} and no {INDEX_FILE}")
-    files: list[WeightFile] = []
-    tensors: dict[str, TensorEntry] = {}
+        raise CheckpointError(_without_weights(path))
+    found = _Found((), {})
+    places: dict[str, list[TensorEntry]] = {}
     for name in names:
         file = path / name
         if not file.is_file():
-            raise CheckpointError(f"{path}: shard {name} is named in {INDEX_FILE} but missing")
+            wrong = "no file" if os.path.lexists(file) else "missing"
+            raise CheckpointError(f"{path}: shard {name} is named in {INDEX_FILE} and is {wrong}")
         weight_file, entries = read_safetensors_header(file)
-        files.append(weight_file)
+        found.files += (weight_file,)
         for entry in entries:
-            if entry.name in tensors:
+            places.setdefault(entry.name, []).append(entry)
+    if index.is_file():
+        _as_indexed(path, weight_map, places, found)
+    else:
+        found.tensors = {name: entries[0] for name, entries in places.items()}
+    return found
+
+
+def _as_indexed(
+    path: Path, weight_map: dict[str, str], places: dict[str, list[TensorEntry]], found: _Found
+) -> None:
+    """The index decides which of several is meant, and which are strays."""
+    again: list[str] = []
+    for tensor, shard in weight_map.items():
+        entries = {entry.file: entry for entry in places.get(tensor, ())}
+        if shard not in entries:
+            raise CheckpointError(f"{INDEX_FILE} puts tensor {tensor} in {shard}; it is not there")
+        for other in entries.values():
+            if other.file == shard:
+                continue
+            if not _same_bytes(path, entries[shard], other):
                 raise CheckpointError(
-                    f"tensor {entry.name} is in two shards: {tensors[entry.name].file} and {name}"
+                    f"tensor {cut(tensor)} is in two shards, and differs: {cut(shard)} and {cut(other.file)}; remove "
+                    "the one that is not meant"
                 )
-            tensors[entry.name] = entry
-    if weight_map is not None:
-        for tensor, shard in weight_map.items():
-            if tensor not in tensors or tensors[tensor].file != shard:
-                raise CheckpointError(
-                    f"{INDEX_FILE} puts tensor {tensor} in {shard}; it is not there"
-                )
-        for tensor in tensors.keys() - weight_map.keys():
-            raise CheckpointError(
-                f"tensor {tensor} is in {tensors[tensor].file} but not in {INDEX_FILE}"
-            )
-    return tuple(files), tensors
+            again.append(tensor)
+        found.tensors[tensor] = entries[shard]
+    if again:
+        found.notes.append(f"{_name_some(again)} twice in the shards, the same bytes")
+    unlisted = sorted(
+        file.name
+        for file in path.glob("*.safetensors")
+        if file.name not in weight_map.values() and file.name != ADAPTER_WEIGHTS
+    )
+    if unlisted:
+        found.notes.append(
+            f"{_some('file', unlisted)} beside the shards that {INDEX_FILE} names: not used"
+        )
+    strays = sorted(places.keys() - weight_map.keys())
+    if strays:
+        found.notes.append(f"{_name_some(strays)} in the shards but not in {INDEX_FILE}: not used")
+
+
+def _without_weights(path: Path) -> str:
+    """What is there in place of safetensors files."""
+    pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickled:
+        return (
+            f"{path}: only pickled weights ({pickled[0]}); loading those can run code, so they are "
+            "refused. Convert the checkpoint to safetensors first"
+        )
+    return f"{path}: no {SINGLE_FILE} and no {INDEX_FILE}"
 
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        items = dict(weight_map).items()
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        content = read_json(index, unique=True)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("it has no weight_map that names tensors and their files")
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{index}: not a safetensors index ({error})") from error
+    items = weight_map.items()
     for tensor, shard in items:
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
             raise CheckpointError(f"{index}: {tensor} points outside the checkpoint: {shard!r}")
@@ -262,65 +307,6 @@ def _read_index(index: Path) -> dict[str, str]:
     return dict(items)
 
 
-def read_safetensors_header(file: Path) -> tuple[WeightFile, list[TensorEntry]]:
-    """Read one safetensors header and check that it accounts for the whole file.
-
-    Raises:
-        CheckpointError: truncated, corrupt, or holding a dtype that no supported model has.
-    """
-    real = Path(os.path.realpath(file))  # a Hugging Face cache holds symbolic links
-    size = real.stat().st_size
-    with real.open("rb") as stream:
-        prefix = stream.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(f"{file}: not a safetensors file, or truncated inside its header")
-        header_bytes = stream.read(length)
-    try:
-        header = json.loads(header_bytes)
-        if not isinstance(header, dict):
-            raise ValueError("the header is not an object")
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: corrupt safetensors header ({error})") from error
-    header.pop("__metadata__", None)
-    entries = [_entry(file, name, fields, 8 + length) for name, fields in header.items()]
-    end = 8 + length
-    for entry in sorted(entries, key=lambda e: (e.offset, e.length)):
-        if entry.offset != end:
-            raise CheckpointError(
-                f"{file}: corrupt safetensors header (a gap or overlap at {entry.name})"
-            )
-        end += entry.length
-    if end != size:
-        raise CheckpointError(
-            f"{file}: truncated or corrupt: the header describes {end} bytes, the file has {size}"
-        )
-    digest = hashlib.sha256(prefix + header_bytes).hexdigest()
-    return WeightFile(file.name, real, size, digest), entries
-
-
-def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
-    try:
-        dtype, shape = fields["dtype"], tuple(fields["shape"])
-        begin, end = fields["data_offsets"]
-        numbers = (*shape, begin, end)
-        if not all(type(n) is int and n >= 0 for n in numbers):
-            raise ValueError("a shape or offset is not a natural number")
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{file}: corrupt safetensors header at tensor {name} ({error})"
-        ) from error
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise CheckpointError(
-            f"{file}: tensor {name} has dtype {dtype}; supported: {', '.join(DTYPE_BYTES)}"
-        )
-    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise CheckpointError(
-            f"{file}: corrupt safetensors header: {name} does not fill its byte range"
-        )
-    return TensorEntry(name, file.name, dtype, shape, data_start + begin, end - begin)
-
-
 def _without_tied_copy(
     path: Path, config: ModelConfig, tensors: dict[str, TensorEntry]
 ) -> dict[str, TensorEntry]:
@@ -329,33 +315,53 @@ def _without_tied_copy(
     embedding = tensors.get("model.embed_tokens.weight")
     if not config.tie_word_embeddings or head is None or embedding is None:
         return tensors
-    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and all(
-        a == b for a, b in zip(_chunks(path, head), _chunks(path, embedding), strict=True)
-    )
-    if not same:
+    if not _same_values(path, head, embedding):
         raise CheckpointError(
-            "tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight"
+            "tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight: remove the "
+            "tensor, or say false in config.json"
         )
     return {name: entry for name, entry in tensors.items() if name != "lm_head.weight"}
 
 
-def _chunks(path: Path, entry: TensorEntry, size: int = CHUNK_BYTES) -> Any:
-    with (path / entry.file).open("rb") as stream:
-        stream.seek(entry.offset)
-        for start in range(0, entry.length, size):
-            yield stream.read(min(size, entry.length - start))
+def _same_bytes(path: Path, a: TensorEntry, b: TensorEntry) -> bool:
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and all(
+        one == other for one, other in zip(chunks(path, a), chunks(path, b), strict=True)
+    )
+
+
+def _same_values(path: Path, a: TensorEntry, b: TensorEntry) -> bool:
+    """As `_same_bytes`, but of two dtypes: every number is the same."""
+    if a.dtype == b.dtype or a.shape != b.shape:
+        return _same_bytes(path, a, b)
+    import torch
+
+    from qwenport.exporter.weights import TORCH
+
+    def numbers(entry: TensorEntry) -> Iterator[torch.Tensor]:
+        """fp32, as many at a time of either tensor."""
+        size = DTYPE_BYTES[entry.dtype]
+        with (path / entry.file).open("rb") as stream:
+            stream.seek(entry.offset)
+            for start in range(0, entry.length // size, CHUNK_BYTES):
+                count = min(CHUNK_BYTES, entry.length // size - start)
+                data = bytearray(stream.read(count * size))
+                yield torch.frombuffer(data, dtype=TORCH[DTYPE_NAMES[entry.dtype]]).float()
+
+    return all(torch.equal(x, y) for x, y in zip(numbers(a), numbers(b), strict=True))
 
 
 def _compare(expected: dict[str, tuple[int, ...]], tensors: dict[str, TensorEntry]) -> None:
     missing = [name for name in expected if name not in tensors]
     extra = sorted(tensors.keys() - expected.keys())
     if missing:
+        there = f"; it has {_name_some(extra)} instead" if extra else ""
         raise CheckpointError(
-            f"the checkpoint lacks {_name_some(missing)}, which its config.json implies"
+            f"the checkpoint lacks {_name_some(missing)}, which its config.json implies{there}"
         )
     if extra:
         raise CheckpointError(
-            f"the checkpoint has {_name_some(extra)}, which its config.json does not account for"
+            f"the checkpoint has {_name_some(extra)}, which its config.json does not account for: remove them if they "
+            "are not part of the model"
         )
     for name, shape in expected.items():
         if tensors[name].shape != shape:
@@ -364,18 +370,16 @@ def _compare(expected: dict[str, tuple[int, ...]], tensors: dict[str, TensorEntr
             )
 
 
-def _name_some(names: list[str], most: int = 3) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:most])}{rest}"
+def _name_some(names: list[str]) -> str:
+    return _some("tensor", names)
 
 
-def _one_dtype(config: ModelConfig, tensors: dict[str, TensorEntry]) -> str:
-    stated = config.dtype
-    dtype = stated or DTYPE_NAMES[tensors["model.embed_tokens.weight"].dtype]
-    for entry in tensors.values():
-        if DTYPE_NAMES[entry.dtype] != dtype:
-            source = "config.json says" if stated else "model.embed_tokens.weight has"
-            raise CheckpointError(
-                f"tensor {entry.name} has dtype {DTYPE_NAMES[entry.dtype]}, where {source} {dtype}"
-            )
-    return dtype
+def _some(what: str, names: list[str], most_characters: int = 70) -> str:
+    """The first of the names, whole, up to so many characters, and how many more there are."""
+    shown = [cut(names[0])]
+    for name in names[1:]:
+        if len(", ".join([*shown, name])) > most_characters:
+            break
+        shown.append(name)
+    rest = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return f"{what}{'s' if len(names) > 1 else ''} {', '.join(shown)}{rest}"

@@ -209,3 +209,30 @@ class Epilogue(nn.Module):
     def forward(self, hidden: torch.Tensor, logits_indices: torch.Tensor) -> torch.Tensor:
         rows = logits_indices.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         return self.lm_head(self.norm(hidden.gather(1, rows))).to(torch.float32)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The checkpoint's name -> shape of every parameter of the decoder, a sparse layer's experts stacked."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def add(prefix: str, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            shapes[checkpoint_name(config, prefix + name)] = tuple(parameter.shape)
+
+    with torch.device("meta"):
+        kinds = {
+            moe: DecoderLayer(config, moe)
+            for moe in {config.moe_of(i) for i in range(config.num_hidden_layers)}
+        }
+        add("model.", Prologue(config))
+        for index in range(config.num_hidden_layers):
+            add(f"model.layers.{index}.", kinds[config.moe_of(index)])
+        add("model.", Epilogue(config))
+    return shapes
+
+
+def checkpoint_name(config: ModelConfig, name: str) -> str:
+    """The checkpoint's name of a parameter; a tied head is the embedding."""
+    if name == "model.lm_head.weight":
+        return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return name

@@ -1,43 +1,198 @@
-"""Output directories: written beside their final place and renamed when whole; their files hashed."""
+"""Output directories: written beside their final place and renamed when whole and on the disk; their files hashed.
+
+A scratch directory is locked while its process lives. One that this machine made and nobody locks was left by a process
+that is gone.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import platform
+import re
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from qwenport.exporter.errors import ExportError
 
+try:
+    import fcntl
+except ImportError:  # not a Unix: nothing can be proven dead
+    fcntl = None  # type: ignore[assignment]
+
+SUFFIX = ".partial"
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # locks may be this machine's own
+
+Note = Callable[[str], None]
+
+_published: set[Path] = set()
+
 
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(
+    target: Path, *, force_clean: bool = False, note: Note = lambda text: None
+) -> Iterator[Path]:
     """Yield a scratch directory that becomes `target` if the block succeeds and vanishes if it does not.
 
+    Args:
+        target: must not exist.
+        force_clean: remove scratch directories for this target that another process may still be writing.
+        note: told of scratch directories that were found.
+
     Raises:
-        ExportError: target exists, or its parent does not.
+        ExportError: target exists, its parent does not, or another process removed the scratch directory.
     """
     target = Path(os.path.abspath(target))
     if target.exists() or target.is_symlink():
-        raise ExportError(f"{target} exists already; choose another name or remove it")
+        raise _exists(target)
     if not target.parent.is_dir():
         raise ExportError(f"{target.parent}: no such directory to write {target.name} in")
-    scratch = Path(
-        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    )
+    _published.discard(target)
+    scratch, lock = _begin(target, force_clean, note)
     try:
         scratch.chmod(0o755)
         yield scratch
-        scratch.rename(target)
-    except BaseException:
+        _to_disk(scratch)
+        _publish(scratch, target)
+        _sync(target.parent)
+    except BaseException as error:
+        removed = not scratch.exists() and target not in _published
         shutil.rmtree(scratch, ignore_errors=True)
+        if removed and isinstance(error, OSError):
+            raise ExportError(
+                f"{scratch} was removed while it was written, by --force-clean of another process perhaps"
+            ) from error
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
-def sha256(path: Path) -> str:
+def published(target: Path) -> bool:
+    """Whether this process has put `target` in its place."""
+    return Path(os.path.abspath(target)) in _published
+
+
+def _publish(scratch: Path, target: Path) -> None:
+    """Rename, and note it; Ctrl-C comes before or after both."""
+    with _without_interrupts():
+        try:
+            scratch.rename(target)
+        except OSError as error:  # another process was faster
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise _exists(target) from error
+            raise
+        _published.add(target)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back for the time of the context."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(*came[0])
+
+
+def _exists(target: Path) -> ExportError:
+    return ExportError(f"{target} exists already; choose another name or remove it")
+
+
+def _begin(target: Path, force: bool, note: Note) -> tuple[Path, int | None]:
+    """Clear what dead processes left, and make a scratch directory; returns it and its lock, which goes with us.
+
+    One process does so at a time: a directory is never seen between being made and being locked.
+    """
+    parent = _lock(target.parent, wait=True)
+    try:
+        _clear(target, force, note)
+        made = tempfile.mkdtemp(prefix=f".{target.name}.{_HOST}-", suffix=SUFFIX, dir=target.parent)
+        return Path(made), _lock(Path(made))
+    finally:
+        if parent is not None:
+            os.close(parent)
+
+
+def _clear(target: Path, force: bool, note: Note) -> None:
+    """Remove what killed processes left; name what may belong to a living one."""
+    ours = re.compile(
+        rf"\.{re.escape(target.name)}\.([0-9a-f]{{8}})-[a-z0-9_]{{8}}{re.escape(SUFFIX)}"
+    )
+    for scratch in sorted(target.parent.iterdir()):
+        made = ours.fullmatch(scratch.name)
+        if made is None or not scratch.is_dir() or scratch.is_symlink():
+            continue
+        dead = made[1] == _HOST and _is_dead(scratch)
+        if dead or force:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if scratch.exists():
+            how = "cannot be removed" if dead or force else "--force-clean removes it"
+            note(f"{scratch} is being written by another process, or was left by one; {how}")
+        else:
+            why = "left by a process that is gone" if dead else "as --force-clean asks"
+            note(f"removed {scratch}, {why}")
+
+
+def _lock(directory: Path, wait: bool = False) -> int | None:
+    """A handle that holds a lock on a directory; None where the system or the file system has no such locks, or the
+    directory is locked."""
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _is_dead(scratch: Path) -> bool:
+    """Whether it is proven that no process on this machine writes the directory: nobody holds its lock."""
+    handle = _lock(scratch)
+    if handle is None:
+        return False
+    os.close(handle)
+    return True
+
+
+def _to_disk(directory: Path) -> None:
+    """Have the files written to the disk, so that after a power cut what has its name has its contents."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            file = Path(folder) / name
+            if file.stat().st_nlink == 1:  # a hard link's contents are the checkpoint's
+                _sync(file)
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems cannot for directories
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path | str) -> str:
     """The hex SHA-256 of a file's contents."""
-    with path.open("rb") as stream:
+    with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

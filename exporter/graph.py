@@ -10,7 +10,7 @@ import torch
 from qwenport.exporter import emission, tracing
 from qwenport.exporter.checkpoint import expert_parts
 from qwenport.exporter.config import ModelConfig, MoEConfig
-from qwenport.exporter.decoder import DecoderLayer, Epilogue, Prologue
+from qwenport.exporter.decoder import DecoderLayer, Epilogue, Prologue, checkpoint_name
 from qwenport.plugins import DOMAIN, VERSION, moe_experts, moe_router, rotary_embedding
 
 OPSET = 24
@@ -57,7 +57,7 @@ def build_graph(
     def weights(traced: tracing.Trace, prefix: str) -> dict[str, ir.Value]:
         types = traced.types[traced.num_inputs :]
         return {
-            name: weight(_checkpoint_name(config, prefix + name), kind.shape)
+            name: weight(checkpoint_name(config, prefix + name), kind.shape)
             for name, kind in zip(traced.parameters, types, strict=False)
         }
 
@@ -151,13 +151,6 @@ def _stack(
     )
     target = builder.constant(shape)
     return builder.add("Reshape", [flat, target], name, dtype=dtype, shape=ir.Shape(shape))
-
-
-def _checkpoint_name(config: ModelConfig, name: str) -> str:
-    """The checkpoint's name of a traced parameter; a tied head is the embedding."""
-    if name == "model.lm_head.weight":
-        return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    return name
 
 
 def _trace_parts(

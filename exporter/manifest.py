@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from qwenport.exporter.checkpoint import read_safetensors_header
+from qwenport import QwenportError
 from qwenport.exporter.directory import sha256
 from qwenport.exporter.errors import PackageError
+from qwenport.exporter.json_file import read_json
+from qwenport.exporter.keys import short
+from qwenport.exporter.safetensors_file import read_safetensors_header
 
 MANIFEST = "qwenport.json"
+MOST_BYTES = 1 << 24
 PACKAGE_FORMAT, ENGINE_FORMAT = "qwenport-package", "qwenport-engine"
 
 Kind = Literal["checkpoint", "package", "engine"]
 _KINDS: dict[str, Kind] = {PACKAGE_FORMAT: "package", ENGINE_FORMAT: "engine"}
 
 
-def kind_of(path: Path) -> Kind:
+def kind_of(path: Path | str) -> Kind:
     """What a directory holds. Its contents are not checked: whoever opens it does that.
 
     Raises:
-        PackageError: no such directory, or none of the three kinds.
+        PackageError: no such directory, or none of the three kinds; says what it is and what to do.
     """
-    if not path.exists():
-        raise PackageError(f"{path}: no such directory")
-    if not path.is_dir():
-        raise PackageError(f"{path}: not a directory")
+    path = Path(path)
+    if (wrong := why_no_directory(path)) is not None:
+        raise PackageError(wrong)
     if (path / MANIFEST).is_file():
         try:
-            return _KINDS[json.loads((path / MANIFEST).read_text(encoding="utf-8"))["format"]]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            return _KINDS[_read(path / MANIFEST)["format"]]
+        except KeyError as error:
             raise PackageError(f"{path / MANIFEST}: not a manifest of Qwenport's") from error
     if (path / "model.onnx").is_file() or (path / "engine.plan").is_file():
         raise PackageError(f"{path}: has no {MANIFEST}; it is not a whole package or engine")
@@ -61,22 +69,172 @@ def read_manifest(path: Path, format_name: str, format_version: int, remedy: str
     file = path / MANIFEST
     if not file.is_file():
         raise PackageError(f"{path}: no {MANIFEST}; not a {format_name.replace('-', ' ')}")
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        found, version = manifest["format"], manifest["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise PackageError(f"{file}: not a manifest ({type(error).__name__}: {error})") from error
+    manifest = _read(file)
+    found, version = manifest["format"], manifest.get("format_version")
     if found != format_name:
         raise PackageError(f"{path}: holds a {found}, expected a {format_name}")
-    if version != format_version:
+    if type(version) is not int or version != format_version:
         raise PackageError(
-            f"{path}: {format_name} format version {version}, this Qwenport reads {format_version}; {remedy}"
+            f"{path}: {format_name} format version {short(version)}, this Qwenport reads {format_version}; {remedy}"
         )
     return manifest
 
 
+def _read(file: Path) -> dict[str, Any]:
+    """A manifest, by its format's name.
+
+    Raises:
+        PackageError: it is none.
+    """
+    try:
+        manifest = read_json(file, MOST_BYTES, unique=True)
+    except (OSError, ValueError) as error:
+        raise PackageError(f"{file}: not a manifest of Qwenport's ({error})") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), str):
+        raise PackageError(f"{file}: not a manifest of Qwenport's (it names no format)")
+    return manifest
+
+
+def why_no_directory(path: Path) -> str | None:
+    """A sentence on what a path is that is no directory, and what to do; None for a directory."""
+    if path.is_dir():
+        return None
+    if not path.exists():
+        hub = re.fullmatch(
+            r"(?:https?:/{1,2}(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)", str(path)
+        )
+        if hub:
+            return (
+                f"{path}: no such directory. If it is a model on the Hugging Face Hub, fetch it first: "
+                f"hf download {hub[1]} --local-dir {path.name}"
+            )
+        return f"{path}: no such directory"
+    if path.suffix == ".gguf":
+        return (
+            f"{path}: a GGUF file, whose weights are quantized for llama.cpp; export reads the Hugging Face checkpoint "
+            "that it was made from"
+        )
+    if path.suffix == ".safetensors":
+        return f"{path}: a single weight file; give the directory that holds it and its config.json"
+    return f"{path}: a file; a checkpoint is a directory with config.json and safetensors files"
+
+
+@dataclass(frozen=True)
+class Each:
+    """The shape of an object with any keys: what each value is."""
+
+    of: Any
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """The shape of what may be null."""
+
+    of: Any
+
+
+BINDING = {"name": str, "dtype": str, "shape": [(int, str)]}
+BINDINGS = {"inputs": [BINDING], "outputs": [BINDING]}
+SOURCE = {
+    "dtype": str,
+    "prefix": str,
+    "converted": Each(int),
+    "notes": [str],
+    "adapter": Maybe({"config_sha256": str, "sha256": str, "matrices": int}),
+    "config_sha256": str,
+    "files": [{"name": str, "bytes": int, "header_sha256": str}],
+}
+FILES = Each({"bytes": int, "sha256": str})
+
+
+def check_shape(value: Any, shape: Any, where: str = "the manifest") -> None:
+    """Hold a value of a manifest against the types that are read of it.
+
+    Args:
+        shape: a type or several, [shape] of a list's items, {key: shape} of an object that may have more keys,
+            `Each` or `Maybe`.
+        where: how the value is reached, for the message.
+
+    Raises:
+        ValueError: it has another shape; says where.
+    """
+    if isinstance(shape, Maybe):
+        if value is not None:
+            check_shape(value, shape.of, where)
+        return
+    inside: list[tuple[Any, Any, str]] = []
+    kind: Any = shape
+    if isinstance(shape, list):
+        kind = list
+        if isinstance(value, list):
+            inside = [(item, shape[0], f"{where}[{index}]") for index, item in enumerate(value)]
+    elif isinstance(shape, Each):
+        kind = dict
+        if isinstance(value, dict):
+            inside = [(item, shape.of, f"{where}.{key}") for key, item in value.items()]
+    elif isinstance(shape, dict):
+        kind = dict
+        if isinstance(value, dict):
+            missing = [key for key in shape if key not in value]
+            if missing:
+                raise ValueError(f"{where} lacks {missing[0]}")
+            inside = [(value[key], of, f"{where}.{key}") for key, of in shape.items()]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{where} is {short(value)}")
+    if isinstance(value, int) and not 0 <= value < 1 << 63:
+        raise ValueError(f"{where} is {short(value)}")
+    for item, of, place in inside:
+        check_shape(item, of, place)
+
+
+@contextmanager
+def damaged(file: Path) -> Iterator[None]:
+    """Whatever the unexpected contents of a file make Python raise becomes a PackageError that names the file."""
+    try:
+        yield
+    except QwenportError:
+        raise
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,  # onnx-ir's own, too
+        StopIteration,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise PackageError(f"{file}: damaged ({error})") from error
+
+
+def check_listed(path: Path, names: Sequence[str], needed: Sequence[str]) -> None:
+    """Compare what lies in a directory with what its manifest lists: files below it, no other and no links.
+
+    Raises:
+        PackageError: a name leads outside, a file is a symbolic link, is not listed, or is needed and not listed.
+    """
+    for name in names:
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+            raise PackageError(f"{path / MANIFEST} names {name!r}, which is outside the directory")
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise PackageError(f"{path / MANIFEST} does not list {missing[0]}")
+    listed = {*names, MANIFEST}
+    for folder, folders, files in os.walk(path):
+        for name in (*files, *folders):
+            found = Path(folder) / name
+            relative = found.relative_to(path).as_posix()
+            if found.is_symlink():
+                raise PackageError(
+                    f"{path}: {relative} is a symbolic link; a package holds files only"
+                )
+            if name in files and relative not in listed:
+                raise PackageError(f"{path}: {relative} is not in the manifest; it was added later")
+
+
 def check_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Hold files against the sizes and hashes that a manifest records.
+    """Compare files with the sizes and hashes that a manifest records.
 
     Raises:
         PackageError: a file is missing or was changed.
@@ -90,7 +248,7 @@ def check_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def check_weight_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Hold weight files against their recorded sizes and header hashes; values are not read.
+    """Compare weight files with their recorded sizes and header hashes; values are not read.
 
     Raises:
         PackageError: a file is missing or was changed.

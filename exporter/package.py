@@ -10,54 +10,57 @@ config.json, tokenizer and generation files, as in the checkpoint
 from __future__ import annotations
 
 import dataclasses
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from qwenport import __version__
-from qwenport.exporter.checkpoint import (
-    Checkpoint,
-    TensorEntry,
-    open_checkpoint,
-    read_safetensors_header,
-)
+from qwenport.exporter.adapter import ADAPTER_CONFIG
+from qwenport.exporter.checkpoint import Checkpoint, open_checkpoint
+from qwenport.exporter.companions import companions_of, copy_companions, doubts
 from qwenport.exporter.config import ModelConfig, parse_config, read_config_json
-from qwenport.exporter.directory import atomic_directory, sha256
+from qwenport.exporter.directory import Note, atomic_directory, sha256
 from qwenport.exporter.errors import CheckpointError, ConfigError, ExportError, PackageError
+from qwenport.exporter.keys import short
 from qwenport.exporter.manifest import (
+    BINDINGS,
+    FILES,
     MANIFEST,
     PACKAGE_FORMAT,
+    SOURCE,
+    Each,
     as_json,
     check_files,
+    check_listed,
+    check_shape,
     check_weight_files,
+    damaged,
     read_manifest,
     write_json,
+)
+from qwenport.exporter.rope import ROWS_AT_ONCE, rope_tables
+from qwenport.exporter.safetensors_file import (
+    TensorEntry,
+    WeightFile,
+    plan_safetensors,
+    read_safetensors_header,
+    safetensors_header,
 )
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MODEL, ROPE = "model.onnx", "rope.safetensors"
 DTYPES = ("bf16", "fp16", "fp32")
+BINDING_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float"}
+TABLE_ERROR = 1e-6  # of cos and sin per radian of the angle: what another machine's fp32 may give
 WEIGHT_MODES = ("link", "copy", "pack")
+ADAPTERS = ("ignore", "merge")
 DEFAULT_MAX_BATCH = 8
-
-# Files that travel with the model unchanged, where the checkpoint has them.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+MOST_BATCH = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,49 @@ class Package:
     def model(self) -> Path:
         """The ONNX file."""
         return self.path / MODEL
+
+    def read_model(self) -> ir.Model:
+        """The graph; no weight is read.
+
+        Raises:
+            PackageError: model.onnx is no ONNX model.
+        """
+        import onnx_ir as ir
+
+        try:
+            model = ir.load(self.model)
+            empty = not len(model.graph)
+        except Exception as error:  # neither protobuf's errors nor onnx-ir's have a base class
+            raise PackageError(
+                f"{self.model}: not an ONNX model ({type(error).__name__}: {error})"
+            ) from error
+        if empty:
+            raise PackageError(f"{self.model}: not an ONNX model (it has no graph)")
+        return model
+
+    def check_graph(self) -> ir.Model:
+        """Read the graph, and hold it against what lies beside it: bindings, tensors' places, rope tables.
+
+        Whether it computes what the checkpoint's model computes is for `validate` to say.
+
+        Raises:
+            PackageError: it is damaged, or does not belong to this package.
+        """
+        model = self.read_model()
+        with damaged(self.model):
+            described = as_json(describe_graph(model))
+            for key, found in described.items():
+                if self.manifest[key] != found:
+                    raise PackageError(f"{self.model}: its {key} are not those in {MANIFEST}")
+            for node in model.graph:
+                for value in node.inputs:
+                    if value is not None and not (
+                        value.producer() or value.is_graph_input() or value.is_initializer()
+                    ):
+                        raise PackageError(f"{self.model}: nothing gives {value.name}")
+            _check_places(self, model)
+        _check_table_values(self)
+        return model
 
     @property
     def dtype(self) -> str:
@@ -93,47 +139,94 @@ class Package:
 
 
 def export(
-    checkpoint_path: Path,
-    package_path: Path,
+    checkpoint_path: Path | str,
+    package_path: Path | str,
     *,
     dtype: str | None = None,
     max_seq_len: int | None = None,
     max_batch: int = DEFAULT_MAX_BATCH,
     rope_scaling: str | None = None,
     weights: str = "link",
+    adapter: str | None = None,
+    check_values: bool = False,
+    strict: bool = False,
+    force_clean: bool = False,
     progress: Any = lambda what, done, total: None,
+    note: Note = lambda text: None,
 ) -> Package:
     """Write the package of a checkpoint.
 
     Args:
         checkpoint_path: Hugging Face checkpoint directory; only read.
         package_path: directory to create; must not exist.
-        dtype: "bf16", "fp16" or "fp32"; the checkpoint's own by default.
+        dtype: "bf16", "fp16" or "fp32"; by default the checkpoint's own, and then a tensor that has another must not
+            lose precision.
         max_seq_len: positions to support; all that the rope settings allow by default.
         max_batch: rows that sessions and engines may use.
         rope_scaling: "KIND:FACTOR" for a checkpoint without rope scaling.
         weights: "link" (by reference), "copy" (a package that can be moved) or "pack" (by reference, but with
             each sparse layer's experts stacked in a file of the package's own).
+        adapter: what to do with an adapter that lies beside the weights: "ignore" or "merge" it.
+        check_values: read every weight, and refuse NaN and infinity; what is converted or stacked is always checked.
+        strict: refuse keys of config.json that nobody reads; they are only noted otherwise.
+        force_clean: remove scratch directories of exports to the same place, even if they may still run.
         progress: called with (what, done, total).
+        note: called with what the user should know meanwhile.
 
     Raises:
         ConfigError, CheckpointError: see `open_checkpoint`.
         ExportError: the request cannot be met. Nothing is left at package_path.
     """
+    package_path = Path(package_path)
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if weights not in WEIGHT_MODES:
         raise ExportError(f"weights must be one of {', '.join(WEIGHT_MODES)}, not {weights!r}")
-    if max_batch < 1:
-        raise ExportError(f"max batch must be at least 1, not {max_batch}")
-    checkpoint = open_checkpoint(checkpoint_path, rope_scaling)
-    dtype = dtype or checkpoint.dtype
-    max_seq_len = _checked_length(checkpoint.config, max_seq_len)
-    with atomic_directory(package_path) as scratch:
-        manifest = _write(
-            checkpoint, scratch, dtype, max_seq_len, max_batch, rope_scaling, weights, progress
+    if adapter not in (None, *ADAPTERS):
+        raise ExportError(f"adapter must be one of {', '.join(ADAPTERS)}, not {adapter!r}")
+    if not 1 <= max_batch <= MOST_BATCH:
+        raise ExportError(f"max batch must be from 1 to {MOST_BATCH}, not {max_batch}")
+    checkpoint = open_checkpoint(
+        checkpoint_path, rope_scaling, max_seq_len=max_seq_len, merged=adapter == "merge"
+    )
+    if strict and checkpoint.config.unread_keys:
+        raise ConfigError(
+            f"config.json has keys that nobody reads: {', '.join(checkpoint.config.unread_keys)}; "
+            "--strict refuses them"
         )
+    if adapter is None and checkpoint.has_adapter:
+        raise CheckpointError(
+            f"{checkpoint.path}: an adapter lies beside the weights ({ADAPTER_CONFIG}); --adapter merge adds it to "
+            "them, --adapter ignore exports them without it"
+        )
+    request = _Request(
+        dtype or checkpoint.dtype,
+        dtype is None,
+        _checked_length(checkpoint.config, max_seq_len),
+        max_batch,
+        rope_scaling,
+        weights,
+        check_values,
+    )
+    companions_of(checkpoint.path)
+    for doubt in doubts(checkpoint.path, checkpoint.config.vocab_size):
+        note(doubt)
+    with atomic_directory(package_path, force_clean=force_clean, note=note) as scratch:
+        manifest = _write(checkpoint, scratch, request, progress)
     return Package(package_path, as_json(manifest), checkpoint.config)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What `export` was asked for; `lossless`: the dtype is the checkpoint's own, so nothing may be lost."""
+
+    dtype: str
+    lossless: bool
+    max_seq_len: int
+    max_batch: int
+    rope_scaling: str | None
+    weights: str
+    check_values: bool
 
 
 def _checked_length(config: ModelConfig, asked: int | None) -> int:
@@ -148,47 +241,54 @@ def _checked_length(config: ModelConfig, asked: int | None) -> int:
 
 
 def _write(
-    checkpoint: Checkpoint,
-    scratch: Path,
-    dtype: str,
-    max_seq_len: int,
-    max_batch: int,
-    rope_scaling: str | None,
-    weights: str,
-    progress: Any,
+    checkpoint: Checkpoint, scratch: Path, request: _Request, progress: Any
 ) -> dict[str, Any]:
     # torch and the IR are imported here: reading a package needs neither
     import onnx_ir as ir
 
     from qwenport.exporter.weights import place_weights
 
-    plan = place_weights(checkpoint, scratch, dtype, weights, progress)
-    _write_rope_tables(checkpoint.config, scratch / ROPE, max_seq_len)
+    plan = place_weights(
+        checkpoint,
+        scratch,
+        request.dtype,
+        request.weights,
+        progress,
+        lossless=request.lossless,
+        check_values=request.check_values,
+    )
+    _write_rope_tables(checkpoint.config, scratch / ROPE, request.max_seq_len)
     model = expected_model(
-        checkpoint, dtype=dtype, weights=weights, max_seq_len=max_seq_len, progress=progress
+        checkpoint,
+        dtype=request.dtype,
+        weights=request.weights,
+        max_seq_len=request.max_seq_len,
+        progress=progress,
     )
     ir.save(model, scratch / MODEL)
-    for name in COMPANIONS:
-        if (checkpoint.path / name).is_file():
-            shutil.copyfile(checkpoint.path / name, scratch / name)
+    copy_companions(checkpoint.path, scratch)
     manifest = {
         "format": PACKAGE_FORMAT,
         "format_version": FORMAT_VERSION,
         "qwenport_version": __version__,
         "model": dataclasses.asdict(checkpoint.config),
-        "dtype": dtype,
-        "max_seq_len": max_seq_len,
-        "max_batch": max_batch,
-        "rope_scaling": rope_scaling,
+        "dtype": request.dtype,
+        "max_seq_len": request.max_seq_len,
+        "max_batch": request.max_batch,
+        "rope_scaling": request.rope_scaling,
         **describe_graph(model),
         "weights": {
             "mode": plan.mode,
             "tensors": len(plan.entries),
             "bytes": sum(entry.length for entry in plan.entries.values()),
-            "files": _weight_files(scratch),
+            "files": _weight_files(scratch, () if plan.mode == "convert" else checkpoint.files),
         },
         "source": {
             "dtype": checkpoint.dtype,
+            "prefix": checkpoint.prefix,
+            "converted": plan.conversions(),
+            "notes": list(checkpoint.notes),
+            "adapter": None if checkpoint.adapter is None else checkpoint.adapter.describe(),
             "config_sha256": sha256(checkpoint.path / "config.json"),
             "files": [
                 {"name": f.name, "bytes": f.size, "header_sha256": f.header_sha256}
@@ -218,7 +318,7 @@ def expected_model(
     Args:
         checkpoint: what is exported.
         dtype: "bf16", "fp16" or "fp32".
-        weights: "link", "copy" or "pack"; ignored if `dtype` is not the checkpoint's.
+        weights: "link", "copy" or "pack"; ignored if every tensor is converted.
         max_seq_len: rows of the rope tables.
         progress: called with (what, layers done, layers).
 
@@ -267,7 +367,6 @@ def describe_graph(model: ir.Model) -> dict[str, Any]:
 
 def _rope_entries(config: ModelConfig, length: int) -> dict[str, TensorEntry]:
     from qwenport.exporter.graph import COS_TABLE, SIN_TABLE
-    from qwenport.exporter.weights import plan_safetensors
 
     shape = (length, config.rope.head_dim // 2)
     return plan_safetensors(ROPE, "F32", {COS_TABLE: shape, SIN_TABLE: shape})
@@ -276,13 +375,17 @@ def _rope_entries(config: ModelConfig, length: int) -> dict[str, TensorEntry]:
 def _write_rope_tables(config: ModelConfig, target: Path, length: int) -> None:
     import torch
 
-    from qwenport.exporter.rope import rope_tables
-    from qwenport.exporter.weights import safetensors_header
+    from qwenport.exporter.weights import require_space
 
+    entries = _rope_entries(config, length)
+    require_space(target.parent, sum(entry.length for entry in entries.values()))
     with target.open("wb") as writer:
-        writer.write(safetensors_header(_rope_entries(config, length).values()))
-        for table in rope_tables(config.rope, length):
-            writer.write(table.contiguous().view(torch.uint8).numpy().data)
+        writer.write(safetensors_header(entries.values()))
+        for table in range(2):  # cos, then sin
+            for start in range(0, length, ROWS_AT_ONCE):
+                stop = min(start + ROWS_AT_ONCE, length)
+                rows = rope_tables(config.rope, length, start, stop)[table]
+                writer.write(rows.contiguous().view(torch.uint8).numpy().data)
 
 
 def _binding(value: Any) -> dict[str, Any]:
@@ -290,37 +393,128 @@ def _binding(value: Any) -> dict[str, Any]:
     return {"name": value.name, "dtype": value.dtype.name.lower(), "shape": shape}
 
 
-def _weight_files(package: Path) -> dict[str, dict[str, Any]]:
-    files = {}
+def _weight_files(package: Path, read: Sequence[WeightFile]) -> dict[str, dict[str, Any]]:
+    """What the manifest says of the weight files; those of the checkpoint were read already."""
+    known, files = {file.name: file for file in read}, {}
     for path in sorted((package / "weights").iterdir()):
-        file, _ = read_safetensors_header(path)
+        file = known.get(path.name) or read_safetensors_header(path)[0]
         files[f"weights/{path.name}"] = {"bytes": file.size, "header_sha256": file.header_sha256}
     return files
 
 
-def _check_types(manifest: dict[str, Any]) -> None:
-    """What is read of a manifest without further ado is of the right type.
+SHAPE = {
+    "qwenport_version": str,
+    "model": {"vocab_size": int},
+    "dtype": str,
+    "max_seq_len": int,
+    "max_batch": int,
+    "rope_scaling": (str, NoneType),
+    "opset": int,
+    "ops": Each(int),
+    "bindings": BINDINGS,
+    "weights": {
+        "mode": str,
+        "tensors": int,
+        "bytes": int,
+        "files": Each({"bytes": int, "header_sha256": str}),
+    },
+    "source": SOURCE,
+    "files": FILES,
+}
 
-    Raises:
-        ValueError, KeyError, TypeError: it is not; says what.
-    """
+
+def _check_limits(manifest: dict[str, Any]) -> None:
+    """Raises ValueError: a dtype, a length or a batch that no package has."""
     if manifest["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {manifest['dtype']!r}")
+        raise ValueError(f"dtype is {manifest['dtype']!r}")
     for name in ("max_seq_len", "max_batch"):
-        if type(manifest[name]) is not int or manifest[name] < 1:
-            raise ValueError(f"{name} {manifest[name]!r}")
-    if not isinstance(manifest["rope_scaling"], str | None):
-        raise ValueError(f"rope_scaling {manifest['rope_scaling']!r}")
-    source = manifest["source"]
-    texts = [source["config_sha256"], source["dtype"]]
-    texts += [file[name] for file in source["files"] for name in ("name", "header_sha256")]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("source holds something that is no text")
-    if not isinstance(manifest["weights"]["mode"], str):
-        raise ValueError("weights has no mode")
+        if manifest[name] < 1:
+            raise ValueError(f"{name} is {manifest[name]}")
+    if manifest["max_batch"] > MOST_BATCH:
+        raise ValueError(f"max_batch is {short(manifest['max_batch'])}")
+    caches = {
+        binding["dtype"]
+        for binding in manifest["bindings"]["inputs"]
+        if binding["name"].startswith("past_key_values.")
+    }
+    if caches != {BINDING_DTYPES[manifest["dtype"]]}:
+        raise ValueError(f"dtype is {manifest['dtype']}, and that of its caches {short(caches)}")
+    if not manifest["source"]["files"]:
+        raise ValueError("it names no files that it was made from")
 
 
-def load_package(path: Path) -> Package:
+def _check_tables(file: Path, config: ModelConfig, length: int) -> None:
+    """Raises PackageError: the rope tables are not for so many positions, or not of this model."""
+    if length > config.max_context:
+        raise PackageError(
+            f"{file.parent}: max_seq_len {length} is more than its rope settings allow"
+        )
+    _, found = read_safetensors_header(file)
+    if {entry.name: entry for entry in found} != _rope_entries(config, length):
+        raise PackageError(f"{file}: not the tables of {length} positions that {MANIFEST} states")
+
+
+def _check_places(package: Package, model: ir.Model) -> None:
+    """Raises PackageError: a tensor of the graph is not where a file of the package has one of its type and shape."""
+    import onnx_ir as ir
+
+    from qwenport.exporter.weights import external_tensor
+
+    places: dict[tuple[str, int], ir.ExternalTensor] = {}
+    for location in (ROPE, *package.manifest["weights"]["files"]):
+        for entry in read_safetensors_header(package.path / location)[1]:
+            if entry.length:  # an empty tensor has no place
+                places[location, entry.offset] = external_tensor(entry.name, location, entry)
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        there = places.get((str(tensor.location), tensor.offset or 0))
+        if (
+            there is None
+            or (there.length, there.dtype, there.shape)
+            != (tensor.length, tensor.dtype, tensor.shape)
+            or (there.location == ROPE and there.name != name)
+        ):
+            raise PackageError(
+                f"{package.model}: tensor {name} is not where a weight of the package is"
+            )
+
+
+def _check_table_values(package: Package) -> None:
+    """Raises PackageError: a value of the rope tables is not what the settings give, or NaN."""
+    import torch
+
+    file, length = package.path / ROPE, package.max_seq_len
+    rope = package.config.rope
+    entries = {entry.name: entry for entry in read_safetensors_header(file)[1]}
+    frequencies = rope.inverse_frequencies(length).abs()
+    with file.open("rb") as stream:
+        for start in range(0, length, ROWS_AT_ONCE):
+            stop = min(start + ROWS_AT_ONCE, length)
+            angles = torch.arange(start, stop)[:, None] * frequencies
+            allowed = TABLE_ERROR * (1 + angles) * (1 + abs(rope.attention_scaling()))
+            for entry, right in zip(
+                _rope_entries(package.config, length).values(),
+                rope_tables(rope, length, start, stop),
+                strict=True,
+            ):
+                size = 4 * right[0].numel()
+                stream.seek(entries[entry.name].offset + start * size)
+                data = bytearray(stream.read((stop - start) * size))
+                found = torch.frombuffer(data, dtype=torch.float32).view_as(right)
+                if not ((found - right).abs() <= allowed).all():
+                    raise PackageError(
+                        f"{file}: {entry.name} is not what the rope settings give; it was changed"
+                    )
+
+
+def _graph_of(model: dict[str, Any]) -> dict[str, Any]:
+    """A config's part that the graph depends on; which other keys are known is a matter of the release."""
+    return {key: value for key, value in model.items() if key != "unread_keys"}
+
+
+def load_package(path: Path | str) -> Package:
     """Open a package directory and check it against its manifest.
 
     Weight files are checked by size and header hash; their values are not read.
@@ -328,21 +522,27 @@ def load_package(path: Path) -> Package:
     Raises:
         PackageError: not a package, another format version, or files that do not match the manifest.
     """
+    path = Path(path)
     if not path.is_dir():
         raise PackageError(f"{path}: no such package directory")
     manifest = read_manifest(path, PACKAGE_FORMAT, FORMAT_VERSION, "export the checkpoint again")
     try:
-        check_files(path, manifest["files"])
-        check_weight_files(path, manifest["weights"]["files"])
-        _check_types(manifest)
-        config = parse_config(read_config_json(path), manifest["rope_scaling"])
-        same = manifest["model"] == as_json(dataclasses.asdict(config))
+        with damaged(path / MANIFEST):
+            check_shape(manifest, SHAPE)
+            _check_limits(manifest)
+            weights = manifest["weights"]["files"]
+            check_listed(path, [*manifest["files"], *weights], (MODEL, ROPE, "config.json"))
+            check_files(path, manifest["files"])
+            check_weight_files(path, weights)
+            if not weights:
+                raise PackageError(f"{path / MANIFEST} lists no weights")
+            config = parse_config(
+                read_config_json(path), manifest["rope_scaling"], manifest["max_seq_len"]
+            )
+            same = _graph_of(manifest["model"]) == _graph_of(as_json(dataclasses.asdict(config)))
+            _check_tables(path / ROPE, config, manifest["max_seq_len"])
     except (CheckpointError, ConfigError) as error:
         raise PackageError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise PackageError(
-            f"{path / MANIFEST}: damaged ({type(error).__name__}: {error})"
-        ) from error
     if not same:
         raise PackageError(f"{path}: {MANIFEST} describes another model than config.json")
     return Package(path, manifest, config)

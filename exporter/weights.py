@@ -1,38 +1,44 @@
-"""Weights in a package: referenced where they lie, copied whole, or converted one tensor at a time."""
+"""Weights in a package: referenced where they lie, copied whole, or converted one tensor at a time.
+
+A tensor of another dtype than the package's is converted. Unless the user has named the dtype, that must lose nothing.
+What an adapter changes is computed in fp64 and rounded once.
+"""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
-from qwenport.exporter.checkpoint import (
-    CHUNK_BYTES,
-    DTYPE_BYTES,
-    DTYPE_NAMES,
-    Checkpoint,
-    TensorEntry,
-    expert_stacks,
-    stacked_shape,
-)
+from qwenport.exporter.checkpoint import Checkpoint, expert_stacks, stacked_shape
 from qwenport.exporter.errors import ExportError
+from qwenport.exporter.safetensors_file import (
+    CHUNK_BYTES,
+    DTYPE_NAMES,
+    TensorEntry,
+    chunks,
+    plan_safetensors,
+    safetensors_header,
+)
+from qwenport.wording import size
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, units done, units in all)."""
 
 FOLDER = "weights"
-CONVERTED = "model.safetensors"
+CONVERTED = "model.safetensors"  # all tensors
+CONVERTED_SOME = "converted.safetensors"  # those that have another dtype than the rest
 PACKED = "experts-packed.safetensors"
 
 _SAFETENSORS = {name: key for key, name in DTYPE_NAMES.items()}
-_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _IR = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 _FICLONE = 0x40049409  # linux/fs.h: share the extents of a file, copy on write
 
@@ -52,15 +58,26 @@ class WeightPlan:
     entries: dict[str, TensorEntry]
     written: dict[str, list[TensorEntry]]
 
+    def conversions(self) -> dict[str, int]:
+        """ "fp32 to bf16" -> how many of the checkpoint's tensors."""
+        return dict(
+            Counter(
+                f"{DTYPE_NAMES[part.dtype]} to {DTYPE_NAMES[self.entries[name].dtype]}"
+                for name, parts in self.written.items()
+                for part in parts
+                if part.dtype != self.entries[name].dtype
+            )
+        )
+
 
 def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
     """Lay out a package's weights; nothing is read or written.
 
     Args:
         checkpoint: the source.
-        dtype: dtype that the package's tensors are to have. Another than the checkpoint's converts them all.
+        dtype: dtype that the package's tensors are to have; those that have another are converted.
         mode: "link" (by reference, no bytes written), "copy", or "pack" (link, and write the stacks of single
-            experts).
+            experts). What an adapter changes is always written.
 
     Raises:
         ExportError: there is nothing to pack.
@@ -72,21 +89,36 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
             "--weights pack: the checkpoint has no experts one by one that could be stacked; "
             "use --weights link or copy"
         )
-    if mode == "pack" and any(file.name == PACKED for file in checkpoint.files):
-        raise ExportError(f"--weights pack would write {PACKED}, which is a file of the checkpoint")
+    stored = _SAFETENSORS[dtype]
     stacked = {part.name for parts in stacks.values() for part in parts}
     single = {name: entry for name, entry in checkpoint.tensors.items() if name not in stacked}
-    if dtype != checkpoint.dtype:
+    adapted = checkpoint.adapter.matrices if checkpoint.adapter else {}
+    if all(entry.dtype != stored for entry in checkpoint.tensors.values()):
         written = {**stacks, **{name: [entry] for name, entry in single.items()}}
         return WeightPlan("convert", _laid_out(checkpoint, CONVERTED, dtype, written), written)
+    kept = single if mode == "pack" else checkpoint.tensors
+    written = {
+        name: [entry] for name, entry in kept.items() if entry.dtype != stored or name in adapted
+    }
     if mode == "pack":
-        entries = single | _laid_out(checkpoint, PACKED, dtype, stacks)
-        return WeightPlan(mode, entries, stacks)
-    return WeightPlan(mode, checkpoint.tensors, {})
+        written |= stacks
+    file = PACKED if mode == "pack" else CONVERTED_SOME
+    if written and any(known.name == file for known in checkpoint.files):
+        raise ExportError(
+            f"the package would write {file}, which is a file of the checkpoint; rename it there (and in its index)"
+        )
+    return WeightPlan(mode, kept | _laid_out(checkpoint, file, dtype, written), written)
 
 
 def place_weights(
-    checkpoint: Checkpoint, package: Path, dtype: str, mode: str, progress: Progress
+    checkpoint: Checkpoint,
+    package: Path,
+    dtype: str,
+    mode: str,
+    progress: Progress,
+    *,
+    lossless: bool,
+    check_values: bool = False,
 ) -> WeightPlan:
     """Put the checkpoint's weights under `package`/weights as `plan_weights` has it, and return the plan.
 
@@ -95,25 +127,30 @@ def place_weights(
         package: directory being written.
         dtype, mode: see `plan_weights`.
         progress: told of bytes done.
+        lossless: refuse to convert a tensor that would lose precision.
+        check_values: read the tensors that are referenced, too, and refuse NaN and infinity in any.
 
     Raises:
-        ExportError: links are not possible there, a value does not fit `dtype`, the disk is too small.
+        ExportError: links are not possible there, a value is not finite or does not fit `dtype`, the disk is too
+            small.
     """
     folder = package / FOLDER
     folder.mkdir()
     plan = plan_weights(checkpoint, dtype, mode)
+    copied = sum(file.size for file in checkpoint.files) if plan.mode == "copy" else 0
+    require_space(folder, copied + sum(plan.entries[name].length for name in plan.written))
     if plan.mode != "convert":
         _place_files(checkpoint, folder, plan.mode, progress)
     if plan.written:
-        _write(checkpoint, folder, dtype, plan, progress)
+        _write(checkpoint, folder, dtype, plan, progress, lossless)
+    if check_values:
+        left = [entry for name, entry in plan.entries.items() if name not in plan.written]
+        _check_values(checkpoint, left, progress)
     return plan
 
 
 def _place_files(checkpoint: Checkpoint, folder: Path, mode: str, progress: Progress) -> None:
-    total = sum(file.size for file in checkpoint.files)
-    if mode == "copy":
-        _require_space(folder, total)
-    done = 0
+    total, done = sum(file.size for file in checkpoint.files), 0
     for file in checkpoint.files:
         target = folder / file.name
         if mode == "copy":
@@ -176,12 +213,11 @@ def _reflink(source: Path, target: Path) -> bool:
     return False
 
 
-def _require_space(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int) -> None:
+    """Raises ExportError: the disk of `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ExportError(
-            f"not enough disk space for the weights: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
-        )
+        raise ExportError(f"not enough disk space: {size(needed)} needed, {size(free)} free")
 
 
 def _copy(source: Path, target: Path) -> Iterable[int]:
@@ -192,62 +228,74 @@ def _copy(source: Path, target: Path) -> Iterable[int]:
 
 
 def _write(
-    checkpoint: Checkpoint, folder: Path, dtype: str, plan: WeightPlan, progress: Progress
+    checkpoint: Checkpoint,
+    folder: Path,
+    dtype: str,
+    plan: WeightPlan,
+    progress: Progress,
+    lossless: bool,
 ) -> None:
     """Write `plan.written` in a dtype into one safetensors file, a chunk in memory at a time."""
     entries = [plan.entries[name] for name in plan.written]
-    _require_space(folder, sum(entry.length for entry in entries))
     todo = [part for parts in plan.written.values() for part in parts]
     total, done = sum(part.length for part in todo), 0
-    what = f"converting weights to {dtype}" if plan.mode == "convert" else "stacking experts"
+    what = "stacking experts"
+    if checkpoint.adapter:
+        what = "merging the adapter"
+    elif plan.conversions():
+        what = f"converting weights to {dtype}"
     with (folder / entries[0].file).open("xb") as writer:  # x: never through a link into the source
         writer.write(safetensors_header(entries))
         for source in todo:
-            with (checkpoint.path / source.file).open("rb") as reader:
-                reader.seek(source.offset)
-                for start in range(0, source.length, CHUNK_BYTES):
-                    chunk = bytearray(reader.read(min(CHUNK_BYTES, source.length - start)))
-                    values = torch.frombuffer(chunk, dtype=_TORCH[DTYPE_NAMES[source.dtype]])
-                    converted = values.to(_TORCH[dtype])
-                    if not torch.equal(values.isfinite(), converted.isfinite()):
-                        raise ExportError(
-                            f"tensor {source.name} has values beyond {dtype}'s largest number "
-                            f"({torch.finfo(_TORCH[dtype]).max:g}); choose another --dtype"
-                        )
-                    writer.write(converted.view(torch.uint8).numpy().data)
-                    done += len(chunk)
-                    progress(what, done, total)
+            adapter, element = checkpoint.adapter, 0
+            if adapter is not None and source.name not in adapter.matrices:
+                adapter = None
+            for values in _values(checkpoint, source):
+                exact = values
+                if adapter is not None:
+                    exact = values.double() + adapter.added(source, element, len(values))
+                    element += len(values)
+                converted = exact.to(TORCH[dtype])
+                if not torch.isfinite(converted).all():
+                    raise ExportError(
+                        f"tensor {source.name} has values beyond {dtype}'s largest number "
+                        f"({torch.finfo(TORCH[dtype]).max:g}); choose another --dtype"
+                    )
+                if (
+                    lossless
+                    and adapter is None
+                    and not torch.equal(converted.to(values.dtype), values)
+                ):
+                    wide = DTYPE_NAMES[source.dtype]
+                    alike = all(e.dtype == source.dtype for e in checkpoint.tensors.values())
+                    raise ExportError(
+                        f"tensor {source.name} is {wide} and would lose precision in {dtype}, which config.json "
+                        f"says: --dtype {dtype} rounds it, --dtype {wide if alike else 'fp32'} keeps every value"
+                    )
+                writer.write(converted.view(torch.uint8).numpy().data)
+                done += values.nbytes
+                progress(what, done, total)
 
 
-def plan_safetensors(
-    file: str, dtype: str, shapes: dict[str, tuple[int, ...]]
-) -> dict[str, TensorEntry]:
-    """Lay tensors of one dtype out in a safetensors file of that name."""
-    sizes = dict.fromkeys(shapes, DTYPE_BYTES[dtype])
-    for name, shape in shapes.items():
-        for size in shape:
-            sizes[name] *= size
-    header = safetensors_header(
-        [TensorEntry(name, file, dtype, shape, 0, sizes[name]) for name, shape in shapes.items()]
-    )
-    offset, entries = len(header), {}
-    for name, shape in shapes.items():
-        entries[name] = TensorEntry(name, file, dtype, shape, offset, sizes[name])
-        offset += sizes[name]
-    return entries
-
-
-def safetensors_header(entries: Iterable[TensorEntry]) -> bytes:
-    """The 8-byte length and JSON header of a file that holds these tensors in this order."""
-    header, begin = {}, 0
+def _check_values(
+    checkpoint: Checkpoint, entries: Sequence[TensorEntry], progress: Progress
+) -> None:
+    total, done = sum(entry.length for entry in entries), 0
     for entry in entries:
-        end = begin + entry.length
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts 8-byte aligned
-    return len(text).to_bytes(8, "little") + text
+        for values in _values(checkpoint, entry):
+            done += values.nbytes
+            progress("checking values", done, total)
+
+
+def _values(checkpoint: Checkpoint, entry: TensorEntry) -> Iterator[torch.Tensor]:
+    """A tensor's values as they lie in the file, some at a time.
+
+    Raises:
+        ExportError: one is NaN or infinite.
+    """
+    for chunk in chunks(checkpoint.path, entry):
+        values = torch.frombuffer(bytearray(chunk), dtype=TORCH[DTYPE_NAMES[entry.dtype]])
+        if not torch.isfinite(values).all():
+            kind = "NaN" if values.isnan().any() else "infinity"
+            raise ExportError(f"tensor {entry.name} holds {kind}; the checkpoint is damaged")
+        yield values

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import importlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from types import FrameType
 import click
 
 from qwenport import QwenportError, __version__
+from qwenport.wording import MOST, cut_words, one_line
 
 EXIT_ERROR = 2
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
@@ -41,7 +43,7 @@ COMMANDS = {
 }
 
 TRACEBACK = "QWENPORT_TRACEBACK"
-MOST_OF_A_LINE, MOST_OF_A_WORD = 290, 120  # characters of an error; of a name or path in it
+ERROR = "error: "
 
 # Errors that a file system gives for reasons of its own.
 SYSTEM_ERRORS = (
@@ -107,7 +109,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line on `args` (default: the process's own) and return the exit code.
 
     A signal to terminate raises SystemExit where the main thread is, so that what a killed command
-    has written is removed as after Ctrl-C.
+    has written is removed as after Ctrl-C. Once a process's own command line has come to an end, Ctrl-C changes
+    nothing any more.
     """
     if "_QWENPORT_COMPLETE" in os.environ:
         cli.main(prog_name="qwenport")  # the shell asks for completions; click answers and exits
@@ -117,19 +120,25 @@ def main(args: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model may write what a terminal cannot show
-    with _exit_on_signals(), warnings.catch_warnings():
+    with _exit_on_signals(is_process=args is None), warnings.catch_warnings():
+        logging.disable()
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
-        return _run(arguments)
+        try:
+            return _run(arguments, is_process=args is None)
+        finally:
+            logging.disable(logging.NOTSET)
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], is_process: bool) -> int:
     # click's own `main` turns a broken pipe and several errors into exit code 1, which here
     # means that parity failed.
     try:
         with cli.make_context("qwenport", arguments) as context:
             cli.invoke(context)
         sys.stdout.flush()
+        if is_process:
+            _ignore_interrupts()
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
@@ -140,6 +149,8 @@ def _run(arguments: list[str]) -> int:
     except QwenportError as error:
         return _fail(str(error))
     except (KeyboardInterrupt, click.Abort):
+        if is_process:
+            _ignore_interrupts()
         _fail("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -152,6 +163,12 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:
         return _bug(error)
     return 0
+
+
+def _ignore_interrupts() -> None:
+    """Nothing is left that Ctrl-C could stop, and Python takes a while to shut down."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _bug(error: Exception) -> int:
@@ -189,8 +206,12 @@ def _system_error(error: OSError) -> str | None:
 
 
 @contextlib.contextmanager
-def _exit_on_signals() -> Iterator[None]:
-    """Turn SIGTERM, and SIGHUP unless it is ignored (nohup), into SystemExit(128 + number)."""
+def _exit_on_signals(is_process: bool) -> Iterator[None]:
+    """Turn SIGTERM, and SIGHUP unless it is ignored (nohup), into SystemExit(128 + number).
+
+    Args:
+        is_process: nothing follows, and Ctrl-C is ignored from the end on.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -201,25 +222,30 @@ def _exit_on_signals() -> Iterator[None]:
 
     numbers = [signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+    before_interrupt = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
+    before_hook, sys.unraisablehook = sys.unraisablehook, _raise_again
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, leave)
     try:
         yield
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN if is_process else before_interrupt)
+        sys.unraisablehook = before_hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+def _raise_again(lost: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C that came while an object was being removed, where Python drops every exception: once more, then."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        main = threading.main_thread().ident
+        threading.Timer(0.01, lambda: signal.pthread_kill(main or 0, signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
 def _fail(message: str) -> int:
-    """Print `message` on stderr, as one line of at most MOST_OF_A_LINE characters."""
-    words = [_cut(word, MOST_OF_A_WORD, MOST_OF_A_WORD // 2) for word in message.split()]
-    print("error:", _cut(" ".join(words), MOST_OF_A_LINE, MOST_OF_A_LINE // 6), file=sys.stderr)
+    """Print `message` on stderr, as one line of at most MOST characters."""
+    print(f"{ERROR}{one_line(cut_words(message), MOST - len(ERROR))}", file=sys.stderr)
     return EXIT_ERROR
-
-
-def _cut(text: str, most: int, of_the_end: int) -> str:
-    """The text, or its beginning and its end where it is too long."""
-    if len(text) <= most:
-        return text
-    return f"{text[: most - of_the_end - 3]}...{text[len(text) - of_the_end :]}"

@@ -75,6 +75,56 @@ MINI: dict[str, Raw] = {
         "use_cache": True,
         "vocab_size": 48,
     },
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "hidden_size": 24,
+        "initializer_range": 0.02,
+        "intermediate_size": 40,
+        "max_position_embeddings": 64,
+        "max_window_layers": 2,
+        "model_type": "qwen3",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 48,
+    },
+    "mistral": {
+        "architectures": ["MistralForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "hidden_size": 40,
+        "initializer_range": 0.02,
+        "intermediate_size": 36,
+        "max_position_embeddings": 64,
+        "model_type": "mistral",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 48,
+    },
     # a dense layer between two sparse ones, a number of experts that is no power of two
     "qwen2_moe": {
         "architectures": ["Qwen2MoeForCausalLM"],
@@ -150,15 +200,9 @@ def mini(model_type: str, /, **changes: Any) -> Raw:
 
 def transformers_config(raw: Raw) -> Any:
     """transformers' own config object for a config.json."""
-    from transformers import LlamaConfig, Qwen2Config, Qwen2MoeConfig, Qwen3MoeConfig
+    from transformers import CONFIG_MAPPING
 
-    kinds = {
-        "qwen2": Qwen2Config,
-        "qwen2_moe": Qwen2MoeConfig,
-        "qwen3_moe": Qwen3MoeConfig,
-        "llama": LlamaConfig,
-    }
-    return kinds[raw["model_type"]].from_dict(copy.deepcopy(raw))
+    return CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))
 
 
 def published_spelling(raw: Raw) -> Raw:

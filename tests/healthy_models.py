@@ -15,7 +15,7 @@ import torch
 from checkpoints import Raw, mini, tensor_shapes, write_checkpoint
 from hypothesis import strategies as st
 
-MODEL_TYPES = ("qwen2", "llama", "qwen2_moe", "qwen3_moe")
+MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral", "qwen2_moe", "qwen3_moe")
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -120,7 +120,7 @@ def healthy_models(
     dtype = draw(st.sampled_from(sorted(TORCH_DTYPES)))
     changes = draw(_sizes(model_type, least_head_dim)) | {
         "num_hidden_layers": layers,
-        "max_window_layers": ... if model_type == "llama" else layers,
+        "max_window_layers": ... if model_type in ("llama", "mistral") else layers,
         "rms_norm_eps": draw(st.sampled_from((1e-5, 1e-6))),
         "tie_word_embeddings": draw(st.booleans()),
         "torch_dtype": DTYPE_NAMES[dtype],
@@ -159,6 +159,8 @@ def _flag() -> st.SearchStrategy[Any]:
 def _switches(model_type: str) -> tuple[str, ...]:
     return {
         "qwen2": (),
+        "qwen3": ("attention_bias",),
+        "mistral": (),
         "llama": ("attention_bias", "mlp_bias"),
         "qwen2_moe": ("qkv_bias",),
         "qwen3_moe": ("attention_bias",),
@@ -173,8 +175,8 @@ def _sizes(draw: st.DrawFn, model_type: str, least_head_dim: int) -> dict[str, A
         hidden = heads * draw(st.integers(-(-16 // heads), 64 // heads))
     else:
         hidden = draw(st.integers(16, 64))
-    # what need not be stated is left out half the time; qwen3_moe states it always
-    if model_type != "qwen3_moe" and 16 <= heads * head_dim <= 64 and draw(st.booleans()):
+    # what need not be stated is left out half the time; the qwen3 families state it always
+    if not model_type.startswith("qwen3") and 16 <= heads * head_dim <= 64 and draw(st.booleans()):
         hidden, stated = heads * head_dim, ...
     else:
         stated = head_dim

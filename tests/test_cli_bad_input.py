@@ -95,7 +95,7 @@ def shards(**moved: str) -> Callable[[Path], None]:
 
 
 def swap_dtype(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[BIAS] = tensors[BIAS].float()
+    tensors[BIAS] = tensors[BIAS].float() * 1.001  # which bf16 would round
 
 
 def misshape(tensors: dict[str, torch.Tensor]) -> None:
@@ -118,16 +118,19 @@ def as_file(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no such path": (shutil.rmtree, ("checkpoint", "no such directory")),
-    "a file": (as_file, ("no such directory",)),
+    "a file": (as_file, ("a file; a checkpoint is a directory",)),
     "no config": (lambda p: (p / "config.json").unlink(), ("no config.json",)),
     "config is no JSON": (lambda p: (p / "config.json").write_text("{"), ("not valid JSON",)),
-    "model_type": (edit_config(model_type="gpt2"), ("gpt2", "qwen2, qwen2_moe, qwen3_moe, llama")),
+    "model_type": (
+        edit_config(model_type="gpt2"),
+        ("gpt2", "llama, mistral, qwen2, qwen2_moe, qwen3, qwen3_moe"),
+    ),
     "auto_map": (edit_config(auto_map={"AutoModel": "evil.Model"}), ("auto_map",)),
-    "unknown key": (edit_config(attention_sinks=4), ("attention_sinks",)),
+    "a key that matters": (edit_config(is_causal=False), ("is_causal",)),
     "missing tensor": (edit_tensors(lambda t: t.pop(BIAS)), (BIAS, "lacks")),
     "extra tensor": (edit_tensors(lambda t: t.update(odd=torch.zeros(1))), ("tensor odd",)),
     "misshapen tensor": (edit_tensors(misshape), (BIAS, "[65]", "[64]")),
-    "wrong dtype": (edit_tensors(swap_dtype), (BIAS, "fp32", "bf16")),
+    "wrong dtype": (edit_tensors(swap_dtype), (BIAS, "fp32", "--dtype bf16")),
     "second head": (edit_tensors(second_head), ("lm_head.weight", "tie_word_embeddings")),
     "truncated weights": (edit_bytes(lambda b: b[: len(b) // 2]), ("truncated", WEIGHTS)),
     "truncated header": (edit_bytes(lambda b: b[:100]), ("truncated", WEIGHTS)),
@@ -165,7 +168,7 @@ MOE_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         edit_config(num_experts_per_tok=7),
         ("num_experts_per_tok 7", "num_experts 6"),
     ),
-    "unknown routing": (edit_config(scoring_func="sigmoid"), ("scoring_func",)),
+    "unknown routing": (edit_config(router_type="noaux"), ("router_type",)),
     "sliding window": (edit_config(use_sliding_window=True), ("use_sliding_window",)),
     "missing expert": (edit_tensors(lambda t: t.pop(EXPERT)), (EXPERT, "lacks")),
     "unequal experts": (

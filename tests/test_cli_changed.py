@@ -12,6 +12,7 @@ import pytest
 from command_line import Capture, refused
 
 from qwenport import cli
+from qwenport.exporter import sha256
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-qwen2.5"
 
@@ -227,12 +228,15 @@ def test_report_that_is_a_file_is_refused_before_the_work(
 # the tokenizer, which is data and never a program
 
 
-def without_hashes(package: Path, name: str, content: str | None) -> None:
-    """Replace or remove a companion file as if the checkpoint had come like that."""
-    (package / name).unlink()
-    if content is not None:
-        (package / name).write_text(content)
-    edit_manifest(lambda m: m["files"].pop(name))(package)
+def replace(package: Path, name: str, content: str | None) -> None:
+    """Replace, add or remove a companion file as if the checkpoint had come like that."""
+    (package / name).unlink(missing_ok=True)
+    if content is None:
+        edit_manifest(lambda m: m["files"].pop(name))(package)
+        return
+    (package / name).write_text(content)
+    recorded = {"bytes": (package / name).stat().st_size, "sha256": sha256(package / name)}
+    edit_manifest(lambda m: m["files"].update({name: recorded}))(package)
 
 
 def test_code_that_a_tokenizer_brings_is_never_run(
@@ -240,10 +244,9 @@ def test_code_that_a_tokenizer_brings_is_never_run(
 ) -> None:
     settings = json.loads((package / "tokenizer_config.json").read_text())
     settings |= {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Evil"}
-    without_hashes(package, "tokenizer_config.json", json.dumps(settings))
-    (package / "evil.py").write_text(
-        f"open({str(tmp_path / 'run')!r}, 'w')\nclass Tokenizer: pass\n"
-    )
+    replace(package, "tokenizer_config.json", json.dumps(settings))
+    code = f"open({str(tmp_path / 'run')!r}, 'w')\nclass Tokenizer: pass\n"
+    replace(package, "evil.py", code)
     cli.main(["generate", str(package), "--prompt", "Hello", "--max-new-tokens", "1"])
     assert not (tmp_path / "run").exists()
 
@@ -267,5 +270,5 @@ def test_code_that_a_tokenizer_brings_is_never_run(
 def test_damaged_tokenizer_or_generation_config_is_refused(
     name: str, content: str | None, options: list[str], word: str, package: Path, capsys: Capture
 ) -> None:
-    without_hashes(package, name, content)
+    replace(package, name, content)
     assert word in refused(capsys, "generate", package, "--prompt", "Hello", *options)

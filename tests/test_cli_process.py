@@ -127,7 +127,8 @@ def test_a_reader_that_goes_away_ends_generation_quietly(package: Path, tmp_path
     "arguments",
     [
         pytest.param(
-            ["validate", "package", "--reference", "tiny", "--json"], marks=pytest.mark.slow
+            ["validate", "package", "--reference", "tiny", "--budget", "quick", "--json"],
+            marks=pytest.mark.slow,
         ),
         ["generate", "package", "--prompt", "Once", "--max-new-tokens", "3", "--json"],
         ["build", "package", "engine", "--target", "tensorrt-rtx", "--gpu", "sm86", "--json"],
@@ -177,3 +178,58 @@ def test_help_of_a_command_imports_nothing_heavy(name: str) -> None:
         "torch",
         "transformers",
     }
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.15])
+def test_ctrl_c_behind_the_last_rename_is_too_late(delay: float, tmp_path: Path) -> None:
+    """The package is there and the command says so, however long Python takes to shut down."""
+    checkpoint = shutil.copytree(TINY, tmp_path / "tiny")
+    with start("export", checkpoint, "out", "-q", folder=tmp_path) as process:
+        wait_until((tmp_path / "out").is_dir, process)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (0, "") and "out: qwen2" in out
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.1])
+def test_ctrl_c_behind_the_last_word_is_too_late(
+    delay: float, package: Path, tmp_path: Path
+) -> None:
+    with start("inspect", package, "--brief", folder=tmp_path) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) in ((0, ""), (cli.EXIT_INTERRUPTED, "error: interrupted\n"))
+
+
+def test_ctrl_c_in_a_finaliser_is_not_lost(tmp_path: Path) -> None:
+    """Python drops what is raised while an object is being removed; the interrupt comes again."""
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "import click\n"
+        "from qwenport import cli\n"
+        "class Slow:\n"
+        "    def __del__(self):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "        time.sleep(0.01)\n"
+        "@click.command()\n"
+        "def command():\n"
+        "    slow = Slow()\n"
+        "    del slow\n"
+        "    time.sleep(30)\n"
+        "    click.echo('done')\n"
+        "cli.LazyGroup.get_command = lambda self, context, name: command\n"
+        "sys.argv = ['qwenport', 'doctor']\n"
+        "sys.exit(cli.main())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (
+        cli.EXIT_INTERRUPTED,
+        "",
+        "error: interrupted\n",
+    )

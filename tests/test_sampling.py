@@ -270,6 +270,11 @@ def test_bad_parameters_are_refused_and_named(name, value):
     assert isinstance(error.value, QwenportError)
 
 
+def test_the_range_of_temperatures_begins_at_0() -> None:
+    with pytest.raises(sampling.SamplingParamsError, match=r"0 or in \[1e-30, 1e\+30\], got -1"):
+        SamplingParams(temperature=-1)
+
+
 def test_numpy_scalars_are_accepted_as_python_numbers():
     params = SamplingParams(np.float32(0.5), np.int64(3), np.float64(0.9), 1, np.uint64(9))
     assert params == SamplingParams(0.5, 3, 0.9, 1.0, 9)

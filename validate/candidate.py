@@ -110,14 +110,13 @@ class Candidate:
 
     @cached_property
     def _used(self) -> frozenset[str]:
-        import onnx_ir as ir
 
         if self._interpreter is not None:
             return frozenset(self._interpreter.used())
         if self._target.package is None:
             return frozenset()
         with reported(self._target.package.model, "cannot be read as a model"):
-            graph = ir.load(self._target.package.model).graph
+            graph = self._target.package.read_model().graph
         found: set[str] = set()
         pending = list(graph.outputs)
         while pending:

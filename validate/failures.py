@@ -12,31 +12,7 @@ from pathlib import Path
 
 from qwenport import QwenportError
 from qwenport.validate.errors import ValidationError
-
-MOST = 300  # characters of a message
-MOST_OF_A_NAME = 80
-MOST_OF_A_PATH = 120
-CUT = " ... "
-
-
-def one_line(text: object, most: int = MOST) -> str:
-    """The text on one line of at most `most` characters; what is too much is cut out, most of it near the end."""
-    return _cut(text, most, most // 6)
-
-
-def cut(name: object) -> str:
-    """A tensor's or file's name, or a path, short enough for a message: its beginning and its end."""
-    most = MOST_OF_A_PATH if isinstance(name, Path) else MOST_OF_A_NAME
-    return _cut(name, most, most // 2)
-
-
-def _cut(text: object, most: int, of_the_end: int) -> str:
-    line = " ".join(str(text).split())
-    line = "".join(c if c.isprintable() else "�" for c in line)
-    if len(line) <= most:
-        return line
-    end = line[len(line) - of_the_end :]
-    return f"{line[: most - len(CUT) - of_the_end]}{CUT}{end}"
+from qwenport.wording import cut, one_line
 
 
 @contextlib.contextmanager
@@ -69,9 +45,7 @@ def reported(
         said = one_line(error, 10_000)
         for alias, known in (aliases or {}).items():
             said = said.replace(alias, known)
-        begin = (
-            f"{_cut(subject, MOST_OF_A_PATH, MOST_OF_A_PATH // 2)}: {what}: {type(error).__name__}"
-        )
+        begin = f"{cut(Path(subject))}: {what}: {type(error).__name__}"
         line = f"{begin}: {said}" if said else begin
         raise ValidationError(one_line(line)) from error
 

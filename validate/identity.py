@@ -7,7 +7,6 @@ one whose model.onnx points outside its directory may not.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qwenport import __version__
 from qwenport.exporter import (
     COMPANIONS,
-    MANIFEST,
+    DTYPE_NAMES,
     WEIGHT_MODES,
     Checkpoint,
     ExportError,
@@ -74,7 +73,9 @@ def check_identity(
         ConfigError, CheckpointError: not a checkpoint.
         ValidationError: model.onnx cannot be read.
     """
-    checkpoint = open_checkpoint(checkpoint_path, target.rope_scaling)
+    checkpoint = open_checkpoint(
+        checkpoint_path, target.rope_scaling, max_seq_len=target.rope_length, merged=target.merged
+    )
     if target.judged_as == ENGINE or target.package is None:
         return _engine(target, checkpoint, progress)
     return _package(target.package, checkpoint, progress)
@@ -108,7 +109,6 @@ def _package(package: Package, checkpoint: Checkpoint, progress: Progress) -> Id
             _manifest_errors(package, model, checkpoint),
         ),
         _count("paths that leave the package", outside),
-        _count("files that the manifest does not name", _unnamed(package)),
     )
     files = _row(FILES, begun, checks)
     return Identity((weights, graph, files), compared.sha256, not outside)
@@ -189,7 +189,7 @@ def _manifest_errors(package: Package, model: onnx.ModelProto, checkpoint: Check
         if manifest.get(key) != found
     ]
     dtype, mode = manifest.get("dtype"), manifest["weights"].get("mode")
-    modes = WEIGHT_MODES if dtype == checkpoint.dtype else ("convert",)
+    modes = WEIGHT_MODES if _any_as_it_lies(checkpoint, str(dtype)) else ("convert",)
     if mode not in modes:
         errors.append(
             f"weights: mode {mode} in the manifest, for {dtype} from {checkpoint.dtype} it is "
@@ -213,6 +213,11 @@ def _manifest_errors(package: Package, model: onnx.ModelProto, checkpoint: Check
                 f"{rows[0] if rows else 'none'}"
             )
     return errors
+
+
+def _any_as_it_lies(checkpoint: Checkpoint, dtype: str) -> bool:
+    """Whether some tensor of the checkpoint need not be converted."""
+    return any(DTYPE_NAMES[entry.dtype] == dtype for entry in checkpoint.tensors.values())
 
 
 def _weight_types(model: onnx.ModelProto) -> set[int]:
@@ -253,15 +258,3 @@ def _outside(model: onnx.ModelProto, package: Path) -> list[str]:
         if place is not None and not is_inside(package, place.location):
             errors.append(f"{tensor.name} is in {place.location}")
     return errors
-
-
-def _unnamed(package: Package) -> list[str]:
-    manifest = package.manifest
-    named = {MANIFEST, *manifest["files"], *manifest["weights"]["files"]}
-    return [name for name in _files_below(package.path) if name not in named]
-
-
-def _files_below(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not path.is_dir():
-            yield path.relative_to(folder).as_posix()

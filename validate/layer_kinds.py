@@ -27,7 +27,7 @@ def layer_kinds(package: Package, layers: int) -> dict[int, tuple[int, ...]]:
         package: its model.onnx is read, no weight.
         layers: how many decoder layers to look at.
     """
-    graph = ir.load(package.model).graph
+    graph = package.read_model().graph
     values = {value.name: value for node in graph for value in node.outputs}
     names = hidden_states(layers)
     kinds: dict[Any, list[int]] = {}

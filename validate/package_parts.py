@@ -14,10 +14,11 @@ from qwenport.engines.lowering import for_onnxruntime
 from qwenport.engines.memory import untouched_zeros
 from qwenport.exporter import Package
 from qwenport.validate.errors import ValidationError
-from qwenport.validate.failures import cut, reported
+from qwenport.validate.failures import reported
 from qwenport.validate.run import CandidateError, InseparableError
 from qwenport.validate.sites import LOGITS, hidden_states
 from qwenport.validate.streaming import Feeds, Geometry, Run
+from qwenport.wording import cut
 
 FLOAT = 1  # onnx.TensorProto's number
 
@@ -37,7 +38,7 @@ class PackageParts:
         """
         self.num_layers = layers
         self._package = package
-        model = ir.load(package.model)
+        model = package.read_model()
         _check_values(model, package)
         self._model = for_onnxruntime(model, on_cpu=True)
         self._inputs = [str(value.name) for value in self._model.graph.inputs]

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from qwenport.validate.errors import ValidationError
-from qwenport.validate.failures import cut, reported
+from qwenport.validate.failures import reported
+from qwenport.wording import cut
 
 SEED = 20240919
 PIECE = 32  # tokens of text, then of random ids

@@ -29,9 +29,8 @@ def read_tables(package: Package) -> tuple[Float32, Float32]:
     Raises:
         KeyError: the graph has no such initializer.
     """
-    import onnx_ir as ir
 
-    initializers = ir.load(package.model).graph.initializers
+    initializers = package.read_model().graph.initializers
     tables = []
     for name in TABLES:
         tensor = initializers[name].const_value

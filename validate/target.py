@@ -55,6 +55,11 @@ class Target:
     source: dict[str, Any]
     package: Package | None
 
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter beside the checkpoint's weights was merged into them."""
+        return self.source["adapter"] is not None
+
     def hashes(self) -> dict[str, str]:
         """What exactly was judged: the manifest, which holds the hashes of the rest, and the source."""
         hashes = {
@@ -63,6 +68,8 @@ class Target:
         }
         for file in self.source["files"]:
             hashes[f"source {file['name']} header"] = file["header_sha256"]
+        if self.merged:
+            hashes["source adapter"] = self.source["adapter"]["sha256"]
         return hashes
 
 
@@ -125,7 +132,9 @@ def _engine(path: Path) -> Target:
             compute_dtype=manifest["dtype"],
             rounds=False,
             device="cuda",
-            config=parse_config(read_config_json(path), manifest["rope_scaling"]),
+            config=parse_config(
+                read_config_json(path), manifest["rope_scaling"], manifest["max_seq_len"]
+            ),
             capacity=manifest["max_seq_len"],
             max_batch=manifest["max_batch"],
             rope_length=manifest["package"]["max_seq_len"],
@@ -147,7 +156,9 @@ def check_source(target: Target, checkpoint_path: Path) -> None:
         ConfigError, CheckpointError: not a checkpoint.
         ValidationError: another checkpoint; says what differs.
     """
-    checkpoint = open_checkpoint(checkpoint_path, target.rope_scaling)
+    checkpoint = open_checkpoint(
+        checkpoint_path, target.rope_scaling, max_seq_len=target.rope_length, merged=target.merged
+    )
     made_from = f"{target.path} was not made from {checkpoint_path}"
     if sha256(checkpoint_path / "config.json") != target.source["config_sha256"]:
         raise ValidationError(f"{made_from}: config.json differs")
@@ -159,3 +170,5 @@ def check_source(target: Target, checkpoint_path: Path) -> None:
     for name, identity in recorded.items():
         if found[name] != identity:
             raise ValidationError(f"{made_from}: {name} has another header or size")
+    if checkpoint.adapter is not None and checkpoint.adapter.describe() != target.source["adapter"]:
+        raise ValidationError(f"{made_from}: another adapter lies beside the weights")

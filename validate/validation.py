@@ -63,7 +63,7 @@ def validate(
     exact: bool = False,
     streamed: bool | None = None,
     layers: int | None = None,
-    prompts: Path | None = None,
+    prompts: Path | str | None = None,
     thresholds: Mapping[str, float] | None = None,
     budget: str = DEFAULT,
     seed: int = 0,
@@ -97,7 +97,8 @@ def validate(
     """
     opened = open_target(Path(target), judged_as=judged_as, exact=exact, device=device)
     check_source(opened, Path(reference))
-    options = Options(streamed, layers, prompts, thresholds or {}, budget, seed)
+    text = None if prompts is None else Path(prompts)
+    options = Options(streamed, layers, text, thresholds or {}, budget, seed)
     validation = Validation(opened, Path(reference), options, progress=progress)
     validation.run()
     return validation.report()

@@ -23,7 +23,14 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from qwenport.exporter import CHUNK_BYTES, Checkpoint, TensorEntry, expert_stacks, stacked_shape
+from qwenport.exporter import (
+    CHUNK_BYTES,
+    Adapter,
+    Checkpoint,
+    TensorEntry,
+    expert_stacks,
+    stacked_shape,
+)
 from qwenport.validate.model_file import (
     MAX_INTEGERS,
     inner_tensors,
@@ -105,13 +112,14 @@ def compare_weights(
         except ValueError as error:
             wrong.setdefault(tensor.name, str(error))
             continue
-        if not _is_same_place(tensor, parts, same):
+        adapted = checkpoint.adapter is not None and tensor.name in checkpoint.adapter.matrices
+        if adapted or not _is_same_place(tensor, parts, same):
             chunks += _chunks(tensor, read, parts)
 
     meter = _Meter("comparing weights", sum(_source_bytes(chunk) for chunk in chunks), progress)
 
     def differing(chunk: _Chunk) -> tuple[str, int]:
-        count = _differing(chunk, paths[chunk.part.file])
+        count = _differing(chunk, paths[chunk.part.file], checkpoint.adapter)
         meter.add(_source_bytes(chunk))
         return chunk.name, count
 
@@ -223,12 +231,15 @@ def _source_bytes(chunk: _Chunk) -> int:
     return chunk.count * _TYPES[chunk.part.dtype].itemsize
 
 
-def _differing(chunk: _Chunk, file: Path) -> int:
+def _differing(chunk: _Chunk, file: Path, adapter: Adapter | None) -> int:
     """How many elements differ, in any bit: a NaN equals the same NaN, and -0 is not 0."""
     size = _TYPES[chunk.part.dtype].itemsize
     wanted = _read(file, chunk.part.offset + chunk.start * size, chunk.count * size)
-    if chunk.dtype != chunk.part.dtype:
+    adapted = adapter is not None and chunk.part.name in adapter.matrices
+    if chunk.dtype != chunk.part.dtype or adapted:
         values = torch.from_numpy(wanted).view(_TYPES[chunk.part.dtype])
+        if adapter is not None and adapted:
+            values = values.double() + adapter.added(chunk.part, chunk.start, chunk.count)
         wanted = values.to(_TYPES[chunk.dtype]).view(torch.uint8).numpy()
     size = _TYPES[chunk.dtype].itemsize
     found = chunk.read((chunk.before + chunk.start) * size, chunk.count * size)

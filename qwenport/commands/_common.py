@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -49,6 +52,30 @@ def limits(subject: str, default_batch: int | None = None) -> Callable[[Function
     return add
 
 
+def force_clean_option(command: Function) -> Function:
+    """Add --force-clean, for commands that write a directory."""
+    return click.option(
+        "--force-clean",
+        is_flag=True,
+        help="Remove the scratch directories of earlier runs for the same place, even if they may still be running. "
+        "Those whose process is gone are removed anyway.",
+    )(command)
+
+
+@contextmanager
+def whole_or_interrupted(target: Path) -> Iterator[None]:
+    """Ctrl-C once this process has put `target` in its place changes nothing: the command has succeeded."""
+    from qwenport.exporter import published
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not published(target):
+            raise
+    if published(target) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is to exit with success
+
+
 def note(text: str | None, quiet: bool) -> None:
     """Print a note on stderr, unless there is none to make or nobody wants it."""
     if text and not quiet:
@@ -58,15 +85,6 @@ def note(text: str | None, quiet: bool) -> None:
 def print_json(data: dict[str, Any]) -> None:
     """Print a result for programs."""
     click.echo(json.dumps(data, indent=1, ensure_ascii=False))
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units: "5.5 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def bytes_of(directory: Path) -> int:

@@ -5,7 +5,6 @@ Nothing is fetched from anywhere, and no code that a directory brings is run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ class Tokenizer:
         Raises:
             QwenportError: the directory has no tokenizer, or one that cannot be loaded.
         """
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
+
+        from qwenport.exporter import check_companions
 
         if not any(
             (directory / name).is_file()
@@ -31,10 +32,16 @@ class Tokenizer:
             raise QwenportError(
                 f"{directory} has no tokenizer: the checkpoint it was made from had none"
             )
+        check_companions(directory)
+        local = {"local_files_only": True, "trust_remote_code": False}
+        try:  # it chooses the tokenizer's class
+            config = AutoConfig.from_pretrained(directory, **local)
+        except Exception as error:
+            raise QwenportError(
+                f"{directory / 'config.json'}: transformers does not accept it: {error}"
+            ) from error
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, config=config, **local)
         except Exception as error:  # damaged files make the tokenizers library raise bare Exception
             raise QwenportError(f"{directory}: its tokenizer cannot be loaded: {error}") from error
 
@@ -67,28 +74,3 @@ class Tokenizer:
             clean_up_tokenization_spaces=False,
         )
         return text
-
-
-def stop_ids(directory: Path) -> list[int]:
-    """The ids that end a text: eos_token_id of generation_config.json, else of config.json.
-
-    Raises:
-        QwenportError: a file is not JSON, or its eos_token_id is not an id or a list of ids.
-    """
-    for name in ("generation_config.json", "config.json"):
-        file = directory / name
-        if not file.is_file():
-            continue
-        try:
-            found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise QwenportError(f"{file}: not a JSON object ({error})") from error
-        if found is None:
-            continue
-        ids = found if isinstance(found, list) else [found]
-        if not all(type(token) is int for token in ids):
-            raise QwenportError(
-                f"{file}: eos_token_id must be an id or a list of ids, found {found!r}"
-            )
-        return ids
-    return []

@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwenport.commands._common import PATH, limits, output_options, print_json, size
+from qwenport.commands._common import (
+    PATH,
+    force_clean_option,
+    limits,
+    note,
+    output_options,
+    print_json,
+    whole_or_interrupted,
+)
 from qwenport.commands._progress import progress_bar
+from qwenport.wording import size
 
 if TYPE_CHECKING:
     from qwenport.engines import Engine
@@ -39,6 +48,7 @@ if TYPE_CHECKING:
     show_default="without plugins, from their definitions in ONNX",
 )
 @limits("the package")
+@force_clean_option
 @output_options
 def command(
     package: Path,
@@ -48,6 +58,7 @@ def command(
     plugins: Path | None,
     max_seq_len: int | None,
     max_batch: int | None,
+    force_clean: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -66,28 +77,31 @@ def command(
     from qwenport import engines
 
     start = time.perf_counter()
-    with progress_bar("reading the package", quiet) as progress:
-        engine = engines.build(
-            package,
-            engine_dir,
-            target=target,
-            gpus=gpus,
-            max_seq_len=max_seq_len,
-            max_batch=max_batch,
-            plugins=plugins,
-            progress=progress,
+    with whole_or_interrupted(engine_dir):
+        with progress_bar("reading the package", quiet) as progress:
+            engine = engines.build(
+                package,
+                engine_dir,
+                target=target,
+                gpus=gpus,
+                max_seq_len=max_seq_len,
+                max_batch=max_batch,
+                plugins=plugins,
+                force_clean=force_clean,
+                progress=progress,
+                note=lambda text: note(text, quiet),
+            )
+        report = _report(engine, time.perf_counter() - start)
+        if as_json:
+            print_json(report)
+            return
+        click.echo(
+            f"{engine_dir}: {report['flavour']} {report['tensorrt_version']} for "
+            f"{', '.join(report['gpus'])}; {report['dtype']}, {report['max_seq_len']} positions, "
+            f"batch {report['max_batch']}\n"
+            f"plan: {size(report['plan_bytes'])} from {size(report['weight_bytes'])} of weights, "
+            f"{report['network_layers']} layers, built in {report['seconds']:.1f} s"
         )
-    report = _report(engine, time.perf_counter() - start)
-    if as_json:
-        print_json(report)
-        return
-    click.echo(
-        f"{engine_dir}: {report['flavour']} {report['tensorrt_version']} for "
-        f"{', '.join(report['gpus'])}; {report['dtype']}, {report['max_seq_len']} positions, "
-        f"batch {report['max_batch']}\n"
-        f"plan: {size(report['plan_bytes'])} from {size(report['weight_bytes'])} of weights, "
-        f"{report['network_layers']} layers, built in {report['seconds']:.1f} s"
-    )
 
 
 def _report(engine: Engine, seconds: float) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import click
 
 import qwenport
 from qwenport import QwenportError
-from qwenport.commands._common import PATH, bytes_of, size
+from qwenport.commands._common import PATH, bytes_of
+from qwenport.wording import size
 
 EXIT_NO_PARITY, EXIT_ERROR = 1, 2
 GPUS = "sm86,sm89,sm120"

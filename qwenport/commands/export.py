@@ -11,13 +11,15 @@ import click
 from qwenport.commands._common import (
     PATH,
     bytes_of,
+    force_clean_option,
     limits,
     note,
     output_options,
     print_json,
-    size,
+    whole_or_interrupted,
 )
 from qwenport.commands._progress import progress_bar
+from qwenport.wording import size
 
 if TYPE_CHECKING:
     from qwenport.exporter import Package
@@ -50,6 +52,23 @@ DEFAULT_MAX_BATCH = 8  # the exporter's, which is not imported to print the help
     "copy: a package that can be moved. pack: link, and write each layer's experts as one tensor "
     "(mixtures of experts; loads faster where experts are used as a stack).",
 )
+@click.option(
+    "--adapter",
+    type=click.Choice(["ignore", "merge"]),
+    help="What to do with an adapter (LoRA) that lies beside the weights: ignore it, or merge it into them. "
+    "Without this option it is refused.",
+)
+@click.option(
+    "--check-values",
+    is_flag=True,
+    help="Read every weight and refuse NaN and infinity. Weights that are converted or stacked are always checked.",
+)
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse keys of config.json that neither transformers nor Qwenport reads, instead of naming them.",
+)
+@force_clean_option
 @output_options
 def command(
     checkpoint: Path,
@@ -59,6 +78,10 @@ def command(
     max_batch: int,
     rope_scaling: str | None,
     weights: str,
+    adapter: str | None,
+    check_values: bool,
+    strict: bool,
+    force_clean: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -76,18 +99,27 @@ def command(
     from qwenport.exporter import export
 
     start = time.perf_counter()
-    with progress_bar("tracing the model", quiet) as progress:
-        written = export(
-            checkpoint,
-            package,
-            dtype=dtype,
-            max_seq_len=max_seq_len,
-            max_batch=max_batch,
-            rope_scaling=rope_scaling,
-            weights=weights,
-            progress=progress,
-        )
-    report = _report(written, time.perf_counter() - start)
+    with whole_or_interrupted(package):
+        with progress_bar("tracing the model", quiet) as progress:
+            written = export(
+                checkpoint,
+                package,
+                dtype=dtype,
+                max_seq_len=max_seq_len,
+                max_batch=max_batch,
+                rope_scaling=rope_scaling,
+                weights=weights,
+                adapter=adapter,
+                check_values=check_values,
+                strict=strict,
+                force_clean=force_clean,
+                progress=progress,
+                note=lambda text: note(text, quiet),
+            )
+        _print(_report(written, time.perf_counter() - start), quiet, as_json)
+
+
+def _print(report: dict[str, Any], quiet: bool, as_json: bool) -> None:
     for text in report["notes"]:
         note(text, quiet)
     if as_json:
@@ -95,11 +127,13 @@ def command(
         return
     weight_bytes, mode = size(report["weight_bytes"]), report["weights"]
     click.echo(
-        f"{package}: {report['model_type']}, {report['layers']} layers, {report['dtype']}, "
+        f"{report['package']}: {report['model_type']}, {report['layers']} layers, {report['dtype']}, "
         f"{report['max_seq_len']} positions, batch {report['max_batch']}\n"
         f"weights: {weight_bytes} {_MODES[mode]}; {size(report['bytes_written'])} written "
         f"in {report['seconds']:.1f} s"
     )
+    for kind, count in report["converted"].items():
+        click.echo(f"converted: {count} tensor{'s' if count > 1 else ''}, {kind}")
 
 
 _MODES = {
@@ -126,6 +160,7 @@ def _report(package: Package, seconds: float) -> dict[str, Any]:
         "max_seq_len": package.max_seq_len,
         "max_batch": package.max_batch,
         "weights": weights["mode"],
+        "converted": package.manifest["source"]["converted"],
         "weight_bytes": weights["bytes"],
         "bytes_written": bytes_of(package.path) - linked,
         "seconds": round(seconds, 3),
@@ -134,9 +169,11 @@ def _report(package: Package, seconds: float) -> dict[str, Any]:
 
 
 def notes_on(package: Package) -> list[str]:
-    """What someone who uses the package should know about its context length."""
+    """What someone who uses the package should know of its source and its context length."""
     config, length = package.config, package.max_seq_len
-    notes = [config.context_note] if config.context_note else []
+    notes = list(package.manifest["source"]["notes"])
+    if config.context_note:
+        notes.append(config.context_note)
     rope = config.rope
     if rope.depends_on_length and length > rope.original_max_position_embeddings:
         notes.append(

@@ -96,9 +96,9 @@ def command(
 
     start = time.perf_counter()
     with progress_bar("loading the model", quiet):
-        tokenizer, ids, session = _prepare(target, kind, text, chat, max_new_tokens)
-    run = Run(tokenizer, ids, stream=not as_json, load_seconds=time.perf_counter() - start)
-    run.generate(session, params, max_new_tokens, target)
+        tokenizer, ids, stops, session = _prepare(target, kind, text, chat, max_new_tokens)
+    run = Run(tokenizer, ids, stops, stream=not as_json, load_seconds=time.perf_counter() - start)
+    run.generate(session, params, max_new_tokens)
     if as_json:
         print_json(run.report(params))
     else:
@@ -122,28 +122,35 @@ def _text_of(prompt: str) -> str:
 
 def _prepare(
     target: Path, kind: str, prompt: str, chat: bool, max_new_tokens: int
-) -> tuple[Tokenizer, list[int], Session]:
+) -> tuple[Tokenizer, list[int], list[int], Session]:
     """Load what generation needs; of a package's cache no more than that."""
     from qwenport.commands._text import Tokenizer
-    from qwenport.engines import open_session
-    from qwenport.exporter import load_package
+    from qwenport.engines import load_engine, open_session
+    from qwenport.exporter import load_package, stop_ids
 
+    opened = load_engine(target) if kind == "engine" else load_package(target)
+    vocabulary = opened.manifest["model"]["vocab_size"]
+    # first: what is wrong with it is said before the model is loaded
+    stops = stop_ids(target, vocabulary)
     session: Session | None = None
     if kind == "engine":  # its cache is of one size
         session = open_session(target)
-        longest = session.capacity
-    else:
-        longest = load_package(target).max_seq_len
+    longest: int = opened.manifest["max_seq_len"]
     tokenizer = Tokenizer(target)
     ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)
     if not ids:
         raise QwenportError("the prompt is empty")
+    if max(ids) >= vocabulary:
+        raise QwenportError(
+            f"the prompt has token {max(ids)}, and the model's embedding ends at {vocabulary - 1}: "
+            "the tokenizer belongs to another model"
+        )
     if len(ids) > longest:
         raise QwenportError(f"the prompt has {len(ids)} tokens; {target} has room for {longest}")
     if session is None:
         wanted = -(-(len(ids) + max_new_tokens) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
         session = open_session(target, capacity=min(longest, wanted))
-    return tokenizer, ids, session
+    return tokenizer, ids, stops, session
 
 
 @dataclass
@@ -152,6 +159,7 @@ class Run:
 
     tokenizer: Tokenizer
     prompt_ids: list[int]
+    stop_ids: list[int]
     stream: bool
     load_seconds: float
     token_ids: list[int] = field(default_factory=list)
@@ -160,15 +168,11 @@ class Run:
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
 
-    def generate(
-        self, session: Session, params: SamplingParams, max_new_tokens: int, target: Path
-    ) -> None:
+    def generate(self, session: Session, params: SamplingParams, max_new_tokens: int) -> None:
         """Run to the end, or to Ctrl-C; what was generated until then is printed and kept."""
-        from qwenport.commands._text import stop_ids
         from qwenport.engines import StreamDecoder, generate
 
         decoder = StreamDecoder(self.tokenizer)
-        stops = stop_ids(target)
         start = last = time.perf_counter()
 
         def on_token(row: int, token: int) -> None:
@@ -186,7 +190,7 @@ class Run:
                 [self.prompt_ids],
                 params=params,
                 max_new_tokens=max_new_tokens,
-                stop_ids=stops,
+                stop_ids=self.stop_ids,
                 on_token=on_token,
             )
             self.finish_reason, self.stop_id = result.finish_reason, result.stop_id

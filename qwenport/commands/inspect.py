@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwenport.commands._common import PATH, note, print_json, size
+from qwenport.commands._common import PATH, note, print_json
 from qwenport.commands._gpus import USABLE, fits
+from qwenport.wording import size
 
 if TYPE_CHECKING:
-    from qwenport.exporter import ModelConfig
+    from qwenport.exporter import ModelConfig, Package
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -65,7 +66,11 @@ def checkpoint(path: Path) -> dict[str, Any]:
         "dtype": opened.dtype,
         "max_seq_len": config.max_context,
         "weights": {"bytes": opened.weight_bytes, "tensors": len(opened.tensors)},
-        "notes": [config.context_note] if config.context_note else [],
+        "notes": [
+            *opened.notes,
+            *([config.context_note] if config.context_note else []),
+            *(["an adapter lies beside the weights (--adapter)"] if opened.has_adapter else []),
+        ],
         **memory(config, opened.dtype, config.max_context, opened.weight_bytes),
     }
 
@@ -88,7 +93,7 @@ def package(path: Path) -> dict[str, Any]:
         "weights": {key: manifest["weights"][key] for key in ("bytes", "tensors", "mode")},
         "notes": notes_on(opened),
         "bindings": manifest["bindings"],
-        "operators": operators(opened.model),
+        "operators": operators(opened),
         **memory(opened.config, opened.dtype, opened.max_seq_len, weight_bytes),
     }
 
@@ -100,7 +105,7 @@ def engine(path: Path) -> dict[str, Any]:
 
     opened = load_engine(path)
     manifest = opened.manifest
-    config = parse_config(read_config_json(path), manifest["rope_scaling"])
+    config = parse_config(read_config_json(path), manifest["rope_scaling"], manifest["max_seq_len"])
     plan_bytes = opened.plan.stat().st_size
     same = ("dtype", "max_seq_len", "max_batch", "qwenport_version", "flavour", "tensorrt_version")
     return {
@@ -120,20 +125,17 @@ def engine(path: Path) -> dict[str, Any]:
     }
 
 
-def operators(model: Path) -> dict[str, Any]:
+def operators(package: Package) -> dict[str, Any]:
     """Node counts by operator, in all and in each decoder layer; the weights are not opened.
 
     `per_layer` counts the first decoder layer, `layers_alike` says whether it speaks for all.
     """
-    import onnx
-
-    graph = onnx.load(model, load_external_data=False).graph
     total: Counter[str] = Counter()
     layers: dict[int, Counter[str]] = {}
-    for node in graph.node:
+    for node in package.check_graph().graph:
         name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
         total[name] += 1
-        if match := LAYER.match(node.name):
+        if match := LAYER.match(node.name or ""):
             layers.setdefault(int(match[1]), Counter())[name] += 1
     first = layers.get(0, Counter())
     return {

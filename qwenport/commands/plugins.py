@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from qwenport.commands._common import PATH, output_options, print_json, size
+from qwenport.commands._common import PATH, output_options, print_json
 from qwenport.commands._progress import progress_bar
+from qwenport.wording import size
 
 
 @click.group()

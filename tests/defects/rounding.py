@@ -14,7 +14,7 @@ from defects.facts import Facts, given_producer
 from defects.sites import attention, following, hidden, layers, real, rope, take_place
 from defects.tables import PLAIN
 from defects.tools import constant, given, node, nodes
-from qwenport.exporter.rope import RopeConfig, inverse_frequencies
+from qwenport.exporter.rope.default import Default
 from qwenport.plugins import moe_router
 
 Between = tuple[
@@ -175,8 +175,8 @@ def rotation_by_three_products(model: ir.Model) -> None:
 
 def rope_angles_in_bf16(model: ir.Model) -> None:
     """Position times frequency is bf16 before its cosine and sine are taken, in every layer."""
-    settings = RopeConfig(kind="default", original_max_position_embeddings=512, **PLAIN)
-    frequencies = inverse_frequencies(settings, 512)[0].numpy()
+    settings = Default(original_max_position_embeddings=512, **PLAIN)
+    frequencies = settings.inverse_frequencies(512).numpy()
     cos = rope(model, 0, "queries").inputs[1]
 
     def look_up(facts: Facts, table: ir.Value, positions: ir.Value) -> ir.Value:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qwenport.exporter.rope import RopeConfig, rope_tables
+from qwenport.exporter.rope import KINDS, rope_tables
 
 TABLES = ("rope.cos", "rope.sin")
 
@@ -76,9 +76,9 @@ def linear_scaling_ignored(model: ir.Model) -> None:
     _made_with(model, kind="default", original_max_position_embeddings=512)
 
 
-def _made_with(model: ir.Model, **settings: Any) -> None:
+def _made_with(model: ir.Model, kind: str, **settings: Any) -> None:
     """Put in the tables of other settings, in the same sizes."""
-    rope = RopeConfig(**PLAIN, **settings)
+    rope = KINDS[kind](**PLAIN, **settings)
     for index, name in enumerate(TABLES):
         _replace_table(model, name, lambda table, i=index: rope_tables(rope, len(table))[i].numpy())
 

@@ -21,8 +21,11 @@ from checkpoints import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenport.exporter import CheckpointError, open_checkpoint
-from qwenport.exporter.config import MOE_TYPES
+from qwenport.engines import open_session
+from qwenport.exporter import CheckpointError, ExportError, export, open_checkpoint
+from qwenport.exporter.families import FAMILIES as EVERY_FAMILY
+
+MOE_TYPES = tuple(name for name, family in EVERY_FAMILY.items() if family.sparse)
 
 RAW = {family: mini(family, torch_dtype="bfloat16") for family in MOE_TYPES}
 SINGLE = {f: random_tensors(tensor_shapes(raw), torch.bfloat16) for f, raw in RAW.items()}
@@ -265,9 +268,7 @@ def test_another_number_of_experts_than_config_json_states_is_refused(
             open_checkpoint(folder)
 
 
-@FAMILIES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn, torch.int8])
-@pytest.mark.parametrize(
+OF_ANOTHER_DTYPE = pytest.mark.parametrize(
     ("form", "name"),
     [
         (SINGLE, f"{EXPERT}.gate_proj.weight"),
@@ -278,8 +279,35 @@ def test_another_number_of_experts_than_config_json_states_is_refused(
     ],
     ids=["gate of one", "down of one", "gates stacked", "downs stacked", "router"],
 )
-def test_an_expert_or_router_of_another_dtype_is_named(
+
+
+@FAMILIES
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@OF_ANOTHER_DTYPE
+def test_an_expert_or_router_of_a_dtype_without_meaning_is_named(
     tmp_path: Path, family: str, form: dict[str, Tensors], name: str, dtype: torch.dtype
 ) -> None:
     changed = {**form[family], name: form[family][name].to(dtype)}
     assert f"tensor {name} has dtype" in refusal(tmp_path, family, changed)
+
+
+@FAMILIES
+@OF_ANOTHER_DTYPE
+def test_an_expert_or_router_in_fp32_is_converted_if_that_loses_nothing(
+    tmp_path: Path, family: str, form: dict[str, Tensors], name: str
+) -> None:
+    checkpoint = write_checkpoint(
+        tmp_path / "exact", RAW[family], {**form[family], name: form[family][name].float()}
+    )
+    package = export(checkpoint, tmp_path / "package")
+    assert package.manifest["source"]["converted"] == {"fp32 to bf16": 1}
+    plain = write_checkpoint(tmp_path / "plain", RAW[family], form[family])
+    logits = [
+        open_session(folder).prefill([[3, 1, 4, 1, 5]], all_logits=True)[0]
+        for folder in (package.path, export(plain, tmp_path / "expected").path)
+    ]
+    assert (logits[0] == logits[1]).all()
+    changed = {**form[family], name: form[family][name].float() * 1.001}
+    checkpoint = write_checkpoint(tmp_path / "inexact", RAW[family], changed)
+    with pytest.raises(ExportError, match=rf"{name} is fp32.*--dtype"):
+        export(checkpoint, tmp_path / "refused")

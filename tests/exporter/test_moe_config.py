@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +18,13 @@ from checkpoints import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers_reads import keys_read
 
 from qwenport.exporter import ConfigError, parse_config
 from qwenport.exporter.checkpoint import expected_tensors, expert_parts
-from qwenport.exporter.config import MOE_TYPES
+from qwenport.exporter.families import FAMILIES as EVERY_FAMILY
+
+MOE_TYPES = tuple(name for name, family in EVERY_FAMILY.items() if family.sparse)
 
 MOE = pytest.mark.parametrize("family", MOE_TYPES)
 DENSE = pytest.mark.parametrize("family", sorted(MINI.keys() - set(MOE_TYPES)))
@@ -100,10 +104,13 @@ def test_without_a_sparse_layer_a_mixture_is_a_dense_model(
         ("norm_topk_prob", True),
     ],
 )
-def test_a_dense_model_with_a_key_of_a_mixture_is_refused_by_name(
+def test_a_key_of_a_mixture_in_a_dense_model_is_read_by_nobody(
     family: str, key: str, value: object
 ) -> None:
-    assert key in refusal(mini(family, **{key: value}))
+    assert key not in keys_read(family)
+    raw = mini(family, **{key: value})
+    assert parse_config(raw) == replace(parse_config(mini(family)), unread_keys=(key,))
+    assert expected_tensors(parse_config(raw)) == tensor_shapes(raw)
 
 
 # --- tensors
@@ -177,7 +184,10 @@ def test_two_spellings_that_disagree_are_refused_by_name() -> None:
 
 def test_qwen2_moe_has_one_spelling() -> None:
     count = mini("qwen2_moe")["num_experts"]
-    assert "num_local_experts" in refusal(mini("qwen2_moe", num_local_experts=count))
+    assert "num_local_experts" not in keys_read("qwen2_moe")
+    twice = parse_config(mini("qwen2_moe", num_local_experts=count + 1))
+    assert twice.moe == parse_config(mini("qwen2_moe")).moe
+    assert twice.unread_keys == ("num_local_experts",)
     said = refusal(mini("qwen2_moe", num_experts=..., num_local_experts=count))
     assert "num_experts" in said
 
@@ -228,9 +238,12 @@ def test_a_shared_expert_of_no_size_is_refused_by_name(value: Any) -> None:
     assert "shared_expert_intermediate_size" in refusal(raw)
 
 
-def test_a_shared_expert_that_the_model_has_not_is_refused_by_name() -> None:
+def test_qwen3_moe_has_no_shared_expert_whatever_config_json_says() -> None:
     raw = mini("qwen3_moe", shared_expert_intermediate_size=28)
-    assert "shared_expert_intermediate_size" in refusal(raw)
+    config = parse_config(raw)
+    assert config.moe is not None and config.moe.shared_expert_size is None
+    assert config.unread_keys == ("shared_expert_intermediate_size",)
+    assert expected_tensors(config) == tensor_shapes(raw)
 
 
 # --- what is not implemented
@@ -279,14 +292,22 @@ def test_a_layer_that_slides_is_refused(family: str, use: Any, place: int) -> No
         ("mlp_bias", True),
     ],
 )
-def test_another_kind_of_routing_or_of_experts_is_refused_by_name(
+def test_another_kind_of_routing_or_of_experts_is_refused_if_transformers_reads_it(
     family: str, key: str, value: object
 ) -> None:
-    assert key in refusal(mini(family, **{key: value}))
+    raw = mini(family, **{key: value})
+    if key in keys_read(family):
+        assert key in refusal(raw)
+    else:  # transformers computes what it computes without the key, and so do we
+        expected = replace(parse_config(mini(family)), unread_keys=(key,))
+        assert parse_config(raw) == expected
 
 
 @pytest.mark.parametrize(
     ("family", "key"), [("qwen2_moe", "attention_bias"), ("qwen3_moe", "qkv_bias")]
 )
-def test_the_other_family_s_bias_switch_is_refused_by_name(family: str, key: str) -> None:
-    assert key in refusal(mini(family, **{key: True}))
+def test_the_other_family_s_bias_switch_is_read_by_nobody(family: str, key: str) -> None:
+    assert key not in keys_read(family)
+    raw = mini(family, **{key: True})
+    assert parse_config(raw) == replace(parse_config(mini(family)), unread_keys=(key,))
+    assert expected_tensors(parse_config(raw)) == tensor_shapes(raw)

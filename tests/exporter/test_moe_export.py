@@ -40,9 +40,11 @@ from qwenport.exporter import (
     open_checkpoint,
     parse_config,
 )
-from qwenport.exporter.config import MOE_TYPES
+from qwenport.exporter.families import FAMILIES as EVERY_FAMILY
 from qwenport.exporter.graph import build_graph
 from qwenport.exporter.weights import PACKED
+
+MOE_TYPES = tuple(name for name, family in EVERY_FAMILY.items() if family.sparse)
 
 MAX_NODES_A_SPARSE_LAYER = 60
 STACKS = ("experts.gate_up_proj", "experts.down_proj")
@@ -330,7 +332,7 @@ def test_a_converted_mixture_is_stacked_and_rounded_as_torch_rounds(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("qwenport.exporter.weights.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("qwenport.exporter.safetensors_file.CHUNK_BYTES", chunk)
     raw = mini(family, torch_dtype=STATED[source], hidden_size=8, vocab_size=5)
     single = random_tensors(tensor_shapes(raw), DTYPES[source])
     tensors = stack_experts(single) if stacked else single

@@ -92,7 +92,7 @@ def bytes_read() -> int:
 def test_a_checkpoint_of_a_terabyte_opens_without_a_weight_being_read(
     tmp_path: Path, checkpoint: Path
 ) -> None:
-    raw = mini("qwen2", vocab_size=60_000_000, hidden_size=8192, num_attention_heads=64)
+    raw = mini("qwen2", vocab_size=16_000_000, hidden_size=32_768, num_attention_heads=256)
     size = write_sparse_checkpoint(tmp_path / "huge", raw)
     assert size > 2**39
     open_checkpoint(checkpoint)  # whatever is imported late is imported now
@@ -160,15 +160,6 @@ def test_a_tensor_of_another_rank_with_as_many_elements_is_refused(checkpoint: P
         open_checkpoint(checkpoint)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_tensor_of_another_dtype_than_the_rest_is_named(
-    checkpoint: Path, dtype: torch.dtype
-) -> None:
-    rewrite(checkpoint, **{A_TENSOR: torch.zeros(40, 32, dtype=dtype)})
-    with pytest.raises(CheckpointError, match=A_TENSOR):
-        open_checkpoint(checkpoint)
-
-
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool, torch.int64]
 )
@@ -178,12 +169,6 @@ def test_a_dtype_that_no_model_has_is_named_with_its_tensor(
     rewrite(checkpoint, **{A_TENSOR: torch.zeros(40, 32).to(dtype)})
     with pytest.raises(CheckpointError, match=A_TENSOR):
         open_checkpoint(checkpoint)
-
-
-def test_weights_of_another_dtype_than_config_json_states_are_refused(tmp_path: Path) -> None:
-    assert UNTIED["torch_dtype"] == "bfloat16"
-    with pytest.raises(CheckpointError, match="fp32"):
-        open_checkpoint(write_checkpoint(tmp_path / "c", UNTIED, dtype=torch.float32))
 
 
 # --- a tied model that stores its head as well
@@ -446,15 +431,6 @@ def test_an_index_that_lacks_a_tensor_is_refused(sharded: Path) -> None:
     entries = weight_map(sharded)
     del entries[A_TENSOR]
     write_index(sharded, entries)
-    with pytest.raises(CheckpointError, match=A_TENSOR):
-        open_checkpoint(sharded)
-
-
-def test_a_tensor_in_two_shards_is_named(sharded: Path) -> None:
-    own = weight_map(sharded)[A_TENSOR]
-    other = next(s for s in (shard(1), shard(2)) if s != own)
-    tensors = load_file(sharded / other)
-    save_file({**tensors, A_TENSOR: load_file(sharded / own)[A_TENSOR]}, sharded / other)
     with pytest.raises(CheckpointError, match=A_TENSOR):
         open_checkpoint(sharded)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from checkpoints import PUBLISHED, mini, transformers_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenport.exporter import ConfigError, inverse_frequencies, parse_config, rope_tables
+from qwenport.exporter import ConfigError, Rope, parse_config, rope_tables
+from qwenport.exporter.rope import KINDS as ROPES
 
 # The order of fp32 operations is transformers', so the numbers are too; one rounding is allowed.
 ROUNDING = {"rtol": 2.0**-23, "atol": 0.0}
@@ -20,6 +22,11 @@ ROUNDING = {"rtol": 2.0**-23, "atol": 0.0}
 positive = {"allow_nan": False, "allow_infinity": False}
 FACTORS = st.floats(1.0, 64.0, **positive)
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+def frequencies(rope: Rope, length: int) -> tuple[torch.Tensor, float]:
+    """What transformers' functions return."""
+    return rope.inverse_frequencies(length), rope.attention_scaling()
 
 
 def optional(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -101,7 +108,7 @@ def rows_of_theirs(raw: dict[str, Any], positions: list[int]) -> tuple[torch.Ten
 @given(raw=rope_configs(), data=st.data())
 def test_inverse_frequencies_are_transformers(raw: dict[str, Any], data: st.DataObject) -> None:
     length = data.draw(st.integers(1, 2 * raw["max_position_embeddings"]), label="length")
-    inv_freq, scaling = inverse_frequencies(parse_config(copy.deepcopy(raw)).rope, length)
+    inv_freq, scaling = frequencies(parse_config(copy.deepcopy(raw)).rope, length)
     expected, expected_scaling = theirs(raw, length)
     assert inv_freq.dtype == torch.float32
     torch.testing.assert_close(inv_freq, expected, **ROUNDING)
@@ -144,7 +151,7 @@ def test_a_dynamic_table_has_the_frequencies_of_its_stated_length(
 )
 def test_published_models_have_transformers_frequencies(name: str) -> None:
     config = parse_config(copy.deepcopy(PUBLISHED[name]))
-    inv_freq, scaling = inverse_frequencies(config.rope, config.max_context)
+    inv_freq, scaling = frequencies(config.rope, config.max_context)
     expected, expected_scaling = theirs(PUBLISHED[name], config.max_context)
     torch.testing.assert_close(inv_freq, expected, **ROUNDING)
     assert scaling == expected_scaling
@@ -169,7 +176,7 @@ def test_yarn_table_reaches_factor_times_original_length() -> None:
 
 def test_qwen_yarn_scales_cos_and_sin_by_its_attention_factor() -> None:
     rope = parse_config(copy.deepcopy(CARD)).rope
-    _, scaling = inverse_frequencies(rope, 1)
+    _, scaling = frequencies(rope, 1)
     assert scaling == pytest.approx(0.1 * math.log(4) + 1, rel=1e-12)
     cos, sin = rope_tables(rope, 2)
     torch.testing.assert_close(cos[0], torch.full_like(cos[0], scaling))  # cos 0 = 1
@@ -192,7 +199,7 @@ def test_an_override_scales_by_its_factor(kind: str) -> None:
     config = parse_config(copy.deepcopy(PLAIN), f"{kind}:2.5")
     raw = {**PLAIN, "rope_scaling": {"rope_type": kind, "factor": 2.5}}
     assert config.max_context == int(2.5 * 32768)
-    inv_freq, _ = inverse_frequencies(config.rope, config.max_context)
+    inv_freq, _ = frequencies(config.rope, config.max_context)
     torch.testing.assert_close(inv_freq, theirs(raw, config.max_context)[0], **ROUNDING)
 
 
@@ -258,9 +265,20 @@ def test_a_missing_rope_parameter_is_named(kind: str, key: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_unknown_rope_parameter_is_named(kind: str) -> None:
-    with pytest.raises(ConfigError, match="finetuned_by"):
-        parse_config(mini("llama", rope_scaling={**complete(kind), "finetuned_by": 2}))
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+def test_a_rope_parameter_that_the_kind_has_not_is_read_by_nobody(kind: str, spelling: str) -> None:
+    """Neither by us nor by transformers: it is named, and changes nothing."""
+    plain = mini("llama", rope_theta=..., rope_scaling=...)
+    plain[spelling] = complete(kind)
+    right, length = parse_config(copy.deepcopy(plain)), 40
+    of_others = {key for each in KINDS for key in complete(each)} - ROPES[kind].keys
+    for key in sorted(of_others - {"rope_type"} | {"finetuned", "mrope_section"}):
+        value = next((complete(each)[key] for each in KINDS if key in complete(each)), True)
+        raw = mini("llama", rope_theta=..., rope_scaling=...)
+        raw[spelling] = {**complete(kind), key: value}
+        theirs_now, theirs_plain = theirs(raw, length), theirs(plain, length)
+        assert torch.equal(theirs_now[0], theirs_plain[0]) and theirs_now[1] == theirs_plain[1]
+        assert parse_config(raw) == replace(right, unread_keys=(f"{spelling}.{key}",)), key
 
 
 @pytest.mark.parametrize(
@@ -283,7 +301,6 @@ def test_an_unknown_rope_parameter_is_named(kind: str) -> None:
         ("longrope", {"long_factor": 4.0}),
         ("longrope", {"long_factor": ["1"] * 8}),
         ("longrope", {"long_factor": [0.0] * 8}),
-        ("default", {"factor": 2.0}),
     ],
 )
 def test_a_rope_parameter_without_meaning_is_refused(kind: str, changes: dict[str, Any]) -> None:
@@ -291,9 +308,18 @@ def test_a_rope_parameter_without_meaning_is_refused(kind: str, changes: dict[st
         parse_config(mini("llama", rope_scaling={**complete(kind), **changes}))
 
 
-def test_yarn_without_a_factor_takes_the_ratio_of_its_lengths_as_transformers_does() -> None:
+def test_a_yarn_without_a_factor_is_refused_as_by_transformers() -> None:
+    scaling = {key: value for key, value in complete("yarn").items() if key != "factor"}
+    raw = mini("llama", rope_scaling=scaling)
+    with pytest.raises(KeyError):
+        theirs(raw, 1)
+    with pytest.raises(ConfigError, match="needs a factor"):
+        parse_config(raw)
+
+
+def test_yarn_with_a_null_factor_takes_the_ratio_of_its_lengths_as_transformers_does() -> None:
     raw = mini("llama", rope_scaling={**complete("yarn"), "factor": None})
-    inv_freq, scaling = inverse_frequencies(parse_config(copy.deepcopy(raw)).rope, 1)
+    inv_freq, scaling = frequencies(parse_config(copy.deepcopy(raw)).rope, 1)
     expected, expected_scaling = theirs(raw, 1)
     torch.testing.assert_close(inv_freq, expected, **ROUNDING)
     assert scaling == pytest.approx(expected_scaling, rel=1e-12)
@@ -337,7 +363,7 @@ def test_an_original_length_beside_the_rope_settings_counts_as_in_transformers()
     )
     config = parse_config(copy.deepcopy(raw))
     for length in (32, 33):
-        inv_freq, scaling = inverse_frequencies(config.rope, length)
+        inv_freq, scaling = frequencies(config.rope, length)
         expected, expected_scaling = theirs(raw, length)
         torch.testing.assert_close(inv_freq, expected, **ROUNDING)
         assert scaling == pytest.approx(expected_scaling, rel=1e-12)
@@ -346,5 +372,5 @@ def test_an_original_length_beside_the_rope_settings_counts_as_in_transformers()
 def test_only_the_kinds_that_transformers_updates_while_running_depend_on_length() -> None:
     for kind in KINDS:
         rope = parse_config(mini("llama", rope_scaling=complete(kind))).rope
-        short, long = (inverse_frequencies(rope, length)[0] for length in (16, 128))
+        short, long = (frequencies(rope, length)[0] for length in (16, 128))
         assert rope.depends_on_length is not torch.equal(short, long)

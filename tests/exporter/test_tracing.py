@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional
 
 from qwenport.exporter import TracingError, emission, tracing
-from qwenport.exporter.config import MoEConfig
 from qwenport.exporter.decoder import Experts, tensor_scatter
+from qwenport.exporter.families import MoEConfig
 from qwenport.plugins import moe_experts, moe_router, rotary_embedding
 
 F32, I64, BOOL = torch.float32, torch.int64, torch.bool

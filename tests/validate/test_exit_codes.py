@@ -317,7 +317,7 @@ def test_a_report_appears_whole_or_not_at_all(
 # verdicts
 
 
-def test_an_adapter_beside_the_weights_does_not_matter(
+def test_an_adapter_that_export_ignored_is_ignored_by_validate(
     pair: tuple[Path, Path], tmp_path: Path, capsys: Capture
 ) -> None:
     """transformers would apply it where peft is installed."""
@@ -325,7 +325,7 @@ def test_an_adapter_beside_the_weights_does_not_matter(
     settings = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
     (checkpoint / "adapter_config.json").write_text(json.dumps(settings))
     (checkpoint / "adapter_model.safetensors").write_bytes(b"no tensors")
-    package = export(checkpoint, tmp_path / "package").path
+    package = export(checkpoint, tmp_path / "package", adapter="ignore").path
     assert run(package, checkpoint) == 0
     assert "parity holds: " in capsys.readouterr().out
 

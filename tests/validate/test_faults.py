@@ -189,7 +189,7 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Healthy:
 
 
 def cases() -> list[Any]:
-    """Every sixth defect in one of its forms, in turn; benchmarks/sensitivity.py judges all in all."""
+    """Every eighth defect in one of its forms, in turn; benchmarks/sensitivity.py judges all in all."""
     every = [(d, d.forms[i % len(d.forms)]) for i, d in enumerate(DEFECTS)]
     listed = {(defect.name, form) for defect, form in every}
     fast = [(d, form) for d in DEFECTS for form in d.forms if (d.name, form) in FAST - listed]
@@ -203,7 +203,7 @@ def cases() -> list[Any]:
             marks=() if (defect.name, form) in FAST else pytest.mark.slow,
         )
         for index, (defect, form) in enumerate(every)
-        if index % 6 == 0 or (defect.name, form) in FAST
+        if index % 8 == 0 or (defect.name, form) in FAST
     ]
 
 

@@ -106,7 +106,7 @@ def _none(metric: str, names: list[str]) -> Check:
 
 def _initializers(package: Package, files: WeightFiles) -> Iterator[tuple[str, _Wanted]]:
     """Name -> (dtype, shape, bytes) of every floating-point initializer of model.onnx but the rope tables."""
-    for name, value in ir.load(package.model).graph.initializers.items():
+    for name, value in package.read_model().graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.dtype not in TORCH or name in TABLES:
             continue

@@ -98,7 +98,7 @@ def parse_package(package: Package, capacity: int) -> ParsedNetwork:
         NetworkError: TensorRT's parser refuses the model; its own words.
     """
     model = for_tensorrt(
-        ir.load(package.model),
+        package.read_model(),
         dtype=package.dtype,
         capacity=capacity,
         positions=package.max_seq_len,

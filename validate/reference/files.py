@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -17,11 +18,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qwenport.validate.errors import ValidationError
-from qwenport.validate.failures import cut, one_line, reported
+from qwenport.validate.failures import reported
+from qwenport.wording import cut, one_line
 
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DECODER, HEAD = "model.", "lm_head."  # what transformers' names begin with
+BUFFERS = ".rotary_emb.inv_freq"  # older releases saved them; transformers computes them
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -41,6 +45,44 @@ def weight_files(path: Path) -> list[Path]:
                     f"{cut(index)} names {cut(repr(name))}, no safetensors file of the checkpoint"
                 )
     return [path / name for name in sorted(names)]
+
+
+def known_name(name: str, prefix: str) -> str:
+    """transformers' name of a tensor of a checkpoint that puts `prefix` before the decoder's tensors."""
+    if name.endswith(HEAD + "weight") and name.removesuffix(HEAD + "weight") in _outer(prefix):
+        return HEAD + "weight"
+    return DECODER + name.removeprefix(prefix) if name.startswith(prefix) else name
+
+
+def key_mapping(prefix: str) -> dict[str, str] | None:
+    """The same for `from_pretrained`. Names without any prefix it understands by itself."""
+    if prefix in (DECODER, ""):
+        return None
+    outer = "|".join(map(re.escape, sorted(_outer(prefix), key=len, reverse=True)))
+    return {rf"^(?:{outer}){re.escape(HEAD)}": HEAD, f"^{re.escape(prefix)}": DECODER}
+
+
+def _outer(prefix: str) -> list[str]:
+    """Whatever the model's own prefix may be, given its decoder's: all of it, or parts from the front."""
+    parts = prefix.split(".")[:-1]
+    return ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts) + 1)]
+
+
+def tensor_files(path: Path) -> Iterator[tuple[str, Path, tuple[int, ...]]]:
+    """(name, file, shape) of every tensor; of one that is in several shards, the one that the index names.
+
+    Raises:
+        ValidationError: see `weight_files` and `opened`.
+    """
+    indexed = None
+    if (path / INDEX).is_file():
+        with reported(path / INDEX, "not a safetensors index"):
+            indexed = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    for file in weight_files(path):
+        with opened(file) as content:
+            for name in content.keys():  # noqa: SIM118  it is no dict
+                if indexed is None or path / str(indexed.get(name)) == file:
+                    yield name, file, tuple(content.get_slice(name).get_shape())
 
 
 def opened(file: Path) -> Any:

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from qwenport.validate.errors import ValidationError
-from qwenport.validate.failures import one_line, reported
+from qwenport.validate.failures import reported
 from qwenport.validate.quiet import quiet_transformers
+from qwenport.validate.reference.adapter import MergedAdapter
 from qwenport.validate.reference.files import CONFIG, visible_to_transformers
 from qwenport.validate.reference.hooks import (
     Attach,
@@ -42,6 +43,7 @@ from qwenport.validate.reference.streamed import StreamedModel
 from qwenport.validate.reference.whole import WholeModel
 from qwenport.validate.target import Target
 from qwenport.validate.text import Choices, Text
+from qwenport.wording import one_line
 
 ROWS_AT_ONCE = 8192  # of the vocabulary's matrix
 
@@ -93,14 +95,15 @@ class Reference:
         self.routed = target.config.moe is not None
         self.weights_note = "fp32"
         rounded_to = None
-        if target.dtype != target.source["dtype"]:
+        if target.dtype != target.source["dtype"] or target.source["converted"] or target.merged:
             self.weights_note = f"fp32, weights rounded to {target.dtype} first"
             rounded_to = torch_dtype(target.dtype)
         kind = StreamedModel if streamed else WholeModel
         with quiet_transformers(), reported(checkpoint_path, "transformers cannot use it"):
             config = _read_config(checkpoint_path, target.rope_scaling)
+            adapter = MergedAdapter(checkpoint_path) if target.merged else None
             self._model: StreamedModel | WholeModel = kind(
-                checkpoint_path, config, rounded_to, layers
+                checkpoint_path, config, rounded_to, layers, target.source["prefix"], adapter
             )
             if target.config.rope.depends_on_length:
                 pin_rope(self._model.rotary, target.rope_length)

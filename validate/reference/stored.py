@@ -7,7 +7,7 @@ stays open longer than a module needs it, or longer than OPEN_BYTES.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -16,8 +16,15 @@ import numpy as np
 import torch
 
 from qwenport.validate.errors import ValidationError
-from qwenport.validate.failures import cut
-from qwenport.validate.reference.files import opened, weight_files
+from qwenport.validate.reference.adapter import MergedAdapter
+from qwenport.validate.reference.files import (
+    BUFFERS,
+    DECODER,
+    known_name,
+    opened,
+    tensor_files,
+)
+from qwenport.wording import cut
 
 # transformers' stacks of experts -> the projections of one expert that lie in them, one below the other
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -30,25 +37,35 @@ Index = EllipsisType | tuple[int, slice]
 class StoredWeights:
     """The tensors of a checkpoint directory, by name."""
 
-    def __init__(self, path: Path, rounded_to: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rounded_to: torch.dtype | None,
+        prefix: str = DECODER,
+        adapter: MergedAdapter | None = None,
+    ) -> None:
         """Read the names and shapes.
 
         Args:
             path: one model.safetensors, or shards and their index.
             rounded_to: round every tensor to this dtype before it is cast; None leaves them.
+            prefix: what the files put before the decoder's tensors in place of "model.".
+            adapter: what to add to the tensors.
 
         Raises:
             ValidationError: a file is missing or damaged.
         """
+        self._adapter = adapter
         self._path = path
         self._rounded_to = rounded_to
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for file in weight_files(path):
-            with opened(file) as content:
-                for name in content.keys():  # noqa: SIM118  it is no dict
-                    self._files[name] = file
-                    self._shapes[name] = tuple(content.get_slice(name).get_shape())
+        self._stored_names: dict[str, str] = {}
+        for stored, file, shape in tensor_files(path):
+            if stored.endswith(BUFFERS):
+                continue
+            name = known_name(stored, prefix)
+            self._stored_names[name], self._files[name], self._shapes[name] = stored, file, shape
 
     def check(self, prefix: str, module: torch.nn.Module) -> None:
         """Hold the tensors whose names start with `prefix` against what `module` has.
@@ -58,7 +75,7 @@ class StoredWeights:
         """
         used = set()
         for name, parameter in module.state_dict().items():
-            for part, where in self._parts(prefix + name, parameter):
+            for part, where in parts_of(prefix + name, parameter.shape, self._files):
                 expected = tuple(parameter[where].shape)
                 if part not in self._files:
                     raise ValidationError(
@@ -89,7 +106,10 @@ class StoredWeights:
         with _Reader() as reader:
             weights = {
                 name: self._read(
-                    self._parts(prefix + name, parameter), parameter.shape, dtype, reader
+                    parts_of(prefix + name, parameter.shape, self._files),
+                    parameter.shape,
+                    dtype,
+                    reader,
                 )
                 for name, parameter in module.state_dict().items()
             }
@@ -103,26 +123,13 @@ class StoredWeights:
     def rows(self, name: str, indices: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """The rows `indices` of a matrix, [len(indices), columns]; no other row is read."""
         with opened(self._files[name]) as content:
-            table = content.get_slice(name)
+            table = content.get_slice(self._stored_names[name])
             wanted = np.unique(np.asarray(indices, dtype=np.int64))
             # a run of neighbours is one read
             runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
             stored = torch.cat([table[int(run[0]) : int(run[-1]) + 1] for run in runs])
             found = stored[torch.from_numpy(np.searchsorted(wanted, indices))]
         return self._rounded(found).to(dtype, copy=True)
-
-    def _parts(self, name: str, parameter: torch.Tensor) -> list[tuple[str, Index]]:
-        """The stored tensors that a parameter consists of, and where in it each lies."""
-        prefix, _, kind = name.rpartition(".")
-        if name in self._files or kind not in STACKS:
-            return [(name, ...)]
-        projections = STACKS[kind]
-        rows = parameter.shape[1] // len(projections)
-        return [
-            (f"{prefix}.{expert}.{projection}.weight", (expert, slice(n * rows, (n + 1) * rows)))
-            for expert in range(len(parameter))
-            for n, projection in enumerate(projections)
-        ]
 
     def _read(
         self,
@@ -136,7 +143,10 @@ class StoredWeights:
             out = result[where]
             for start in range(0, len(out), ROWS_AT_ONCE):
                 stop = start + ROWS_AT_ONCE
-                stored = reader.rows(self._files[name], name, start, stop)
+                stored = reader.rows(self._files[name], self._stored_names[name], start, stop)
+                if self._adapter is not None:
+                    added = self._adapter.added(name, start, stop)
+                    stored = stored if added is None else stored.double() + added
                 out[start:stop] = self._rounded(stored)
         return result
 
@@ -168,6 +178,20 @@ class _Reader(contextlib.AbstractContextManager["_Reader"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def parts_of(name: str, shape: Sequence[int], stored: Container[str]) -> list[tuple[str, Index]]:
+    """The stored tensors that a parameter consists of, and where in it each lies."""
+    prefix, _, kind = name.rpartition(".")
+    if name in stored or kind not in STACKS:
+        return [(name, ...)]
+    projections = STACKS[kind]
+    rows = shape[1] // len(projections)
+    return [
+        (f"{prefix}.{expert}.{projection}.weight", (expert, slice(n * rows, (n + 1) * rows)))
+        for expert in range(shape[0])
+        for n, projection in enumerate(projections)
+    ]
 
 
 def _kind(module: torch.nn.Module) -> str:

@@ -11,7 +11,8 @@ import torch
 from transformers import DynamicCache
 
 from qwenport.validate.failures import reported
-from qwenport.validate.reference.files import CONFIG
+from qwenport.validate.reference.adapter import MergedAdapter
+from qwenport.validate.reference.files import CONFIG, DECODER
 from qwenport.validate.reference.hooks import Attach, attached
 from qwenport.validate.reference.layers import LayerCalls, call_layer
 from qwenport.validate.reference.loading import keep_layers, model_without_weights, torch_dtype
@@ -33,20 +34,28 @@ class StreamedModel:
     """
 
     def __init__(
-        self, path: Path, config: Any, rounded_to: torch.dtype | None, layers: int | None
+        self,
+        path: Path,
+        config: Any,
+        rounded_to: torch.dtype | None,
+        layers: int | None,
+        prefix: str = DECODER,
+        adapter: MergedAdapter | None = None,
     ) -> None:
         """Look at the checkpoint's names and shapes; no weight is read.
 
         Args:
             rounded_to: round all weights to this dtype before anything else; None leaves them.
             layers: see `keep_layers`.
+            prefix: what the files put before the decoder's tensors in place of "model.".
+            adapter: what is added to the weights before they are rounded.
 
         Raises:
             ValidationError: a file is damaged, a tensor is missing, misshapen or not used, or there are not that
                 many layers.
         """
         with reported(path, "its weights cannot be read"):
-            self._stored = StoredWeights(path, rounded_to)
+            self._stored = StoredWeights(path, rounded_to, prefix, adapter)
         with reported(path / CONFIG, "transformers makes no model of it"):
             model = model_without_weights(config)
         for index, layer in enumerate(model.model.layers):

@@ -12,9 +12,19 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qwenport.validate.errors import ValidationError
-from qwenport.validate.failures import cut, one_line, reported
+from qwenport.validate.failures import reported
 from qwenport.validate.quiet import quiet_transformers
-from qwenport.validate.reference.files import CONFIG, opened, visible_to_transformers, weight_files
+from qwenport.validate.reference.adapter import MergedAdapter
+from qwenport.validate.reference.files import (
+    CONFIG,
+    DECODER,
+    key_mapping,
+    known_name,
+    opened,
+    tensor_files,
+    visible_to_transformers,
+    weight_files,
+)
 from qwenport.validate.reference.hooks import Attach, attached
 from qwenport.validate.reference.layers import LayerCalls
 from qwenport.validate.reference.loading import (
@@ -24,7 +34,9 @@ from qwenport.validate.reference.loading import (
     model_without_weights,
     torch_dtype,
 )
+from qwenport.validate.reference.stored import parts_of
 from qwenport.validate.text import Text
+from qwenport.wording import cut, one_line
 
 ALIGNMENT = 64  # bytes, of what torch allocates on the CPU
 
@@ -39,20 +51,30 @@ class WholeModel:
     """
 
     def __init__(
-        self, path: Path, config: Any, rounded_to: torch.dtype | None, layers: int | None
+        self,
+        path: Path,
+        config: Any,
+        rounded_to: torch.dtype | None,
+        layers: int | None,
+        prefix: str = DECODER,
+        adapter: MergedAdapter | None = None,
     ) -> None:
         """Load the checkpoint with transformers' loader.
 
         Args:
             rounded_to: round all weights to this dtype, and go on with them in fp32; None leaves them.
             layers: see `keep_layers`.
+            prefix: what the files put before the decoder's tensors in place of "model.".
+            adapter: what is added to the weights before they are rounded.
 
         Raises:
             ValidationError: transformers does not load the checkpoint whole, or it has not that many layers.
         """
         with reported(path / CONFIG, "transformers makes no model of it"):
             skeleton = model_without_weights(copy.deepcopy(config))
-        self._model = _load(path, config)
+        self._model = _load(path, config, prefix)
+        if adapter is not None:
+            _merge(self._model, path, prefix, adapter)
         for model in (self._model, skeleton):
             keep_layers(model, layers)
         if rounded_to is not None:
@@ -139,7 +161,7 @@ def _converted(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
     return converted
 
 
-def _load(path: Path, config: Any) -> Any:
+def _load(path: Path, config: Any, prefix: str) -> Any:
     with reported(path, "its weights cannot be read"):
         for file in weight_files(path):
             with opened(file):
@@ -157,6 +179,7 @@ def _load(path: Path, config: Any) -> Any:
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
+            key_mapping=key_mapping(prefix),
             **EAGER,
         )
     # transformers only warns of these, and goes on with random weights.
@@ -181,6 +204,17 @@ def _align(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.data_ptr() % ALIGNMENT:
             parameter.data = parameter.data.clone()
+
+
+def _merge(model: torch.nn.Module, path: Path, prefix: str, adapter: MergedAdapter) -> None:
+    stored = {known_name(name, prefix) for name, _, _ in tensor_files(path)}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            for part, where in parts_of(name, parameter.shape, stored):
+                matrix = parameter[where]
+                added = adapter.added(part, 0, len(matrix))
+                if added is not None:
+                    matrix.copy_(matrix.double() + added)
 
 
 def _round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:

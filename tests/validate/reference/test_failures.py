@@ -20,9 +20,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from qwenport import QwenportError
 from qwenport.validate.errors import NetworkError, ValidationError
-from qwenport.validate.failures import cut, one_line, reported
+from qwenport.validate.failures import reported
 from qwenport.validate.prompts import make_prompts
 from qwenport.validate.reference import Reference
+from qwenport.wording import cut, one_line
 
 from .pairs import Pair
 

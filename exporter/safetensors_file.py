@@ -1,0 +1,202 @@
+"""safetensors files, by their HEADERS only: read, checked against the file, and laid out for writing.
+
+A safetensors file is 8 bytes of header length, a JSON header, then raw row-major bytes, so the place of every tensor is
+known without reading a weight. What the safetensors library refuses is refused here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from qwenport.exporter.errors import CheckpointError
+from qwenport.exporter.keys import short
+from qwenport.wording import cut
+
+CHUNK_BYTES = 1 << 24  # of weights in memory at a time
+MOST_HEADER_BYTES = 1 << 23  # a published shard has at most some thousand tensors
+MOST_TENSORS = 1 << 16
+
+# safetensors dtype -> bytes per element, for the dtypes a supported checkpoint can hold
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+DTYPE_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: `offset` and `length` in bytes from the start of `file`."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One safetensors file: its name in the checkpoint, its real path, its size and its header's hash."""
+
+    name: str
+    path: Path
+    size: int
+    header_sha256: str
+
+
+def read_safetensors_header(file: Path) -> tuple[WeightFile, list[TensorEntry]]:
+    """Read one safetensors header and check that it accounts for the whole file.
+
+    Raises:
+        CheckpointError: truncated, corrupt, or holding a dtype that no supported model has.
+    """
+    real = Path(os.path.realpath(file))  # a Hugging Face cache holds symbolic links
+    try:
+        size = real.stat().st_size
+        with real.open("rb") as stream:
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > size - 8:
+                raise CheckpointError(
+                    f"{file}: not a safetensors file, or truncated inside its header"
+                )
+            if length > MOST_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{file}: a header of {length} bytes; no checkpoint needs more than {MOST_HEADER_BYTES}"
+                )
+            header_bytes = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+    header = _parse(file, header_bytes)
+    if len(header) > MOST_TENSORS:
+        raise CheckpointError(
+            f"{file}: {len(header)} tensors; no checkpoint has more than {MOST_TENSORS} in a file"
+        )
+    entries = [_entry(file, name, fields, 8 + length) for name, fields in header.items()]
+    end = 8 + length
+    for entry in sorted(entries, key=lambda e: (e.offset, e.length)):
+        if entry.offset != end:
+            raise CheckpointError(
+                f"{file}: corrupt safetensors header (a gap or overlap at {entry.name})"
+            )
+        end += entry.length
+    if end != size:
+        raise CheckpointError(
+            f"{file}: truncated or corrupt: the header describes {end} bytes, the file has {size}"
+        )
+    _ask_library(file, real)
+    digest = hashlib.sha256(prefix + header_bytes).hexdigest()
+    return WeightFile(file.name, real, size, digest), entries
+
+
+def _ask_library(file: Path, real: Path) -> None:
+    """What the library refuses for a reason of its own is refused; it reads no weight."""
+    try:
+        with safe_open(real, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: corrupt safetensors header ({error})") from error
+
+
+def _parse(file: Path, header_bytes: bytes) -> dict[str, Any]:
+    """The header's tensors: name -> fields. JSON as the safetensors library takes it, and no more."""
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name is given twice")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        if not header_bytes.startswith(b"{"):
+            raise ValueError("it does not start with '{'")
+        header = json.loads(
+            header_bytes.decode("utf-8"),
+            object_pairs_hook=without_duplicates,
+            parse_constant=refuse,
+        )
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise ValueError("__metadata__ is not a map of strings")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: corrupt safetensors header ({error})") from error
+    found: dict[str, Any] = header
+    return found
+
+
+def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
+    if not isinstance(fields, dict):
+        fields = {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)):
+        raise CheckpointError(
+            f"{file}: corrupt safetensors header (no dtype, shape or offsets of {cut(name)})"
+        )
+    if len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
+        raise CheckpointError(
+            f"{file}: corrupt safetensors header (the shape or offsets of {cut(name)} are not natural numbers)"
+        )
+    begin, end = offsets
+    if dtype not in DTYPE_BYTES:
+        raise CheckpointError(
+            f"{file}: tensor {name} has dtype {short(dtype)}; supported: {', '.join(DTYPE_BYTES)}: convert it first, "
+            "by loading and saving the model with transformers"
+        )
+    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise CheckpointError(
+            f"{file}: corrupt safetensors header: {name} does not fill its byte range"
+        )
+    return TensorEntry(name, file.name, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def plan_safetensors(
+    file: str, dtype: str, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, TensorEntry]:
+    """Lay tensors of one dtype out in a safetensors file of that name."""
+    sizes = dict.fromkeys(shapes, DTYPE_BYTES[dtype])
+    for name, shape in shapes.items():
+        for size in shape:
+            sizes[name] *= size
+    header = safetensors_header(
+        [TensorEntry(name, file, dtype, shape, 0, sizes[name]) for name, shape in shapes.items()]
+    )
+    offset, entries = len(header), {}
+    for name, shape in shapes.items():
+        entries[name] = TensorEntry(name, file, dtype, shape, offset, sizes[name])
+        offset += sizes[name]
+    return entries
+
+
+def safetensors_header(entries: Iterable[TensorEntry]) -> bytes:
+    """The 8-byte length and JSON header of a file that holds these tensors in this order."""
+    header, begin = {}, 0
+    for entry in entries:
+        end = begin + entry.length
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data starts 8-byte aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def chunks(path: Path, entry: TensorEntry) -> Iterator[bytes]:
+    """The bytes of a tensor of the checkpoint directory `path`, CHUNK_BYTES at a time."""
+    with (path / entry.file).open("rb") as stream:
+        stream.seek(entry.offset)
+        for start in range(0, entry.length, CHUNK_BYTES):
+            yield stream.read(min(CHUNK_BYTES, entry.length - start))
