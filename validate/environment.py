@@ -13,9 +13,10 @@ DISTRIBUTIONS = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "onn
 ENGINE_DISTRIBUTIONS = ("tensorrt", "tensorrt-rtx")
 
 
-def describe_environment(with_tensorrt: bool) -> dict[str, str]:
+def describe_environment(with_tensorrt: bool, with_peft: bool) -> dict[str, str]:
     """Name -> value of everything that a result could depend on."""
     names = DISTRIBUTIONS + (ENGINE_DISTRIBUTIONS if with_tensorrt else ())
+    names += ("peft",) if with_peft else ()
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "qwenport": __version__,

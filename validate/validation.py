@@ -315,7 +315,7 @@ class Validation:
             script=self.script,
             routing=() if investigation is None else investigation.bands,
             replayed=0 if self._judge is None else self._judge.replayed,
-            environment=describe_environment(target.judged_as in (NETWORK, ENGINE)),
+            environment=describe_environment(target.judged_as in (NETWORK, ENGINE), target.merged),
             hashes=target.hashes(),
             weights_sha256=self.weights_sha256,
         )

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qwenport.engines import open_session
-from qwenport.exporter import CheckpointError, Package, export, open_checkpoint
+from qwenport.exporter import CheckpointError, Package, adapter, export, open_checkpoint
 from qwenport.validate import ValidationError, validate
+from qwenport.validate.reference import adapter as reference
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -140,6 +141,35 @@ def test_validate_judges_the_merged_model(
     export(checkpoint, tmp_path / "package", adapter="merge")
     report = validate(tmp_path / "package", checkpoint, budget="quick", **mode)
     assert report.passed, report.failures
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_merge_that_is_not_peft_s_fails_whether_peft_is_installed_or_not(
+    installed: bool, made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = made()
+    if not installed:
+        monkeypatch.setattr(reference, "_peft_settings", lambda path: None)
+    right = export(checkpoint, tmp_path / "right", adapter="merge")
+    report = validate(right.path, checkpoint, budget="quick")
+    assert report.passed and ("peft" in report.environment)
+    monkeypatch.setattr(adapter, "_rank_and_scale", lambda config: (config["r"], 1.0))
+    wrong = export(checkpoint, tmp_path / "wrong", adapter="merge")
+    assert not validate(wrong.path, checkpoint, budget="quick").passed
+
+
+def test_what_peft_adds_and_what_is_computed_without_it_are_the_same(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = made()
+    with_peft = reference.MergedAdapter(checkpoint)
+    monkeypatch.setattr(reference, "_peft_settings", lambda path: None)
+    without = reference.MergedAdapter(checkpoint)
+    name = "model.layers.0.mlp.down_proj.weight"
+    ours, theirs = without.added(name, 3, 9), with_peft.added(name, 3, 9)
+    assert ours is not None and theirs is not None and ours.shape[0] == 6
+    torch.testing.assert_close(ours, theirs, rtol=1e-15, atol=1e-18)
+    assert with_peft.added("model.norm.weight", 0, 1) is None
 
 
 def test_validate_refuses_another_adapter_than_the_package_has(
