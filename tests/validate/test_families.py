@@ -15,22 +15,31 @@ from qwenport.exporter import export
 from qwenport.exporter.families import FAMILIES
 from qwenport.validate import validate
 
-WAYS: dict[str, dict[str, Any]] = {
-    "package": {},
-    "network": {"judged_as": "tensorrt-network"},
-}
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("way", ["package", pytest.param("network", marks=pytest.mark.slow)])
-@settings(max_examples=2)
-@given(data=st.data())
-def test_parity_holds_for_whatever_the_family_allows(
-    family: str, way: str, data: st.DataObject
-) -> None:
+def check_parity(family: str, data: st.DataObject, **way: Any) -> None:
     model: HealthyModel = data.draw(healthy_models(model_types=(family,)))
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write(Path(folder) / "checkpoint", model)
         export(checkpoint, Path(folder) / "package", **model.export_arguments)
-        report = validate(Path(folder) / "package", checkpoint, budget="quick", **WAYS[way])
+        report = validate(Path(folder) / "package", checkpoint, budget="quick", **way)
         assert report.passed, report.failures
+
+
+@FAMILY
+@settings(max_examples=2)
+@given(data=st.data())
+def test_parity_holds_for_whatever_the_family_allows(family: str, data: st.DataObject) -> None:
+    check_parity(family, data)
+
+
+@pytest.mark.slow
+@FAMILY
+@settings(max_examples=1)
+@given(data=st.data())
+def test_the_network_of_whatever_the_family_allows_has_parity(
+    family: str, data: st.DataObject
+) -> None:
+    """benchmarks/sensitivity.py judges hundreds."""
+    check_parity(family, data, judged_as="tensorrt-network")
