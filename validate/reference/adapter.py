@@ -67,7 +67,8 @@ def _by_peft(settings: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     with torch.device("meta"):  # the matrix itself is not looked at
         holder = torch.nn.ModuleDict({"matrix": torch.nn.Linear(a.shape[1], len(b), bias=False)})
-        layer = peft.inject_adapter_in_model(settings, holder)["matrix"]
+        adapted: Any = peft.inject_adapter_in_model(settings, holder)
+        layer = adapted["matrix"]
     layer.lora_A["default"].weight = torch.nn.Parameter(a, requires_grad=False)
     layer.lora_B["default"].weight = torch.nn.Parameter(b, requires_grad=False)
     added: torch.Tensor = layer.get_delta_weight("default")
