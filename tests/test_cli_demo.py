@@ -14,6 +14,7 @@ from qwenport.commands import demo
 Capture = pytest.CaptureFixture[str]
 
 
+@pytest.mark.slow
 def test_demo_runs_every_step_and_sums_up(tmp_path: Path, capsys: Capture) -> None:
     assert cli.main(["demo", "--out", str(tmp_path / "kept")]) == 0
     out, _ = capsys.readouterr()

@@ -12,6 +12,7 @@ from qwenport.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+LONG = ("validate.md", "moe.md")  # several validations
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
@@ -26,7 +27,16 @@ def test_there_is_something_to_run():
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if examples(p)], ids=lambda page: page.relative_to(ROOT).as_posix()
+    "page",
+    [
+        pytest.param(
+            page,
+            id=page.relative_to(ROOT).as_posix(),
+            marks=[pytest.mark.slow] if page.name in LONG else [],
+        )
+        for page in PAGES
+        if examples(page)
+    ],
 )
 def test_a_page_runs_from_top_to_bottom(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

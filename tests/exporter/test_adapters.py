@@ -133,7 +133,14 @@ def test_logits_are_those_of_the_model_with_the_adapter_in_place(
     assert np.linalg.norm(logits - right) <= 1e-5 * np.linalg.norm(right)
 
 
-@pytest.mark.parametrize("mode", [{}, {"streamed": True}, {"judged_as": "tensorrt-network"}])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {},
+        pytest.param({"streamed": True}, marks=pytest.mark.slow),
+        pytest.param({"judged_as": "tensorrt-network"}, marks=pytest.mark.slow),
+    ],
+)
 def test_validate_judges_the_merged_model(
     mode: dict[str, Any], made: Callable[..., Path], tmp_path: Path
 ) -> None:

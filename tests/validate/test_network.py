@@ -89,7 +89,9 @@ def judged(package: Path, checkpoint: Path, folder: Path, change: Any) -> tuple[
     return faulty, validate(faulty, checkpoint, **EXACT)
 
 
-@pytest.mark.parametrize("change", [causal_without_mask, causal_with_lengths])
+@pytest.mark.parametrize(
+    "change", [causal_without_mask, pytest.param(causal_with_lengths, marks=pytest.mark.slow)]
+)
 def test_a_causal_attention_over_a_cache_is_parsed_and_fails(
     tiny_checkpoint: Path, tiny_package: Path, tmp_path: Path, change: Any
 ) -> None:
