@@ -28,7 +28,7 @@ class ModelConfig:
     """What a decoder-only model computes, as far as its graph depends on it.
 
     `dtype` is the checkpoint's ("bf16", "fp16", "fp32") or None where config.json does not say; `max_context` is the
-    number of positions that the rope settings allow; `unread_keys` are keys of config.json that nobody reads.
+    number of positions that the rope settings allow; `unread_keys` are the unread keys of config.json.
     """
 
     model_type: str

@@ -40,23 +40,25 @@ from qwenport.exporter.manifest import (
     read_manifest,
     write_json,
 )
-from qwenport.exporter.rope import ROWS_AT_ONCE, rope_tables
+from qwenport.exporter.rope_file import (
+    ROPE,
+    check_table_values,
+    check_tables,
+    rope_entries,
+    write_tables,
+)
 from qwenport.exporter.safetensors_file import (
-    TensorEntry,
     WeightFile,
-    plan_safetensors,
     read_safetensors_header,
-    safetensors_header,
 )
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 FORMAT_VERSION = 3
-MODEL, ROPE = "model.onnx", "rope.safetensors"
+MODEL = "model.onnx"
 DTYPES = ("bf16", "fp16", "fp32")
 BINDING_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float"}
-TABLE_ERROR = 1e-6  # of cos and sin per radian of the angle: what another machine's fp32 may give
 WEIGHT_MODES = ("link", "copy", "pack")
 ADAPTERS = ("ignore", "merge")
 DEFAULT_MAX_BATCH = 8
@@ -116,7 +118,7 @@ class Package:
                     ):
                         raise PackageError(f"{self.model}: nothing gives {value.name}")
             _check_places(self, model)
-        _check_table_values(self)
+        check_table_values(self.path, self.config, self.max_seq_len)
         return model
 
     @property
@@ -168,7 +170,7 @@ def export(
             each sparse layer's experts stacked in a file of the package's own).
         adapter: what to do with an adapter that lies beside the weights: "ignore" or "merge" it.
         check_values: read every weight, and refuse NaN and infinity; what is converted or stacked is always checked.
-        strict: refuse keys of config.json that nobody reads; they are only noted otherwise.
+        strict: refuse unread keys of config.json; they are only noted otherwise.
         force_clean: remove scratch directories of exports to the same place, even if they may still run.
         progress: called with (what, done, total).
         note: called with what the user should know meanwhile.
@@ -257,7 +259,7 @@ def _write(
         lossless=request.lossless,
         check_values=request.check_values,
     )
-    _write_rope_tables(checkpoint.config, scratch / ROPE, request.max_seq_len)
+    write_tables(checkpoint.config, scratch, request.max_seq_len)
     model = expected_model(
         checkpoint,
         dtype=request.dtype,
@@ -330,7 +332,7 @@ def expected_model(
 
     config = checkpoint.config
     entries = plan_weights(checkpoint, dtype, weights).entries
-    tables = _rope_entries(config, max_seq_len)
+    tables = rope_entries(config, max_seq_len)
     used: set[str] = set()
 
     def tensor(name: str) -> ir.TensorProtocol | None:
@@ -363,29 +365,6 @@ def describe_graph(model: ir.Model) -> dict[str, Any]:
             "outputs": [_binding(value) for value in model.graph.outputs],
         },
     }
-
-
-def _rope_entries(config: ModelConfig, length: int) -> dict[str, TensorEntry]:
-    from qwenport.exporter.graph import COS_TABLE, SIN_TABLE
-
-    shape = (length, config.rope.head_dim // 2)
-    return plan_safetensors(ROPE, "F32", {COS_TABLE: shape, SIN_TABLE: shape})
-
-
-def _write_rope_tables(config: ModelConfig, target: Path, length: int) -> None:
-    import torch
-
-    from qwenport.exporter.weights import require_space
-
-    entries = _rope_entries(config, length)
-    require_space(target.parent, sum(entry.length for entry in entries.values()))
-    with target.open("wb") as writer:
-        writer.write(safetensors_header(entries.values()))
-        for table in range(2):  # cos, then sin
-            for start in range(0, length, ROWS_AT_ONCE):
-                stop = min(start + ROWS_AT_ONCE, length)
-                rows = rope_tables(config.rope, length, start, stop)[table]
-                writer.write(rows.contiguous().view(torch.uint8).numpy().data)
 
 
 def _binding(value: Any) -> dict[str, Any]:
@@ -443,17 +422,6 @@ def _check_limits(manifest: dict[str, Any]) -> None:
         raise ValueError("it names no files that it was made from")
 
 
-def _check_tables(file: Path, config: ModelConfig, length: int) -> None:
-    """Raises PackageError: the rope tables are not for so many positions, or not of this model."""
-    if length > config.max_context:
-        raise PackageError(
-            f"{file.parent}: max_seq_len {length} is more than its rope settings allow"
-        )
-    _, found = read_safetensors_header(file)
-    if {entry.name: entry for entry in found} != _rope_entries(config, length):
-        raise PackageError(f"{file}: not the tables of {length} positions that {MANIFEST} states")
-
-
 def _check_places(package: Package, model: ir.Model) -> None:
     """Raises PackageError: a tensor of the graph is not where a file of the package has one of its type and shape."""
     import onnx_ir as ir
@@ -479,34 +447,6 @@ def _check_places(package: Package, model: ir.Model) -> None:
             raise PackageError(
                 f"{package.model}: tensor {name} is not where a weight of the package is"
             )
-
-
-def _check_table_values(package: Package) -> None:
-    """Raises PackageError: a value of the rope tables is not what the settings give, or NaN."""
-    import torch
-
-    file, length = package.path / ROPE, package.max_seq_len
-    rope = package.config.rope
-    entries = {entry.name: entry for entry in read_safetensors_header(file)[1]}
-    frequencies = rope.inverse_frequencies(length).abs()
-    with file.open("rb") as stream:
-        for start in range(0, length, ROWS_AT_ONCE):
-            stop = min(start + ROWS_AT_ONCE, length)
-            angles = torch.arange(start, stop)[:, None] * frequencies
-            allowed = TABLE_ERROR * (1 + angles) * (1 + abs(rope.attention_scaling()))
-            for entry, right in zip(
-                _rope_entries(package.config, length).values(),
-                rope_tables(rope, length, start, stop),
-                strict=True,
-            ):
-                size = 4 * right[0].numel()
-                stream.seek(entries[entry.name].offset + start * size)
-                data = bytearray(stream.read((stop - start) * size))
-                found = torch.frombuffer(data, dtype=torch.float32).view_as(right)
-                if not ((found - right).abs() <= allowed).all():
-                    raise PackageError(
-                        f"{file}: {entry.name} is not what the rope settings give; it was changed"
-                    )
 
 
 def _graph_of(model: dict[str, Any]) -> dict[str, Any]:
@@ -540,7 +480,7 @@ def load_package(path: Path | str) -> Package:
                 read_config_json(path), manifest["rope_scaling"], manifest["max_seq_len"]
             )
             same = _graph_of(manifest["model"]) == _graph_of(as_json(dataclasses.asdict(config)))
-            _check_tables(path / ROPE, config, manifest["max_seq_len"])
+            check_tables(path, config, manifest["max_seq_len"])
     except (CheckpointError, ConfigError) as error:
         raise PackageError(f"{path}: {error}") from error
     if not same:

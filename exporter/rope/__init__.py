@@ -1,7 +1,7 @@
 """Rotary position embeddings: config.json's settings -> a `Rope` -> cos/sin tables.
 
 A kind of scaling is one file here. Everything is computed in fp32, as transformers does, and equals its
-ROPE_INIT_FUNCTIONS. Two kinds depend on the length of the text at hand (dynamic, longrope); a table is for one stated
+ROPE_INIT_FUNCTIONS. Two kinds depend on the length of the text (dynamic, longrope); a table is for one stated
 length, the package's.
 """
 
