@@ -2,17 +2,17 @@
 
 VENV := .venv
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
-FOLDERS := exporter plugins engines validate
 
 # The second variable is newer pip's name for the first where the build backend is concerned.
 INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(VENV)/bin/pip install --quiet -c constraints.txt
-PYTEST := $(VENV)/bin/pytest -n 2
+# -rs: how many tests were skipped, and why
+PYTEST := $(VENV)/bin/pytest -n 2 -rs
 # what compiles C++ or CUDA is `make cpp`'s
 NATIVE := tests/cpp tests/plugins/native
 PYTHON_TESTS := $(PYTEST) $(addprefix --ignore ,$(NATIVE))
 
-.PHONY: help demo test cpp test-all lint clean
+.PHONY: help demo test cpp cpp-packages test-all lint docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -24,21 +24,26 @@ demo: $(VENV)/.installed  ## install what is needed and run the demo
 test: lint  ## lint and run the fast tests
 	$(PYTHON_TESTS) -m "not slow"
 
-cpp: $(VENV)/.installed-cpp  ## build, check and test the C++ library and the CUDA plugins
+cpp: cpp-packages $(VENV)/.installed-cpp  ## build, check and test the C++ library and the CUDA plugins
 	$(VENV)/bin/python tests/cpp/builds.py
 	$(PYTEST) $(NATIVE)
+
+cpp-packages:
+	@printf '#include <nlohmann/json.hpp>\n#include <doctest/doctest.h>\n' \
+		| $${CXX:-c++} -std=c++17 -fsyntax-only -x c++ - 2>/dev/null || { \
+		echo 'error: a C++ compiler, nlohmann/json and doctest are needed; on Debian and Ubuntu:' \
+			'apt-get install g++ nlohmann-json3-dev doctest-dev' >&2; exit 1; }
 
 test-all: test cpp  ## lint and run every test
 	$(PYTHON_TESTS) -m slow
 
-# mypy does not follow setuptools' package-dir, so it is shown links laid out as the packages are
-# imported; build/typing/qwenport/exporter/x.py in its output is exporter/x.py.
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	rm -rf build/typing && mkdir -p build/typing/qwenport
-	ln -s $(addprefix ../../../,$(wildcard qwenport/*) $(FOLDERS)) build/typing/qwenport
-	$(VENV)/bin/mypy build/typing/qwenport
+	$(VENV)/bin/mypy qwenport
+
+docs: $(VENV)/.installed-dev  ## build the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 clean:  ## remove build products and caches, not the virtual environment
 	rm -rf build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -20,40 +20,45 @@ from pathlib import Path
 from typing import Any
 
 import click
-from exporters import genai, make_model, make_shape, optimum, ours
-from measure import CONTENDERS, child_environment, file_bytes, measure, without_paths
-from peers import ensure
-from report import Bar, Report, middle, options, output_path
-from rich.table import Table
+from exporters import genai, install, make_model, make_shape, optimum, ours
+from measure import CONTENDERS, file_bytes, measure, without_paths
+from report import GB, Bar, Columns, Report, Result, benchmark, figure, middle, table
 from shapes import config_of
 
 SHAPE = "qwen2.5-0.5b-instruct"
 OURS = "qwenport bf16"
 GPUS = "sm80,sm86,sm89,sm120,sm121"  # all that TensorRT-RTX has bf16 kernels for
-BATCH, TOKENS, TYPICAL = 8, 2048, 1024  # our builder's profile, for the peers
-GB = 1e9
+BATCH, TOKENS, TYPICAL = 8, 2048, 1024  # our builder's profile, also used for the peers
+COLUMNS: Columns = {
+    "contender": figure("contender"),
+    "build": figure("seconds", "{:.1f} s"),
+    "engine": figure("plan_bytes", "{:.3f} GB", GB),
+    "/ checkpoint": figure("plan_to_checkpoint", "{:.3f}"),
+    "layers": figure("layers", "{:.0f}"),
+    "/ decoder layer": figure("layers_per_decoder_layer", "{:.0f}"),
+    "peak RSS": figure("peak_rss_bytes", "{:.2f} GB", GB),
+}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model to be built, or why there is none."""
+    """A model to build, or why there is none."""
 
     name: str
     model: Path | str
-    command: Callable[[Path], list[str | Path]]  # of the output directory
-    plan: str  # where in it the plan is
+    command: Callable[[Path], list[str | Path]]  # takes the output directory
+    plan: str  # the plan's path in it
 
 
 def contenders(
-    report: Report, work: Path, checkpoint: Path, config: dict[str, Any], gpus: str, peers: bool
+    report: Report, checkpoint: Path, config: dict[str, Any], gpus: str
 ) -> list[Contender]:
-    """Every model, exported first where it is not there yet."""
+    """Every model, exported first if it does not exist yet."""
+    work = report.work
     found = [_ours(make_model(f"{checkpoint.name}-bf16", ours(checkpoint), work, True), gpus)]
-    if not peers:
+    if not report.peers:
         return found
-    exporter, builder = ensure("optimum", work), ensure("genai", work)
-    report.add_versions("optimum", exporter.python)
-    report.add_versions("genai", builder.python)
+    exporter, builder = install("optimum", report), install("genai", report)
     commands = {
         "optimum-onnx fp16": optimum(exporter, checkpoint, "--dtype", "fp16"),
         "optimum-onnx fp32": optimum(exporter, checkpoint),
@@ -93,17 +98,16 @@ def _plain(name: str, model: Path | str, gpus: str, capacity: int) -> Contender:
     return Contender(name, model, command, "engine.plan")
 
 
-def run(contender: Contender, work: Path, report: Report) -> None:
+def run(contender: Contender, report: Report) -> None:
     """Build once; the engine is removed."""
     if isinstance(contender.model, str):
         report.add_run(contender.name, error=f"export: {contender.model}")
         return
-    output = work / "engines" / contender.name.replace(" ", "-")
+    output = report.work / "engines" / contender.name.replace(" ", "-")
     shutil.rmtree(output, ignore_errors=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    log = work / "logs" / f"build-{output.name}.log"
-    os.sync()  # what the one before wrote is not to slow this one down
-    done = measure(contender.command(output), log, child_environment(own=True))
+    os.sync()  # so that the previous run's writes do not slow this one down
+    done = measure(contender.command(output), report.log(contender.name))
     result = done.result
     error = done.error or result.get("error")
     plan = output / contender.plan
@@ -135,12 +139,12 @@ def summarise(report: Report, contender: Contender, weights: int, depth: int) ->
         "plan_to_checkpoint": plan / weights if plan else None,
         "layers": layers,
         "layers_per_decoder_layer": layers / depth if layers else None,
-        "error": next(iter(value("error")), None),
+        "error": report.error(contender.name),
     }
 
 
 def bars(ours: dict[str, Any]) -> list[Bar]:
-    """What our build is to keep."""
+    """The bounds that our build must keep."""
     return [
         Bar("engine to checkpoint bytes", ours["plan_to_checkpoint"], 1.03, "at most", "x"),
         Bar("layers per decoder layer", ours["layers_per_decoder_layer"], 160, "at most", "layers"),
@@ -148,59 +152,25 @@ def bars(ours: dict[str, Any]) -> list[Bar]:
     ]
 
 
-def table(summary: list[dict[str, Any]]) -> Table:
-    """The medians, for people."""
-    columns = (
-        "contender",
-        "build",
-        "engine",
-        "/ checkpoint",
-        "layers",
-        "/ decoder layer",
-        "peak RSS",
-    )
-    made = Table(*columns, title="TensorRT-RTX builds, medians")
-    for row in summary:
-        if row["error"]:
-            made.add_row(row["contender"], "failed")
-            continue
-        made.add_row(
-            row["contender"],
-            f"{row['seconds']:.1f} s",
-            f"{row['plan_bytes'] / GB:.3f} GB",
-            f"{row['plan_to_checkpoint']:.3f}",
-            f"{row['layers']:.0f}",
-            f"{row['layers_per_decoder_layer']:.0f}",
-            f"{row['peak_rss_bytes'] / GB:.2f} GB",
-        )
-    return made
-
-
-@click.command(context_settings={"show_default": True})
-@options("build", repeats=3)
+@benchmark("build", repeats=3)
 @click.option("--gpus", default=GPUS, help="Architectures that the engines are for.")
-def main(
-    quick: bool, no_peers: bool, repeats: int, work: Path, output: Path | None, gpus: str
-) -> None:
+def main(report: Report, gpus: str) -> Result:
     """Build TensorRT-RTX engines of one checkpoint, from Qwenport's package and from its peers' ONNX."""
-    peers, repeats = not (no_peers or quick), 1 if quick else repeats
-    report = Report("build", quick, {"repeats": repeats, "peers": peers, "gpus": gpus})
-    shape = "tiny" if quick else SHAPE
+    report.settings["gpus"] = gpus
+    shape = "tiny" if report.quick else SHAPE
     config = config_of(shape)
-    checkpoint = make_shape(shape, work, sparse=False)
+    checkpoint = make_shape(shape, report.work, sparse=False)
     weights = file_bytes(checkpoint, "*.safetensors")
-    entrants = contenders(report, work, checkpoint, config, gpus, peers)
-    for turn in range(repeats):
-        report.say(f"turn {turn + 1} of {repeats}")
+    entrants = contenders(report, checkpoint, config, gpus)
+    for _ in report.turns():
         for contender in entrants:
-            if not report.failed(contender.name):
-                run(contender, work, report)
+            if not report.error(contender.name):
+                run(contender, report)
     depth = config["num_hidden_layers"]
     summary = [summarise(report, contender, weights, depth) for contender in entrants]
-    judged = [] if quick else bars(summary[0])
-    report.finish(table(summary), summary, judged, output_path("build", quick, work, output))
-    if report.failed(OURS):
-        raise click.ClickException("our build failed")
+    judged = [] if report.quick else bars(summary[0])
+    tables = [table("TensorRT-RTX builds, medians", COLUMNS, summary)]
+    return Result(tables, summary, judged, [OURS])
 
 
 if __name__ == "__main__":

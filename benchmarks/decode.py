@@ -1,16 +1,15 @@
-"""Decoding and prefill on the CPU in fp32, against what the machine's memory allows and against peers.
+"""Decoding and prefill on the CPU in fp32, compared with the limit of the machine's memory and with peers.
 
     python benchmarks/decode.py
     python benchmarks/decode.py --quick
 
-A decode step of a batch of one reads every weight once, so the memory's read bandwidth bounds it. That is
-measured here, in turns with the contenders. Each contender is a process of its own, one at a time, with
-all cores.
+A decode step at batch size 1 reads every weight once, so the memory's read bandwidth bounds it. That bandwidth
+is measured here, in turns with the contenders. Each contender is a separate process, one at a time, with all
+cores.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -19,16 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from exporters import genai, make_model, make_shape, ours
-from measure import CONTENDERS, Run, child_environment, measure
-from peers import ensure
-from report import Bar, Report, middle, options, output_path
-from rich.table import Table
+from exporters import genai, install, make_model, make_shape, ours
+from report import GB, Bar, Columns, Report, Result, benchmark, figure, middle, table
 from shapes import config_of, matrices
 
 SHAPE = "qwen2.5-0.5b-instruct"
 SHORT, LONG = 1024, 32768  # capacities; both hold the same few tokens
-CONTEXT, WARMUP, TOKENS = 128, 4, 48  # decoding from 132 to 180 tokens held
+CONTEXT, WARMUP, TOKENS = 128, 4, 48  # decoding with 132 to 180 tokens in the cache
 PROMPT, PREFILLS = 512, 4  # the first prefill warms up
 OURS, OURS_LONG = f"qwenport, capacity {SHORT}", f"qwenport, capacity {LONG}"
 TRANSFORMERS = "transformers"
@@ -36,13 +32,12 @@ BANDWIDTH = "memory reads"
 PRODUCTS = "weight products alone"
 BUFFER_BYTES, READS = 2 << 30, 5
 FP32_BYTES = 4
-GB = 1e9
 RATE = "decode_tokens_per_second"
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Something that decodes."""
+    """A contender that decodes."""
 
     name: str
     python: str | Path
@@ -52,23 +47,21 @@ class Contender:
     own: bool = True
 
 
-def contenders(
-    report: Report, work: Path, checkpoint: Path, quick: bool, peers: bool
-) -> list[Contender]:
-    """Everything that is to run, with its model made."""
+def contenders(report: Report, checkpoint: Path) -> list[Contender]:
+    """Every contender, with its model made."""
+    work = report.work
     package = make_model(f"{checkpoint.name}-bf16", ours(checkpoint), work, True)
     if isinstance(package, str):
         raise click.ClickException(f"our export failed: {package}")
     own = partial(Contender, python=sys.executable, script="ours_decode.py", model=package)
     found = [own(OURS, capacity=SHORT)]
-    if not quick:
+    if not report.quick:
         found.append(own(OURS_LONG, capacity=LONG))
-    if not peers:
+    if not report.peers:
         return found
     script = "transformers_decode.py"
     found.append(Contender(TRANSFORMERS, sys.executable, script, checkpoint, SHORT))
-    builder = ensure("genai", work)
-    report.add_versions("genai", builder.python)
+    builder = install("genai", report)
     for precision in ("fp32", "int4"):
         name = f"onnxruntime-genai {precision}"
         command = genai(builder, checkpoint, work, precision, "cpu")
@@ -83,7 +76,7 @@ def prompt_ids(vocab: int) -> list[int]:
     return [(13 + 7919 * index) % vocab for index in range(PROMPT)]
 
 
-def run(contender: Contender, vocab: int, quick: bool, work: Path, report: Report) -> None:
+def run(contender: Contender, vocab: int, report: Report) -> None:
     """Decode and prefill in one process."""
     if isinstance(contender.model, str):
         report.add_run(contender.name, error=f"export: {contender.model}")
@@ -94,10 +87,10 @@ def run(contender: Contender, vocab: int, quick: bool, work: Path, report: Repor
         "prompt": prompt_ids(vocab),
         "context": CONTEXT,
         "warmup": WARMUP,
-        "tokens": 8 if quick else TOKENS,
-        "prefills": 2 if quick else PREFILLS,
+        "tokens": 8 if report.quick else TOKENS,
+        "prefills": 2 if report.quick else PREFILLS,
     }
-    done = _child(contender.name, contender.python, contender.script, request, work, contender.own)
+    done = report.call(contender.name, contender.script, request, contender.python, contender.own)
     result = done.result
     report.add_run(
         contender.name,
@@ -115,10 +108,10 @@ def run(contender: Contender, vocab: int, quick: bool, work: Path, report: Repor
     )
 
 
-def run_bandwidth(quick: bool, work: Path, report: Report) -> None:
-    """Measure the memory."""
-    request = {"bytes": (64 << 20) if quick else BUFFER_BYTES, "repeats": 2 if quick else READS}
-    done = _child(BANDWIDTH, sys.executable, "bandwidth.py", request, work, own=True)
+def run_bandwidth(report: Report) -> None:
+    """Measure the memory bandwidth."""
+    size, reads = (64 << 20, 2) if report.quick else (BUFFER_BYTES, READS)
+    done = report.call(BANDWIDTH, "bandwidth.py", {"bytes": size, "repeats": reads})
     methods: dict[str, float] = done.result.get("bytes_per_second", {})
     best = max(methods, key=methods.__getitem__) if methods else None
     report.add_run(
@@ -132,10 +125,10 @@ def run_bandwidth(quick: bool, work: Path, report: Report) -> None:
     )
 
 
-def run_products(shapes: list[tuple[int, ...]], work: Path, report: Report) -> None:
-    """Measure what onnxruntime's matrix products allow, without anything between them."""
+def run_products(shapes: list[tuple[int, ...]], report: Report) -> None:
+    """Measure the limit of onnxruntime's matmuls, with nothing in between."""
     request = {"matrices": shapes, "warmup": WARMUP, "tokens": TOKENS}
-    done = _child(PRODUCTS, sys.executable, "products.py", request, work, own=True)
+    done = report.call(PRODUCTS, "products.py", request)
     times = done.result.get("decode", [])
     report.add_run(
         PRODUCTS,
@@ -147,14 +140,6 @@ def run_products(shapes: list[tuple[int, ...]], work: Path, report: Report) -> N
     )
 
 
-def _child(
-    name: str, python: str | Path, script: str, request: dict[str, Any], work: Path, own: bool
-) -> Run:
-    log = work / "logs" / f"decode-{name.replace(' ', '-').replace(',', '')}.log"
-    command = [python, CONTENDERS / script, json.dumps(request)]
-    return measure(command, log, child_environment(own))
-
-
 def _share(value: float | None, whole: float | None) -> float | None:
     return value / whole if value and whole else None
 
@@ -164,12 +149,12 @@ def _rate(count: int, seconds: float | None) -> float | None:
 
 
 def summarise(report: Report, contender: Contender) -> dict[str, Any]:
-    """A contender's medians, and how far its greedy tokens agree with ours."""
+    """A contender's medians, and how many of its greedy tokens agree with ours."""
     value = partial(report.values, contender.name)
     own, theirs = report.values(OURS, "tokens"), value("tokens")
     agreeing = 0
     if own and theirs:
-        pairs = list(zip(own[0], theirs[0], strict=False))  # type: ignore[call-overload]
+        pairs = list(zip(own[0], theirs[0], strict=False))
         agreeing = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
     return {
         "contender": contender.name,
@@ -178,14 +163,14 @@ def summarise(report: Report, contender: Contender) -> dict[str, Any]:
         "prefill_tokens_per_second": middle(value("prefill_tokens_per_second")),
         "peak_rss_bytes": middle(value("peak_rss_bytes")),
         "tokens_agreeing": agreeing,
-        "error": next(iter(value("error")), None),
+        "error": report.error(contender.name),
     }
 
 
 def paired_ratio(report: Report, contender: str, weight_bytes: int) -> float | None:
-    """A contender's steps against the memory just before and just after them: the median over the turns.
+    """A contender's steps relative to the memory speed just before and after them: the median over the turns.
 
-    A virtual machine's memory is not equally fast all the time.
+    A virtual machine's memory speed varies over time.
     """
     ratios, runs = [], report.data["runs"]
     for before, run, after in zip(runs, runs[1:], runs[2:], strict=False):
@@ -202,7 +187,7 @@ def bars(
     paired: float | None,
     weight_bytes: int,
 ) -> list[Bar]:
-    """What our session is to keep."""
+    """The bounds that our session must keep."""
     by_name = {row["contender"]: row for row in summary}
 
     def ratio(name: str, base: float | None, key: str = "decode_tokens_per_second") -> float | None:
@@ -229,56 +214,38 @@ def bars(
     return found
 
 
-def table(summary: list[dict[str, Any]], bound: float | None) -> Table:
-    """The medians, for people."""
-    columns = (
-        "contender",
-        "decode",
-        "of the fp32 bound",
-        f"prefill of {PROMPT}",
-        "peak RSS",
-        "same tokens",
-    )
-    made = Table(*columns, title="CPU, batch 1, medians")
-    for row in summary:
-        if row["error"]:
-            made.add_row(row["contender"], "failed")
-            continue
-        rate = row["decode_tokens_per_second"]
-        made.add_row(
-            row["contender"],
-            f"{rate:.2f} tok/s",
-            f"{rate / bound:.0%}" if bound else "",
-            f"{row['prefill_tokens_per_second']:.0f} tok/s",
-            f"{row['peak_rss_bytes'] / GB:.2f} GB",
-            str(row["tokens_agreeing"]),
-        )
-    return made
+def columns(bound: float | None) -> Columns:
+    """The columns of the summary. `bound` is the highest rate that the memory allows, in tokens per second."""
+    share: Columns = {"of the fp32 bound": figure(RATE, "{:.0%}", bound)} if bound else {}
+    return {
+        "contender": figure("contender"),
+        "decode": figure(RATE, "{:.2f} tok/s"),
+        **share,
+        f"prefill of {PROMPT}": figure("prefill_tokens_per_second", "{:.0f} tok/s"),
+        "peak RSS": figure("peak_rss_bytes", "{:.2f} GB", GB),
+        "same tokens": figure("tokens_agreeing"),
+    }
 
 
-@click.command(context_settings={"show_default": True})
-@options("decode", repeats=5)
-def main(quick: bool, no_peers: bool, repeats: int, work: Path, output: Path | None) -> None:
-    """Decode and prefill on the CPU, with Qwenport and with its peers."""
-    peers, repeats = not (no_peers or quick), 1 if quick else repeats
-    shape = "tiny" if quick else SHAPE
+@benchmark("decode", repeats=5)
+def main(report: Report) -> Result:
+    """Time decoding and prefill on the CPU, by Qwenport and by its peers."""
+    shape = "tiny" if report.quick else SHAPE
     config = config_of(shape)
     shapes = matrices(config)
     weight_bytes = sum(math.prod(shape) for shape in shapes) * FP32_BYTES
-    settings = {"repeats": repeats, "peers": peers, "context": CONTEXT, "tokens": TOKENS}
-    report = Report("decode", quick, {**settings, "prompt": PROMPT, "weight_bytes": weight_bytes})
-    checkpoint = make_shape(shape, work, sparse=False)
-    entrants = contenders(report, work, checkpoint, quick, peers)
-    for turn in range(repeats):
-        report.say(f"turn {turn + 1} of {repeats}")
-        run_bandwidth(quick, work, report)
+    sizes = {"context": CONTEXT, "tokens": TOKENS, "prompt": PROMPT, "weight_bytes": weight_bytes}
+    report.settings |= sizes
+    entrants = contenders(report, make_shape(shape, report.work, sparse=False))
+    for _ in report.turns():
+        run_bandwidth(report)
         for contender in entrants:
-            if not report.failed(contender.name):
-                run(contender, config["vocab_size"], quick, work, report)
-            if contender.name == OURS and not quick:
-                run_bandwidth(quick, work, report)
-                run_products(shapes, work, report)
-                run_bandwidth(quick, work, report)
+            if not report.error(contender.name):
+                run(contender, config["vocab_size"], report)
+            if contender.name == OURS and not report.quick:
+                run_bandwidth(report)
+                run_products(shapes, report)
+                run_bandwidth(report)
     summary = [summarise(report, contender) for contender in entrants]
     bandwidth = max(report.values(BANDWIDTH, "bytes_per_second"), default=None)
     bound = bandwidth / weight_bytes if bandwidth else None
@@ -293,17 +260,14 @@ def main(quick: bool, no_peers: bool, repeats: int, work: Path, output: Path | N
         "of_the_best_reads": _share(middle(report.values(PRODUCTS, RATE)), bound),
         "of_the_reads_around": products,
     }
-    if not quick:
+    if not report.quick:
         report.say(
             "onnxruntime's products of the same weights alone: {of_the_best_reads:.2f} of the best reads, "
             "{of_the_reads_around:.2f} of the reads around them".format(**report.data["products"])
         )
-    judged = [] if quick else bars(summary, bandwidth, paired, weight_bytes)
-    report.finish(
-        table(summary, bound), summary, judged, output_path("decode", quick, work, output)
-    )
-    if report.failed(OURS):
-        raise click.ClickException("our session failed")
+    judged = [] if report.quick else bars(summary, bandwidth, paired, weight_bytes)
+    tables = [table("CPU, batch 1, medians", columns(bound), summary)]
+    return Result(tables, summary, judged, [OURS])
 
 
 if __name__ == "__main__":

@@ -4,21 +4,19 @@
     python benchmarks/embedded.py --engine tiny.engine     # where there is a GPU and TensorRT
     python benchmarks/embedded.py --quick
 
-Needs `make cpp`. Every run is a process of its own; contenders take turns.
+Needs `make cpp`. Every run is a separate process; contenders take turns.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import click
-from measure import CONTENDERS, ROOT, child_environment, measure
-from report import Report, middle, options, output_path
-from rich.table import Table
+from measure import ROOT
+from report import Columns, Report, Result, benchmark, figure, middle, table
 
 sys.path.insert(0, str(ROOT / "tests" / "cpp"))
 from builds import BuildError, built
@@ -33,16 +31,18 @@ SETTINGS = {
 SAMPLERS = ("C++", "Python", "transformers")
 RUNTIMES = ("C++, CUDA graphs", "C++, without graphs", "Python")
 CONTEXT, STEPS = 128, 10_000
+COLUMNS: Columns = {
+    "what: who": figure("contender"),
+    "per step": figure("median_seconds", "{:.0f} us", 1e-6),
+    "steps per second": figure("steps_per_second", "{:.0f}"),
+    "device memory grew by": figure("device_growth_bytes", "{} bytes"),
+}
 
 
-def run(
-    script: str, contender: str, facts: dict[str, Any], turn: int, work: Path, report: Report
-) -> None:
-    """One process; its `contender` and `facts` go into its request."""
+def run(script: str, contender: str, facts: dict[str, Any], turn: int, report: Report) -> None:
+    """Run one process; `contender` and `facts` go into its request."""
     request = {"contender": contender.partition(": ")[2], **facts}
-    log = work / "logs" / f"{script}-{contender.replace(' ', '-').replace(',', '')}.log"
-    command = [sys.executable, CONTENDERS / f"{script}.py", json.dumps(request)]
-    done = measure(command, log, child_environment())
+    done = report.call(contender, f"{script}.py", request)
     seconds = done.result.get("seconds", [])
     report.add_run(
         contender,
@@ -66,68 +66,45 @@ def summarise(report: Report, contender: str) -> dict[str, Any]:
         "median_seconds": middle(times),
         "steps_per_second": 1 / median(times) if times else None,
         "device_growth_bytes": max(report.values(contender, "device_growth_bytes"), default=None),
-        "error": next(iter(report.values(contender, "error")), None),
+        "error": report.error(contender),
     }
 
 
-def table(summary: list[dict[str, Any]]) -> Table:
-    """The medians, for people."""
-    made = Table("what: who", "a step", "steps a second", "device memory grew by", title="Medians")
-    for row in summary:
-        if row["error"] or row["median_seconds"] is None:
-            made.add_row(row["contender"], "failed" if row["error"] else "not measured")
-            continue
-        grown = row["device_growth_bytes"]
-        made.add_row(
-            row["contender"],
-            f"{row['median_seconds'] * 1e6:.0f} us",
-            f"{row['steps_per_second']:.0f}",
-            "" if grown is None else f"{grown} bytes",
-        )
-    return made
-
-
-@click.command(context_settings={"show_default": True})
-@options("embedded", repeats=3)
+@benchmark("embedded", repeats=3)
 @click.option(
     "--engine",
     type=click.Path(exists=True, path_type=Path, file_okay=False),
-    help="A `tensorrt` engine directory for the GPU at hand; without it decoding is not measured.",
+    help="A `tensorrt` engine directory for the local GPU; without it decoding is not measured.",
 )
-def main(
-    quick: bool, no_peers: bool, repeats: int, work: Path, output: Path | None, engine: Path | None
-) -> None:
+def main(report: Report, engine: Path | None) -> Result:
     """Time the C++ runtime's sampling, and its decode steps on a GPU."""
     try:
         build = built("release")
     except BuildError as error:
         raise click.ClickException(str(error)) from error
-    repeats, draws, steps = (1, 3, 50) if quick else (repeats, 50, STEPS)
-    settings = {"repeats": repeats, "vocab": VOCAB, "draws": draws, "engine": engine is not None}
-    report = Report("embedded", quick, settings)
-    samplers = SAMPLERS[:2] if no_peers or quick else SAMPLERS
+    draws, steps = (3, 50) if report.quick else (50, STEPS)
+    report.settings |= {"vocab": VOCAB, "draws": draws, "engine": engine is not None}
+    samplers = SAMPLERS if report.peers else SAMPLERS[:2]
     drawing = {f"{name}: {who}": name for name in SETTINGS for who in samplers}
     decoding = [f"decode: {who}" for who in RUNTIMES] if engine else []
-    for turn in range(1, repeats + 1):
-        report.say(f"turn {turn} of {repeats}")
+    for turn in report.turns():
         for contender, name in drawing.items():
-            facts = {**SETTINGS[name], "vocab": VOCAB, "draws": draws, "repetition_penalty": 1.0}
+            facts: dict[str, Any] = {**SETTINGS[name], "vocab": VOCAB, "draws": draws}
+            facts["repetition_penalty"] = 1.0
             facts["library"] = str(build / "libqwenport_stand_in.so")
-            run("sampling", contender, facts, turn, work, report)
+            run("sampling", contender, facts, turn, report)
         for contender in decoding:
             facts = {"engine": str(engine), "context": CONTEXT, "steps": steps}
             facts["library"] = str(build / "runtime" / "libqwenport.so")
             facts["tests"] = str(ROOT / "tests")
-            run("embedded_decode", contender, facts, turn, work, report)
+            run("embedded_decode", contender, facts, turn, report)
     for name in SETTINGS:
         ours, theirs = (report.values(f"{name}: {who}", "tokens") for who in SAMPLERS[:2])
         if ours != theirs:
             raise click.ClickException(f"{name}: C++ and Python drew different tokens")
     summary = [summarise(report, contender) for contender in (*drawing, *decoding)]
-    report.finish(table(summary), summary, [], output_path("embedded", quick, work, output))
-    for contender in (*drawing, *decoding):
-        if "transformers" not in contender and report.failed(contender):
-            raise click.ClickException(f"{contender} failed")
+    own = [contender for contender in (*drawing, *decoding) if "transformers" not in contender]
+    return Result([table("Medians", COLUMNS, summary)], summary, own=own)
 
 
 if __name__ == "__main__":

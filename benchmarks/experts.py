@@ -1,11 +1,11 @@
-"""Mixtures of experts: one layer's experts on the CPU against other ways, and what stacking single experts costs.
+"""Mixtures of experts: one layer's experts on the CPU against alternatives, and the cost of stacking single experts.
 
     python benchmarks/experts.py
     python benchmarks/experts.py --quick
 
-A layer's experts, in fp32 on the CPU: a token reads the weights of its own k experts only, where a plain export
+A layer's experts, in fp32 on the CPU: a token reads only the weights of its own k experts, while a plain export
 multiplies it by all. Then a checkpoint whose experts are single tensors, exported by reference or packed: export,
-load and build. Every run is a process of its own; contenders take turns.
+load and build. Every run is a separate process; contenders take turns.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from typing import Any
 
 import click
 from decode import BANDWIDTH, run_bandwidth
-from export import scaled
 from exporters import make_shape, ours
-from measure import CONTENDERS, child_environment, measure, read_once, written_bytes
-from report import Bar, Report, middle, options, output_path
-from rich.table import Table
+from measure import CONTENDERS, measure, read_once, written_bytes
+from report import GB, MB, Bar, Columns, Report, Result, benchmark, figure, middle, scaled, table
 
 OURS, BODY = "qwenport", "qwenport, function body"
 EVERY = "every expert for every token"
@@ -34,7 +32,7 @@ PEERS = (EVERY, "com.microsoft.MoE", "transformers eager", "transformers grouped
 WARMUP = 4  # single tokens
 PREFILLS = 6  # the first one warms up
 SEED = 2025
-TOLERANCE = 1e-5  # rel-L2 to transformers' eager loop; sums in another order stay below 2e-6
+TOLERANCE = 1e-5  # rel-L2 to transformers' eager loop; another summation order stays below 2e-6
 FP32_BYTES = 4
 
 SHAPE, LARGE = "qwen1.5-moe-1-layer", "qwen2-57b-a14b-instruct"
@@ -42,14 +40,23 @@ WEIGHTS = ("link", "pack")
 CAPACITY = 1024
 GPUS, MAX_SEQ_LEN = "sm86,sm89,sm120", 4096
 LARGE_EXPORT = f"export, {LARGE}"
-GB, MB, MS = 1e9, 1e6, 1e-3
+MS = 1e-3
+STACKING_COLUMNS: Columns = {
+    "run": figure("contender"),
+    "wall": figure("seconds", "{:.2f} s"),
+    "of it, load": figure("load_seconds", "{:.2f} s"),
+    "peak RSS": figure("peak_rss_bytes", "{:.2f} GB", GB),
+    "written": figure("written_bytes", "{:.1f} MB", MB),
+    "engine": figure("plan_bytes", "{:.3f} GB", GB),
+    "/ weights": figure("plan_to_weights", "{:.3f}"),
+}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's experts: their number, how many of them a token takes, and the sizes of each.
+    """One layer's experts: their number, the number per token, and each expert's sizes.
 
-    `tokens` single tokens are timed, and `prompt` tokens at once.
+    `tokens` single tokens are timed, then `prompt` tokens at once.
     """
 
     name: str
@@ -62,12 +69,12 @@ class Layer:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of the weights."""
+        """The sizes of the weights."""
         return {name: getattr(self, name) for name in ("experts", "k", "hidden", "inner")}
 
     @property
     def token_bytes(self) -> int:
-        """What one token has to read: the weights of k experts in fp32."""
+        """Bytes that one token must read: the weights of k experts in fp32."""
         return self.k * 3 * self.hidden * self.inner * FP32_BYTES
 
 
@@ -76,10 +83,10 @@ class Stacking:
     """An export, a load or a build of a checkpoint whose experts are single tensors.
 
     Attributes:
-        name: in the report.
+        name: name in the report.
         kind: "export", "session", "stacked session" (joined by onnxruntime as it loads) or "build".
-        weights: how the package has them: "link" (single) or "pack" (stacked).
-        checkpoint: its directory.
+        weights: how the package stores them: "link" (single) or "pack" (stacked).
+        checkpoint: the checkpoint's directory.
     """
 
     name: str
@@ -88,7 +95,7 @@ class Stacking:
     checkpoint: Path
 
     def command(self, package: Path, engine: Path) -> list[str | Path]:
-        """What is run: an export makes `package`, a build makes `engine` of it."""
+        """The command: an export makes `package`, a build makes `engine` from it."""
         if self.kind == "export":
             return ours(self.checkpoint, "--weights", self.weights)(package)
         if self.kind == "build":
@@ -112,9 +119,9 @@ def title(layer: Layer, contender: str) -> str:
     return f"{layer.name}: {contender}"
 
 
-def make_weights(layer: Layer, work: Path) -> Path:
-    """The layer's weights, tokens and expected outputs: made in a child, where they are not there yet."""
-    folder = work / "experts" / layer.name
+def make_weights(layer: Layer, report: Report) -> Path:
+    """The layer's weights, tokens and expected outputs, made in a child process if they do not exist yet."""
+    folder = report.work / "experts" / layer.name
     request = {
         "folder": str(folder),
         "sizes": layer.sizes,
@@ -122,39 +129,29 @@ def make_weights(layer: Layer, work: Path) -> Path:
         "tokens": WARMUP + layer.tokens,
         "prompt": layer.prompt,
     }
-    script = CONTENDERS / "experts_weights.py"
-    done = measure(
-        [sys.executable, script, json.dumps(request)],
-        work / "logs" / f"experts-weights-{layer.name}.log",
-    )
+    done = report.call(f"weights {layer.name}", "experts_weights.py", request)
     if done.code:
         raise click.ClickException(f"cannot make the {layer.name} experts: {done.error}")
     return folder
 
 
 def run_layer(
-    layer: Layer, contenders: Sequence[str], folder: Path, turn: int, work: Path, report: Report
+    layer: Layer, contenders: Sequence[str], folder: Path, turn: int, report: Report
 ) -> None:
-    """One turn: the memory's reads, then every contender."""
+    """One turn: the memory bandwidth, then every contender."""
     read_once(folder)
-    run_bandwidth(report.data["quick"], work, report)
+    run_bandwidth(report)
     reads = report.data["runs"][-1]["bytes_per_second"]
     bound = layer.token_bytes / reads if reads else None
     for contender in contenders:
-        if not report.failed(title(layer, contender)):
-            run_contender(layer, contender, folder, turn, bound, work, report)
+        if not report.error(title(layer, contender)):
+            run_contender(layer, contender, folder, turn, bound, report)
 
 
 def run_contender(
-    layer: Layer,
-    contender: str,
-    folder: Path,
-    turn: int,
-    bound: float | None,
-    work: Path,
-    report: Report,
+    layer: Layer, contender: str, folder: Path, turn: int, bound: float | None, report: Report
 ) -> None:
-    """Many tokens, then single ones, in one process. `bound` is the least time that one token can take."""
+    """Many tokens, then single ones, in one process. `bound` is the minimum time for one token."""
     request = {
         "contender": contender,
         "folder": str(folder),
@@ -162,16 +159,15 @@ def run_contender(
         "warmup": WARMUP,
         "prefills": PREFILLS,
     }
-    name = f"experts-{layer.name}-{contender.replace(' ', '-').replace(',', '')}"
-    script, log = CONTENDERS / "experts_layer.py", work / "logs" / f"{name}.log"
-    done = measure([sys.executable, script, json.dumps(request)], log, child_environment())
+    name = title(layer, contender)
+    done = report.call(name, "experts_layer.py", request)
     result = done.result
     error, distance = done.error, result.get("rel_l2")
     if distance is not None and not distance <= TOLERANCE:
         error = f"its output is {distance:.1e} (rel-L2) away from transformers eager's"
     seconds = None if error else middle(result["decode"])
     report.add_run(
-        title(layer, contender),
+        name,
         turn=turn,
         shape=layer.name,
         decode_median_seconds=seconds,
@@ -189,7 +185,7 @@ def run_contender(
 
 
 def stackings(checkpoint: Path, large: Path | None) -> list[Stacking]:
-    """Everything of the second part, in the order in which it runs."""
+    """All runs of the second part, in order."""
     kinds = ("export", "session", "stacked session", "build")
     found = [
         Stacking(f"{kind}, {weights}", kind, weights, checkpoint)
@@ -201,17 +197,17 @@ def stackings(checkpoint: Path, large: Path | None) -> list[Stacking]:
     return found
 
 
-def run_stacking(entrant: Stacking, turn: int, work: Path, report: Report) -> None:
-    """Export, load or build once. A package stays for what comes after it in the turn, an engine does not."""
-    package = work / "experts" / "packages" / f"{entrant.checkpoint.name}-{entrant.weights}"
-    engine = work / "experts" / "engine"
+def run_stacking(entrant: Stacking, turn: int, report: Report) -> None:
+    """Export, load or build once. A package is kept for later runs of the turn, an engine is not."""
+    folder = report.work / "experts"
+    package = folder / "packages" / f"{entrant.checkpoint.name}-{entrant.weights}"
+    engine = folder / "engine"
     shutil.rmtree(engine, ignore_errors=True)
     if entrant.kind == "export":
         shutil.rmtree(package, ignore_errors=True)
         package.parent.mkdir(parents=True, exist_ok=True)
-    log = work / "logs" / f"experts-{entrant.name.replace(' ', '-').replace(',', '')}.log"
-    os.sync()  # what the one before wrote is not to slow this one down
-    done = measure(entrant.command(package, engine), log, child_environment())
+    os.sync()  # so that the previous run's writes do not slow this one down
+    done = measure(entrant.command(package, engine), report.log(entrant.name))
     exported = entrant.kind == "export" and not done.code
     result = {} if exported else done.result
     report.add_run(
@@ -236,7 +232,7 @@ def summarise_layer(report: Report, layer: Layer, contender: str) -> dict[str, A
     """A contender's medians with one layer's experts."""
     name = title(layer, contender)
     value = partial(report.values, name)
-    ok = not report.failed(name)
+    error = report.error(name)
     keys = (
         "decode_median_seconds",
         "prefill_median_seconds",
@@ -249,18 +245,18 @@ def summarise_layer(report: Report, layer: Layer, contender: str) -> dict[str, A
         "part": "layer",
         "shape": layer.name,
         "runs": len(value("decode_median_seconds")),
-        **{key: middle(value(key)) if ok else None for key in keys},
+        **{key: middle(value(key)) if not error else None for key in keys},
         "rel_l2": max(value("rel_l2"), default=None),
-        "error": next(iter(value("error")), None),
+        "error": error,
     }
 
 
 def summarise_stacking(report: Report, entrant: Stacking) -> dict[str, Any]:
     """The medians of one export, load or build."""
     value = partial(report.values, entrant.name)
-    ok = not report.failed(entrant.name)
+    error = report.error(entrant.name)
     keys = ("seconds", "peak_rss_bytes", "written_bytes", "load_seconds", "plan_bytes")
-    found = {key: middle(value(key)) if ok else None for key in keys}
+    found = {key: middle(value(key)) if not error else None for key in keys}
     weights = middle(value("weight_bytes"))
     return {
         "contender": entrant.name,
@@ -271,17 +267,17 @@ def summarise_stacking(report: Report, entrant: Stacking) -> dict[str, Any]:
         "plan_to_weights": found["plan_bytes"] / weights
         if found["plan_bytes"] and weights
         else None,
-        "error": next(iter(value("error")), None),
+        "error": error,
     }
 
 
 def ratio(
     report: Report, layer: Layer, key: str, over: Sequence[str], under: Sequence[str]
 ) -> float | None:
-    """The least time of `over` to the least of `under`, turn by turn: the median over the turns."""
+    """The minimum time of `over` divided by the minimum of `under`, per turn: the median over the turns."""
     turns: dict[int, dict[str, float]] = {}
     for run in report.data["runs"]:
-        if run.get(key) is not None and not report.failed(run["contender"]):
+        if run.get(key) is not None and not report.error(run["contender"]):
             turns.setdefault(run["turn"], {})[run["contender"]] = run[key]
     ratios = []
     for times in turns.values():
@@ -295,7 +291,7 @@ def ratio(
 
 
 def bars(report: Report, layers: Sequence[Layer], stacking: list[dict[str, Any]]) -> list[Bar]:
-    """What our experts are to keep; `layers` are those that peers have run too."""
+    """The bounds that our experts must keep; `layers` are those that peers have run too."""
     found = []
     decode, prefill = "decode_median_seconds", "prefill_median_seconds"
     for layer in layers:
@@ -321,97 +317,59 @@ def bars(report: Report, layers: Sequence[Layer], stacking: list[dict[str, Any]]
     ]
 
 
-def layer_table(summary: list[dict[str, Any]], prompt: int) -> Table:
-    """The medians of the first part, for people."""
-    columns = ("contender", "decode", "of the bound", f"prefill of {prompt}", "load", "peak RSS")
-    made = Table(*columns, "rel-L2", title="One layer's experts, fp32 on the CPU, medians")
-    for row in summary:
-        if row["error"]:
-            made.add_row(row["contender"], "failed")
-            continue
-        share = row["of_the_bound"]
-        made.add_row(
-            row["contender"],
-            f"{row['decode_median_seconds'] / MS:.2f} ms",
-            "" if share is None else f"{share:.0%}",
-            f"{row['prefill_median_seconds'] / MS:.1f} ms",
-            f"{row['load_seconds']:.2f} s",
-            f"{row['peak_rss_bytes'] / GB:.2f} GB",
-            f"{row['rel_l2']:.1e}",
-        )
-    return made
-
-
-def stacking_table(summary: list[dict[str, Any]]) -> Table:
-    """The medians of the second part, for people."""
-    columns = ("run", "wall", "of it, load", "peak RSS", "written", "engine", "/ weights")
-    made = Table(
-        *columns, title="Single experts, stacked when loaded or built or beforehand, medians"
-    )
-
-    def cell(value: float | None, unit: float, text: str) -> str:
-        return "" if value is None else text.format(value / unit)
-
-    for row in summary:
-        if row["error"]:
-            made.add_row(row["contender"], "failed")
-            continue
-        made.add_row(
-            row["contender"],
-            f"{row['seconds']:.2f} s",
-            cell(row["load_seconds"], 1, "{:.2f} s"),
-            f"{row['peak_rss_bytes'] / GB:.2f} GB",
-            cell(row["written_bytes"], MB, "{:.1f} MB"),
-            cell(row["plan_bytes"], GB, "{:.3f} GB"),
-            cell(row["plan_to_weights"], 1, "{:.3f}"),
-        )
-    return made
-
-
-@click.command(context_settings={"show_default": True})
-@options("experts", repeats=3)
-def main(quick: bool, no_peers: bool, repeats: int, work: Path, output: Path | None) -> None:
-    """Time one layer's experts on the CPU, and what stacking single experts costs."""
-    peers, repeats = not no_peers, 1 if quick else repeats  # peers need no installation
-    layers = (TINY,) if quick else LAYERS
-    settings = {
-        "repeats": repeats,
-        "peers": peers,
-        "gpus": GPUS,
-        "layers": {
-            layer.name: {**asdict(layer), "token_bytes": layer.token_bytes} for layer in layers
-        },
+def layer_columns(prompt: int) -> Columns:
+    """The columns of the first part."""
+    return {
+        "contender": figure("contender"),
+        "decode": figure("decode_median_seconds", "{:.2f} ms", MS),
+        "of the bound": figure("of_the_bound", "{:.0%}"),
+        f"prefill of {prompt}": figure("prefill_median_seconds", "{:.1f} ms", MS),
+        "load": figure("load_seconds", "{:.2f} s"),
+        "peak RSS": figure("peak_rss_bytes", "{:.2f} GB", GB),
+        "rel-L2": figure("rel_l2", "{:.1e}"),
     }
-    report = Report("experts", quick, settings)
-    contenders = (OURS, BODY, *PEERS) if peers else (OURS, BODY)
-    folders = {layer.name: make_weights(layer, work) for layer in layers}
-    checkpoint = make_shape("tiny-moe" if quick else SHAPE, work, sparse=False)
-    entrants = stackings(checkpoint, None if quick else make_shape(LARGE, work, sparse=True))
-    for turn in range(1, repeats + 1):
-        report.say(f"one layer's experts, turn {turn} of {repeats}")
+
+
+@benchmark("experts", repeats=3, quick_peers=True)
+def main(report: Report) -> Result:
+    """Time one layer's experts on the CPU, and what stacking single experts costs."""
+    layers = (TINY,) if report.quick else LAYERS
+    sizes = {layer.name: {**asdict(layer), "token_bytes": layer.token_bytes} for layer in layers}
+    report.settings |= {"gpus": GPUS, "layers": sizes}
+    contenders = (OURS, BODY, *PEERS) if report.peers else (OURS, BODY)
+    folders = {layer.name: make_weights(layer, report) for layer in layers}
+    checkpoint = make_shape("tiny-moe" if report.quick else SHAPE, report.work, sparse=False)
+    large = None if report.quick else make_shape(LARGE, report.work, sparse=True)
+    entrants = stackings(checkpoint, large)
+    for turn in report.turns("one layer's experts, "):
         for layer in layers:
-            run_layer(layer, contenders, folders[layer.name], turn, work, report)
+            run_layer(layer, contenders, folders[layer.name], turn, report)
     read_once(checkpoint)
-    for turn in range(1, repeats + 1):
-        report.say(f"single experts and stacks, turn {turn} of {repeats}")
+    for turn in report.turns("single experts and stacks, "):
         for entrant in entrants:
-            if not report.failed(entrant.name):
-                run_stacking(entrant, turn, work, report)
-    shutil.rmtree(work / "experts" / "packages", ignore_errors=True)
+            if not report.error(entrant.name):
+                run_stacking(entrant, turn, report)
+    shutil.rmtree(report.work / "experts" / "packages", ignore_errors=True)
     bandwidth = max(report.values(BANDWIDTH, "bytes_per_second"), default=None)
     report.data["bandwidth_bytes_per_second"] = bandwidth
     per_layer = [summarise_layer(report, layer, name) for layer in layers for name in contenders]
     stacking = [summarise_stacking(report, entrant) for entrant in entrants]
-    judged = [] if quick else bars(report, layers if peers else (), stacking)
-    tables = Table.grid()
-    tables.add_row(layer_table(per_layer, layers[0].prompt))
-    tables.add_row(stacking_table(stacking))
-    target = output_path("experts", quick, work, output)
-    report.finish(tables, [*per_layer, *stacking], judged, target)
+    judged = [] if report.quick else bars(report, layers if report.peers else (), stacking)
+    tables = [
+        table(
+            "One layer's experts, fp32 on the CPU, medians",
+            layer_columns(layers[0].prompt),
+            per_layer,
+        ),
+        table(
+            "Single experts, stacked when loaded or built or beforehand, medians",
+            STACKING_COLUMNS,
+            stacking,
+        ),
+    ]
     own = [title(layer, name) for layer in layers for name in (OURS, BODY)]
-    for name in (*own, *(entrant.name for entrant in entrants)):
-        if report.failed(name):
-            raise click.ClickException(f"{name} failed")
+    own += [entrant.name for entrant in entrants]
+    return Result(tables, [*per_layer, *stacking], judged, own)
 
 
 if __name__ == "__main__":

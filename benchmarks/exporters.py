@@ -17,7 +17,7 @@ Command = Callable[[Path], list[str | Path]]
 
 
 def make_shape(shape: str, work: Path, sparse: bool) -> Path:
-    """The checkpoint of a shape, made in a child: it needs torch, and we are to stay small."""
+    """The checkpoint of a shape, made in a child process: it needs torch, and this process must stay small."""
     directory = work / "checkpoints" / shape
     script = ROOT / "benchmarks" / "shapes.py"
     flags = ["--sparse"] if sparse else []
@@ -51,25 +51,38 @@ def optimum(peer: Peer, checkpoint: Path, *options: str) -> Command:
     return lambda output: [*program, "--model", checkpoint, *task, *options, output]
 
 
-def export_commands(
-    report: Report, checkpoint: Path, work: Path, peers: bool
-) -> dict[str, tuple[Command, bool]]:
+def install(name: str, report: Report) -> Peer:
+    """A peer's environment, its versions recorded."""
+    peer = ensure(name, report.work)
+    report.add_versions(name, peer.python)
+    return peer
+
+
+def export_commands(report: Report, checkpoint: Path) -> dict[str, tuple[Command, bool]]:
     """Contender -> its command and whether it is ours. Installs the peers."""
     found: dict[str, tuple[Command, bool]] = {"qwenport": (ours(checkpoint), True)}
-    if peers:
-        builder, exporter = ensure("genai", work), ensure("optimum", work)
-        report.add_versions("genai", builder.python)
-        report.add_versions("optimum", exporter.python)
+    if report.peers:
+        builder, exporter = install("genai", report), install("optimum", report)
         for precision in ("fp16", "bf16"):
             name = f"onnxruntime-genai {precision} cuda"
-            found[name] = (genai(builder, checkpoint, work, precision, "cuda"), False)
+            found[name] = (genai(builder, checkpoint, report.work, precision, "cuda"), False)
         found["optimum-onnx fp32"] = (optimum(exporter, checkpoint), False)  # its default
         found["optimum-onnx fp16"] = (optimum(exporter, checkpoint, "--dtype", "fp16"), False)
     return found
 
 
+def export_anew(checkpoint: Path, package: Path, report: Report, *options: str) -> Path:
+    """Our export, made even if the package exists."""
+    shutil.rmtree(package, ignore_errors=True)
+    package.parent.mkdir(parents=True, exist_ok=True)
+    done = measure(ours(checkpoint, *options)(package), report.log("export"))
+    if done.code:
+        raise click.ClickException(f"cannot export {checkpoint.name}: {done.error}")
+    return package
+
+
 def make_model(name: str, command: Command, work: Path, own: bool) -> Path | str:
-    """Run an exporter once and keep what it wrote; its last words where it failed."""
+    """Run an exporter once and keep its output; if it fails, return its last line of output."""
     directory = work / "models" / name
     done_mark = directory.with_name(f"{name}.done")  # a shape's name has dots
     if done_mark.is_file() and not own:

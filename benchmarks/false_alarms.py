@@ -1,13 +1,13 @@
-"""Does `validate` call a real model wrong that is right? SmolLM2-135M in half precision, judged on many texts.
+"""Does `validate` reject a correct real model? SmolLM2-135M in half precision, judged on many texts.
 
     python benchmarks/false_alarms.py
     python benchmarks/false_alarms.py --quick
 
-The model (benchmarks/smollm2.py) has the outlier activations of a trained model, which random weights have not. Its
+The model (benchmarks/smollm2.py) has the outlier activations of a trained model, which random weights lack. Its
 package in bf16, as published, and in fp16 is judged in two forms, run by onnxruntime and as the network that
-TensorRT's parser makes of it, each time with another prompt file: a slice of a page of docs/. The package, which runs
+TensorRT's parser makes from it, each time with another prompt file: a slice of a page of docs/. The package, which runs
 in fp32, is judged with two of them. As many run at once as there are cores. Every verdict that parity does not hold is
-a false alarm. With --quick the bundled checkpoint stands in for it, in bf16 with one prompt.
+a false alarm. With --quick the bundled checkpoint replaces the model, in bf16 with one prompt.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from exporters import ours
-from measure import ROOT, WORK, child_environment, cores, measure
-from report import Bar, Report, output_path
-from rich.table import Table
+from exporters import export_anew
+from measure import ROOT, child_environment, cores, measure
+from report import Bar, Columns, Report, Result, Row, benchmark, figure, table
 from smollm2 import make_checkpoint
 
 FORMS = {"package": (), "network": ("--as", "tensorrt-network")}
 DTYPES = ("bf16", "fp16")
 PROMPTS = 10
 PROMPTS_OF_PACKAGE = (
-    2  # run in fp32: what differs from prompt to prompt is rounding, which only the network has
+    2  # run in fp32: only rounding differs between prompts, and only the network has it
 )
-CHARACTERS = 6000  # of a prompt file, about 1,500 tokens
+CHARACTERS = 6000  # per prompt file, about 1,500 tokens
 MAX_SEQ_LEN = "2048"
 TINY = ROOT / "examples" / "tiny-qwen2.5"
 HALF = (
@@ -54,7 +53,7 @@ class Entrant:
 
     @property
     def name(self) -> str:
-        """In the report."""
+        """The name in the report."""
         return f"{self.dtype}, {self.form}"
 
     def command(self, prompts: Path, budget: str) -> list[str | Path]:
@@ -65,7 +64,7 @@ class Entrant:
 
 
 def write_prompts(folder: Path, count: int) -> list[Path]:
-    """`count` prompt files, each from another page of docs/ as long as there are pages."""
+    """Write `count` prompt files, each from another page of docs/ as long as there are pages."""
     pages = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))]
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -78,19 +77,11 @@ def write_prompts(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def export(checkpoint: Path, package: Path, work: Path, *arguments: str) -> Path:
-    """Make the package afresh."""
-    shutil.rmtree(package, ignore_errors=True)
-    package.parent.mkdir(parents=True, exist_ok=True)
-    done = measure(ours(checkpoint, *arguments)(package), work / "logs" / "false-alarms-export.log")
-    if done.code:
-        raise click.ClickException(f"cannot export {checkpoint.name}: {done.error}")
-    return package
-
-
-def run(entrant: Entrant, number: int, prompts: Path, budget: str, work: Path) -> dict[str, Any]:
-    """Validate once, on one core; a record."""
-    log = work / "logs" / f"false-alarms-{entrant.name}-{number}.log"
+def run(
+    entrant: Entrant, number: int, prompts: Path, budget: str, report: Report
+) -> dict[str, Any]:
+    """Validate once, on one core; return a record."""
+    log = report.log(f"{entrant.name} {number}")
     one_core = child_environment() | {"OMP_NUM_THREADS": "1"}
     done = measure(entrant.command(prompts, budget), log, one_core)
     facts: dict[str, Any] = {
@@ -112,7 +103,7 @@ def run(entrant: Entrant, number: int, prompts: Path, budget: str, work: Path) -
 
 
 def ratios_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Row -> the rel-L2 of its logits over transformers' own, with its interval where one was taken."""
+    """Row -> the rel-L2 of its logits over transformers' own, with its interval if there is one."""
     found = {}
     for scenario in result["scenarios"]:
         metrics = scenario["metrics"]
@@ -125,7 +116,7 @@ def ratios_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def worst_rounding(result: dict[str, Any]) -> dict[str, Any] | None:
-    """The operator or layer whose error is largest beside transformers' own, in its lower end."""
+    """The operator or layer with the largest error relative to transformers' own, by the interval's lower end."""
     spreads = [
         {"layer": place["layer"], "operator": place["operator"], "kind": kind, **spread}
         for place in result["rounding"]
@@ -155,27 +146,23 @@ def summarise(report: Report, entrant: Entrant) -> dict[str, Any]:
     }
 
 
-def table(summary: list[dict[str, Any]]) -> Table:
-    """For people."""
-    made = Table(
-        "judged", "false alarms", "logits, x transformers' own", "worst operator", "CPU per run"
-    )
-    for row in summary:
-        ratio, worst = row["ratio"], row["worst_rounding"]
-        made.add_row(
-            row["contender"],
-            f"{row['false_alarms']} of {row['runs']}",
-            f"{ratio[0]:.2f} to {ratio[1]:.2f}" if ratio else "",
-            f"{worst['times_own']:.2f} x, layer {worst['layer']} {worst['operator']}"
-            if worst
-            else "",
-            f"{row['cpu_seconds'] / max(1, row['runs']):.0f} s",
-        )
-    return made
+def _cpu(row: Row) -> str:
+    return f"{row['cpu_seconds'] / max(1, row['runs']):.0f} s"
+
+
+COLUMNS: Columns = {
+    "judged": figure("contender"),
+    "false alarms": lambda row: f"{row['false_alarms']} of {row['runs']}",
+    "logits, x transformers' own": figure("ratio", "{0[0]:.2f} to {0[1]:.2f}"),
+    "worst operator": figure(
+        "worst_rounding", "{0[times_own]:.2f} x, layer {0[layer]} {0[operator]}"
+    ),
+    "CPU per run": _cpu,
+}
 
 
 def bars(summary: list[dict[str, Any]]) -> list[Bar]:
-    """None may be called wrong, and every one must get a verdict."""
+    """The bounds: no correct model may be rejected, and every one must get a verdict."""
     alarms = sum(row["false_alarms"] for row in summary)
     silent = sum(row["error"] is not None for row in summary)
     return [
@@ -184,8 +171,7 @@ def bars(summary: list[dict[str, Any]]) -> list[Bar]:
     ]
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--quick", is_flag=True, help="One prompt, the bundled checkpoint: a smoke test.")
+@benchmark("false_alarms", bars_must_hold=True)
 @click.option(
     "--prompts",
     "count",
@@ -193,31 +179,17 @@ def bars(summary: list[dict[str, Any]]) -> list[Bar]:
     default=PROMPTS,
     help="Prompt files to judge with.",
 )
-@click.option(
-    "--work",
-    type=click.Path(path_type=Path),
-    default=WORK,
-    show_default="benchmarks/work",
-    help="Where checkpoints, packages and logs go.",
-)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    show_default="benchmarks/results/false_alarms-DATE.json; with --quick in the work folder",
-    help="Where the JSON goes.",
-)
-def main(quick: bool, count: int, work: Path, output: Path | None) -> None:
-    """Judge a real model that is right, on many texts."""
-    count, budget = (1, "quick") if quick else (count, "standard")
-    checkpoint = TINY if quick else make_checkpoint(work / "smollm2-135m")
-    folder = work / "false-alarms"
-    length = () if quick else ("--max-seq-len", MAX_SEQ_LEN)
+def main(report: Report, count: int) -> Result:
+    """Judge a correct real model (SmolLM2-135M in bf16 and fp16) on many texts: `validate` must not reject it."""
+    count, budget = (1, "quick") if report.quick else (count, "standard")
+    checkpoint = TINY if report.quick else make_checkpoint(report.work / "smollm2-135m")
+    folder = report.work / "false-alarms"
+    length = () if report.quick else ("--max-seq-len", MAX_SEQ_LEN)
     entrants = []
-    for dtype in DTYPES[:1] if quick else DTYPES:
-        package = export(checkpoint, folder / dtype, work, "--dtype", dtype, *length)
+    for dtype in DTYPES[:1] if report.quick else DTYPES:
+        package = export_anew(checkpoint, folder / dtype, report, "--dtype", dtype, *length)
         entrants += [Entrant(dtype, form, checkpoint, package) for form in FORMS]
-    settings = {"model": checkpoint.name, "prompts": count, "budget": budget}
-    report = Report("false_alarms", quick, settings)
+    report.settings |= {"model": checkpoint.name, "prompts": count, "budget": budget}
     files = write_prompts(folder / "prompts", count)
     todo = [
         (entrant, number)
@@ -226,16 +198,15 @@ def main(quick: bool, count: int, work: Path, output: Path | None) -> None:
         if entrant.form != "package" or number < PROMPTS_OF_PACKAGE
     ]
     with ThreadPoolExecutor(cores()) as pool:
-        records = pool.map(lambda each: run(*each, files[each[1]], budget, work), todo)
-        for (entrant, _), record in zip(todo, records, strict=True):
-            report.add_run(entrant.name, **record)
+        running = [
+            pool.submit(run, entrant, number, files[number], budget, report)
+            for entrant, number in todo
+        ]
+        for (entrant, _), record in zip(todo, running, strict=True):
+            report.add_run(entrant.name, **record.result())
     shutil.rmtree(folder, ignore_errors=True)
     summary = [summarise(report, entrant) for entrant in entrants]
-    judged = bars(summary)
-    where = output_path("false_alarms", quick, work, output)
-    report.finish(table(summary), summary, [] if quick else judged, where)
-    if not all(bar.holds for bar in judged):
-        raise SystemExit(1)
+    return Result([table("Verdicts", COLUMNS, summary)], summary, bars(summary))
 
 
 if __name__ == "__main__":

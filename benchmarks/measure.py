@@ -1,6 +1,6 @@
-"""One command in one child process: how long it took, what it held in memory, what it left on disk.
+"""One command in one child process: its time, its peak memory, and what it left on disk.
 
-The parent stays small on purpose: Linux starts a child's peak RSS at its parent's size.
+The parent stays small on purpose: on Linux a child's peak RSS starts at its parent's size.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Run:
     """A finished child process.
 
     Attributes:
-        seconds: wall time from start to exit, the interpreter's start included.
-        cpu_seconds: of the process and those that it waited for.
-        peak_rss: bytes; of the largest single process, where the child started others.
+        seconds: wall time from start to exit, including the interpreter's startup.
+        cpu_seconds: CPU time of the process and of those that it waited for.
+        peak_rss: in bytes; of the largest single process if the child started others.
         code: exit code, negative for a signal.
-        stdout: all of it.
-        error: the last line it wrote, where it failed; without paths of this machine.
-        load: the 1-minute load average when it started.
-        others: how many cores everything else on the machine kept busy meanwhile; None where unknown.
+        stdout: the whole standard output.
+        error: the last line it wrote, if it failed; without paths on this machine.
+        load: the 1-minute load average at its start.
+        others: how many cores everything else on the machine kept busy meanwhile; None if unknown.
     """
 
     seconds: float
@@ -59,7 +59,7 @@ class Run:
 def measure(
     command: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None
 ) -> Run:
-    """Run a command to its end. Its stderr goes to `log`, its stdout into the result."""
+    """Run a command to completion. Its stderr goes to `log`, its stdout into the result."""
     log.parent.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
     output = log.with_suffix(".out")
@@ -98,7 +98,7 @@ def cores() -> int:
 
 
 def busy_seconds() -> float | None:
-    """CPU seconds that all processes have used since the machine started; None where unknown."""
+    """CPU seconds used by all processes since the machine started; None if unknown."""
     try:
         line = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0]
     except OSError:
@@ -108,7 +108,7 @@ def busy_seconds() -> float | None:
 
 
 def child_environment(own: bool = True) -> dict[str, str]:
-    """The environment of a child: offline, and without our import path where it is not `own`."""
+    """The environment of a child process: offline, and without our import path unless it is our `own`."""
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -123,7 +123,7 @@ def child_environment(own: bool = True) -> dict[str, str]:
 def written_bytes(directory: Path, source: Path) -> int:
     """Bytes of disk that `directory` occupies; files that are hard links to `source`'s are not counted.
 
-    Where the file system shares extents (reflinks), a clone counts as written although it is not.
+    If the file system shares extents (reflinks), a clone counts as written although it is not.
     """
     shared = {(s.st_dev, s.st_ino) for s in (p.stat() for p in source.rglob("*") if p.is_file())}
     total = 0
@@ -141,7 +141,7 @@ def file_bytes(directory: Path, pattern: str) -> int:
 
 
 def read_once(directory: Path) -> None:
-    """Bring a directory's files into the page cache, so that every contender finds them there."""
+    """Read a directory's files into the page cache, so that every contender finds them there."""
     for path in sorted(directory.iterdir()):
         with path.open("rb", buffering=0) as stream:
             while stream.read(1 << 24):
@@ -149,13 +149,13 @@ def read_once(directory: Path) -> None:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something."""
+    """The last non-empty line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""
 
 
 def without_paths(text: str) -> str:
-    """Replace what belongs to this machine."""
+    """Replace the paths that are specific to this machine."""
     for path, name in ((ROOT, "."), (sys.prefix, "<python>"), (Path.home(), "~")):
         text = text.replace(str(path), name)
     return text

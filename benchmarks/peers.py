@@ -27,16 +27,16 @@ class Peer:
 
     @property
     def python(self) -> Path:
-        """Its interpreter."""
+        """The environment's Python interpreter."""
         return self.path / "bin" / "python"
 
     def command(self, name: str) -> Path:
-        """A command that it installs."""
+        """The path of a command that the peer installs."""
         return self.path / "bin" / name
 
 
 def ensure(name: str, work: Path = WORK) -> Peer:
-    """Return a peer's environment, made first if it is missing or was made from other pins.
+    """Return a peer's environment, created first if it is missing or was made from other pins.
 
     Raises:
         click.ClickException: pip could not install it.
@@ -63,10 +63,14 @@ def _run(name: str, command: list[str]) -> None:
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(PEERS))
 @click.option(
-    "--work", type=click.Path(path_type=Path), default=WORK, show_default="benchmarks/work"
+    "--work",
+    type=click.Path(path_type=Path),
+    default=WORK,
+    show_default="benchmarks/work",
+    help="The environments go into its folder envs.",
 )
 def main(names: tuple[str, ...], work: Path) -> None:
-    """Install the peers that the benchmarks compare with."""
+    """Install the peers that the benchmarks compare Qwenport with: NAMES, or all."""
     for name in names or PEERS:
         click.echo(f"{name}: {ensure(name, work).python}")
 

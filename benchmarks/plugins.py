@@ -1,10 +1,10 @@
-"""The CUDA plugins on a GPU, against torch: RoPE, the router and the experts of real models' layers.
+"""The CUDA plugins on a GPU, compared with torch: RoPE, the router and the experts of real models' layers.
 
     python benchmarks/plugins.py                     # where there is a GPU; needs `make cpp`
     python benchmarks/plugins.py --quick
 
-Times are medians of CUDA events around calls on inputs that take turns, together larger than the L2 cache. What can
-be captured is replayed as one CUDA graph of all turns, so that a time is the GPU's and not the launching program's.
+Times are medians of CUDA events around calls on rotating inputs that together exceed the L2 cache. What can be
+captured is replayed as one CUDA graph of all turns, so that times are the GPU's and not the launching program's.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import click
 import torch
 from contenders.plugin_calls import PluginCall
 from measure import ROOT
-from report import Bar, Report, middle, options, output_path
-from rich.table import Table
+from report import Bar, Columns, Report, Result, benchmark, figure, middle, table
 from torch.nn import functional
 
 from qwenport.plugins.moe_router import moe_router
@@ -32,12 +31,19 @@ from builds import BuildError, built
 Tensors = Sequence[torch.Tensor]
 Call = Callable[[Tensors], Any]
 TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
-CALLS = 20  # timed in each of the repeats, after as many that are not
+CALLS = 20  # timed in each repeat, after as many untimed ones
+OURS = "plugin"
+COLUMNS: Columns = {
+    "case: contender": lambda row: f"{row['case']}: {row['contender']}",
+    "us": figure("microseconds", "{:.1f}"),
+    "GB/s": figure("bytes_per_second", "{:.0f}", 1e9),
+    "TFLOP/s": figure("flops", "{:.0f}", 1e12),
+}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of a model's layer, as its config.json has them."""
+    """Sizes of a model's layer, as in its config.json."""
 
     name: str
     hidden: int
@@ -59,18 +65,18 @@ TINY = (Layer("tiny", 64, (2, 1), 16, 6, 2, 32, True),)
 
 @dataclass(frozen=True)
 class Setup:
-    """Where the contenders run, and the plugins' libraries."""
+    """The device on which the contenders run, and the plugins' libraries."""
 
     device: str
     calls: Path
     library: Path
     many: Path  # without the kernels for few tokens
-    turns_bytes: int  # inputs that take turns are at least as large together
+    turns_bytes: int  # the minimum total size of the rotating inputs
     timed_calls: int
 
 
 def setup_on_gpu(timed_calls: int) -> Setup:
-    """On the GPU at hand."""
+    """The setup on the local GPU."""
     build = built("plugins")
     library, many = (
         built(name) / "libqwenport_plugins.so" for name in ("plugins-cuda", "plugins-cuda-many")
@@ -80,8 +86,8 @@ def setup_on_gpu(timed_calls: int) -> Setup:
 
 
 def seconds_of(setup: Setup, call: Call, inputs: Sequence[Tensors], *, capture: bool) -> float:
-    """Median time of a call, on inputs that take turns."""
-    for given in inputs:  # compiled, loaded, warm
+    """Median time of a call, on rotating inputs."""
+    for given in inputs:  # compile, load, warm up
         call(given)
     torch.cuda.synchronize()
 
@@ -90,7 +96,7 @@ def seconds_of(setup: Setup, call: Call, inputs: Sequence[Tensors], *, capture: 
             call(given)
 
     step: Callable[[], None] = every_input
-    if capture:  # all in one graph: starting one takes longer than the smallest calls
+    if capture:  # all in one graph: launching a graph takes longer than the smallest calls
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             every_input()
@@ -110,7 +116,7 @@ def seconds_of(setup: Setup, call: Call, inputs: Sequence[Tensors], *, capture: 
 
 
 def turns(setup: Setup, make: Callable[[], Tensors]) -> list[Tensors]:
-    """As many inputs as are larger than the cache together, at most 64 and at least 2."""
+    """As many inputs as together exceed the cache, at least 2 and at most 64."""
     first = make()
     size = sum(tensor.nbytes for tensor in first)
     return [first, *(make() for _ in range(min(63, max(1, setup.turns_bytes // size))))]
@@ -129,7 +135,7 @@ def plugin(
 
 
 def by_expert(given: Tensors) -> torch.Tensor:
-    """A matrix product of cuBLAS for each expert that was chosen; which, the host has to ask."""
+    """One cuBLAS matmul per chosen expert; the host has to synchronize to learn which."""
     x, indices, weights, gate_up, down = given
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in indices.unique().tolist():
@@ -141,7 +147,7 @@ def by_expert(given: Tensors) -> torch.Tensor:
 
 
 def by_gathering(given: Tensors) -> torch.Tensor:
-    """The chosen experts' weights gathered, and batched products."""
+    """The chosen experts' weights gathered, then batched matmuls."""
     x, indices, weights, gate_up, down = given
     gate, up = torch.einsum("tkih,th->tki", gate_up[indices], x).chunk(2, dim=-1)
     parts = torch.einsum("tkhi,tki->tkh", down[indices], functional.silu(gate) * up)
@@ -149,7 +155,7 @@ def by_gathering(given: Tensors) -> torch.Tensor:
 
 
 def route(layer: Layer, given: Tensors) -> Tensors:
-    """softmax, topk, and the division, as models write them."""
+    """softmax, topk and the division, as in the models' code."""
     weights, indices = torch.softmax(given[0].float(), dim=-1).topk(layer.k, dim=-1)
     if layer.normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -167,7 +173,7 @@ def compiled(call: Call) -> Call:
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one size: its inputs in turn, its contenders, the bytes and products it cannot do without."""
+    """One operator at one size: its rotating inputs, its contenders, and the minimum bytes and FLOPs."""
 
     name: str
     inputs: list[Tensors]
@@ -178,7 +184,7 @@ class Case:
 
 def rotary_case(setup: Setup, layer: Layer, tokens: int) -> Case:
     def make() -> Tensors:
-        draw = {"dtype": torch.bfloat16, "device": setup.device}
+        draw: dict[str, Any] = {"dtype": torch.bfloat16, "device": setup.device}
         q, k = (torch.randn(1, heads, tokens, layer.head_dim, **draw) for heads in layer.heads)
         cos, sin = (torch.randn(8192, layer.head_dim // 2, **draw) for _ in range(2))
         return q, k, cos, sin, torch.arange(tokens, device=setup.device)[None]
@@ -188,7 +194,7 @@ def rotary_case(setup: Setup, layer: Layer, tokens: int) -> Case:
     ours = plugin(setup.calls, setup.library, "RotaryEmbeddingQK", {}, inputs[0], outputs)
     moved = 2 * sum(tensor.nbytes for tensor in outputs)
     who = {
-        "plugin": (ours, True),
+        OURS: (ours, True),
         "torch": (rotate, True),
         "torch.compile": (compiled(rotate), True),
     }
@@ -208,7 +214,7 @@ def router_case(setup: Setup, layer: Layer, tokens: int) -> Case:
         return route(layer, given)
 
     who = {
-        "plugin": (ours, True),
+        OURS: (ours, True),
         "torch": (theirs, True),
         "torch.compile": (compiled(theirs), True),
     }
@@ -223,7 +229,7 @@ def experts_case(setup: Setup, layer: Layer, tokens: int, weights: Tensors) -> C
         chosen, indices = scores.topk(layer.k)
         return x, indices, chosen, *weights
 
-    # the weights of all experts are larger than a cache; with few tokens, other inputs choose other experts
+    # all experts' weights exceed the cache; with few tokens, different inputs choose different experts
     inputs = [make() for _ in range(8)]
     outputs = [torch.empty_like(inputs[0][0])]
     ours, as_many = (
@@ -231,10 +237,10 @@ def experts_case(setup: Setup, layer: Layer, tokens: int, weights: Tensors) -> C
         for library in (setup.library, setup.many)
     )
     who: dict[str, tuple[Call, bool]] = {
-        "plugin": (ours, True),
+        OURS: (ours, True),
         "cuBLAS, expert by expert": (by_expert, False),
     }
-    if tokens <= 8:  # beyond, it is the same, and the gathered weights are gigabytes
+    if tokens <= 8:  # beyond, it is the same, and the gathered weights take gigabytes
         who["plugin, as for many tokens"] = (as_many, True)
         who["torch"] = (by_gathering, True)
         who["torch.compile"] = (compiled(by_gathering), True)
@@ -245,7 +251,7 @@ def experts_case(setup: Setup, layer: Layer, tokens: int, weights: Tensors) -> C
 
 
 def cases(setup: Setup, layers: Sequence[Layer], tokens: Sequence[int]) -> Any:
-    """Every case, one at a time: the weights of a layer's experts are gigabytes."""
+    """All cases, one at a time: the weights of a layer's experts take gigabytes."""
     for layer in layers:
         sizes = (
             (layer.experts, 2 * layer.inner, layer.hidden),
@@ -262,7 +268,7 @@ def cases(setup: Setup, layers: Sequence[Layer], tokens: Sequence[int]) -> Any:
 
 
 def ceilings(setup: Setup) -> dict[str, float]:
-    """What this GPU does of copies and reads, in bytes a second, and of bf16 products."""
+    """This GPU's measured copy and read bandwidth, in bytes per second, and its bf16 matmul rate."""
     large = [torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2)]
     copy = seconds_of(
         setup, lambda given: given[0].copy_(given[1]), [large, large[::-1]], capture=True
@@ -280,9 +286,11 @@ def ceilings(setup: Setup) -> dict[str, float]:
 
 def measure_case(setup: Setup, case: Case, report: Report) -> None:
     for who, (call, capture) in case.contenders.items():
+        if not report.peers and not who.startswith(OURS):
+            continue
         try:
             seconds = seconds_of(setup, call, case.inputs, capture=capture)
-        except Exception as error:  # a contender that cannot do it is a line of the report
+        except Exception as error:  # a contender that fails becomes a line of the report
             report.add_run(f"{case.name}: {who}", error=f"{type(error).__name__}: {error}")
             continue
         report.add_run(
@@ -312,23 +320,9 @@ def summarise(report: Report) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    made = Table("case", "contender", "us", "GB/s", "TFLOP/s", title="Medians")
-    for row in rows:
-        time, rate, flops = row["microseconds"], row["bytes_per_second"], row["flops"]
-        made.add_row(
-            row["case"],
-            row["contender"],
-            "failed" if row["error"] else f"{time:.1f}" if time else "not measured",
-            f"{rate / 1e9:.0f}" if rate else "",
-            f"{flops / 1e12:.0f}" if flops else "",
-        )
-    return made
-
-
 def bars(rows: list[dict[str, Any]], measured: dict[str, float]) -> list[Bar]:
-    """The plugins' goals, each for the layer that is furthest from it."""
-    ours = [row for row in rows if row["contender"] == "plugin" and row["microseconds"]]
+    """The plugins' goals, each for the layer furthest from it."""
+    ours = [row for row in rows if row["contender"] == OURS and row["microseconds"]]
 
     def worst(operator: str, tokens: Sequence[int], key: str, ceiling: float) -> float | None:
         found = [
@@ -354,31 +348,24 @@ def bars(rows: list[dict[str, Any]], measured: dict[str, float]) -> list[Bar]:
     ]  # fmt: skip
 
 
-@click.command(context_settings={"show_default": True})
-@options("plugins", repeats=1)
-def main(quick: bool, no_peers: bool, repeats: int, work: Path, output: Path | None) -> None:
-    """Time the CUDA plugins on the GPU at hand."""
-    del no_peers
+@benchmark("plugins", repeats=1, quick_peers=True)
+def main(report: Report) -> Result:
+    """Time the CUDA plugins on the local GPU, and torch and cuBLAS doing the same."""
     if not torch.cuda.is_available():
         raise click.ClickException("needs an NVIDIA GPU, and there is none here")
     try:
-        setup = setup_on_gpu(3 if quick else CALLS * repeats)
+        setup = setup_on_gpu(3 if report.quick else CALLS * report.settings["repeats"])
     except BuildError as error:
         raise click.ClickException(str(error)) from error
-    layers, tokens = (TINY, (1, 16)) if quick else (LAYERS, TOKENS)
-    gpu = torch.cuda.get_device_name()
-    report = Report("plugins", quick, {"gpu": gpu, "repeats": repeats, "tokens": list(tokens)})
+    layers, tokens = (TINY, (1, 16)) if report.quick else (LAYERS, TOKENS)
     measured = ceilings(setup)
-    report.data["settings"] |= measured
+    gpu = torch.cuda.get_device_name()
+    report.settings |= {"gpu": gpu, "tokens": list(tokens), **measured}
     for case in cases(setup, layers, tokens):
         report.say(case.name)
         measure_case(setup, case, report)
     rows = summarise(report)
-    report.finish(
-        table(rows), rows, bars(rows, measured), output_path("plugins", quick, work, output)
-    )
-    if any(row["error"] for row in rows if row["contender"] == "plugin"):
-        raise click.ClickException("a plugin failed")
+    return Result([table("Medians", COLUMNS, rows)], rows, bars(rows, measured), [OURS])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What every benchmark says: the machine, the versions, a table, the bars, and one JSON file.
+"""What all benchmarks share: the command line, the machine and versions, the tables, the bars and the JSON file.
 
+A benchmark is a function that measures, decorated with `benchmark`; it states only its own options and columns.
 docs/benchmarks.md describes the JSON.
 """
 
@@ -8,17 +9,19 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-from measure import ROOT, WORK, cores
+from measure import CONTENDERS, ROOT, WORK, Run, child_environment, cores, measure
 from rich.console import Console
 from rich.table import Table
 
@@ -27,21 +30,25 @@ PACKAGES = (
     "numpy onnx onnx-ir onnxruntime onnxruntime-genai optimum optimum-onnx polygraphy safetensors "
     "tensorrt-rtx tokenizers torch transformers"
 ).split()
-QUIET_LOAD = 0.6  # of the machine's cores; above it, times say more about the neighbours
+QUIET_LOAD = 0.6  # of the machine's cores; above it, times say more about other processes
+GB, MB = 1e9, 1e6
+QUICK = "A smoke test: the smallest setting, once, without peers that need an installation."
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Row = Mapping[str, Any]
+Columns = Mapping[str, Callable[[Row], str]]
+"""Title -> what the column says about a row."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A bound that the result is to keep.
+    """A bound that the result must keep.
 
     Attributes:
         name: what is bounded, in words.
-        value: what was measured; None where it could not be.
+        value: the measured value; None if it could not be measured.
         limit: the bound.
         kind: "at most" or "at least".
-        unit: of both numbers.
+        unit: unit of both numbers.
     """
 
     name: str
@@ -52,20 +59,72 @@ class Bar:
 
     @property
     def holds(self) -> bool | None:
-        """Whether it is kept; None where nothing was measured."""
+        """Whether the bound is kept; None if nothing was measured."""
         if self.value is None:
             return None
         return self.value <= self.limit if self.kind == "at most" else self.value >= self.limit
 
 
-def options(name: str, repeats: int) -> Callable[[Function], Function]:
-    """Add the options that all benchmarks have."""
+@dataclass(frozen=True)
+class Result:
+    """What a benchmark found.
 
-    def add(command: Function) -> Function:
-        for option in (
-            click.option(
-                "--quick", is_flag=True, help="A tiny shape, once, without peers: a smoke test."
-            ),
+    Attributes:
+        tables: the summary, for people.
+        summary: one object per contender, with its `error` or None.
+        bars: the bounds and whether they are kept; a smoke test drops them.
+        own: names of Qwenport's contenders: if one of them fails, so does the benchmark.
+    """
+
+    tables: Sequence[Table]
+    summary: list[dict[str, Any]]
+    bars: Sequence[Bar] = ()
+    own: Collection[str] = ()
+
+
+def benchmark(
+    name: str,
+    repeats: int | None = None,
+    *,
+    quick_peers: bool = False,
+    bars_must_hold: bool = False,
+) -> Callable[[Callable[..., Result]], click.Command]:
+    """Make a command of a function that measures: it gets a Report and its own options, and returns a Result.
+
+    Args:
+        name: name of the benchmark and of its JSON file.
+        repeats: default number of turns; None if the benchmark takes none and has no peers.
+        quick_peers: whether --quick runs the peers too, because they need no installation.
+        bars_must_hold: whether the exit code is 1 if a bar does not hold.
+    """
+
+    def decorate(measured: Callable[..., Result]) -> click.Command:
+        @wraps(measured)
+        def main(
+            quick: bool,
+            work: Path,
+            output: Path | None,
+            repeats: int | None = None,
+            no_peers: bool = False,
+            **options: Any,
+        ) -> None:
+            settings: dict[str, Any] = {}
+            if repeats is not None:
+                peers = not no_peers and (quick_peers or not quick)
+                settings = {"repeats": 1 if quick else repeats, "peers": peers}
+            report = Report(name, quick, settings, work)
+            result = measured(report, **options)
+            report.finish(result, output)
+            own = [row for row in result.summary if row["contender"] in result.own]
+            failed = dict.fromkeys(row["contender"] for row in own if row["error"])
+            if failed:
+                raise click.ClickException(f"{', '.join(failed)} failed")
+            if bars_must_hold:
+                broken = [bar.name for bar in result.bars if bar.holds is False]
+                if broken:
+                    raise click.ClickException(f"does not hold: {', '.join(broken)}")
+
+        comparing = (
             click.option("--no-peers", is_flag=True, help="Only Qwenport."),
             click.option(
                 "--repeats",
@@ -73,6 +132,10 @@ def options(name: str, repeats: int) -> Callable[[Function], Function]:
                 default=repeats,
                 help="Runs of each contender, in turns; the median counts.",
             ),
+        )
+        common = (
+            click.option("--quick", is_flag=True, help=QUICK),
+            *(comparing if repeats is not None else ()),
             click.option(
                 "--work",
                 type=click.Path(path_type=Path),
@@ -86,15 +149,16 @@ def options(name: str, repeats: int) -> Callable[[Function], Function]:
                 show_default=f"benchmarks/results/{name}-DATE.json; with --quick in the work folder",
                 help="Where the JSON goes.",
             ),
-        ):
-            command = option(command)
-        return command
+        )
+        for option in reversed(common):
+            option(main)
+        return click.command(context_settings={"show_default": True})(main)
 
-    return add
+    return decorate
 
 
 def machine() -> dict[str, Any]:
-    """What ran it. No name and no address."""
+    """A description of the machine, without name or address."""
     return {
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": cores(),
@@ -119,7 +183,7 @@ def _field(file: str, key: str, separator: str = ":") -> str | None:
 
 
 def versions(python: str | Path = sys.executable) -> dict[str, str]:
-    """Versions of the packages that matter in an environment."""
+    """Versions of the relevant packages in an environment."""
     code = (
         "import json, sys\nfrom importlib.metadata import PackageNotFoundError, version\nfound = {}\n"
         "for name in sys.argv[1:]:\n try: found[name] = version(name)\n"
@@ -153,14 +217,49 @@ def qwenport_version() -> str:
 
 
 def middle(values: Sequence[float]) -> float | None:
-    """The median; None of nothing."""
+    """The median; None for no values."""
     return median(values) if values else None
+
+
+def scaled(value: float | None, unit: float) -> float | None:
+    """A number in a larger unit."""
+    return None if value is None else value / unit
+
+
+def figure(key: str, form: str = "{}", unit: float | None = None) -> Callable[[Row], str]:
+    """A column of a row's value of `key`, in a `unit` if given; empty where the value is None."""
+
+    def cell(row: Row) -> str:
+        value = row[key]
+        return "" if value is None else form.format(value / unit if unit else value)
+
+    return cell
+
+
+def table(title: str, columns: Columns, rows: Iterable[Row]) -> Table:
+    """A table for people. Of a row with an error it says only the first column, and that it failed."""
+    made = Table(*columns, title=title)
+    first = next(iter(columns.values()))
+    for row in rows:
+        cells = [cell(row) for cell in columns.values()] if not row.get("error") else None
+        made.add_row(*(cells or (first(row), "failed")))
+    return made
+
+
+HOLDS = {True: "[green]holds[/green]", False: "[red]does not hold[/red]", None: "not measured"}
+BAR_COLUMNS: Columns = {
+    "bar": figure("name"),
+    "bound": lambda bar: f"{bar['kind']} {bar['limit']:.4g} {bar['unit']}",
+    "measured": lambda bar: figure("value", f"{{:.4g}} {bar['unit']}")(bar) or "-",
+    "": lambda bar: HOLDS[bar["holds"]],
+}
 
 
 class Report:
     """One benchmark's run, from the first look at the machine to the JSON file."""
 
-    def __init__(self, name: str, quick: bool, settings: dict[str, Any]) -> None:
+    def __init__(self, name: str, quick: bool, settings: dict[str, Any], work: Path = WORK) -> None:
+        self.quick, self.settings, self.work = quick, settings, work
         self.console = Console(width=None if sys.stdout.isatty() else 120)
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
@@ -176,16 +275,45 @@ class Report:
         if os.getloadavg()[0] > limit and not quick:
             self.say(f"[yellow]the machine is busy (load {os.getloadavg()[0]:.2f})[/yellow]")
 
+    @property
+    def peers(self) -> bool:
+        """Whether peers take part."""
+        return bool(self.settings["peers"])
+
+    def turns(self, part: str = "") -> Iterator[int]:
+        """The turns, from 1; each is announced."""
+        repeats = self.settings["repeats"]
+        for turn in range(1, repeats + 1):
+            self.say(f"{part}turn {turn} of {repeats}")
+            yield turn
+
+    def log(self, contender: str) -> Path:
+        """The file for what a contender's process writes to stderr."""
+        name = re.sub(r"[^\w.]+", "-", f"{self.data['benchmark']} {contender}")
+        return self.work / "logs" / f"{name}.log"
+
+    def call(
+        self,
+        contender: str,
+        script: str,
+        request: Mapping[str, Any],
+        python: str | Path = sys.executable,
+        own: bool = True,
+    ) -> Run:
+        """Run a script of contenders/ in its own process; its argument is `request` as JSON."""
+        command = [python, CONTENDERS / script, json.dumps(request)]
+        return measure(command, self.log(contender), child_environment(own))
+
     def say(self, text: str) -> None:
-        """Tell the reader what is going on."""
+        """Print a message about the progress."""
         self.console.print(text, highlight=False)
 
     def add_versions(self, peer: str, python: Path) -> None:
-        """Record what a peer's environment holds."""
+        """Record the versions in a peer's environment."""
         self.data["versions"][peer] = versions(python)
 
     def add_run(self, contender: str, **facts: Any) -> None:
-        """Record one run and tell it."""
+        """Record one run and print it."""
         self.data["runs"].append({"contender": contender, **facts})
         shown = "  ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
@@ -194,7 +322,7 @@ class Report:
         )
         self.say(f"  {contender}: {shown}")
 
-    def values(self, contender: str, key: str) -> list[float]:
+    def values(self, contender: str, key: str) -> list[Any]:
         """All of a contender's values of a key."""
         return [
             run[key]
@@ -202,17 +330,16 @@ class Report:
             if run["contender"] == contender and run.get(key) is not None
         ]
 
-    def failed(self, contender: str) -> bool:
-        """Whether a contender has failed: there is no point in running it again."""
-        return any(r["contender"] == contender and r.get("error") for r in self.data["runs"])
+    def error(self, contender: str) -> str | None:
+        """A contender's first error; None if it has not failed."""
+        return next(iter(self.values(contender, "error")), None)
 
-    def finish(
-        self, table: Table, summary: list[dict[str, Any]], bars: list[Bar], output: Path
-    ) -> None:
-        """Print the machine, the table and the bars; write the JSON."""
+    def finish(self, result: Result, output: Path | None) -> None:
+        """Print the machine, the tables and the bars, and write the JSON."""
         facts = self.data["machine"]
         facts["load_at_end"] = [round(load, 2) for load in os.getloadavg()]
-        self.data["summary"] = summary
+        self.data["summary"] = result.summary
+        bars = () if self.quick else result.bars
         self.data["bars"] = [{**asdict(bar), "holds": bar.holds} for bar in bars]
         self.say(
             f"\n{facts['cpu']}, {facts['cores']} cores, {facts['memory_bytes'] / 2**30:.0f} GiB, "
@@ -221,29 +348,17 @@ class Report:
         )
         for name, packages in self.data["versions"].items():
             self.say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in packages.items()))
-        self.console.print(table)
-        for row in summary:
+        for made in result.tables:
+            self.console.print(made)
+        for row in result.summary:
             if row["error"]:
                 self.say(f"{row['contender']} failed: {row['error']}")
         if bars:
-            self.console.print(_bars_table(bars))
+            self.console.print(table("Bars", BAR_COLUMNS, self.data["bars"]))
+        if output is None:
+            folder = self.work / "quick" if self.quick else ROOT / "benchmarks" / "results"
+            day = time.strftime("%Y-%m-%d", time.gmtime())
+            output = folder / f"{self.data['benchmark']}-{day}.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
         self.say(f"written: {output}")
-
-
-def _bars_table(bars: list[Bar]) -> Table:
-    table = Table("bar", "bound", "measured", "", title="Bars")
-    words = {True: "[green]holds[/green]", False: "[red]does not hold[/red]", None: "not measured"}
-    for bar in bars:
-        value = "-" if bar.value is None else f"{bar.value:.4g} {bar.unit}"
-        table.add_row(bar.name, f"{bar.kind} {bar.limit:.4g} {bar.unit}", value, words[bar.holds])
-    return table
-
-
-def output_path(name: str, quick: bool, work: Path, output: Path | None) -> Path:
-    """Where the JSON goes."""
-    if output is not None:
-        return output
-    folder = work / "quick" if quick else ROOT / "benchmarks" / "results"
-    return folder / f"{name}-{time.strftime('%Y-%m-%d', time.gmtime())}.json"

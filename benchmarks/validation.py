@@ -1,12 +1,12 @@
-"""What proving parity costs: the bundled checkpoints whole, and the shape of Qwen2.5-7B streamed.
+"""The cost of proving parity: the bundled checkpoints whole, and the shape of Qwen2.5-7B streamed.
 
     python benchmarks/validation.py
     python benchmarks/validation.py --quick
 
-Every run is `qwenport validate` in a process of its own, all scenarios: a package run by onnxruntime, and the network
-that TensorRT's parser makes of it. The 7B shape (15 GB of random bf16 weights) is larger than what the process may
-hold, so both sides go one decoder layer at a time. No peer has a parity command that can fail, so there is nobody to
-compare with.
+Every run is `qwenport validate` in a separate process, with all scenarios: a package run by onnxruntime, and the
+network that TensorRT's parser makes from it. The 7B shape (15 GB of random bf16 weights) exceeds the memory that the
+process may use, so both sides run one decoder layer at a time. No peer has a parity command that can fail, so there is
+no comparison.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-from exporters import make_shape, ours
+from exporters import export_anew, make_shape
 from measure import ROOT, measure, read_once
-from report import Bar, Report, middle, options, output_path
-from rich.table import Table
+from report import GB, Bar, Columns, Report, Result, benchmark, figure, middle, scaled, table
 
 EXAMPLES = ("tiny-qwen2.5", "tiny-qwen2-moe")
 SHAPE = "qwen2.5-7b-instruct"
-MAX_SEQ_LEN = "8192"  # as far as a single layer is run
+MAX_SEQ_LEN = "8192"  # a single layer is run this far
 WAYS = {"package": (), "network": ("--as", "tensorrt-network")}
 BUNDLED_SECONDS, STREAMED_BYTES = 120, 7e9
-GB = 1e9
+COLUMNS: Columns = {
+    "model, judged as": figure("contender"),
+    "wall": figure("seconds", "{:.1f} s"),
+    "peak RSS": figure("peak_rss_bytes", "{:.2f} GB", GB),
+    "worst, in transformers' own error": figure("worst_own_ratio", "{:.2f}"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Entrant:
 
     @property
     def name(self) -> str:
-        """In the report."""
+        """The name in the report."""
         return f"{self.model}, {self.way}"
 
     def command(self) -> list[str | Path]:
@@ -54,19 +57,9 @@ class Entrant:
         return [*start, *reference, *WAYS[self.way], *streamed]
 
 
-def export(checkpoint: Path, package: Path, work: Path, *arguments: str) -> Path:
-    """Make the package afresh."""
-    shutil.rmtree(package, ignore_errors=True)
-    package.parent.mkdir(parents=True, exist_ok=True)
-    done = measure(ours(checkpoint, *arguments)(package), work / "logs" / "validation-export.log")
-    if done.code:
-        raise click.ClickException(f"cannot export {checkpoint.name}: {done.error}")
-    return package
-
-
-def run(entrant: Entrant, turn: int, work: Path, report: Report) -> None:
+def run(entrant: Entrant, turn: int, report: Report) -> None:
     """Validate once and record it."""
-    done = measure(entrant.command(), work / "logs" / f"validation-{entrant.name}.log")
+    done = measure(entrant.command(), report.log(entrant.name))
     facts: dict[str, Any] = {}
     if done.result:
         metrics = [s["metrics"] for s in done.result["scenarios"] if s["metrics"]]
@@ -105,66 +98,41 @@ def summarise(report: Report, entrant: Entrant) -> dict[str, Any]:
 
 
 def bars(summary: list[dict[str, Any]]) -> list[Bar]:
-    """All bundled checkpoints, package and network, in two minutes; the large one within its memory."""
+    """The bounds: all bundled checkpoints, package and network, in two minutes; the large one within its memory."""
     small = [row["seconds"] for row in summary if not row["streamed"]]
-    large = [row["peak_rss_bytes"] for row in summary if row["streamed"]]
+    rss = scaled(max(row["peak_rss_bytes"] for row in summary if row["streamed"]), GB)
     return [
         Bar("bundled checkpoints, all together", sum(small), BUNDLED_SECONDS, "at most", "s"),
-        Bar(
-            "7B shape, peak RSS",
-            max(large) / GB if large else None,
-            STREAMED_BYTES / GB,
-            "at most",
-            "GB",
-        ),
+        Bar("7B shape, peak RSS", rss, STREAMED_BYTES / GB, "at most", "GB"),
     ]
 
 
-def table(summary: list[dict[str, Any]]) -> Table:
-    """For people."""
-    made = Table("model, judged as", "wall", "peak RSS", "worst, in transformers' own error")
-    for row in summary:
-        if row["error"]:
-            made.add_row(row["contender"], "failed")
-            continue
-        made.add_row(
-            row["contender"],
-            f"{row['seconds']:.1f} s",
-            f"{row['peak_rss_bytes'] / GB:.2f} GB",
-            f"{row['worst_own_ratio']:.2f}",
-        )
-    return made
-
-
-@click.command(context_settings={"show_default": True})
-@options("validation", repeats=3)
-def main(quick: bool, no_peers: bool, repeats: int, work: Path, output: Path | None) -> None:
-    """Time `validate`, and what it holds in memory. The 7B shape is run once."""
-    repeats = 1 if quick else repeats
-    folder = work / "validation"
+@benchmark("validation", repeats=3)
+def main(report: Report) -> Result:
+    """Time `qwenport validate` and measure its peak memory. The 7B shape is run once."""
+    report.settings["peers"] = False  # there are none
+    folder = report.work / "validation"
     entrants = []
-    for name in EXAMPLES[:1] if quick else EXAMPLES:
+    for name in EXAMPLES[:1] if report.quick else EXAMPLES:
         checkpoint = ROOT / "examples" / name
-        package = export(checkpoint, folder / f"{name}.package", work, "--weights", "copy")
+        package = export_anew(checkpoint, folder / f"{name}.package", report, "--weights", "copy")
         entrants += [Entrant(name, way, checkpoint, package, False) for way in WAYS]
-    shape = "tiny" if quick else SHAPE
-    checkpoint = make_shape(shape, work, sparse=False)
-    length = () if quick else ("--max-seq-len", MAX_SEQ_LEN)
-    package = export(checkpoint, folder / f"{shape}.package", work, *length)
+    shape = "tiny" if report.quick else SHAPE
+    checkpoint = make_shape(shape, report.work, sparse=False)
+    length = () if report.quick else ("--max-seq-len", MAX_SEQ_LEN)
+    package = export_anew(checkpoint, folder / f"{shape}.package", report, *length)
     large = [Entrant(shape, way, checkpoint, package, True) for way in WAYS]
-    report = Report("validation", quick, {"repeats": repeats, "peers": False})
-    for turn in range(1, repeats + 1):
+    for turn in report.turns():
         for entrant in entrants:
-            run(entrant, turn, work, report)
+            run(entrant, turn, report)
     read_once(checkpoint)
     for entrant in large:
-        run(entrant, 1, work, report)
+        run(entrant, 1, report)
     shutil.rmtree(folder, ignore_errors=True)
     summary = [summarise(report, entrant) for entrant in (*entrants, *large)]
-    judged = [] if quick else bars(summary)
-    report.finish(table(summary), summary, judged, output_path("validation", quick, work, output))
-    if any(row["error"] for row in summary):
-        raise SystemExit(1)
+    judged = [] if report.quick else bars(summary)
+    own = [row["contender"] for row in summary]
+    return Result([table("`qwenport validate`, medians", COLUMNS, summary)], summary, judged, own)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """package -> engine -> session. Lowering per target, the builder, and the sessions that run either."""
 
-from qwenport.engines.build import MAX_STEP_LOGITS, MAX_STEP_TOKENS, build
+from qwenport.engines.builder import MAX_STEP_LOGITS, MAX_STEP_TOKENS, build
 from qwenport.engines.engine import Engine, load_engine
 from qwenport.engines.errors import (
     BuildError,
@@ -8,13 +8,24 @@ from qwenport.engines.errors import (
     EngineError,
     LoweringError,
     SessionError,
+    SnapshotError,
 )
-from qwenport.engines.generation import GenerationResult, StreamDecoder, generate
+from qwenport.engines.generation import (
+    Cancellation,
+    FinishReason,
+    Generated,
+    GenerateOptions,
+    Generation,
+    GenerationError,
+    Piece,
+    StreamDecoder,
+    generate,
+)
 from qwenport.engines.onnxruntime_session import OnnxRuntimeSession, start_onnxruntime
 from qwenport.engines.open import open_session
-from qwenport.engines.sampling import Sampler, SamplingParams
+from qwenport.engines.sampling import Sampler, SamplingError, SamplingParams, SamplingParamsError
 from qwenport.engines.session import CachedSession, Session, Step
-from qwenport.engines.targets import FLAVOURS, FP16_ONLY, RTX_GPUS, TENSORRT_GPUS
+from qwenport.engines.targets import FLAVOURS, FP16_ONLY
 from qwenport.engines.tensorrt_session import TensorRTSession
 
 __all__ = [
@@ -22,20 +33,27 @@ __all__ = [
     "FP16_ONLY",
     "MAX_STEP_LOGITS",
     "MAX_STEP_TOKENS",
-    "RTX_GPUS",
-    "TENSORRT_GPUS",
     "BuildError",
     "CachedSession",
+    "Cancellation",
     "CapacityError",
     "Engine",
     "EngineError",
-    "GenerationResult",
+    "FinishReason",
+    "GenerateOptions",
+    "Generated",
+    "Generation",
+    "GenerationError",
     "LoweringError",
     "OnnxRuntimeSession",
+    "Piece",
     "Sampler",
+    "SamplingError",
     "SamplingParams",
+    "SamplingParamsError",
     "Session",
     "SessionError",
+    "SnapshotError",
     "Step",
     "StreamDecoder",
     "TensorRTSession",

@@ -1,4 +1,4 @@
-"""An engine directory as it lies on disk, verified against its manifest."""
+"""An engine directory on disk, verified against its manifest."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from qwenport.contract import DTYPES, ENGINE_FORMAT, ENGINE_VERSION, MANIFEST, PLAN
 from qwenport.engines.errors import EngineError
 from qwenport.exporter import (
     BINDINGS,
-    DTYPES,
-    ENGINE_FORMAT,
     FILES,
-    MANIFEST,
     SOURCE,
     Each,
     PackageError,
@@ -23,10 +21,6 @@ from qwenport.exporter import (
     damaged,
     read_manifest,
 )
-
-FORMAT_VERSION = 2
-PLAN = "engine.plan"
-
 
 SHAPE = {
     "qwenport_version": str,
@@ -51,7 +45,12 @@ SHAPE = {
 
 @dataclass(frozen=True)
 class Engine:
-    """A verified engine directory."""
+    """A verified engine directory.
+
+    Attributes:
+        path: the directory.
+        manifest: what its qwenport.json holds; docs/reference/manifests.md names every key.
+    """
 
     path: Path
     manifest: dict[str, Any]
@@ -66,13 +65,13 @@ def load_engine(path: Path | str) -> Engine:
     """Open an engine directory and check its files against its manifest.
 
     Raises:
-        EngineError: no such directory, not an engine, another format version, or changed files.
+        EngineError: no such directory, not an engine, another format version, or a changed file.
     """
     path = Path(path)
     if not path.is_dir():
         raise EngineError(f"{path}: no such engine directory")
     try:
-        manifest = read_manifest(path, ENGINE_FORMAT, FORMAT_VERSION, "build the engine again")
+        manifest = read_manifest(path, ENGINE_FORMAT, ENGINE_VERSION, "build the engine again")
         with damaged(path / MANIFEST):
             check_shape(manifest, SHAPE)
             if manifest["dtype"] not in DTYPES:

@@ -8,16 +8,20 @@ class BuildError(QwenportError):
 
 
 class EngineError(QwenportError):
-    """An engine directory is not one, does not match its files, or cannot run on this machine."""
+    """A directory is not an engine, does not match its manifest, or cannot run on this machine."""
 
 
 class LoweringError(QwenportError):
-    """The graph holds something that the target would drop or misread; the message names the node."""
+    """The graph contains something that the target would drop or misread; the message names the node."""
 
 
 class SessionError(QwenportError):
-    """A session was asked for something it cannot do."""
+    """A session was asked to do something it cannot."""
 
 
 class CapacityError(SessionError):
     """A step would pass the end of the KV cache. Nothing was written."""
+
+
+class SnapshotError(SessionError):
+    """The bytes to restore are not a snapshot, are damaged, or are from another model or session."""

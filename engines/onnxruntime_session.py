@@ -1,4 +1,4 @@
-"""A package run by onnxruntime, with past and present of the KV cache in the same memory."""
+"""A package run by onnxruntime, with the KV cache's past and present in the same memory."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any
 import numpy as np
 
 from qwenport import import_extra
+from qwenport.contract import DTYPES, INPUT_IDS, LOGITS, MANIFEST, caches, past, present
 from qwenport.engines.errors import SessionError
 from qwenport.engines.lowering import for_onnxruntime
 from qwenport.engines.memory import untouched_zeros
-from qwenport.engines.session import CachedSession, Float32, Int64
-from qwenport.exporter import Package, damaged
+from qwenport.engines.session import Bytes, CachedSession, Float32, Int64, whole
+from qwenport.exporter import Package, damaged, sha256
 
-# Attention scores take heads x tokens x span numbers, so a long prompt runs in pieces.
+# Attention scores take heads x tokens x span numbers, so a long prompt runs in chunks.
 MAX_STEP_TOKENS = 512
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """Memory of one cache and what keeps it alive."""
+    """The memory of one cache and the object that keeps it alive."""
 
     owner: Any
     address: int
@@ -51,11 +52,11 @@ class OnnxRuntimeSession(CachedSession):
         """Load the package.
 
         Args:
-            package: what to run.
+            package: the package to run.
             max_batch: rows, at most the package's.
-            capacity: cache slots a row, at most the package's max_seq_len (the default).
+            capacity: cache slots per row, at most the package's max_seq_len (the default).
             device: "cpu" or "cuda".
-            threads: CPU threads of an operator; onnxruntime's own choice by default.
+            threads: CPU threads per operator; by default onnxruntime's own choice.
             observe: values of the package's graph that each step leaves in `observed`.
             loaded: the onnxruntime session that `beside` shares.
 
@@ -64,7 +65,12 @@ class OnnxRuntimeSession(CachedSession):
             SessionError: more rows or slots than the package has, the device is not available, or the
                 graph has no such value to observe.
         """
-        capacity = package.max_seq_len if capacity is None else capacity
+        max_batch = whole(max_batch, "rows")
+        capacity = package.max_seq_len if capacity is None else whole(capacity, "slots")
+        if device not in list(PROVIDERS):
+            raise SessionError(
+                f"device must be one of {', '.join(PROVIDERS)}, found {device!r:.60}"
+            )
         if capacity > package.max_seq_len:
             raise SessionError(
                 f"capacity {capacity} is beyond the package's max_seq_len {package.max_seq_len}"
@@ -87,25 +93,26 @@ class OnnxRuntimeSession(CachedSession):
         self._package, self._observe = package, tuple(observe)
         self._dtype = "fp32" if device == "cpu" else package.dtype
         self._session = self._load(package, threads) if loaded is None else loaded
-        # zeros, not uninitialised memory: a masked slot still multiplies, and 0 x NaN is NaN
-        bits = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}[self._dtype]
+        # zeros, not uninitialised memory: a masked slot is still multiplied, and 0 x NaN is NaN
+        dtype = DTYPES[self._dtype]
+        bits = np.dtype(f"u{dtype.itemsize}")  # NumPy has no bf16, and zero has the same bits
         shape = (max_batch, config.num_key_value_heads, capacity, config.head_dim)
-        # onnx.TensorProto's numbers
-        self._element = {"fp32": 1, "fp16": 10, "bf16": 16}[self._dtype]
+        self._element = int(dtype.ir)
         self._cache: dict[str, _Memory] = {
-            f"{layer}.{part}": self._allocate(shape, bits)
+            cache: self._allocate(shape, bits)
             for layer in range(config.num_hidden_layers)
-            for part in ("key", "value")
+            for cache in caches(layer)
         }
         self._row_shape = list(shape[1:])
         self._bound_rows = 0
         self._binding: Any = None
 
     def beside(self, *, max_batch: int, capacity: int) -> OnnxRuntimeSession:
-        """Another session over the same loaded model, with a cache of its own.
+        """Another session over the same loaded model, with its own cache.
 
         Args:
-            max_batch, capacity: as in the constructor.
+            max_batch: as in the constructor.
+            capacity: as in the constructor.
 
         Raises:
             SessionError: more rows or slots than the package has.
@@ -118,6 +125,26 @@ class OnnxRuntimeSession(CachedSession):
             observe=self._observe,
             loaded=self._session,
         )
+
+    def _identity(self) -> str:
+        return f"{sha256(self._package.path / MANIFEST)} {self._dtype}"
+
+    def _cache_names(self) -> Sequence[str]:
+        return tuple(self._cache)
+
+    def _read_slots(self, name: str, row: int, count: int) -> Bytes:
+        return np.ascontiguousarray(self._values(name)[row, :, :count]).view(np.uint8)
+
+    def _write_slots(self, name: str, row: int, data: Bytes) -> None:
+        values = self._values(name)
+        values[row, :, : data.shape[1]] = data.view(values.dtype)
+        if self.device != "cpu":
+            self._cache[name].owner.update_inplace(values)
+
+    def _values(self, name: str) -> Any:
+        """A cache [rows, heads, slots, head_dim]: its memory on the CPU, a copy of it elsewhere."""
+        owner = self._cache[name].owner
+        return owner if self.device == "cpu" else owner.numpy()
 
     def _load(self, package: Package, threads: int | None) -> Any:
 
@@ -142,12 +169,12 @@ class OnnxRuntimeSession(CachedSession):
         return _Memory(value, value.data_ptr())
 
     def cache_addresses(self) -> dict[str, tuple[int, int]]:
-        """Binding name ("past_key_values.0.key", "present.0.key") -> (address, bytes) of its memory."""
-        size = self.max_batch * int(np.prod(self._row_shape)) * (4 if self._element == 1 else 2)
+        """Binding name, past or present -> (address, bytes) of its memory."""
+        size = self.max_batch * int(np.prod(self._row_shape)) * DTYPES[self._dtype].itemsize
         return {
-            f"{prefix}.{name}": (memory.address, size)
+            binding: (memory.address, size)
             for name, memory in self._cache.items()
-            for prefix in ("past_key_values", "present")
+            for binding in (past(name), present(name))
         }
 
     def _bind_cache(self, rows: int) -> None:
@@ -156,20 +183,20 @@ class OnnxRuntimeSession(CachedSession):
         shape = [rows, *self._row_shape]
         for name, memory in self._cache.items():
             place = (self.device, 0, self._element, shape, memory.address)
-            self._binding.bind_input(f"past_key_values.{name}", *place)
-            self._binding.bind_output(f"present.{name}", *place)
+            self._binding.bind_input(past(name), *place)
+            self._binding.bind_output(present(name), *place)
         self._bound_rows = rows
 
     def _step(self, feeds: dict[str, Int64]) -> Float32:
-        rows = len(feeds["input_ids"])
+        rows = len(feeds[INPUT_IDS])
         if rows != self._bound_rows:
             self._bind_cache(rows)
         for name, array in feeds.items():
             self._binding.bind_cpu_input(name, array)
-        for name in ("logits", *self._observe):
+        for name in (LOGITS, *self._observe):
             self._binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(self._binding)
-        # outputs come in the order in which they were first bound: the caches, then these
+        # outputs are in the order in which they were first bound: the caches, then these
         results = self._binding.get_outputs()[len(self._cache) :]
         logits: Float32 = results[0].numpy()
         self.observed = {
@@ -181,7 +208,7 @@ class OnnxRuntimeSession(CachedSession):
 def start_onnxruntime(
     model: Any, folder: Path, *, device: str = "cpu", threads: int | None = None
 ) -> Any:
-    """An onnxruntime InferenceSession of a lowered model whose external data lies below `folder`.
+    """An onnxruntime InferenceSession for a lowered model whose external data is below `folder`.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -190,8 +217,8 @@ def start_onnxruntime(
     import onnx_ir as ir
 
     ort = import_extra("onnxruntime", "cpu", "run packages")
-    provider = PROVIDERS.get(device)
-    if provider is None or provider not in ort.get_available_providers():
+    provider = PROVIDERS[device]
+    if provider not in ort.get_available_providers():
         raise SessionError(
             f"onnxruntime here has no {device} provider; "
             "for CUDA install qwenport[gpu] in place of qwenport[cpu]"
@@ -199,16 +226,16 @@ def start_onnxruntime(
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # what goes wrong is in the exception
+    options.log_severity_level = 4  # errors are in the exception
     for key, value in {
         "session.model_external_initializers_file_folder_path": str(folder),
-        # a large model's fp32 vocabulary matrix exceeds the default limit and would be made each step
+        # a large model's fp32 vocabulary matrix exceeds the default limit and would be recomputed in each step
         "optimization.constant_folding_max_output_size_in_bytes": str(1 << 62),
     }.items():
         options.add_session_config_entry(key, value)
     proto = ir.to_proto(model)
     try:
         return ort.InferenceSession(proto.SerializeToString(), options, providers=[provider])
-    except Exception as error:  # onnxruntime has no base class for its own
+    except Exception as error:  # onnxruntime's exceptions have no base class
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SessionError(f"{folder}: onnxruntime does not load it: {said}") from error

@@ -1,4 +1,4 @@
-"""One way to run either artefact: a package on onnxruntime, an engine on TensorRT."""
+"""One function to run either artefact: a package on onnxruntime, an engine on TensorRT."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def open_session(
     """Open a session on a package or an engine directory.
 
     Args:
-        target: what `export` or `build` wrote.
+        target: a directory written by `export` or `build`.
         max_batch: rows.
-        capacity: cache slots a row; the target's max_seq_len by default.
+        capacity: cache slots per row; the target's max_seq_len by default.
         device: where a package runs, "cpu" or "cuda". Engines run on their GPU.
 
     Raises:
-        PackageError, EngineError: the directory is not what it claims, or cannot run here.
+        PackageError, EngineError: the directory does not match its manifest, or cannot run here.
         MissingExtraError: onnxruntime or the engine's TensorRT is not installed.
         SessionError: more rows or slots than the target has.
     """

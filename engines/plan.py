@@ -1,21 +1,20 @@
 """A lowered ONNX model -> engine.plan: TensorRT driven through Polygraphy's loaders.
 
-The plan is written to disk as it is made, so that it is never whole in this process's memory.
+The plan is written to disk as it is serialized, so it is never whole in this process's memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qwenport.contract import Progress
 from qwenport.engines.errors import BuildError
 from qwenport.engines.lowering import check_network
-
-Progress = Callable[[str, int, int], None]
 
 
 def build_plan(
@@ -29,19 +28,19 @@ def build_plan(
     """Parse, check and build.
 
     Args:
-        trt: the TensorRT module, as `load_tensorrt` returned it.
-        model: lowered ONNX file, its external data beside it.
+        trt: the TensorRT module, as returned by `load_tensorrt`.
+        model: lowered ONNX file, next to its external data.
         plan: file to write.
-        gpus: architectures to build for; empty for the GPU at hand.
+        gpus: architectures to build for; empty for the local GPU.
         profile: input name -> its "min", "opt" and "max" shape.
         progress: called with (what, done, total).
 
     Returns:
-        "sha256" of the plan and "layers", how many the parsed network has.
+        "sha256" of the plan and "layers", the number of layers in the parsed network.
 
     Raises:
         LoweringError: something was lost in parsing.
-        BuildError: TensorRT refused the model; its first error is the message.
+        BuildError: TensorRT refused the model; the message is its first error.
     """
     from polygraphy.backend.trt import (
         CreateConfig,
@@ -80,7 +79,7 @@ def build_plan(
         if not built:
             raise BuildError(f"TensorRT could not build the engine: {_first_error(messages)}")
         layers = network.num_layers
-        del parser  # it owns the weights that the network refers to
+        del parser  # it owns the weights that the network references
     return {"sha256": writer.hexdigest(), "layers": layers}
 
 
@@ -116,7 +115,7 @@ def _first_error(messages: list[str]) -> str:
 
 def _plan_writer(trt: Any, path: Path) -> Any:
     class PlanWriter(trt.IStreamWriter):
-        """Writes and hashes the plan as TensorRT makes it; keeps the first exception (disk full)."""
+        """Writes and hashes the plan as TensorRT serializes it; keeps the first exception (disk full)."""
 
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
@@ -144,7 +143,7 @@ def _plan_writer(trt: Any, path: Path) -> Any:
 
 def _monitor(trt: Any, progress: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """Passes TensorRT's outermost phases on; stops the build at the first exception (Ctrl-C)."""
+        """Reports TensorRT's outermost phases; stops the build at the first exception (Ctrl-C)."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)

@@ -1,18 +1,19 @@
-"""The library of CUDA plugins on its way into an engine directory: held against the target, shown to TensorRT."""
+"""The library of CUDA plugins for an engine directory: checked against the target, registered with TensorRT."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from qwenport.contract import PLUGIN_NAMESPACE, PLUGIN_VERSION
 from qwenport.engines.errors import BuildError, EngineError
-from qwenport.engines.lowering.use_plugins import PLUGINS
+from qwenport.engines.lowering.use_plugins import plugin_names
 from qwenport.engines.targets import Flavour
 from qwenport.exporter import sha256
-from qwenport.plugins.compiled import PLUGIN_NAMESPACE, PLUGIN_VERSION, open_library
+from qwenport.plugins.compiled import open_library
 
 _registered: dict[int, str] = {}
-"""TensorRT module -> SHA-256 of the library in its registry; it takes each plugin's name once a process."""
+"""TensorRT module -> SHA-256 of the library in its registry, which accepts each plugin name once per process."""
 
 
 def check_library(path: Path, flavour: Flavour, gpus: tuple[str, ...]) -> None:
@@ -36,7 +37,7 @@ def check_library(path: Path, flavour: Flavour, gpus: tuple[str, ...]) -> None:
 
 
 def _runs(code: str, gpu: str) -> bool:
-    """Whether code for one GPU runs on another: on those of the same generation that are no older."""
+    """Whether code for one GPU runs on another: it does within a generation, on GPUs that are no older."""
     compiled, present = int(code[2:]), int(gpu[2:])
     return compiled // 10 == present // 10 and compiled <= present
 
@@ -45,7 +46,7 @@ def register_for_build(trt: Any, path: Path) -> None:
     """Let TensorRT's parser find the plugins of a library.
 
     Raises:
-        BuildError: TensorRT cannot load it, or this process has built with another.
+        BuildError: TensorRT cannot load it, or this process has already built with another.
     """
     digest = sha256(path)
     known = _registered.get(id(trt))
@@ -58,7 +59,7 @@ def register_for_build(trt: Any, path: Path) -> None:
     registry = trt.get_plugin_registry()
     if registry.load_library(str(path.resolve())) is None:
         raise BuildError(f"{path}: TensorRT {trt.__version__} cannot load these plugins")
-    for name in PLUGINS:
+    for name in plugin_names():
         if registry.get_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE) is None:
             raise BuildError(f"{path}: TensorRT does not find the plugin {name} in it")
     _registered[id(trt)] = digest
@@ -70,6 +71,6 @@ def register_for_run(runtime: Any, path: Path) -> None:
     Raises:
         EngineError: TensorRT cannot load the library.
     """
-    # a name without a folder would be looked for elsewhere
+    # a name without a folder would be searched for elsewhere
     if runtime.get_plugin_registry().load_library(str(path.resolve())) is None:
         raise EngineError(f"{path}: TensorRT cannot load the engine's plugins; build it again")

@@ -1,8 +1,8 @@
 """Choosing the next token from a row of logits: transformers' semantics, a portable draw.
 
-Scores are processed as ``GenerationMixin._get_logits_processor`` of transformers 5.23 orders it:
+Scores are processed in the order of ``GenerationMixin._get_logits_processor`` in transformers 5.23:
 repetition penalty over prompt and generated ids, then (only if sampling) temperature, top-k, top-p.
-All of it is float32 arithmetic with float32 scalars, as torch does it, so the processed scores have
+All of it is float32 arithmetic with float32 scalars, as in torch, so the processed scores have
 the same bits. Only in top-p may a token differ, and only if its cumulative probability equals the
 threshold to within the rounding of torch's float32 softmax (about 1e-6, relative).
 
@@ -49,11 +49,19 @@ class SamplingError(QwenportError):
     """No token can be chosen from these logits (NaN, +inf, all -inf, wrong shape or dtype)."""
 
 
-def _number(name: str, value: object, low: float, high: float, or_else: str = "") -> float:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
+def _number(name: str, value: object, low: float, high: float, zero: bool = False) -> float:
+    if isinstance(value, bool | np.bool_) or not isinstance(
+        value, int | float | np.integer | np.floating
+    ):
         raise SamplingParamsError(f"{name} must be a number, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if zero and number == 0.0:
+        return number
     if not low <= number <= high:
+        or_else = "0 or " if zero else ""
         raise SamplingParamsError(f"{name} must be {or_else}in [{low:g}, {high:g}], got {value!r}")
     return number
 
@@ -72,18 +80,18 @@ def _integer(name: str, value: object, high: int | None) -> int:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens; the meaning of each value is that of transformers' ``generate``.
+    """How to choose tokens; each value means the same as in transformers' ``generate``.
 
     Attributes:
         temperature: 0 is greedy (``do_sample=False``: top_k and top_p have no effect, the
-            repetition penalty has); otherwise scores are divided by it. At most 1e30, and at
+            repetition penalty does); otherwise scores are divided by it. At most 1e30, and at
             least 1e-30 if not 0, so that it is a normal float32.
-        top_k: keep the k highest scores *and all that tie with the k-th*; 0 keeps all. (0 is also
+        top_k: keep the k highest scores *and all ties with the k-th*; 0 keeps all. (0 is also
             our default; ``generate`` of transformers 5.23 defaults to 50 when sampling.)
         top_p: in [0, 1]: drop the least likely tokens whose cumulative probability is at most
-            ``1 - top_p``, the most likely token always stays; 1 keeps all.
-        repetition_penalty: positive scores of tokens seen are divided by it, negative multiplied,
-            once per token however often it was seen; 1 is off. In [1e-30, 1e30].
+            ``1 - top_p``; the most likely token always stays; 1 keeps all.
+        repetition_penalty: positive scores of tokens already seen are divided by it, negative ones
+            multiplied, once per token however often it was seen; 1 is off. In [1e-30, 1e30].
         seed: in [0, 2**64), or None for a fresh one from the operating system per sampler.
 
     Raises:
@@ -100,8 +108,7 @@ class SamplingParams:
         def put(name: str, value: float) -> None:
             object.__setattr__(self, name, value)
 
-        lowest = 1e-30 if self.temperature else 0.0
-        put("temperature", _number("temperature", self.temperature, lowest, 1e30, "0 or "))
+        put("temperature", _number("temperature", self.temperature, 1e-30, 1e30, zero=True))
         put("top_k", _integer("top_k", self.top_k, None))
         put("top_p", _number("top_p", self.top_p, 0.0, 1.0))
         put(
@@ -227,13 +234,13 @@ def process_scores(
     seen_token_ids: Sequence[int] | NDArray[np.int64],
     params: SamplingParams,
 ) -> NDArray[np.float32]:
-    """What transformers' processors make of one row of scores; the input is not modified.
+    """Apply transformers' processors to one row of scores; the input is not modified.
 
     Args:
         logits: float32 [vocab], -inf allowed.
-        seen_token_ids: ids of the prompt and of what was generated, each >= 0. Ids >= vocab are
-            ignored (transformers does so, for models whose embedding exceeds the head). Not looked
-            at unless there is a repetition penalty.
+        seen_token_ids: ids of the prompt and of the generated tokens, each >= 0. Ids >= vocab are
+            ignored (as in transformers, for models whose embedding exceeds the head). Unused
+            unless there is a repetition penalty.
         params: if greedy, only the repetition penalty is applied.
     Returns:
         float32 [vocab], removed tokens are -inf; at least one element is finite.
@@ -271,10 +278,11 @@ def process_scores(
 
 
 class Sampler:
-    """The token choice of one row of one request: parameters and a random stream of its own."""
+    """Token sampling for one row of one request: its parameters `params` and its own random stream, whose `seed` is
+    fresh if theirs is None."""
 
     def __init__(self, params: SamplingParams, *, row: int = 0) -> None:
-        """Stream ``(params.seed, row)``; rows of one seed have unrelated streams.
+        """Use the stream ``(params.seed, row)``; rows with the same seed have unrelated streams.
 
         Raises:
             SamplingParamsError: ``row`` is not an integer in [0, 2**64).
@@ -286,7 +294,7 @@ class Sampler:
     def sample(
         self, logits: NDArray[np.float32], seen_token_ids: Sequence[int] | NDArray[np.int64] = ()
     ) -> int:
-        """The next token for float32 ``logits`` [vocab]; errors as ``process_scores``.
+        """The next token for float32 ``logits`` [vocab]; raises as ``process_scores`` does.
 
         Greedy takes the lowest id among equal scores, as ``torch.argmax`` does on the CPU.
         """

@@ -1,11 +1,11 @@
 """Sessions: a model with its KV cache, fed token by token.
 
-`Session` is the protocol that everything above it uses. `CachedSession` does what every implementation
-needs: padding, positions, cache slots, active span and capacity. An implementation runs one step.
+`Session` is the protocol that all callers use. `CachedSession` does what every implementation needs:
+padding, positions, cache slots, active span and capacity. An implementation runs one step.
 
 Rows are right-padded. A pad token's key and value land in slots that no query attends to before a real
-token overwrites them, so a ragged batch needs no padding mask. A row with nothing to do in a step is all
-padding; if it is full, it replays its last token into that token's own slot.
+token overwrites them, so a ragged batch needs no padding mask. A row that is idle in a step is all padding;
+if it is full, it replays its last token into that token's own slot.
 """
 
 from __future__ import annotations
@@ -14,29 +14,40 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwenport.engines.errors import CapacityError, SessionError
+from qwenport.contract import INPUT_IDS, KEY_POSITIONS, LOGITS_INDICES, POSITION_IDS, WRITE_INDICES
+from qwenport.engines import snapshot as snapshot_
+from qwenport.engines.errors import CapacityError, SessionError, SnapshotError
+from qwenport.engines.memory import untouched_zeros
 
 SPAN_MULTIPLE = 64  # the active part of the cache is rounded up to this many slots
 
+Bytes = NDArray[np.uint8]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 
 
 class Session(Protocol):
-    """A model with a KV cache of `max_batch` rows of `capacity` slots."""
+    """A model with a KV cache of `max_batch` rows of `capacity` slots; its logits have `vocab_size` columns."""
 
     max_batch: int
     capacity: int
     vocab_size: int
+    max_step_tokens: int
+    """Tokens per row and step; longer prompts run in several steps."""
 
     @property
     def lengths(self) -> Int64:
         """int64 [max_batch]: how many tokens each row holds."""
+        ...
+
+    @property
+    def free_slots(self) -> Int64:
+        """int64 [max_batch]: how many more tokens each row has room for."""
         ...
 
     def prefill(
@@ -55,9 +66,9 @@ class Session(Protocol):
         ...
 
     def decode(self, token_ids: Sequence[int | None]) -> Float32:
-        """Append one token a row (None: leave the row alone); return fp32 [rows, vocab].
+        """Append one token per row (None: leave the row alone); return fp32 [rows, vocab].
 
-        A row left alone has zeros. Raises as `prefill` does.
+        The logits of a row left alone are zeros. Raises as `prefill` does.
         """
         ...
 
@@ -73,15 +84,29 @@ class Session(Protocol):
         """
         ...
 
+    def save(self) -> bytes:
+        """The cache's content (only the used slots), which can be restored into a session on the same package or
+        engine with the same number of rows, in this process or another."""
+        ...
+
+    def restore(self, snapshot: bytes) -> None:
+        """Replace the cache's content by a snapshot's.
+
+        Raises:
+            SnapshotError: not a snapshot, damaged, or from another model, dtype or number of rows.
+            CapacityError: one of its rows holds more than this session's slots. Either way the session is unchanged.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Step:
-    """One step that has run, over rows 0..B-1.
+    """One completed step, over rows 0..B-1.
 
     Attributes:
-        feeds: what the model was given: the inputs of docs/architecture.md's table but the cache.
+        feeds: the model's inputs: those in docs/architecture.md's table except the cache.
         taken: int64 [B], how many tokens of each row are real; the rest is padding.
-        capacity: slots of the session's cache.
+        capacity: slots in the session's cache.
         observed: name -> value of the step, as the graph has it.
     """
 
@@ -93,13 +118,14 @@ class Step:
     @property
     def starts(self) -> Int64:
         """int64 [B], the slot of each row's first token."""
-        return self.feeds["write_indices"]
+        return self.feeds[WRITE_INDICES]
 
 
 class CachedSession(ABC):
     """The bookkeeping of a session over a preallocated cache; subclasses implement `_step`.
 
-    A step takes at most `max_step_tokens` tokens a row and returns the logits of at most
+    The cache has `max_batch` rows of `capacity` slots, and the model has `max_positions` positions and `vocab_size`
+    token ids. A step takes at most `max_step_tokens` tokens per row and returns the logits of at most
     `max_step_logits` of them; longer prompts run in several steps.
     """
 
@@ -113,7 +139,7 @@ class CachedSession(ABC):
         max_step_logits: int,
         max_positions: int,
     ) -> None:
-        max_batch, capacity = _whole(max_batch, "rows"), _whole(capacity, "slots")
+        max_batch, capacity = whole(max_batch, "rows"), whole(capacity, "slots")
         if max_batch < 1 or capacity < 1:
             raise SessionError(f"a session needs a row and a slot, not {max_batch} x {capacity}")
         self.max_batch, self.capacity, self.vocab_size = max_batch, capacity, vocab_size
@@ -125,7 +151,8 @@ class CachedSession(ABC):
         """Name -> value of the last step, for the values that the session was asked to observe."""
         self._first_position = 0
         self._lengths = np.zeros(max_batch, dtype=np.int64)
-        self._last_token = np.zeros(max_batch, dtype=np.int64)
+        # the tokens that the slots hold; a full row that is idle replays its last one
+        self._tokens = untouched_zeros((max_batch, capacity), np.dtype(np.int64))
 
     @property
     def lengths(self) -> Int64:
@@ -136,24 +163,23 @@ class CachedSession(ABC):
         """Forget all tokens. The cache keeps its memory; old values are never attended to.
 
         Args:
-            first_position: of slot 0. A text may begin anywhere in the context: the cache then holds positions
-                first_position.. and attention sees nothing before them.
+            first_position: position of slot 0. A text may begin anywhere in the context: the cache then holds
+                positions first_position.. and attention sees nothing before them.
 
         Raises:
             CapacityError: there is no such position.
         """
-        first_position = _whole(first_position, "first position")
+        first_position = whole(first_position, "first position")
         if not 0 <= first_position < self.max_positions:
             raise CapacityError(
                 f"position {first_position} is outside 0..{self.max_positions - 1}, what the model supports"
             )
         self._first_position = first_position
         self._lengths[:] = 0
-        self._last_token[:] = 0
 
     def truncate(self, length: int, row: int = 0) -> None:
-        """See `Session.truncate`. The cache keeps what lay behind; it is never attended to."""
-        length, row = _whole(length, "length"), _whole(row, "row")
+        """See `Session.truncate`. The cache keeps the values beyond that length; they are never attended to."""
+        length, row = whole(length, "length"), whole(row, "row")
         if not 0 <= row < self.max_batch:
             raise SessionError(f"row {row} of a session of {self.max_batch}")
         if not 0 <= length <= self._lengths[row]:
@@ -166,7 +192,7 @@ class CachedSession(ABC):
         self, tokens: Sequence[Sequence[int]], *, all_logits: bool = False
     ) -> list[Float32]:
         """See `Session.prefill`."""
-        rows = [_token_ids(row, b) for b, row in enumerate(tokens)]
+        rows = _rows(tokens)
         self._check(rows)
         widest = min(self.max_step_tokens, self.max_step_logits if all_logits else self.capacity)
         results: list[list[Float32]] = [[] for _ in rows]
@@ -175,14 +201,14 @@ class CachedSession(ABC):
         while remaining.any():
             active = remaining > 0
             starts = np.minimum(self._lengths[: len(rows)], self._slots - 1)
-            # Padding, too, needs slots: one step is as wide as the fullest row has room for.
+            # Padding needs slots too: one step is only as wide as the fullest row has room for.
             width = int(min(remaining.max(), self._slots - starts.max(), widest))
             taken = np.minimum(remaining, width)
             ids = np.zeros((len(rows), width), dtype=np.int64)
             for b, row in enumerate(rows):
                 ids[b, : taken[b]] = row[done[b] : done[b] + taken[b]]
                 if self._lengths[b] == self._slots:
-                    ids[b, 0] = self._last_token[b]
+                    ids[b, 0] = self._tokens[b, self._slots - 1]
             finishing = active & (taken == remaining)
             if all_logits:
                 wanted = np.broadcast_to(np.arange(width, dtype=np.int64), ids.shape)
@@ -195,8 +221,7 @@ class CachedSession(ABC):
                         results[b].append(logits[b, : taken[b]])
                     elif finishing[b]:
                         results[b].append(logits[b, :1])
-                    self._last_token[b] = row[done[b] + taken[b] - 1]
-                    self._lengths[b] += taken[b]
+                    self._hold(b, row[done[b] : done[b] + taken[b]])
             done += taken
             remaining -= taken
         empty = np.zeros((0, self.vocab_size), dtype=np.float32)
@@ -205,23 +230,23 @@ class CachedSession(ABC):
     def prefill_choosing(
         self, tokens: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]
     ) -> Float32:
-        """Append tokens[b] to row b in one step, with the logits of chosen ones.
+        """Append tokens[b] to row b in one step, and return the logits of chosen tokens.
 
         Args:
-            tokens: as many for each row, at most `max_step_tokens`.
-            wanted: indices into each row's tokens, as many for each row, at most `max_step_logits`.
+            tokens: equally many for each row, at most `max_step_tokens`.
+            wanted: indices into each row's tokens, equally many for each row, at most `max_step_logits`.
 
         Returns:
             fp32 [rows, n, vocab].
 
         Raises:
-            CapacityError, SessionError: as `prefill`, or more than one step takes.
+            CapacityError, SessionError: as for `prefill`, or more than one step takes.
         """
-        rows = [_token_ids(row, b) for b, row in enumerate(tokens)]
+        rows = _rows(tokens)
         self._check(rows)
-        chosen = [_token_ids(row, b, "indices") for b, row in enumerate(wanted)]
+        chosen = _rows(wanted, "indices")
         if len({len(row) for row in chosen}) != 1:
-            raise SessionError("as many logits are wanted of each row")
+            raise SessionError("each row must request the same number of logits")
         indices = np.stack(chosen)
         width = len(rows[0])
         if any(len(row) != width for row in rows) or not 1 <= width <= self.max_step_tokens:
@@ -229,25 +254,106 @@ class CachedSession(ABC):
         if indices.shape[0] != len(rows) or not 1 <= indices.shape[1] <= self.max_step_logits:
             raise SessionError(f"one step gives 1 to {self.max_step_logits} logits a row")
         if indices.min() < 0 or indices.max() >= width:
-            raise SessionError(f"logits are wanted of tokens outside 0..{width - 1}")
+            raise SessionError(f"logits are requested of tokens outside 0..{width - 1}")
         starts = self._lengths[: len(rows)].copy()
         logits = self._run(np.stack(rows), starts, np.full(len(rows), width), indices)
-        self._lengths[: len(rows)] += width
-        self._last_token[: len(rows)] = [row[-1] for row in rows]
+        for b, row in enumerate(rows):
+            self._hold(b, row)
         return logits
 
     def decode(self, token_ids: Sequence[int | None]) -> Float32:
         """See `Session.decode`."""
-        if isinstance(token_ids, str | bytes | bytearray):
-            raise SessionError("tokens are integers, not text or bytes")
-        rows = self.prefill([[] if token is None else [token] for token in token_ids])
+        rows = self.prefill(
+            [[] if token is None else [token] for token in _sequence(token_ids, "tokens")]
+        )
         zeros = np.zeros((1, self.vocab_size), dtype=np.float32)
         return np.concatenate([row if len(row) else zeros for row in rows])
+
+    def save(self) -> bytes:
+        """See `Session.save`."""
+        facts = {
+            "of": self._identity(),
+            "first_position": self._first_position,
+            "lengths": self._lengths.tolist(),
+        }
+        arrays = {}
+        for row, count in enumerate(map(int, self._lengths)):
+            if count:
+                arrays[f"{row}.tokens"] = self._tokens[row, :count]
+                for name in self._cache_names():
+                    arrays[f"{row}.{name}"] = self._read_slots(name, row, count)
+        return snapshot_.pack(facts, arrays)
+
+    def restore(self, snapshot: bytes) -> None:
+        """See `Session.restore`."""
+        facts, arrays = snapshot_.unpack(snapshot)
+        first, lengths = self._facts(facts)
+        for row, count in enumerate(lengths):
+            self._check_arrays(arrays, row, count)
+        for row, count in enumerate(lengths):
+            for name in self._cache_names() if count else ():
+                self._write_slots(name, row, arrays[f"{row}.{name}"])
+            if count:
+                self._tokens[row, :count] = arrays[f"{row}.tokens"]
+        self._first_position = first
+        self._lengths[:] = lengths
+
+    def _facts(self, facts: Mapping[str, Any]) -> tuple[int, list[int]]:
+        """The first position and the rows' lengths of a snapshot.
+
+        Raises:
+            SnapshotError, CapacityError: see `Session.restore`.
+        """
+        if facts.get("of") != self._identity():
+            raise SnapshotError("snapshot: of another package or engine, or of another dtype")
+        first, lengths = facts.get("first_position"), facts.get("lengths")
+        if not (_is_count(first) and isinstance(lengths, list) and all(map(_is_count, lengths))):
+            raise SnapshotError("snapshot: damaged (no lengths)")
+        if first >= self.max_positions:
+            raise SnapshotError(f"snapshot: damaged (there is no position {first})")
+        if len(lengths) != self.max_batch:
+            raise SnapshotError(
+                f"snapshot: of {len(lengths)} rows, this session has {self.max_batch}"
+            )
+        slots = min(self.capacity, self.max_positions - first)
+        for row, count in enumerate(lengths):
+            if count > slots:
+                raise CapacityError(
+                    f"snapshot: row {row} holds {count} tokens; there are {slots} slots"
+                )
+        return first, lengths
+
+    def _check_arrays(self, arrays: Mapping[str, NDArray[Any]], row: int, count: int) -> None:
+        """Raises SnapshotError: an array of a row is missing or not of the row's size."""
+        if not count:
+            return
+        expected: dict[str, tuple[tuple[int, ...], Any]] = {"tokens": ((count,), np.int64)}
+        for name in self._cache_names():
+            heads, _, size = self._read_slots(name, row, 1).shape
+            expected[name] = ((heads, count, size), np.uint8)
+        for name, (shape, dtype) in expected.items():
+            found = arrays.get(f"{row}.{name}")
+            if found is None or found.shape != shape or found.dtype != dtype:
+                raise SnapshotError(f"snapshot: damaged (the {name} of row {row})")
+        tokens = arrays[f"{row}.tokens"]
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            raise SnapshotError(f"snapshot: damaged (the tokens of row {row})")
+
+    @property
+    def free_slots(self) -> Int64:
+        """See `Session.free_slots`."""
+        return self._slots - self._lengths
 
     @property
     def _slots(self) -> int:
         """Slots that have a position."""
         return min(self.capacity, self.max_positions - self._first_position)
+
+    def _hold(self, row: int, tokens: Int64) -> None:
+        """Count tokens that the cache now holds."""
+        start = self._lengths[row]
+        self._tokens[row, start : start + len(tokens)] = tokens
+        self._lengths[row] += len(tokens)
 
     def _check(self, rows: list[Int64]) -> None:
         if not 1 <= len(rows) <= self.max_batch:
@@ -268,11 +374,11 @@ class CachedSession(ABC):
         span = -(-int(starts.max() + width) // SPAN_MULTIPLE) * SPAN_MULTIPLE
         first = self._first_position
         feeds = {
-            "input_ids": ids,
-            "position_ids": first + starts[:, None] + np.arange(width, dtype=np.int64),
-            "write_indices": starts,
-            "key_positions": first + np.arange(min(span, self.capacity), dtype=np.int64),
-            "logits_indices": np.ascontiguousarray(wanted),
+            INPUT_IDS: ids,
+            POSITION_IDS: first + starts[:, None] + np.arange(width, dtype=np.int64),
+            WRITE_INDICES: starts,
+            KEY_POSITIONS: first + np.arange(min(span, self.capacity), dtype=np.int64),
+            LOGITS_INDICES: np.ascontiguousarray(wanted),
         }
         logits = self._step(feeds)
         if self.on_step is not None:
@@ -283,9 +389,31 @@ class CachedSession(ABC):
     def _step(self, feeds: dict[str, Int64]) -> Float32:
         """Run the model once; return logits fp32 [rows, n, vocab]."""
 
+    # needed by `save` and `restore`; validate's sessions do not have it
 
-def _whole(value: int, what: str) -> int:
-    """An integer, and nothing that would be rounded to one."""
+    def _identity(self) -> str:
+        """What a snapshot must match: the model and the cache's dtype."""
+        raise SessionError("this kind of session cannot be saved")
+
+    def _cache_names(self) -> Sequence[str]:
+        """The names of the caches."""
+        raise NotImplementedError
+
+    def _read_slots(self, name: str, row: int, count: int) -> Bytes:
+        """The first `count` slots of one row of a cache, uint8 [heads, count, bytes per slot]."""
+        raise NotImplementedError
+
+    def _write_slots(self, name: str, row: int, data: Bytes) -> None:
+        """The inverse of `_read_slots`."""
+        raise NotImplementedError
+
+
+def whole(value: int, what: str) -> int:
+    """`value` as an integer.
+
+    Raises:
+        SessionError: it would have to be rounded, or is no number.
+    """
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError
@@ -294,11 +422,28 @@ def _whole(value: int, what: str) -> int:
         raise SessionError(f"{what} must be an integer, not {value!r:.60}") from None
 
 
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
+
+
+def _sequence(value: Any, what: str) -> list[Any]:
+    """The items of a list, tuple, array or another sequence; refuses text, bytes, sets and what has no length."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        return list(value)
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview):
+        return list(value)
+    raise SessionError(f"{what} must be a list, not {value!r:.60}")
+
+
+def _rows(rows: Sequence[Sequence[int]], what: str = "token ids") -> list[Int64]:
+    return [_token_ids(row, b, what) for b, row in enumerate(_sequence(rows, f"rows of {what}"))]
+
+
 def _token_ids(row: Sequence[int], number: int, what: str = "token ids") -> Int64:
-    """One row as int64 [n]: a flat list or array of integers, and nothing that would be rounded or flattened."""
+    """One row as int64 [n]: a flat list or array of integers; refuses anything that would be rounded or flattened."""
     try:
-        found = np.asarray(row)
-    except ValueError:  # lists of several lengths
+        found = np.asarray(_sequence(row, what) if not isinstance(row, np.ndarray) else row)
+    except (SessionError, ValueError):  # no list, or lists of different lengths
         found = np.zeros((1, 1))
     if found.ndim == 1 and not len(found):
         return np.zeros(0, dtype=np.int64)
@@ -307,10 +452,12 @@ def _token_ids(row: Sequence[int], number: int, what: str = "token ids") -> Int6
         and found.ndim == 1
         and any(isinstance(t, bool | np.bool_) for t in row)
     )
+    if found.dtype == object and all(type(t) is int for t in row):
+        raise SessionError(f"row {number}: {what} has a number of more than 64 bits")
     if found.ndim != 1 or found.dtype.kind not in "iu" or mixed:
         raise SessionError(
             f"row {number}: {what} must be a flat list of integers, not {repr(row)[:60]}"
         )
     if found.dtype.kind == "u" and found.max() > np.iinfo(np.int64).max:
-        raise SessionError(f"row {number}: {what} has {found.max()}, which is no token")
+        raise SessionError(f"row {number}: {what} has {found.max()}, which is not a token id")
     return found.astype(np.int64)

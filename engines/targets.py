@@ -1,4 +1,4 @@
-"""What an engine can be built for: TensorRT flavours and GPU architectures.
+"""Build targets: TensorRT flavours and GPU architectures.
 
 tensorrt-rtx builds anywhere, for several architectures at once. tensorrt builds on the GPU it is for.
 """
@@ -12,13 +12,11 @@ from types import ModuleType
 from typing import Any
 
 from qwenport import import_extra
+from qwenport.contract import GPUS, TENSORRT, TENSORRT_RTX
 from qwenport.engines.errors import BuildError
 
-RTX_GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-TENSORRT_GPUS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "sm121")
-
-# TensorRT-RTX on Turing: no fused attention in bf16, no matrix product in fp32
 FP16_ONLY = ("sm75",)
+"""Architectures without fused bf16 attention and without fp32 matmul (TensorRT-RTX on Turing)."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,10 @@ class Flavour:
 
 
 FLAVOURS = {
-    "tensorrt-rtx": Flavour("tensorrt-rtx", "tensorrt_rtx", "rtx", RTX_GPUS, True),
-    "tensorrt": Flavour("tensorrt", "tensorrt", "gpu", TENSORRT_GPUS, False),
+    TENSORRT_RTX: Flavour(TENSORRT_RTX, "tensorrt_rtx", "rtx", GPUS[TENSORRT_RTX], True),
+    TENSORRT: Flavour(TENSORRT, "tensorrt", "gpu", GPUS[TENSORRT], False),
 }
+"""The flavours by their command-line names."""
 
 
 def flavour_of(target: str) -> Flavour:
@@ -50,11 +49,11 @@ def flavour_of(target: str) -> Flavour:
 
 
 def load_tensorrt(flavour: Flavour, purpose: str) -> Any:
-    """Import the flavour's Python module, and make Polygraphy use the same one.
+    """Import the flavour's Python module and make Polygraphy use it.
 
     Raises:
         MissingExtraError: the flavour is not installed.
-        BuildError: Polygraphy already works with the other flavour in this process.
+        BuildError: Polygraphy already uses the other flavour in this process.
     """
     module: ModuleType = import_extra(flavour.module, flavour.extra, purpose)
     wanted = flavour.module == "tensorrt_rtx"
@@ -70,13 +69,13 @@ def load_tensorrt(flavour: Flavour, purpose: str) -> Any:
 
 
 def parse_gpus(text: str | None, flavour: Flavour, dtype: str) -> tuple[str, ...]:
-    """Read "sm86,sm89" and refuse what the flavour or the dtype cannot serve.
+    """Parse "sm86,sm89" and refuse architectures that the flavour or the dtype does not support.
 
     Args:
         text: comma-separated architectures, or None for the flavour's default: for tensorrt-rtx all
-            that can run the dtype, for tensorrt the GPU at hand.
-        flavour: what will build.
-        dtype: the package's.
+            that can run the dtype, for tensorrt the local GPU.
+        flavour: the flavour that will build.
+        dtype: the package's dtype.
 
     Raises:
         BuildError: an unknown name, a repeated one, or one that cannot run the model; says which.
@@ -87,10 +86,14 @@ def parse_gpus(text: str | None, flavour: Flavour, dtype: str) -> tuple[str, ...
             if flavour.builds_anywhere
             else (current_gpu(),)
         )
-    gpus = tuple(part.strip().lower() for part in text.split(","))
-    for gpu in gpus:
-        if gpu not in RTX_GPUS + TENSORRT_GPUS:
-            raise BuildError(f"no such GPU architecture: {gpu!r}; known: {', '.join(flavour.gpus)}")
+    asked = [part.strip() for part in text.split(",")]
+    gpus = tuple(map(str.lower, asked))
+    for gpu, word in zip(gpus, asked, strict=True):
+        if not any(gpu in known.gpus for known in FLAVOURS.values()):
+            raise BuildError(
+                f"no such GPU architecture: {word!r}; known: {', '.join(flavour.gpus)} "
+                "(`qwenport inspect` names the architecture of common GPUs)"
+            )
         if gpu not in flavour.gpus:
             raise BuildError(
                 f"{flavour.name} has no kernels for {gpu}; it serves {', '.join(flavour.gpus)}"
@@ -100,7 +103,7 @@ def parse_gpus(text: str | None, flavour: Flavour, dtype: str) -> tuple[str, ...
         if gpus.count(gpu) > 1:
             raise BuildError(f"{gpu} is named twice")
     if not flavour.builds_anywhere and gpus != (current_gpu(),):
-        raise BuildError(f"tensorrt builds for the GPU at hand ({current_gpu()}) only")
+        raise BuildError(f"tensorrt builds only for the local GPU ({current_gpu()})")
     return gpus
 
 
@@ -108,7 +111,7 @@ def current_gpu() -> str:
     """The architecture of the first GPU, as "sm90".
 
     Raises:
-        BuildError: there is none.
+        BuildError: there is no GPU.
     """
     import torch
 

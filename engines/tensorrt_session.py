@@ -1,18 +1,21 @@
 """An engine run by TensorRT or TensorRT-RTX on a GPU, its KV cache updated in place.
 
-torch holds the device memory; TensorRT is given addresses. past and present of a cache are one allocation.
+torch owns the device memory; TensorRT gets addresses. A cache's past and present are one allocation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from qwenport.contract import DTYPES, INPUT_IDS, LOGITS, LOGITS_INDICES, PLAN, present_of
 from qwenport.engines.engine import Engine
 from qwenport.engines.errors import EngineError, SessionError
+from qwenport.engines.memory import read_slots, write_slots
 from qwenport.engines.plugin_library import register_for_run
-from qwenport.engines.session import CachedSession, Float32, Int64
+from qwenport.engines.session import Bytes, CachedSession, Float32, Int64, whole
 from qwenport.engines.targets import FLAVOURS, load_tensorrt
 
 
@@ -31,16 +34,16 @@ class TensorRTSession(CachedSession):
         """Load the plan and allocate the cache.
 
         Args:
-            engine: what to run.
+            engine: the engine to run.
             max_batch: rows, at most the engine's.
-            capacity: slots a row that may be used, at most the engine's (the default). The memory is the
+            capacity: usable slots per row, at most the engine's (the default). The memory is the
                 engine's capacity either way: TensorRT fixes it.
             device: torch device of all buffers.
             tensorrt: module to use in place of the engine's flavour.
 
         Raises:
             MissingExtraError: the flavour is not installed.
-            EngineError: no GPU, a GPU the engine was not built for, another TensorRT version, or a plan that
+            EngineError: no GPU, a GPU that the engine was not built for, another TensorRT version, or a plan that
                 TensorRT refuses.
             SessionError: more rows or slots than the engine has.
         """
@@ -48,7 +51,8 @@ class TensorRTSession(CachedSession):
 
         manifest = engine.manifest
         profile, model = manifest["profile"], manifest["model"]
-        capacity = manifest["max_seq_len"] if capacity is None else capacity
+        max_batch = whole(max_batch, "rows")
+        capacity = manifest["max_seq_len"] if capacity is None else whole(capacity, "slots")
         if capacity > manifest["max_seq_len"] or max_batch > manifest["max_batch"]:
             raise SessionError(
                 f"{max_batch} rows of {capacity} slots, but the engine was built for "
@@ -58,15 +62,15 @@ class TensorRTSession(CachedSession):
             max_batch=max_batch,
             capacity=capacity,
             vocab_size=model["vocab_size"],
-            max_step_tokens=profile["input_ids"]["max"][1],
-            max_step_logits=profile["logits_indices"]["max"][1],
+            max_step_tokens=profile[INPUT_IDS]["max"][1],
+            max_step_logits=profile[LOGITS_INDICES]["max"][1],
             max_positions=manifest["max_seq_len"],
         )
         if tensorrt is None:
             check_gpu(engine)
             tensorrt = load_tensorrt(FLAVOURS[manifest["flavour"]], "run this engine")
         check_version(engine, tensorrt.__version__)
-        self._trt, self._device = tensorrt, torch.device(device)
+        self._device = torch.device(device)
         self._runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
         for name in manifest["plugins"]:
             register_for_run(self._runtime, engine.path / name)
@@ -76,11 +80,10 @@ class TensorRTSession(CachedSession):
                 f"{engine.path}: TensorRT refused the plan; build it again on this version"
             )
         self._context = self._engine.create_execution_context()
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
-            manifest["dtype"]
-        ]
+        dtype = DTYPES[manifest["dtype"]].torch
+        self._plan_sha256 = manifest["files"][PLAN]["sha256"]
         self._row_shape = (model["num_key_value_heads"], manifest["max_seq_len"], model["head_dim"])
-        # zeros, not uninitialised memory: a masked slot still multiplies, and 0 x NaN is NaN
+        # zeros, not uninitialised memory: a masked slot is still multiplied, and 0 x NaN is NaN
         self._cache = {
             past: torch.zeros((max_batch, *self._row_shape), dtype=dtype, device=self._device)
             for past in manifest["aliases"].values()
@@ -95,13 +98,25 @@ class TensorRTSession(CachedSession):
         return {
             name: (memory.data_ptr(), memory.nbytes)
             for past, memory in self._cache.items()
-            for name in (past, past.replace("past_key_values.", "present."))
+            for name in (past, present_of(past))
         }
+
+    def _identity(self) -> str:
+        return str(self._plan_sha256)
+
+    def _cache_names(self) -> Sequence[str]:
+        return tuple(self._cache)
+
+    def _read_slots(self, name: str, row: int, count: int) -> Bytes:
+        return read_slots(self._cache[name], row, count)
+
+    def _write_slots(self, name: str, row: int, data: Bytes) -> None:
+        write_slots(self._cache[name], row, data)
 
     def _step(self, feeds: dict[str, Int64]) -> Float32:
         import torch
 
-        rows, wanted = feeds["logits_indices"].shape
+        rows, wanted = feeds[LOGITS_INDICES].shape
         if rows != self._bound_rows:
             for past in self._cache:
                 self._set_shape(past, (rows, *self._row_shape))
@@ -117,7 +132,7 @@ class TensorRTSession(CachedSession):
         logits = torch.empty(
             (rows, wanted, self.vocab_size), dtype=torch.float32, device=self._device
         )
-        self._context.set_tensor_address("logits", logits.data_ptr())
+        self._context.set_tensor_address(LOGITS, logits.data_ptr())
         stream = torch.cuda.current_stream(self._device).cuda_stream if logits.is_cuda else 0
         if not self._context.execute_async_v3(stream):
             raise EngineError("TensorRT refused to run a step; its log says why")
@@ -130,10 +145,10 @@ class TensorRTSession(CachedSession):
 
 
 def check_gpu(engine: Engine) -> None:
-    """Refuse to run where the engine cannot.
+    """Refuse to run an engine where it cannot run.
 
     Raises:
-        EngineError: no GPU, or one that the engine was not built for; names what it was built for.
+        EngineError: no GPU, or one that the engine was not built for; names the GPUs that it was built for.
     """
     import torch
 
@@ -152,7 +167,7 @@ def check_gpu(engine: Engine) -> None:
 
 
 def check_version(engine: Engine, version: str) -> None:
-    """Plans are tied to the TensorRT release that made them.
+    """Refuse another TensorRT version: a plan is tied to the release that built it.
 
     Raises:
         EngineError: the versions differ.

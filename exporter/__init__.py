@@ -1,6 +1,6 @@
 """checkpoint -> package. Reads config.json and safetensors headers, traces, writes model.onnx + manifest.
 
-Heavy imports (torch, onnx_ir) happen inside `export`, so that opening a package is quick.
+Heavy imports (torch, onnx_ir) happen inside `export`, so that a package opens quickly.
 """
 
 from qwenport.exporter.adapter import Adapter
@@ -23,9 +23,7 @@ from qwenport.exporter.errors import (
 from qwenport.exporter.json_file import read_json
 from qwenport.exporter.manifest import (
     BINDINGS,
-    ENGINE_FORMAT,
     FILES,
-    MANIFEST,
     SOURCE,
     Each,
     Kind,
@@ -39,9 +37,6 @@ from qwenport.exporter.manifest import (
     write_json,
 )
 from qwenport.exporter.package import (
-    DEFAULT_MAX_BATCH,
-    DTYPES,
-    WEIGHT_MODES,
     Package,
     describe_graph,
     expected_model,
@@ -49,20 +44,14 @@ from qwenport.exporter.package import (
     load_package,
 )
 from qwenport.exporter.rope import Rope, rope_tables
-from qwenport.exporter.safetensors_file import CHUNK_BYTES, DTYPE_NAMES, TensorEntry
+from qwenport.exporter.safetensors_file import CHUNK_BYTES, TensorEntry
 
 __all__ = [
     "BINDINGS",
     "CHUNK_BYTES",
     "COMPANIONS",
-    "DEFAULT_MAX_BATCH",
-    "DTYPES",
-    "DTYPE_NAMES",
-    "ENGINE_FORMAT",
     "FILES",
-    "MANIFEST",
     "SOURCE",
-    "WEIGHT_MODES",
     "Adapter",
     "Checkpoint",
     "CheckpointError",

@@ -1,7 +1,7 @@
-"""A LoRA adapter beside a checkpoint, as peft saves it: which matrices it changes, and by what.
+"""A LoRA adapter stored with a checkpoint, as peft saves it: which matrices it changes, and by how much.
 
 A matrix W [out, in] becomes W + (alpha / r) B A, with A [r, in] and B [out, r]. An adapter that does anything else
-(DoRA, rsLoRA, biases, trained embeddings, ranks of their own) is refused.
+(DoRA, rsLoRA, biases, trained embeddings, per-module ranks) is refused.
 
 Source: peft, tuners/lora/layer.py (Linear.get_delta_weight).
 """
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import regex
 
+from qwenport.contract import BY_SAFETENSORS
 from qwenport.exporter.directory import sha256
 from qwenport.exporter.errors import CheckpointError
 from qwenport.exporter.json_file import read_json
 from qwenport.exporter.keys import short
 from qwenport.exporter.safetensors_file import (
-    DTYPE_NAMES,
     TensorEntry,
     WeightFile,
     read_safetensors_header,
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     import torch
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # peft's, before transformers' names
+PREFIX = "base_model.model."  # peft puts it before transformers' names
 PARTS = regex.compile(r"(.+)\.lora_([AB])\.weight")
 WITH_PEFT = "merge it with peft, and export the result"
 HONOURED = {"bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "target_modules"}
-# What says how it was trained or where it came from; any other key must be empty.
+# Keys that say how it was trained or where it came from; any other key must be empty.
 NEUTRAL = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -47,15 +47,15 @@ NEUTRAL = {
     "revision",
     "task_type",
 }
-# Other ways to begin training (PiSSA, OLoRA, LoftQ, ...) change the weights that the adapter is for.
+# Other initializations (PiSSA, OLoRA, LoftQ, ...) change the base weights.
 MOST_ALPHA = 1e9
-SECONDS = 2.0  # for a pattern to match the names of all modules
+SECONDS = 2.0  # time limit for matching a pattern against all module names
 BEGINNINGS = (None, True, False, "gaussian", "orthogonal")
 
 
 @dataclass(frozen=True)
 class AdaptedMatrix:
-    """What is added to one matrix: scale * B A, B [out, r], A [r, in]."""
+    """The change to one matrix: scale * B A, with B [out, r] and A [r, in]."""
 
     a: TensorEntry
     b: TensorEntry
@@ -68,10 +68,10 @@ class Adapter:
 
     Attributes:
         path: the directory.
-        config_sha256: of adapter_config.json.
-        file: its weights.
+        config_sha256: SHA-256 of adapter_config.json.
+        file: the adapter's weights.
         rank: r.
-        matrices: name of a tensor of the checkpoint -> what is added to it.
+        matrices: checkpoint tensor name -> the change added to it.
     """
 
     path: Path
@@ -81,9 +81,9 @@ class Adapter:
     matrices: dict[str, AdaptedMatrix]
 
     def added(self, entry: TensorEntry, start: int, count: int) -> torch.Tensor:
-        """What is added to elements start..start+count-1 of a tensor, row by row; fp64 [count].
+        """The change added to elements start..start+count-1 of a tensor in row-major order; fp64 [count].
 
-        In fp64 the order of additions, which differs between machines, does not show after rounding.
+        In fp64 the order of additions, which differs between machines, does not survive rounding.
         """
         matrix, columns = self.matrices[entry.name], entry.shape[1]
         first, last = start // columns, (start + count - 1) // columns
@@ -93,7 +93,7 @@ class Adapter:
         return (matrix.scale * (b @ a)).flatten()[offset : offset + count]
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest says of it."""
+        """The manifest's entry for it."""
         return {
             "config_sha256": self.config_sha256,
             "sha256": sha256(self.path / ADAPTER_WEIGHTS),
@@ -102,15 +102,15 @@ class Adapter:
 
 
 def read_adapter(path: Path, tensors: Mapping[str, TensorEntry]) -> Adapter:
-    """Read the adapter in a checkpoint directory, and hold it against the checkpoint's tensors.
+    """Read the adapter in a checkpoint directory and compare it with the checkpoint's tensors.
 
     Args:
         path: the checkpoint's directory, with adapter_config.json and adapter_model.safetensors in it.
-        tensors: the checkpoint's, under transformers' names.
+        tensors: the checkpoint's tensors, under transformers' names.
 
     Raises:
-        CheckpointError: there is none, it does more than W + (alpha / r) B A, it does not fit, or a value is not
-            finite.
+        CheckpointError: there is no adapter, it does more than W + (alpha / r) B A, it does not fit, or a value is
+            not finite.
     """
     config = _read_config(path / ADAPTER_CONFIG)
     rank, scale = _rank_and_scale(config)
@@ -124,7 +124,7 @@ def read_adapter(path: Path, tensors: Mapping[str, TensorEntry]) -> Adapter:
         parts = PARTS.fullmatch(entry.name)
         if parts is None or not entry.name.startswith(PREFIX):
             raise CheckpointError(
-                f"{ADAPTER_WEIGHTS} has tensor {entry.name}, which is no part of a LoRA of linear layers; {WITH_PEFT}"
+                f"{ADAPTER_WEIGHTS} has tensor {entry.name}, which is not part of a LoRA of linear layers; {WITH_PEFT}"
             )
         found.setdefault(parts[1].removeprefix(PREFIX), {})[parts[2]] = entry
     _check_targets(config["target_modules"], found, tensors)
@@ -135,14 +135,14 @@ def read_adapter(path: Path, tensors: Mapping[str, TensorEntry]) -> Adapter:
         for part, shape in ("A", (rank, columns)), ("B", (rows, rank)):
             if part not in pair:
                 raise CheckpointError(
-                    f"{ADAPTER_WEIGHTS} has no lora_{part} for {module}: it is not whole"
+                    f"{ADAPTER_WEIGHTS} has no lora_{part} for {module}: it is incomplete"
                 )
             if pair[part].shape != shape:
                 raise CheckpointError(
                     f"{ADAPTER_WEIGHTS}: {pair[part].name} has shape {list(pair[part].shape)}; "
                     f"r = {rank} and the checkpoint imply {list(shape)}"
                 )
-            _rows(path, pair[part], 0, shape[0])  # refuses what is not finite
+            _rows(path, pair[part], 0, shape[0])  # refuses values that are not finite
         matrices[name] = AdaptedMatrix(pair["A"], pair["B"], scale)
     return Adapter(path, sha256(path / ADAPTER_CONFIG), file, rank, matrices)
 
@@ -155,7 +155,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = read_json(file)
         if not isinstance(config, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: not the settings of an adapter ({error})") from error
     found: dict[str, Any] = config
@@ -183,17 +183,17 @@ def _rank_and_scale(config: dict[str, Any]) -> tuple[int, float]:
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
-        raise CheckpointError(f"{ADAPTER_CONFIG}: r {short(rank)} is no rank")
+        raise CheckpointError(f"{ADAPTER_CONFIG}: r {short(rank)} is not a rank")
     is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
     if not is_number or not -MOST_ALPHA < alpha < MOST_ALPHA:
-        raise CheckpointError(f"{ADAPTER_CONFIG}: lora_alpha {short(alpha)} is no number")
+        raise CheckpointError(f"{ADAPTER_CONFIG}: lora_alpha {short(alpha)} is not a number")
     if "target_modules" not in config:
         raise CheckpointError(f"{ADAPTER_CONFIG}: no target_modules")
     return rank, alpha / rank
 
 
 def _check_targets(target: Any, found: Iterable[str], tensors: Mapping[str, TensorEntry]) -> None:
-    """The file adapts the modules that target_modules names, all of them and no other."""
+    """Check that the file adapts exactly the modules that target_modules names."""
     is_target = _matcher(target)
     modules = {
         name.removesuffix(".weight")
@@ -218,7 +218,7 @@ def _check_targets(target: Any, found: Iterable[str], tensors: Mapping[str, Tens
 
 
 def _matcher(target: Any) -> Any:
-    """Whether a module's name is meant, as peft reads target_modules: a list of ends, or a pattern."""
+    """A test whether target_modules covers a module name, as peft reads it: a list of suffixes, or a pattern."""
     if target == "all-linear":
         return lambda module: module != "lm_head"
     try:
@@ -239,7 +239,7 @@ def _pattern(target: str) -> Any:
             return pattern.fullmatch(module, timeout=left) is not None
         except TimeoutError as error:
             raise CheckpointError(
-                f"{ADAPTER_CONFIG}: target_modules {target!r} takes for ever to match"
+                f"{ADAPTER_CONFIG}: target_modules {target!r} takes too long to match"
             ) from error
 
     return matches
@@ -253,13 +253,11 @@ def _rows(path: Path, entry: TensorEntry, start: int, stop: int) -> torch.Tensor
     """
     import torch
 
-    from qwenport.exporter.weights import TORCH
-
     width = entry.length // entry.shape[0]
     with (path / entry.file).open("rb") as stream:
         stream.seek(entry.offset + start * width)
         data = bytearray(stream.read((stop - start) * width))
-    values = torch.frombuffer(data, dtype=TORCH[DTYPE_NAMES[entry.dtype]]).double()
+    values = torch.frombuffer(data, dtype=BY_SAFETENSORS[entry.dtype].torch).double()
     if not torch.isfinite(values).all():
         raise CheckpointError(f"tensor {entry.name} of the adapter holds NaN or infinity")
     return values.view(stop - start, entry.shape[1])

@@ -1,8 +1,8 @@
 """A Hugging Face checkpoint directory: config.json and the safetensors headers, compared with each other.
 
-Every tensor is used, or named in a note that says why it is not. No weight is read but for what has to be compared: a
-head that repeats the embedding, a tensor that is there twice, buffers of rotary frequencies. Pickled weights are
-refused: loading them runs code.
+Every tensor is used, or named in a note that says why it is not. Weights are read only where values must be compared:
+a head that repeats the embedding, a duplicated tensor, rotary frequency buffers. Pickled weights are refused: loading
+them runs code.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from qwenport.contract import BY_SAFETENSORS, MANIFEST
 from qwenport.exporter.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, read_adapter
 from qwenport.exporter.config import ModelConfig, parse_config, read_config_json
 from qwenport.exporter.errors import CheckpointError
@@ -21,8 +21,6 @@ from qwenport.exporter.manifest import why_no_directory
 from qwenport.exporter.names import rotary_buffers, understood
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
-    DTYPE_BYTES,
-    DTYPE_NAMES,
     TensorEntry,
     WeightFile,
     chunks,
@@ -32,27 +30,28 @@ from qwenport.wording import cut
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# a sparse layer's experts as two tensors; each expert's gate projection lies before its up projection
+# a sparse layer's experts as two tensors; each expert's gate projection precedes its up projection
 GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every tensor is known and has the shape its config.json promises.
+    """A checkpoint in which every tensor is known and has the shape that config.json implies.
 
     Attributes:
-        path, config, raw_config: the directory, and its config.json.
-        dtype: config.json's, or the embedding's where it does not say.
-        tensors: name -> place. Names are those of transformers' model, whatever the files call them; dtypes may differ.
-        files: that hold them.
-        prefix: what stands in the files before the names of the decoder's tensors: "model." as published.
-        notes: what was passed over, a sentence each.
-        adapter: what is to be merged into the weights, if that was asked for.
+        path: the directory.
+        config: what its config.json means.
+        dtype: config.json's, or the embedding's if config.json names none.
+        tensors: name -> location. Names are those of transformers' model, whatever the files call them; dtypes may
+            differ.
+        files: the files that hold them.
+        prefix: the decoder tensors' name prefix in the files: "model." as published.
+        notes: what was skipped, one sentence each.
+        adapter: the adapter to merge into the weights, if requested.
     """
 
     path: Path
     config: ModelConfig
-    raw_config: dict[str, Any]
     dtype: str
     tensors: dict[str, TensorEntry]
     files: tuple[WeightFile, ...]
@@ -62,12 +61,12 @@ class Checkpoint:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether an adapter lies beside the weights."""
+        """Whether the directory also holds an adapter."""
         return (self.path / ADAPTER_CONFIG).is_file()
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(tensor.length for tensor in self.tensors.values())
 
 
@@ -83,8 +82,8 @@ def open_checkpoint(
     Args:
         path: checkpoint directory in Hugging Face layout.
         rope_scaling: "KIND:FACTOR" to add to a checkpoint without rope scaling.
-        max_seq_len: positions that are wanted; all that the rope settings allow by default.
-        merged: the adapter that lies beside the weights belongs to the model; it is not looked at otherwise.
+        max_seq_len: positions requested; by default all that the rope settings allow.
+        merged: read the adapter in the directory and merge it; it is ignored otherwise.
 
     Raises:
         ConfigError: config.json is missing, not supported, or not understood.
@@ -114,23 +113,25 @@ def open_checkpoint(
     if len(tensors) < len(given):
         notes.append("lm_head.weight repeats the embedding, which is tied to it: not used")
     _compare(expected_tensors(config, tensors), tensors)
-    dtype = config.dtype or DTYPE_NAMES[tensors["model.embed_tokens.weight"].dtype]
+    dtype = config.dtype or BY_SAFETENSORS[tensors["model.embed_tokens.weight"].dtype].name
     adapter = read_adapter(path, tensors) if merged else None
     if adapter is not None:
         count, rank = len(adapter.matrices), adapter.rank
-        notes.append(f"the adapter beside the weights (rank {rank}) is merged into {count} of them")
-    return Checkpoint(path, config, raw, dtype, tensors, found.files, prefix, tuple(notes), adapter)
+        notes.append(
+            f"the adapter next to the weights (rank {rank}) is merged into {count} of them"
+        )
+    return Checkpoint(path, config, dtype, tensors, found.files, prefix, tuple(notes), adapter)
 
 
 def refuse_what_is_no_checkpoint(path: Path) -> None:
-    """Say what a path is that is no checkpoint directory, and what to do.
+    """Raise an error for a path that is not a checkpoint directory, saying what it is and what to do.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: it is not a checkpoint directory.
     """
     if (wrong := why_no_directory(path)) is not None:
         raise CheckpointError(wrong)
-    if (path / "qwenport.json").is_file():
+    if (path / MANIFEST).is_file():
         raise CheckpointError(
             f"{path}: a package or engine of Qwenport's, not a checkpoint; give the directory that it was made from"
         )
@@ -148,11 +149,11 @@ def refuse_what_is_no_checkpoint(path: Path) -> None:
 def expected_tensors(
     config: ModelConfig, present: Container[str] = ()
 ) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that a checkpoint of this config must hold, and no other.
+    """Name -> shape of every tensor that a checkpoint with this config must hold, no more and no fewer.
 
-    A sparse layer's experts are a tensor each, as published, unless its stacked tensors are among `present`.
+    A sparse layer's experts are separate tensors, as published, unless the stacked tensors are among `present`.
     """
-    from qwenport.exporter.decoder import parameter_shapes  # brings torch
+    from qwenport.exporter.decoder import parameter_shapes  # imports torch
 
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in parameter_shapes(config).items():
@@ -168,11 +169,11 @@ def expected_tensors(
 
 
 def expert_parts(name: str, experts: int) -> list[str]:
-    """The tensors of single experts that, one after the other, are the stacked tensor `name`.
+    """The single experts' tensors that, concatenated, make up the stacked tensor `name`.
 
     Args:
         name: "...mlp.experts.gate_up_proj" or "...mlp.experts.down_proj".
-        experts: how many there are.
+        experts: the number of experts.
     """
     prefix, _, kind = name.rpartition(".")
     parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[kind]
@@ -180,7 +181,7 @@ def expert_parts(name: str, experts: int) -> list[str]:
 
 
 def expert_stacks(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """Stacked tensor -> the checkpoint's tensors that it consists of, in order; none if it has the stacks."""
+    """Stacked tensor -> the checkpoint's tensors that make it up, in order; empty if it already has the stacks."""
     moe, stacks = checkpoint.config.moe, {}
     for layer in () if moe is None else moe.layers:
         for kind in (GATE_UP, DOWN):
@@ -191,7 +192,7 @@ def expert_stacks(checkpoint: Checkpoint) -> dict[str, list[str]]:
 
 
 def stacked_shape(checkpoint: Checkpoint, name: str, parts: list[TensorEntry]) -> tuple[int, ...]:
-    """The shape of a package's tensor `name` that consists of `parts`: itself, or single experts."""
+    """The shape of a package's tensor `name` made up of `parts`: the tensor itself, or single experts."""
     if len(parts) == 1 and parts[0].name == name:
         return parts[0].shape
     moe = checkpoint.config.moe
@@ -202,7 +203,7 @@ def stacked_shape(checkpoint: Checkpoint, name: str, parts: list[TensorEntry]) -
 
 @dataclass
 class _Found:
-    """What the headers hold."""
+    """The contents of the headers."""
 
     files: tuple[WeightFile, ...]
     tensors: dict[str, TensorEntry]
@@ -245,7 +246,7 @@ def _read_headers(path: Path) -> _Found:
 def _as_indexed(
     path: Path, weight_map: dict[str, str], places: dict[str, list[TensorEntry]], found: _Found
 ) -> None:
-    """The index decides which of several is meant, and which are strays."""
+    """Let the index decide which duplicate counts and which tensors are strays."""
     again: list[str] = []
     for tensor, shard in weight_map.items():
         entries = {entry.file: entry for entry in places.get(tensor, ())}
@@ -278,7 +279,7 @@ def _as_indexed(
 
 
 def _without_weights(path: Path) -> str:
-    """What is there in place of safetensors files."""
+    """Say what the directory holds in place of safetensors files."""
     pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickled:
         return (
@@ -310,7 +311,7 @@ def _read_index(index: Path) -> dict[str, str]:
 def _without_tied_copy(
     path: Path, config: ModelConfig, tensors: dict[str, TensorEntry]
 ) -> dict[str, TensorEntry]:
-    """Drop a tied checkpoint's spare lm_head.weight, if it really is the embedding again."""
+    """Drop a tied checkpoint's redundant lm_head.weight, if it really equals the embedding."""
     head = tensors.get("lm_head.weight")
     embedding = tensors.get("model.embed_tokens.weight")
     if not config.tie_word_embeddings or head is None or embedding is None:
@@ -330,22 +331,21 @@ def _same_bytes(path: Path, a: TensorEntry, b: TensorEntry) -> bool:
 
 
 def _same_values(path: Path, a: TensorEntry, b: TensorEntry) -> bool:
-    """As `_same_bytes`, but of two dtypes: every number is the same."""
+    """As `_same_bytes`, but across two dtypes: every number is equal."""
     if a.dtype == b.dtype or a.shape != b.shape:
         return _same_bytes(path, a, b)
     import torch
 
-    from qwenport.exporter.weights import TORCH
-
     def numbers(entry: TensorEntry) -> Iterator[torch.Tensor]:
-        """fp32, as many at a time of either tensor."""
-        size = DTYPE_BYTES[entry.dtype]
+        """The values in fp32, in chunks of equal count for both tensors."""
+        dtype = BY_SAFETENSORS[entry.dtype]
+        size = dtype.itemsize
         with (path / entry.file).open("rb") as stream:
             stream.seek(entry.offset)
             for start in range(0, entry.length // size, CHUNK_BYTES):
                 count = min(CHUNK_BYTES, entry.length // size - start)
                 data = bytearray(stream.read(count * size))
-                yield torch.frombuffer(data, dtype=TORCH[DTYPE_NAMES[entry.dtype]]).float()
+                yield torch.frombuffer(data, dtype=dtype.torch).float()
 
     return all(torch.equal(x, y) for x, y in zip(numbers(a), numbers(b), strict=True))
 
@@ -375,7 +375,7 @@ def _name_some(names: list[str]) -> str:
 
 
 def _some(what: str, names: list[str], most_characters: int = 70) -> str:
-    """The first of the names, whole, up to so many characters, and how many more there are."""
+    """The first names in full, up to a number of characters, and how many more there are."""
     shown = [cut(names[0])]
     for name in names[1:]:
         if len(", ".join([*shown, name])) > most_characters:

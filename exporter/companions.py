@@ -1,4 +1,4 @@
-"""The files that travel with a model unchanged: what a graph does not depend on, and text generation does."""
+"""The files copied unchanged with a model: text generation needs them, the graph does not."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-MOST_OF_A_TOKENIZER = 1 << 26  # bytes; published ones have up to 20 million
+"""Files copied unchanged with a model, where the checkpoint has them."""
+MOST_OF_A_TOKENIZER = 1 << 26  # bytes; published tokenizers reach 20 million
 
 
 def companions_of(path: Path) -> list[Path]:
-    """Those that a directory has.
+    """The companion files that a directory has.
 
     Raises:
-        CheckpointError: one is no file but a directory, a device or a pipe.
+        CheckpointError: one is not a regular file but a directory, a device or a pipe.
     """
     found = [path / name for name in COMPANIONS if os.path.lexists(path / name)]
     for file in found:
@@ -42,7 +43,7 @@ def companions_of(path: Path) -> list[Path]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy them all.
+    """Copy all companion files.
 
     Raises:
         CheckpointError: see `companions_of`.
@@ -52,10 +53,10 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def read_companion(file: Path) -> dict[str, Any]:
-    """The object in a JSON file among them.
+    """The object in a companion JSON file.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the file is damaged.
     """
     try:
         content = read_json(file, MOST_OF_A_TOKENIZER)
@@ -67,10 +68,10 @@ def read_companion(file: Path) -> dict[str, Any]:
 
 
 def check_companions(path: Path) -> None:
-    """Read every JSON file among them.
+    """Read every companion JSON file.
 
     Raises:
-        CheckpointError: one is damaged, or no file.
+        CheckpointError: one is damaged, or not a regular file.
     """
     for file in companions_of(path):
         if file.suffix == ".json":
@@ -78,7 +79,7 @@ def check_companions(path: Path) -> None:
 
 
 def doubts(path: Path, vocab_size: int) -> Iterator[str]:
-    """Sentences on what `generate` will refuse; the graph does not depend on it."""
+    """Warnings about what `generate` will refuse; the graph does not depend on it."""
     try:
         check_companions(path)
         stop_ids(path, vocab_size)
@@ -92,7 +93,7 @@ def stop_ids(path: Path, vocab_size: int) -> list[int]:
     """The ids that end a text: eos_token_id of generation_config.json, else of config.json.
 
     Raises:
-        CheckpointError: a file is damaged, or its eos_token_id is no id of the vocabulary or a list of them.
+        CheckpointError: a file is damaged, or its eos_token_id is neither an id of the vocabulary nor a list of them.
     """
     for name in ("generation_config.json", "config.json"):
         file = path / name
@@ -113,7 +114,7 @@ def stop_ids(path: Path, vocab_size: int) -> list[int]:
 
 
 def ids_beyond(path: Path, vocab_size: int) -> str | None:
-    """A sentence about ids of a tokenizer.json that the embedding has no row for; None if there are none."""
+    """A warning about tokenizer.json ids without an embedding row; None if there are none."""
     try:
         content = read_companion(path / "tokenizer.json")
         vocabulary = content["model"]["vocab"]
@@ -123,7 +124,7 @@ def ids_beyond(path: Path, vocab_size: int) -> str | None:
             [*added, max(vocabulary.values()) if isinstance(vocabulary, dict) else size - 1]
         )
     except (CheckpointError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # generate says what is wrong with it
+        return None  # `generate` reports what is wrong with it
     if highest < vocab_size:
         return None
     return (

@@ -1,7 +1,7 @@
 """config.json -> ModelConfig, strictly.
 
-Every key that changes the mathematics is honoured or refused (`keys`); what differs from family to family is said by
-the family (`families`), and what differs by kind of rope scaling by the kind (`rope`).
+Every key that changes the mathematics is honoured or refused (`keys`). Each family defines its own differences
+(`families`), and so does each kind of rope scaling (`rope`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenport.contract import BY_TORCH_NAME
 from qwenport.exporter.errors import ConfigError
 from qwenport.exporter.families import FAMILIES, MoEConfig
 from qwenport.exporter.json_file import read_json
@@ -20,15 +21,24 @@ from qwenport.exporter.rope import Rope, parse_rope
 __all__ = ["MoEConfig", "ModelConfig", "parse_config", "read_config_json"]
 
 MOST_EXPERTS = 1 << 17  # over all layers; the largest published model has 15,000
-DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a decoder-only model computes, as far as its graph depends on it.
+    """The part of a decoder-only model's config that its graph depends on.
 
-    `dtype` is the checkpoint's ("bf16", "fp16", "fp32") or None where config.json does not say; `max_context` is the
-    number of positions that the rope settings allow; `unread_keys` are the unread keys of config.json.
+    Attributes:
+        model_type, vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: config.json's.
+        num_key_value_heads, head_dim, rms_norm_eps, tie_word_embeddings: config.json's, or the family's default.
+        qkv_bias, output_bias, mlp_bias: whether q, k and v; o; gate, up and down have a bias.
+        qk_norm: whether each query and key head passes an RMSNorm.
+        max_position_embeddings: config.json's.
+        max_context: positions that the rope settings, and a sliding window, allow.
+        context_note: a sentence on what limits or changes the context; None if there is nothing to say.
+        rope: the rotary settings.
+        moe: the sparse layers; None for a dense model.
+        dtype: the checkpoint's ("bf16", "fp16", "fp32"), or None if config.json names none.
+        unread_keys: keys of config.json that nothing reads.
     """
 
     model_type: str
@@ -54,11 +64,11 @@ class ModelConfig:
     unread_keys: tuple[str, ...] = ()
 
     def moe_of(self, layer: int) -> MoEConfig | None:
-        """The experts of a decoder layer; None where its MLP is dense."""
+        """The experts of a decoder layer; None if its MLP is dense."""
         return self.moe if self.moe is not None and layer in self.moe.layers else None
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
-        """Bytes of KV cache that one token occupies over all layers."""
+        """Bytes of KV cache per token, over all layers."""
         return (
             2
             * self.num_hidden_layers
@@ -72,7 +82,7 @@ def read_config_json(checkpoint: Path | str) -> dict[str, Any]:
     """Return config.json of a checkpoint directory as a dict.
 
     Raises:
-        ConfigError: no such file, not JSON, or not an object.
+        ConfigError: there is no such file, or it is not a JSON object.
     """
     path = Path(checkpoint) / "config.json"
     if not os.path.lexists(path):
@@ -95,12 +105,12 @@ def parse_config(
 
     Args:
         raw: the parsed JSON object, as published (either spelling of the rope settings).
-        rope_scaling: "KIND:FACTOR", what `--rope-scaling` asks for on a checkpoint without scaling.
-        max_seq_len: positions that will be used, all that the rope settings allow by default: a sliding window that
-            holds them cuts nothing off.
+        rope_scaling: "KIND:FACTOR" of `--rope-scaling`, for a checkpoint without scaling.
+        max_seq_len: positions that will be used; by default all that the rope settings allow. A sliding window at
+            least as long has no effect.
 
     Raises:
-        ConfigError: a key is missing, has a value that is not supported, or is read by transformers and not honoured.
+        ConfigError: a key is missing, has an unsupported value, or is read by transformers and not honoured here.
     """
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -111,7 +121,7 @@ def parse_config(
     keys = Keys(raw, family.defaults)
     if keys.take("auto_map", object, default=None, null=None) not in (None, {}):
         raise ConfigError(
-            "config.json asks for code of its own (auto_map); Qwenport runs no remote code"
+            "config.json asks for custom code (auto_map); Qwenport runs no remote code"
         )
     activation = keys.take("hidden_act", str)
     if activation not in ("silu", "swish"):
@@ -199,7 +209,7 @@ def _rope(
 
 
 def _limit_by_dual_chunk(keys: Keys, max_context: int) -> tuple[int, str | None]:
-    """Qwen2.5-1M's dual chunk attention equals plain attention up to one chunk; stop there."""
+    """Limit the context to one chunk, within which Qwen2.5-1M's dual chunk attention equals plain attention."""
     chunks = keys.take("dual_chunk_attention_config", dict, default=None, null=None)
     if chunks is None:
         return max_context, None
@@ -221,7 +231,7 @@ def _limit_by_dual_chunk(keys: Keys, max_context: int) -> tuple[int, str | None]
 
 
 def _dtype(raw: dict[str, Any]) -> str | None:
-    """config.json's dtype; "auto", which is what the weights have, is none."""
+    """config.json's dtype; None for "auto", which means the weights' own."""
     spelled = {
         key: raw[key] for key in ("torch_dtype", "dtype") if raw.get(key) not in (None, "auto")
     }
@@ -231,9 +241,9 @@ def _dtype(raw: dict[str, Any]) -> str | None:
         raise ConfigError(f"config.json: {told} disagree; keep one of them")
     if not names:
         return None
-    if (name := names.pop()) not in DTYPES:
+    if (name := names.pop()) not in BY_TORCH_NAME:
         key, value = next(iter(spelled.items()))
         raise ConfigError(
-            f"config.json: {key} {short(value)} is not supported; supported: {', '.join(DTYPES)}, or no such key"
+            f"config.json: {key} {short(value)} is not supported; supported: {', '.join(BY_TORCH_NAME)}, or no such key"
         )
-    return DTYPES[name]
+    return BY_TORCH_NAME[name].name

@@ -2,11 +2,12 @@
 
     Prologue   token ids -> hidden states, attention mask, rotary tables in the model's dtype
     DecoderLayer   one block over the KV cache; traced once, stamped N times
-    Epilogue   hidden states of the wanted positions -> fp32 logits
+    Epilogue   hidden states of the requested positions -> fp32 logits
 
 Shapes: B batch, S tokens in this step, C cache capacity, N active span of the cache.
 
-What `named` names has that name in the graph: validate/sites.py looks there. The rest are named by operator.
+Values passed to `named` have that name in the graph, where validate/sites.py finds them. The rest are named after their
+operator.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _LIBRARY.define("tensor_scatter(Tensor past, Tensor update, Tensor write_indices
 def tensor_scatter(
     past: torch.Tensor, update: torch.Tensor, write_indices: torch.Tensor
 ) -> torch.Tensor:
-    """ai.onnx TensorScatter-24 along axis 2: slots write_indices[b].. of row b become `update`.
+    """ai.onnx TensorScatter-24 along axis 2: writes `update` into row b from slot write_indices[b] on.
 
     Args:
         past: [B, heads, C, head_dim].
@@ -34,7 +35,7 @@ def tensor_scatter(
         write_indices: int64 [B].
 
     Returns:
-        A new tensor of past's shape; in an engine it has past's address.
+        A new tensor of past's shape; in an engine it shares past's memory.
     """
     result: torch.Tensor = torch.ops.qwenport.tensor_scatter.default(past, update, write_indices)
     return result
@@ -50,7 +51,7 @@ _LIBRARY.impl("tensor_scatter", _scatter, "CompositeExplicitAutograd")
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over a KV cache that holds keys already rotated."""
+    """Grouped-query attention over a KV cache of already rotated keys."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
         self.q_norm = self.k_norm = None
-        if config.qk_norm:  # over each head by itself
+        if config.qk_norm:  # per head
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
@@ -90,7 +91,7 @@ class Attention(nn.Module):
 
         present_key = tensor_scatter(past_key, k, write_indices)
         present_value = tensor_scatter(past_value, v, write_indices)
-        # A step costs what the cache holds, not what it could hold.
+        # A step's cost follows the active span of the cache, not its capacity.
         span = mask.shape[-1]
         y = functional.scaled_dot_product_attention(
             q,
@@ -105,7 +106,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU, of `inner` units."""
+    """SwiGLU with `inner` units."""
 
     def __init__(self, config: ModelConfig, inner: int) -> None:
         super().__init__()
@@ -134,7 +135,7 @@ class Experts(nn.Module):
 
 
 class SparseMLP(nn.Module):
-    """Each token's top-k experts and, where the model has one, a shared expert behind a sigmoid gate."""
+    """Each token's top-k experts and, if the model has one, a shared expert behind a sigmoid gate."""
 
     def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
         super().__init__()
@@ -199,7 +200,7 @@ class Prologue(nn.Module):
 
 
 class Epilogue(nn.Module):
-    """Final norm and vocabulary projection of the positions in logits_indices [B, n]."""
+    """Final norm and vocabulary projection at the positions in logits_indices [B, n]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -212,7 +213,7 @@ class Epilogue(nn.Module):
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The checkpoint's name -> shape of every parameter of the decoder, a sparse layer's experts stacked."""
+    """Checkpoint name -> shape of every decoder parameter, with a sparse layer's experts stacked."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def add(prefix: str, module: nn.Module) -> None:
@@ -232,7 +233,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def checkpoint_name(config: ModelConfig, name: str) -> str:
-    """The checkpoint's name of a parameter; a tied head is the embedding."""
+    """A parameter's name in the checkpoint; a tied head is the embedding."""
     if name == "model.lm_head.weight":
         return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     return name

@@ -1,6 +1,6 @@
-"""Output directories: written beside their final place and renamed when whole and on the disk; their files hashed.
+"""Output directories: written next to their final path, flushed to disk and renamed when complete; their files' hashes.
 
-A scratch directory is locked while its process lives. One that this machine made and nobody locks was left by a process
+A scratch directory is locked while its process lives. An unlocked one that this machine made was left by a process
 that is gone.
 """
 
@@ -24,11 +24,11 @@ from qwenport.exporter.errors import ExportError
 
 try:
     import fcntl
-except ImportError:  # not a Unix: nothing can be proven dead
+except ImportError:  # not Unix: no process can be proven dead
     fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".partial"
-_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # locks may be this machine's own
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # locks may be local
 
 Note = Callable[[str], None]
 
@@ -44,7 +44,7 @@ def atomic_directory(
     Args:
         target: must not exist.
         force_clean: remove scratch directories for this target that another process may still be writing.
-        note: told of scratch directories that were found.
+        note: called with a message for each scratch directory found.
 
     Raises:
         ExportError: target exists, its parent does not, or another process removed the scratch directory.
@@ -76,16 +76,16 @@ def atomic_directory(
 
 
 def published(target: Path) -> bool:
-    """Whether this process has put `target` in its place."""
+    """Whether this process has published `target`."""
     return Path(os.path.abspath(target)) in _published
 
 
 def _publish(scratch: Path, target: Path) -> None:
-    """Rename, and note it; Ctrl-C comes before or after both."""
+    """Rename, and record it; Ctrl-C takes effect before or after both."""
     with _without_interrupts():
         try:
             scratch.rename(target)
-        except OSError as error:  # another process was faster
+        except OSError as error:  # another process published first
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise _exists(target) from error
             raise
@@ -94,7 +94,7 @@ def _publish(scratch: Path, target: Path) -> None:
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back for the time of the context."""
+    """Defer Ctrl-C until the context exits."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -113,9 +113,9 @@ def _exists(target: Path) -> ExportError:
 
 
 def _begin(target: Path, force: bool, note: Note) -> tuple[Path, int | None]:
-    """Clear what dead processes left, and make a scratch directory; returns it and its lock, which goes with us.
+    """Remove what dead processes left, and make a scratch directory; returns it and its lock, released when we exit.
 
-    One process does so at a time: a directory is never seen between being made and being locked.
+    One process does so at a time: a directory is never visible between its creation and its locking.
     """
     parent = _lock(target.parent, wait=True)
     try:
@@ -128,7 +128,7 @@ def _begin(target: Path, force: bool, note: Note) -> tuple[Path, int | None]:
 
 
 def _clear(target: Path, force: bool, note: Note) -> None:
-    """Remove what killed processes left; name what may belong to a living one."""
+    """Remove what killed processes left; report what may belong to a live one."""
     ours = re.compile(
         rf"\.{re.escape(target.name)}\.([0-9a-f]{{8}})-[a-z0-9_]{{8}}{re.escape(SUFFIX)}"
     )
@@ -148,7 +148,7 @@ def _clear(target: Path, force: bool, note: Note) -> None:
 
 
 def _lock(directory: Path, wait: bool = False) -> int | None:
-    """A handle that holds a lock on a directory; None where the system or the file system has no such locks, or the
+    """A handle that holds a lock on a directory; None if the system or the file system has no such locks, or the
     directory is locked."""
     if fcntl is None:
         return None
@@ -165,7 +165,7 @@ def _lock(directory: Path, wait: bool = False) -> int | None:
 
 
 def _is_dead(scratch: Path) -> bool:
-    """Whether it is proven that no process on this machine writes the directory: nobody holds its lock."""
+    """Whether it is certain that no process on this machine is writing the directory: its lock is free."""
     handle = _lock(scratch)
     if handle is None:
         return False
@@ -174,11 +174,11 @@ def _is_dead(scratch: Path) -> bool:
 
 
 def _to_disk(directory: Path) -> None:
-    """Have the files written to the disk, so that after a power cut what has its name has its contents."""
+    """Flush the files to disk, so that after a power failure every named file has its contents."""
     for folder, _, names in os.walk(directory):
         for name in names:
             file = Path(folder) / name
-            if file.stat().st_nlink == 1:  # a hard link's contents are the checkpoint's
+            if file.stat().st_nlink == 1:  # a hard link shares the checkpoint's contents
                 _sync(file)
         _sync(Path(folder))
 
@@ -186,7 +186,7 @@ def _to_disk(directory: Path) -> None:
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some file systems cannot for directories
+        with suppress(OSError):  # some file systems cannot sync directories
             os.fsync(handle)
     finally:
         os.close(handle)

@@ -1,4 +1,4 @@
-"""A traced module -> ONNX nodes, as often as the module occurs.
+"""A traced module -> ONNX nodes, once per occurrence of the module.
 
 The translation is a closed table: an operator that is not in it is an error, never approximated. A handler has
 the signature of the torch function it translates, so an argument it does not know is an error too.
@@ -13,25 +13,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
 from torch.nn import functional
 
 import qwenport.exporter.decoder  # noqa: F401 - defines the operators of the table below
 from qwenport.exporter.errors import TracingError
 from qwenport.exporter.tracing import Call, Ref, Span, Sym, TensorType, Trace, name_of
-from qwenport.plugins import moe_router
-
-IR_DTYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.int64: ir.DataType.INT64,
-    torch.bool: ir.DataType.BOOL,
-}
+from qwenport.plugins.nodes import append_node, initializer
+from qwenport.plugins.operator import operators
 
 
 @dataclass
 class GraphBuilder:
-    """An ONNX graph under construction: nodes, and initializers that are made once and shared."""
+    """An ONNX graph under construction: nodes, and shared initializers."""
 
     nodes: list[ir.Node] = field(default_factory=list)
     initializers: dict[str, ir.Value] = field(default_factory=dict)
@@ -49,7 +43,7 @@ class GraphBuilder:
         domain: str = "",
         attributes: dict[str, Any] | None = None,
     ) -> ir.Value:
-        """Append a one-output node and return its output, named as the node."""
+        """Append a one-output node and return its output, which has the node's name."""
         (value,) = self.add_many(
             op_type, inputs, name, [(dtype, shape)], domain=domain, attributes=attributes
         )
@@ -65,32 +59,22 @@ class GraphBuilder:
         domain: str = "",
         attributes: dict[str, Any] | None = None,
     ) -> Sequence[ir.Value]:
-        """Append a node with an output for each (dtype, shape); several are named name.0, name.1.
+        """Append a node with one output per (dtype, shape); several outputs are named name.0, name.1.
 
-        A name that is taken gets a number: name, name_2, name_3.
+        A name already in use gets a number: name, name_2, name_3.
         """
         count = self.names[name] = self.names.get(name, 0) + 1
         if count > 1:
             name = f"{name}_{count}"
-        node = ir.node(
-            op_type,
-            inputs,
-            domain=domain,
-            attributes=attributes,
-            num_outputs=len(results),
-            name=name,
+        return append_node(
+            self.nodes, op_type, inputs, name, results, domain=domain, attributes=attributes
         )
-        for index, (value, (dtype, shape)) in enumerate(zip(node.outputs, results, strict=True)):
-            value.name = name if len(results) == 1 else f"{name}.{index}"
-            value.type, value.shape = ir.TensorType(dtype), shape
-        self.nodes.append(node)
-        return node.outputs
 
     def rename(self, value: ir.Value, name: str) -> None:
-        """Give a node's output this very name, and the node too if it is the only output.
+        """Give a node's output exactly this name, and the node too if it has only this output.
 
         Raises:
-            TracingError: the name is taken.
+            TracingError: the name is in use.
         """
         if name in self.names:
             raise TracingError(f"two values are named {name}")
@@ -103,16 +87,7 @@ class GraphBuilder:
 
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         """Return the value of an initializer, made on first use."""
-        name = tensor.name
-        assert name is not None
-        if name not in self.initializers:
-            self.initializers[name] = ir.Value(
-                name=name,
-                type=ir.TensorType(tensor.dtype),
-                shape=tensor.shape,  # type: ignore[arg-type]
-                const_value=tensor,
-            )
-        return self.initializers[name]
+        return initializer(self.initializers, tensor)
 
     def constant(self, values: Sequence[int]) -> ir.Value:
         """Return a shared int64 vector."""
@@ -120,7 +95,7 @@ class GraphBuilder:
         return self.initializer(ir.tensor(np.array(values, dtype=np.int64), name=name))
 
     def size(self, tensor: ir.Value, axis: int) -> ir.Value:
-        """Return a size as a one-element vector, made once for each tensor and axis."""
+        """Return a size as a one-element vector, made once per tensor and axis."""
         key = (tensor, axis)
         if key not in self.sizes:
             self.sizes[key] = self.add(
@@ -148,14 +123,15 @@ def emit(
         builder: the graph.
         inputs: the module's inputs, in order.
         parameters: parameter name -> its initializer's value.
-        scope: prefix of every node and value name, e.g. "model.layers.3"; behind it comes the submodule, and then
-            what `named` says or else the operator.
+        scope: prefix of every node and value name, e.g. "model.layers.3"; the submodule follows, and then the name
+            given by `named` or else the operator.
 
     Returns:
         The module's outputs.
 
     Raises:
-        TracingError: an operator, or a use of one, without translation; or a module with names, twice in a scope.
+        TracingError: an operator, or a use of one, has no translation; or a module with named values occurs twice in a
+            scope.
     """
     emitter = _Emitter(traced, builder, scope)
     emitter.values = [*inputs, *(parameters[name] for name in traced.parameters)]
@@ -165,7 +141,7 @@ def emit(
 
 
 class _Emitter:
-    """What handlers work with while one copy is written."""
+    """The handlers' context while one copy is written."""
 
     def __init__(self, traced: Trace, builder: GraphBuilder, scope: str) -> None:
         self.traced, self.builder, self.scope = traced, builder, scope
@@ -201,7 +177,7 @@ class _Emitter:
     def op(
         self, op_type: str, *inputs: Ref | ir.Value, like: Ref | None = None, **attributes: Any
     ) -> ir.Value:
-        """Append a node. It has the call's dtype and shape, or `like`'s dtype and no stated shape."""
+        """Append a node with the call's dtype and shape, or with `like`'s dtype and no declared shape."""
         if not all(isinstance(i, Ref | ir.Value) for i in inputs):
             raise ValueError(f"{op_type} needs tensors")
         kind = self.type_of(like or self.call.results[0])
@@ -209,26 +185,26 @@ class _Emitter:
             op_type,
             [self.values[i.index] if isinstance(i, Ref) else i for i in inputs],
             self.name(op_type),
-            dtype=IR_DTYPES[kind.dtype],
+            dtype=from_torch_dtype(kind.dtype),
             shape=None if like else ir.Shape(kind.shape),
             domain=attributes.pop("domain", ""),
             attributes=attributes,
         )
 
     def ops(self, op_type: str, *inputs: Ref, domain: str, **attributes: Any) -> Sequence[ir.Value]:
-        """Append a node that has all of the call's results."""
+        """Append a node with all of the call's results."""
         kinds = [self.type_of(result) for result in self.call.results]
         return self.builder.add_many(
             op_type,
             [self.values[i.index] for i in inputs],
             self.name(op_type),
-            [(IR_DTYPES[kind.dtype], ir.Shape(kind.shape)) for kind in kinds],
+            [(from_torch_dtype(kind.dtype), ir.Shape(kind.shape)) for kind in kinds],
             domain=domain,
             attributes=attributes,
         )
 
     def name(self, op_type: str) -> str:
-        """A node's name: where in the module it happens, and what."""
+        """A node's name: its place in the module, and its operator."""
         path = f"{self.call.scope}." if self.call.scope else ""
         return f"{self.scope}.{path}{op_type}"
 
@@ -246,7 +222,7 @@ def _linear(e: _Emitter, x: Ref, weight: Ref, bias: Ref | None = None) -> ir.Val
 
 
 def _reshape(e: _Emitter, x: Ref, *sizes: Any) -> ir.Value:
-    """Dynamic sizes must stay in their place (ONNX: 0 copies that axis)."""
+    """Dynamic sizes must keep their position (ONNX: 0 copies that axis)."""
     before = e.type_of(x).shape
     flat = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple) else sizes
     target = []
@@ -327,7 +303,7 @@ def _unsqueeze(e: _Emitter, x: Ref, dim: int) -> ir.Value:
 
 
 def _cast(e: _Emitter, x: Ref, dtype: torch.dtype) -> ir.Value:
-    return e.op("Cast", x, to=int(IR_DTYPES[dtype]))
+    return e.op("Cast", x, to=int(from_torch_dtype(dtype)))
 
 
 def _embedding(
@@ -352,26 +328,8 @@ def _binary(op_type: str) -> Callable[..., ir.Value]:
     return handler
 
 
-def _rotary(e: _Emitter, x: Ref, cos: Ref, sin: Ref, position_ids: Ref) -> ir.Value:
-    return e.op("RotaryEmbedding", x, cos, sin, position_ids, domain="qwenport")
-
-
 def _tensor_scatter(e: _Emitter, past: Ref, update: Ref, write_indices: Ref) -> ir.Value:
     return e.op("TensorScatter", past, update, write_indices, axis=2, mode="linear")
-
-
-def _router(
-    e: _Emitter, logits: Ref, kind: str, k: int, normalize: bool, capacity_factor: float
-) -> Sequence[ir.Value]:
-    assert moe_router.is_stepwise(kind), f"routing kind {kind}: {moe_router.NOT_STEPWISE}"
-    return e.ops("MoERouter", logits, domain="qwenport", kind=kind, k=k, normalize=int(normalize))
-
-
-def _experts(
-    e: _Emitter, x: Ref, indices: Ref, weights: Ref, gate_up: Ref, down: Ref, by_expert: bool
-) -> ir.Value:
-    assert by_expert is False
-    return e.op("MoEExperts", x, indices, weights, gate_up, down, domain="qwenport")
 
 
 HANDLERS: dict[Any, Callable[..., ir.Value | Sequence[ir.Value]]] = {
@@ -392,8 +350,6 @@ HANDLERS: dict[Any, Callable[..., ir.Value | Sequence[ir.Value]]] = {
     torch.Tensor.mul: _binary("Mul"),
     torch.Tensor.le: _binary("LessOrEqual"),
     torch.sigmoid: _sigmoid,
-    torch.ops.qwenport.rotary_embedding.default: _rotary,
     torch.ops.qwenport.tensor_scatter.default: _tensor_scatter,
-    torch.ops.qwenport.moe_router.default: _router,
-    torch.ops.qwenport.moe_experts.default: _experts,
+    **{operator.torch: operator.emit for operator in operators()},
 }

@@ -4,20 +4,20 @@ from qwenport import QwenportError
 
 
 class ConfigError(QwenportError):
-    """config.json holds something Qwenport would have to guess about, or does not support."""
+    """config.json holds something ambiguous or unsupported."""
 
 
 class CheckpointError(QwenportError):
-    """The checkpoint's files are missing, damaged, or not what its config.json promises."""
+    """The checkpoint's files are missing, damaged, or do not match its config.json."""
 
 
 class ExportError(QwenportError):
-    """The export that was asked for cannot be made."""
+    """The requested export is not possible."""
 
 
 class PackageError(QwenportError):
-    """A package directory is not one, is of another format version, or was changed after export."""
+    """A directory is not a package, has another format version, or was changed after export."""
 
 
 class TracingError(QwenportError):
-    """The traced module used an operator that has no ONNX translation here."""
+    """The traced module uses an operator without an ONNX translation here."""

@@ -1,4 +1,4 @@
-"""ModelConfig + tensor locations -> the ONNX model. No weight is read; cost does not grow with width."""
+"""ModelConfig + tensor locations -> the ONNX model. No weight is read; the cost does not depend on width."""
 
 from __future__ import annotations
 
@@ -7,17 +7,25 @@ from collections.abc import Callable
 import onnx_ir as ir
 import torch
 
+from qwenport import contract
+from qwenport.contract import (
+    COS_TABLE,
+    DTYPES,
+    INPUT_IDS,
+    KEY_POSITIONS,
+    LOGITS_INDICES,
+    POSITION_IDS,
+    SIN_TABLE,
+    WRITE_INDICES,
+)
 from qwenport.exporter import emission, tracing
 from qwenport.exporter.checkpoint import expert_parts
 from qwenport.exporter.config import ModelConfig, MoEConfig
 from qwenport.exporter.decoder import DecoderLayer, Epilogue, Prologue, checkpoint_name
-from qwenport.plugins import DOMAIN, VERSION, moe_experts, moe_router, rotary_embedding
+from qwenport.plugins.operator import operators
 
 OPSET = 24
 IR_VERSION = 11
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-COS_TABLE, SIN_TABLE = "rope.cos", "rope.sin"
 
 
 def build_graph(
@@ -30,16 +38,16 @@ def build_graph(
 
     Args:
         config: the model.
-        dtype: "bf16", "fp16" or "fp32", of weights, activations and KV cache.
-        tensor: parameter name (the checkpoint's), or COS_TABLE/SIN_TABLE -> its ONNX tensor. None for a
-            stack of experts that the checkpoint has one by one.
-        progress: called after each decoder layer with its index.
+        dtype: dtype of weights, activations and KV cache: "bf16", "fp16" or "fp32".
+        tensor: the checkpoint's parameter name, or COS_TABLE/SIN_TABLE -> its ONNX tensor. None for a
+            stack of experts that the checkpoint stores one by one.
+        progress: called with its index after each decoder layer.
 
     Raises:
-        TracingError: the decoder uses an operator without translation (a defect here).
+        TracingError: the decoder uses an operator without translation (a bug here).
     """
     builder = emission.GraphBuilder()
-    float_type = emission.IR_DTYPES[TORCH_DTYPES[dtype]]
+    float_type = DTYPES[dtype].ir
 
     def stored(name: str) -> ir.Value:
         found = tensor(name)
@@ -65,17 +73,17 @@ def build_graph(
         return ir.Value(name=name, type=ir.TensorType(element), shape=ir.Shape(shape))
 
     int64 = ir.DataType.INT64
-    input_ids = graph_input("input_ids", int64, ["batch", "seq"])
-    position_ids = graph_input("position_ids", int64, ["batch", "seq"])
-    write_indices = graph_input("write_indices", int64, ["batch"])
-    key_positions = graph_input("key_positions", int64, ["span"])
-    logits_indices = graph_input("logits_indices", int64, ["batch", "n"])
+    input_ids = graph_input(INPUT_IDS, int64, ["batch", "seq"])
+    position_ids = graph_input(POSITION_IDS, int64, ["batch", "seq"])
+    write_indices = graph_input(WRITE_INDICES, int64, ["batch"])
+    key_positions = graph_input(KEY_POSITIONS, int64, ["span"])
+    logits_indices = graph_input(LOGITS_INDICES, int64, ["batch", "n"])
     inputs = [input_ids, position_ids, write_indices, key_positions, logits_indices]
 
     tables = [stored(name) for name in (COS_TABLE, SIN_TABLE)]
     assert tables[0].shape is not None
     table_shape = tuple(tables[0].shape.numpy())
-    prologue, layers, epilogue = _trace_parts(config, TORCH_DTYPES[dtype], table_shape)
+    prologue, layers, epilogue = _trace_parts(config, DTYPES[dtype].torch, table_shape)
     hidden, mask, cos, sin = emission.emit(
         prologue,
         builder,
@@ -92,13 +100,13 @@ def build_graph(
     cache_shape: list[int | str] = [
         "batch",
         config.num_key_value_heads,
-        "capacity",
+        contract.CAPACITY,
         config.head_dim,
     ]
     for index in range(config.num_hidden_layers):
         past = [
-            graph_input(f"past_key_values.{index}.{part}", float_type, cache_shape)
-            for part in ("key", "value")
+            graph_input(contract.past(cache), float_type, cache_shape)
+            for cache in contract.caches(index)
         ]
         inputs += past
         prefix, layer = f"model.layers.{index}", layers[config.moe_of(index)]
@@ -109,35 +117,34 @@ def build_graph(
             weights(layer, prefix + "."),
             prefix,
         )
-        for part, value in zip(("key", "value"), present, strict=True):
-            value.name = f"present.{index}.{part}"
+        for cache, value in zip(contract.caches(index), present, strict=True):
+            value.name = contract.present(cache)
             value.shape = ir.Shape(cache_shape)
         outputs += present
         progress(index)
     (logits,) = emission.emit(
         epilogue, builder, [hidden, logits_indices], weights(epilogue, "model."), "model"
     )
-    logits.name, logits.shape = "logits", ir.Shape(["batch", "n", config.vocab_size])
+    logits.name, logits.shape = contract.LOGITS, ir.Shape(["batch", "n", config.vocab_size])
 
     graph = ir.Graph(
         inputs,
         [logits, *outputs],
         nodes=builder.nodes,
         initializers=list(builder.initializers.values()),
-        opset_imports={"": OPSET, DOMAIN: VERSION},
+        opset_imports={"": OPSET, contract.DOMAIN: contract.DOMAIN_VERSION},
         name=config.model_type,
     )
-    functions = [rotary_embedding.function_body(OPSET)]
-    if config.moe is not None:
-        functions.append(moe_router.function_body(OPSET, moe_router.TOP_K))
-        functions.append(moe_experts.function_body(OPSET))
+    used = dict.fromkeys(node.op_type for node in graph if node.domain == contract.DOMAIN)
+    known = {operator.name: operator for operator in operators()}
+    functions = [known[name].function_body(OPSET) for name in used]
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="qwenport", functions=functions)
 
 
 def _stack(
     builder: emission.GraphBuilder, name: str, parts: list[ir.Value], shape: tuple[int, int, int]
 ) -> ir.Value:
-    """Single experts' matrices, one below the other, as one tensor [experts, rows, columns]; builders fold it."""
+    """Stack single experts' matrices into one tensor [experts, rows, columns]; builders constant-fold it."""
     experts, rows, columns = shape
     dtype = parts[0].dtype
     assert dtype is not None
@@ -156,7 +163,7 @@ def _stack(
 def _trace_parts(
     config: ModelConfig, dtype: torch.dtype, table_shape: tuple[int, ...]
 ) -> tuple[tracing.Trace, dict[MoEConfig | None, tracing.Trace], tracing.Trace]:
-    """Trace prologue, each kind of decoder layer (dense: None) and epilogue.
+    """Trace the prologue, each kind of decoder layer (dense: None) and the epilogue.
 
     A name in a shape is a dynamic axis.
     """

@@ -1,4 +1,4 @@
-"""JSON files that somebody else wrote: read whole, or refused with what is wrong with them."""
+"""Third-party JSON files: read completely, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-MOST_BYTES = 1 << 23  # an index of 36,000 tensors has 4 MB
-MOST_DIGITS = 400  # more than the largest number of fp64 has
+MOST_BYTES = 1 << 23  # an index of 36,000 tensors takes 4 MB
+MOST_DIGITS = 400  # more than the largest fp64 number has
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -17,12 +17,12 @@ def read_json(file: Path, most_bytes: int = MOST_BYTES, *, unique: bool = False)
 
     Args:
         file: UTF-8, without a byte-order mark.
-        most_bytes: of the file.
-        unique: refuse an object that gives a key twice; the last one counts otherwise, as to the json module.
+        most_bytes: the largest size accepted.
+        unique: refuse an object with a repeated key; otherwise the last one counts, as in the json module.
 
     Raises:
-        ValueError: it is no file, larger, not UTF-8, not JSON, too deep, or has text that is no Unicode or a number of
-            too many digits; says which.
+        ValueError: it is not a regular file, too large, not UTF-8, not JSON, nested too deeply, or has text that is
+            not valid Unicode or a number with too many digits; says which.
         OSError: it cannot be read.
     """
     if file.exists() and not file.is_file():
@@ -36,7 +36,7 @@ def read_json(file: Path, most_bytes: int = MOST_BYTES, *, unique: bool = False)
         if text.startswith("\ufeff"):
             raise ValueError("it begins with a byte-order mark")
         value = json.loads(text, parse_int=_integer, object_pairs_hook=_unique if unique else None)
-        if _SURROGATE.search(data):  # half a character, which no UTF-8 can hold
+        if _SURROGATE.search(data):  # half a character, which UTF-8 cannot encode
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError as error:
         raise ValueError("text that is no Unicode") from error
@@ -46,7 +46,7 @@ def read_json(file: Path, most_bytes: int = MOST_BYTES, *, unique: bool = False)
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:  # Python's own message tells how to lift its limit
+    if len(digits) > MOST_DIGITS:  # Python's own message explains how to lift its limit
         raise ValueError("a number of too many digits")
     return int(digits)
 

@@ -1,15 +1,15 @@
-"""config.json's keys: read with their types, and sorted into honoured, neutral, refused and read by nobody.
+"""config.json's keys: read with their types, and sorted into honoured, neutral, refused and unread.
 
-A key is one of four things:
+Every key is one of these:
 
-honoured    taken by `Keys.take` here or in a family; it shapes the graph
+honoured    read with `Keys.take` here or in a family; it shapes the graph
 neutral     transformers may read it, and it does not change what the model computes: `NEUTRAL`
-refused     transformers reads it, it may change what the model computes, and it is not honoured: `ONLY`, but for the
-            values there, which change nothing; and the names of what transformers' config class is made of, which a
-            key would replace: `OF_CLASS`
-unread      none of these: no code of transformers for the family reads it. Accepted, and named
+refused     transformers reads it, it may change what the model computes, and it is not honoured: `ONLY`, except with
+            the values listed there, which change nothing; and the attribute names of transformers' config class,
+            which a key would replace: `OF_CLASS`
+unread      none of these: transformers' code for the family does not read it. Accepted, and reported
 
-tests/exporter/test_config_keys.py walks the installed transformers and fails if it reads a key that is nowhere here.
+tests/exporter/test_config_keys.py walks the installed transformers and fails if it reads a key that is not listed here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from qwenport.exporter.errors import ConfigError
 
-# Accepted without effect.
+# Accepted, without effect.
 NEUTRAL = frozenset(
     # identity and files
     "architectures model_type transformers_version _name_or_path name_or_path torch_dtype dtype "
@@ -42,13 +42,13 @@ NEUTRAL = frozenset(
     # heads for other tasks
     "finetuning_task id2label label2id task_specific_params problem_type num_labels "
     "token_classification_bias loss_type "
-    # compared with each other by transformers, and used by nothing
+    # compared with each other by transformers, and unused
     "embed_dim num_heads "
-    # has a meaning only together with a key that is checked
+    # only has a meaning together with a key that is checked
     "max_window_layers".split()
 )
 
-# Read by transformers, not honoured here: only these values leave the function as it is. A missing key is always one.
+# Read by transformers, not honoured here: only these values leave the function unchanged, as does a missing key.
 ONLY: Mapping[str, tuple[Any, ...]] = {
     "is_causal": (True,),  # null is false to transformers: attention in both directions
     "is_encoder_decoder": (False, None),
@@ -61,15 +61,15 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "fusion_config": (None,),
     "transformers_weights": (None,),
     "distributed_config": (None,),
-    # a config within the config, which takes its place
+    # a nested config, which replaces the outer one
     "text_config": (None,),
     "decoder": (None,),
     "generator": (None,),
     "text_encoder": (None,),
-    # scaled or cut logits
+    # scaled or capped logits
     "logits_mup_width_multiplier": (None,),
     "unpadded_vocab_size": (None,),
-    # heads that predict further tokens; a checkpoint that has them has tensors that are refused by name
+    # multi-token prediction heads; the tensors of a checkpoint that has them are refused by name
     "num_mtp_layers": (None, 0),
     "mtp_layer_types": (None,),
     "mtp_mlp_layer_types": (None,),
@@ -80,8 +80,8 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "first_k_dense_replace": (None,),
 }
 
-# Methods and class attributes of transformers' config classes. A key of that name takes the attribute's place, whatever
-# it does: `attribute_map` renames other keys.
+# Methods and class attributes of transformers' config classes. A key of that name replaces the attribute, whatever it
+# does: `attribute_map` renames other keys.
 OF_CLASS = frozenset(
     "_auto_class _check_received_keys _decode_special_floats _dict_from_json_file _encode_special_floats "
     "_get_config_dict _get_files_timestamps _get_generation_parameters "
@@ -102,7 +102,7 @@ OF_CLASS = frozenset(
     "validate_layer_type validate_output_attentions validate_rope validate_token_ids".split()
 )
 
-# No published model comes near these: larger numbers are typing errors, or meant to exhaust memory.
+# No published model comes near these: larger numbers are typos, or meant to exhaust memory.
 MOST_BY_DEFAULT = 1 << 20
 MOST = {
     "vocab_size": 1 << 24,
@@ -120,10 +120,10 @@ _MISSING: Any = object()
 
 
 class Keys:
-    """The keys of one config.json; remembers which were taken.
+    """The keys of one config.json; records which were read.
 
-    A key that is missing has the family's default, or is an error. A null is what `null` says, or an error: whoever
-    takes a key states what transformers' config class makes of it.
+    A missing key takes the family's default, or is an error. A null takes the value of `null`, or is an error: the
+    caller states what transformers' config class makes of it.
     """
 
     def __init__(self, raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -138,13 +138,13 @@ class Keys:
         default: Any = _MISSING,
         null: Any = _MISSING,
     ) -> Any:
-        """A key's value, of one of these types.
+        """A key's value, checked against these types.
 
         Args:
             key: its name.
-            kind: a type or several; true and false are no numbers.
-            default: for a missing key that the family has no default for.
-            null: for null.
+            kind: one type or several; true and false are not numbers.
+            default: value for a missing key without a family default.
+            null: value for null.
 
         Raises:
             ConfigError: it is missing, null or of another type.
@@ -157,12 +157,12 @@ class Keys:
             return null
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            expected = " or ".join(k.__name__ for k in kinds)
+            expected = "a number" if float in kinds else " or ".join(k.__name__ for k in kinds)
             raise ConfigError(f"config.json: {key} must be {expected}, found {short(value)}")
         return value
 
     def positive(self, key: str, *, default: Any = _MISSING, null: Any = _MISSING) -> Any:
-        """A key's value, an integer above 0 and within `MOST`."""
+        """A key's value, a positive integer within `MOST`."""
         value = self.take(key, int, default=default, null=null)
         if value is None:
             return value
@@ -178,7 +178,7 @@ class Keys:
         """Keys that neither Qwenport nor transformers reads, sorted.
 
         Raises:
-            ConfigError: a key that transformers reads has a value that is not honoured.
+            ConfigError: a key that transformers reads has a value that is not honoured here.
         """
         left = self.raw.keys() - self.taken - NEUTRAL
         for key in sorted(left & OF_CLASS):
@@ -196,7 +196,7 @@ class Keys:
 
 
 def short(value: Any, most: int = 60) -> str:
-    """A JSON value for a message, cut."""
+    """A JSON value for a message, shortened."""
     if isinstance(value, int) and abs(value) >= 1 << 64:
         return "a number of many digits"  # Python refuses to print some
     if value is None or isinstance(value, bool):
@@ -210,4 +210,4 @@ def _refused(key: str, value: Any) -> str:
     if key == "quantization_config":
         return f"config.json: quantized checkpoints are not supported (quantization_config {told})"
     harmless = ", ".join(map(short, ONLY[key]))
-    return f"config.json: {key} {told} changes what the model computes and is not supported; only {harmless} is"
+    return f"config.json: {key} {told} changes what the model computes and is not supported; supported: {harmless}"

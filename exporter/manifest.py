@@ -1,4 +1,4 @@
-"""qwenport.json: how a package or an engine directory says what it holds, and how that is checked."""
+"""qwenport.json: the manifest of a package or an engine directory, and its checks."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from qwenport import QwenportError
+from qwenport.contract import ENGINE_FORMAT, MANIFEST, MODEL, PACKAGE_FORMAT, PLAN
 from qwenport.exporter.directory import sha256
 from qwenport.exporter.errors import PackageError
 from qwenport.exporter.json_file import read_json
 from qwenport.exporter.keys import short
 from qwenport.exporter.safetensors_file import read_safetensors_header
 
-MANIFEST = "qwenport.json"
 MOST_BYTES = 1 << 24
-PACKAGE_FORMAT, ENGINE_FORMAT = "qwenport-package", "qwenport-engine"
 
 Kind = Literal["checkpoint", "package", "engine"]
+"""The kinds of directory."""
 _KINDS: dict[str, Kind] = {PACKAGE_FORMAT: "package", ENGINE_FORMAT: "engine"}
 
 
 def kind_of(path: Path | str) -> Kind:
-    """What a directory holds. Its contents are not checked: whoever opens it does that.
+    """The kind of a directory. Its contents are not checked here; opening it does that.
 
     Raises:
-        PackageError: no such directory, or none of the three kinds; says what it is and what to do.
+        PackageError: no such directory, or not of the three kinds; says what it is and what to do.
     """
     path = Path(path)
     if (wrong := why_no_directory(path)) is not None:
@@ -39,8 +39,8 @@ def kind_of(path: Path | str) -> Kind:
         try:
             return _KINDS[_read(path / MANIFEST)["format"]]
         except KeyError as error:
-            raise PackageError(f"{path / MANIFEST}: not a manifest of Qwenport's") from error
-    if (path / "model.onnx").is_file() or (path / "engine.plan").is_file():
+            raise PackageError(f"{path / MANIFEST}: not a Qwenport manifest") from error
+    if (path / MODEL).is_file() or (path / PLAN).is_file():
         raise PackageError(f"{path}: has no {MANIFEST}; it is not a whole package or engine")
     if (path / "config.json").is_file():
         return "checkpoint"
@@ -50,13 +50,13 @@ def kind_of(path: Path | str) -> Kind:
 
 
 def as_json(data: dict[str, Any]) -> dict[str, Any]:
-    """`data` as it reads back from JSON: tuples become lists."""
+    """`data` after a round trip through JSON: tuples become lists."""
     result: dict[str, Any] = json.loads(json.dumps(data))
     return result
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write a manifest: indented, with a final newline."""
+    """Write a manifest, indented and with a final newline."""
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -64,7 +64,7 @@ def read_manifest(path: Path, format_name: str, format_version: int, remedy: str
     """Read `path`/qwenport.json and check its format and version.
 
     Raises:
-        PackageError: not such a directory, not JSON, another format or version.
+        PackageError: not a directory of this format, not JSON, or another version.
     """
     file = path / MANIFEST
     if not file.is_file():
@@ -81,22 +81,22 @@ def read_manifest(path: Path, format_name: str, format_version: int, remedy: str
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A manifest, by its format's name.
+    """Read a manifest, recognised by its format's name.
 
     Raises:
-        PackageError: it is none.
+        PackageError: it is not a manifest.
     """
     try:
         manifest = read_json(file, MOST_BYTES, unique=True)
     except (OSError, ValueError) as error:
-        raise PackageError(f"{file}: not a manifest of Qwenport's ({error})") from error
+        raise PackageError(f"{file}: not a Qwenport manifest ({error})") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), str):
-        raise PackageError(f"{file}: not a manifest of Qwenport's (it names no format)")
+        raise PackageError(f"{file}: not a Qwenport manifest (it names no format)")
     return manifest
 
 
 def why_no_directory(path: Path) -> str | None:
-    """A sentence on what a path is that is no directory, and what to do; None for a directory."""
+    """What a path that is not a directory is, and what to do, in one sentence; None for a directory."""
     if path.is_dir():
         return None
     if not path.exists():
@@ -121,20 +121,25 @@ def why_no_directory(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Each:
-    """The shape of an object with any keys: what each value is."""
+    """The shape of an object with arbitrary keys.
+
+    Attributes:
+        of: the shape of each value.
+    """
 
     of: Any
 
 
 @dataclass(frozen=True)
 class Maybe:
-    """The shape of what may be null."""
+    """The shape of a value that may be null."""
 
     of: Any
 
 
 BINDING = {"name": str, "dtype": str, "shape": [(int, str)]}
 BINDINGS = {"inputs": [BINDING], "outputs": [BINDING]}
+"""Shape, for `check_shape`, of a manifest's bindings."""
 SOURCE = {
     "dtype": str,
     "prefix": str,
@@ -144,16 +149,18 @@ SOURCE = {
     "config_sha256": str,
     "files": [{"name": str, "bytes": int, "header_sha256": str}],
 }
+"""Shape of a manifest's entry for the checkpoint."""
 FILES = Each({"bytes": int, "sha256": str})
+"""Shape of a manifest's file list."""
 
 
 def check_shape(value: Any, shape: Any, where: str = "the manifest") -> None:
-    """Hold a value of a manifest against the types that are read of it.
+    """Check a value of a manifest against the types its readers expect.
 
     Args:
-        shape: a type or several, [shape] of a list's items, {key: shape} of an object that may have more keys,
+        shape: one type or several, [shape] of a list's items, {key: shape} of an object that may have more keys,
             `Each` or `Maybe`.
-        where: how the value is reached, for the message.
+        where: the path to the value, for the message.
 
     Raises:
         ValueError: it has another shape; says where.
@@ -189,7 +196,7 @@ def check_shape(value: Any, shape: Any, where: str = "the manifest") -> None:
 
 @contextmanager
 def damaged(file: Path) -> Iterator[None]:
-    """Whatever the unexpected contents of a file make Python raise becomes a PackageError that names the file."""
+    """Turn any exception that a file's unexpected contents raise into a PackageError that names the file."""
     try:
         yield
     except QwenportError:
@@ -208,10 +215,10 @@ def damaged(file: Path) -> Iterator[None]:
 
 
 def check_listed(path: Path, names: Sequence[str], needed: Sequence[str]) -> None:
-    """Compare what lies in a directory with what its manifest lists: files below it, no other and no links.
+    """Compare a directory's files with its manifest's list: no other files, and no links.
 
     Raises:
-        PackageError: a name leads outside, a file is a symbolic link, is not listed, or is needed and not listed.
+        PackageError: a name leads outside, a file is a symbolic link or not listed, or a needed file is not listed.
     """
     for name in names:
         parts = PurePosixPath(name).parts
@@ -234,7 +241,7 @@ def check_listed(path: Path, names: Sequence[str], needed: Sequence[str]) -> Non
 
 
 def check_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Compare files with the sizes and hashes that a manifest records.
+    """Compare files with the sizes and hashes in a manifest.
 
     Raises:
         PackageError: a file is missing or was changed.
@@ -252,7 +259,7 @@ def check_weight_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
 
     Raises:
         PackageError: a file is missing or was changed.
-        CheckpointError: a file is no whole safetensors file.
+        CheckpointError: a file is not a complete safetensors file.
     """
     for name, recorded in files.items():
         if not (path / name).is_file():

@@ -3,7 +3,7 @@
 model.onnx       the graph, opset 24, weights by reference
 qwenport.json    the manifest
 rope.safetensors cos and sin tables, fp32
-weights/         the checkpoint's safetensors files (links), or files of the package's own
+weights/         the checkpoint's safetensors files (links), or the package's own files
 config.json, tokenizer and generation files, as in the checkpoint
 """
 
@@ -17,6 +17,22 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from qwenport import __version__
+from qwenport.contract import (
+    ADAPTERS,
+    DEFAULT_MAX_BATCH,
+    DTYPES,
+    LINK,
+    MANIFEST,
+    MERGE,
+    MODEL,
+    PACKAGE_FORMAT,
+    PACKAGE_VERSION,
+    ROPE,
+    WEIGHT_MODES,
+    Progress,
+    is_past,
+    no_progress,
+)
 from qwenport.exporter.adapter import ADAPTER_CONFIG
 from qwenport.exporter.checkpoint import Checkpoint, open_checkpoint
 from qwenport.exporter.companions import companions_of, copy_companions, doubts
@@ -27,8 +43,6 @@ from qwenport.exporter.keys import short
 from qwenport.exporter.manifest import (
     BINDINGS,
     FILES,
-    MANIFEST,
-    PACKAGE_FORMAT,
     SOURCE,
     Each,
     as_json,
@@ -41,7 +55,6 @@ from qwenport.exporter.manifest import (
     write_json,
 )
 from qwenport.exporter.rope_file import (
-    ROPE,
     check_table_values,
     check_tables,
     rope_entries,
@@ -55,19 +68,18 @@ from qwenport.exporter.safetensors_file import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-FORMAT_VERSION = 3
-MODEL = "model.onnx"
-DTYPES = ("bf16", "fp16", "fp32")
-BINDING_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float"}
-WEIGHT_MODES = ("link", "copy", "pack")
-ADAPTERS = ("ignore", "merge")
-DEFAULT_MAX_BATCH = 8
 MOST_BATCH = 1 << 16
 
 
 @dataclass(frozen=True)
 class Package:
-    """A verified package directory."""
+    """A verified package directory.
+
+    Attributes:
+        path: the directory.
+        manifest: what its qwenport.json holds; docs/reference/manifests.md names every key.
+        config: what its config.json means.
+    """
 
     path: Path
     manifest: dict[str, Any]
@@ -82,7 +94,7 @@ class Package:
         """The graph; no weight is read.
 
         Raises:
-            PackageError: model.onnx is no ONNX model.
+            PackageError: model.onnx is not an ONNX model.
         """
         import onnx_ir as ir
 
@@ -98,9 +110,9 @@ class Package:
         return model
 
     def check_graph(self) -> ir.Model:
-        """Read the graph, and hold it against what lies beside it: bindings, tensors' places, rope tables.
+        """Read the graph and compare it with the rest of the package: bindings, tensor locations, rope tables.
 
-        Whether it computes what the checkpoint's model computes is for `validate` to say.
+        Whether it computes what the checkpoint's model computes is up to `validate`.
 
         Raises:
             PackageError: it is damaged, or does not belong to this package.
@@ -116,26 +128,26 @@ class Package:
                     if value is not None and not (
                         value.producer() or value.is_graph_input() or value.is_initializer()
                     ):
-                        raise PackageError(f"{self.model}: nothing gives {value.name}")
+                        raise PackageError(f"{self.model}: no node computes {value.name}")
             _check_places(self, model)
         check_table_values(self.path, self.config, self.max_seq_len)
         return model
 
     @property
     def dtype(self) -> str:
-        """dtype of weights, activations and KV cache: "bf16", "fp16" or "fp32"."""
+        """The dtype of weights, activations and KV cache: "bf16", "fp16" or "fp32"."""
         dtype: str = self.manifest["dtype"]
         return dtype
 
     @property
     def max_seq_len(self) -> int:
-        """Positions that the rope tables reach: the largest cache capacity."""
+        """Positions that the rope tables cover: the largest cache capacity."""
         length: int = self.manifest["max_seq_len"]
         return length
 
     @property
     def max_batch(self) -> int:
-        """Rows that the package was exported for."""
+        """Batch rows that the package was exported for."""
         batch: int = self.manifest["max_batch"]
         return batch
 
@@ -148,32 +160,32 @@ def export(
     max_seq_len: int | None = None,
     max_batch: int = DEFAULT_MAX_BATCH,
     rope_scaling: str | None = None,
-    weights: str = "link",
+    weights: str = LINK,
     adapter: str | None = None,
     check_values: bool = False,
     strict: bool = False,
     force_clean: bool = False,
-    progress: Any = lambda what, done, total: None,
+    progress: Progress = no_progress,
     note: Note = lambda text: None,
 ) -> Package:
-    """Write the package of a checkpoint.
+    """Export a checkpoint as a package.
 
     Args:
         checkpoint_path: Hugging Face checkpoint directory; only read.
         package_path: directory to create; must not exist.
-        dtype: "bf16", "fp16" or "fp32"; by default the checkpoint's own, and then a tensor that has another must not
+        dtype: "bf16", "fp16" or "fp32"; by default the checkpoint's own, and then a tensor of another dtype must not
             lose precision.
-        max_seq_len: positions to support; all that the rope settings allow by default.
-        max_batch: rows that sessions and engines may use.
+        max_seq_len: positions to support; by default all that the rope settings allow.
+        max_batch: batch rows that sessions and engines may use.
         rope_scaling: "KIND:FACTOR" for a checkpoint without rope scaling.
         weights: "link" (by reference), "copy" (a package that can be moved) or "pack" (by reference, but with
             each sparse layer's experts stacked in a file of the package's own).
-        adapter: what to do with an adapter that lies beside the weights: "ignore" or "merge" it.
-        check_values: read every weight, and refuse NaN and infinity; what is converted or stacked is always checked.
-        strict: refuse unread keys of config.json; they are only noted otherwise.
-        force_clean: remove scratch directories of exports to the same place, even if they may still run.
+        adapter: what to do with an adapter in the checkpoint's directory: "ignore" or "merge" it.
+        check_values: read every weight, and refuse NaN and infinity; converted or stacked weights are always checked.
+        strict: refuse unread keys of config.json; otherwise they are only noted.
+        force_clean: remove scratch directories of exports to the same path, even of exports that may still run.
         progress: called with (what, done, total).
-        note: called with what the user should know meanwhile.
+        note: called with messages for the user.
 
     Raises:
         ConfigError, CheckpointError: see `open_checkpoint`.
@@ -189,17 +201,17 @@ def export(
     if not 1 <= max_batch <= MOST_BATCH:
         raise ExportError(f"max batch must be from 1 to {MOST_BATCH}, not {max_batch}")
     checkpoint = open_checkpoint(
-        checkpoint_path, rope_scaling, max_seq_len=max_seq_len, merged=adapter == "merge"
+        checkpoint_path, rope_scaling, max_seq_len=max_seq_len, merged=adapter == MERGE
     )
     if strict and checkpoint.config.unread_keys:
         raise ConfigError(
-            f"config.json has keys that nobody reads: {', '.join(checkpoint.config.unread_keys)}; "
+            f"config.json has unread keys: {', '.join(checkpoint.config.unread_keys)}; "
             "--strict refuses them"
         )
     if adapter is None and checkpoint.has_adapter:
         raise CheckpointError(
-            f"{checkpoint.path}: an adapter lies beside the weights ({ADAPTER_CONFIG}); --adapter merge adds it to "
-            "them, --adapter ignore exports them without it"
+            f"{checkpoint.path}: there is an adapter next to the weights ({ADAPTER_CONFIG}); --adapter merge adds it "
+            "to them, --adapter ignore exports them without it"
         )
     request = _Request(
         dtype or checkpoint.dtype,
@@ -220,7 +232,7 @@ def export(
 
 @dataclass(frozen=True)
 class _Request:
-    """What `export` was asked for; `lossless`: the dtype is the checkpoint's own, so nothing may be lost."""
+    """The request to `export`; `lossless`: the dtype is the checkpoint's own, so no precision may be lost."""
 
     dtype: str
     lossless: bool
@@ -236,14 +248,14 @@ def _checked_length(config: ModelConfig, asked: int | None) -> int:
         return config.max_context
     if not 1 <= asked <= config.max_context:
         raise ExportError(
-            f"max sequence length {asked} is outside 1..{config.max_context}, what the rope settings "
-            f"({config.rope.kind}) allow" + ("; --rope-scaling extends it" if asked > 0 else "")
+            f"max sequence length {asked}: the rope settings ({config.rope.kind}) allow 1 to {config.max_context} "
+            "positions" + ("; --rope-scaling extends them" if asked > 0 else "")
         )
     return asked
 
 
 def _write(
-    checkpoint: Checkpoint, scratch: Path, request: _Request, progress: Any
+    checkpoint: Checkpoint, scratch: Path, request: _Request, progress: Progress
 ) -> dict[str, Any]:
     # torch and the IR are imported here: reading a package needs neither
     import onnx_ir as ir
@@ -271,7 +283,7 @@ def _write(
     copy_companions(checkpoint.path, scratch)
     manifest = {
         "format": PACKAGE_FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": PACKAGE_VERSION,
         "qwenport_version": __version__,
         "model": dataclasses.asdict(checkpoint.config),
         "dtype": request.dtype,
@@ -313,19 +325,19 @@ def expected_model(
     dtype: str,
     weights: str,
     max_seq_len: int,
-    progress: Any = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> ir.Model:
-    """Build the model.onnx that this version exports from a checkpoint. Reads no weight and writes nothing.
+    """Build the model.onnx that this version exports from a checkpoint, without reading a weight or writing a file.
 
     Args:
-        checkpoint: what is exported.
+        checkpoint: the checkpoint to export.
         dtype: "bf16", "fp16" or "fp32".
         weights: "link", "copy" or "pack"; ignored if every tensor is converted.
         max_seq_len: rows of the rope tables.
         progress: called with (what, layers done, layers).
 
     Raises:
-        ExportError: the weights cannot be laid out so, or a tensor is unused.
+        ExportError: the weights cannot be laid out that way, or a tensor is unused.
     """
     from qwenport.exporter.graph import build_graph
     from qwenport.exporter.weights import FOLDER, external_tensor, plan_weights
@@ -354,7 +366,7 @@ def expected_model(
 
 
 def describe_graph(model: ir.Model) -> dict[str, Any]:
-    """What the manifest repeats of a graph: its opset, the versions of custom operators, its bindings."""
+    """The manifest's description of a graph: its opset, the custom operators' versions, its bindings."""
     return {
         "opset": model.opset_imports[""],
         "ops": {
@@ -373,7 +385,7 @@ def _binding(value: Any) -> dict[str, Any]:
 
 
 def _weight_files(package: Path, read: Sequence[WeightFile]) -> dict[str, dict[str, Any]]:
-    """What the manifest says of the weight files; those of the checkpoint were read already."""
+    """The manifest's entries for the weight files; the checkpoint's were read already."""
     known, files = {file.name: file for file in read}, {}
     for path in sorted((package / "weights").iterdir()):
         file = known.get(path.name) or read_safetensors_header(path)[0]
@@ -403,7 +415,7 @@ SHAPE = {
 
 
 def _check_limits(manifest: dict[str, Any]) -> None:
-    """Raises ValueError: a dtype, a length or a batch that no package has."""
+    """Raises ValueError: the dtype, length or batch is one that no package can have."""
     if manifest["dtype"] not in DTYPES:
         raise ValueError(f"dtype is {manifest['dtype']!r}")
     for name in ("max_seq_len", "max_batch"):
@@ -412,18 +424,16 @@ def _check_limits(manifest: dict[str, Any]) -> None:
     if manifest["max_batch"] > MOST_BATCH:
         raise ValueError(f"max_batch is {short(manifest['max_batch'])}")
     caches = {
-        binding["dtype"]
-        for binding in manifest["bindings"]["inputs"]
-        if binding["name"].startswith("past_key_values.")
+        binding["dtype"] for binding in manifest["bindings"]["inputs"] if is_past(binding["name"])
     }
-    if caches != {BINDING_DTYPES[manifest["dtype"]]}:
+    if caches != {DTYPES[manifest["dtype"]].binding}:
         raise ValueError(f"dtype is {manifest['dtype']}, and that of its caches {short(caches)}")
     if not manifest["source"]["files"]:
         raise ValueError("it names no files that it was made from")
 
 
 def _check_places(package: Package, model: ir.Model) -> None:
-    """Raises PackageError: a tensor of the graph is not where a file of the package has one of its type and shape."""
+    """Raises PackageError: a tensor's location in the graph does not hold a tensor of its type and shape."""
     import onnx_ir as ir
 
     from qwenport.exporter.weights import external_tensor
@@ -431,7 +441,7 @@ def _check_places(package: Package, model: ir.Model) -> None:
     places: dict[tuple[str, int], ir.ExternalTensor] = {}
     for location in (ROPE, *package.manifest["weights"]["files"]):
         for entry in read_safetensors_header(package.path / location)[1]:
-            if entry.length:  # an empty tensor has no place
+            if entry.length:  # an empty tensor has no location
                 places[location, entry.offset] = external_tensor(entry.name, location, entry)
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -450,7 +460,7 @@ def _check_places(package: Package, model: ir.Model) -> None:
 
 
 def _graph_of(model: dict[str, Any]) -> dict[str, Any]:
-    """A config's part that the graph depends on; which other keys are known is a matter of the release."""
+    """The part of a config that the graph depends on; which other keys are known varies by release."""
     return {key: value for key, value in model.items() if key != "unread_keys"}
 
 
@@ -460,12 +470,12 @@ def load_package(path: Path | str) -> Package:
     Weight files are checked by size and header hash; their values are not read.
 
     Raises:
-        PackageError: not a package, another format version, or files that do not match the manifest.
+        PackageError: not a package, another format version, or a file does not match the manifest.
     """
     path = Path(path)
     if not path.is_dir():
         raise PackageError(f"{path}: no such package directory")
-    manifest = read_manifest(path, PACKAGE_FORMAT, FORMAT_VERSION, "export the checkpoint again")
+    manifest = read_manifest(path, PACKAGE_FORMAT, PACKAGE_VERSION, "export the checkpoint again")
     try:
         with damaged(path / MANIFEST):
             check_shape(manifest, SHAPE)

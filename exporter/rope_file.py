@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qwenport.contract import COS_TABLE, MANIFEST, ROPE, SIN_TABLE
 from qwenport.exporter.config import ModelConfig
 from qwenport.exporter.errors import PackageError
-from qwenport.exporter.manifest import MANIFEST
 from qwenport.exporter.rope import ROWS_AT_ONCE, rope_tables
 from qwenport.exporter.safetensors_file import (
     TensorEntry,
@@ -15,14 +15,11 @@ from qwenport.exporter.safetensors_file import (
     safetensors_header,
 )
 
-ROPE = "rope.safetensors"
-TABLE_ERROR = 1e-6  # of cos and sin per radian of the angle: what another machine's fp32 may give
+TABLE_ERROR = 1e-6  # of cos and sin per radian of angle: how far fp32 may differ between machines
 
 
 def rope_entries(config: ModelConfig, length: int) -> dict[str, TensorEntry]:
     """Where the tables of `length` positions lie in their file."""
-    from qwenport.exporter.graph import COS_TABLE, SIN_TABLE
-
     shape = (length, config.rope.head_dim // 2)
     return plan_safetensors(ROPE, "F32", {COS_TABLE: shape, SIN_TABLE: shape})
 

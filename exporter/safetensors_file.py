@@ -1,7 +1,7 @@
 """safetensors files, by their HEADERS only: read, checked against the file, and laid out for writing.
 
-A safetensors file is 8 bytes of header length, a JSON header, then raw row-major bytes, so the place of every tensor is
-known without reading a weight. What the safetensors library refuses is refused here.
+A safetensors file is 8 bytes of header length, a JSON header, then raw row-major bytes, so every tensor's location is
+known without reading a weight. Whatever the safetensors library refuses is refused here too.
 """
 
 from __future__ import annotations
@@ -17,22 +17,28 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from qwenport.contract import BY_SAFETENSORS
 from qwenport.exporter.errors import CheckpointError
 from qwenport.exporter.keys import short
 from qwenport.wording import cut
 
-CHUNK_BYTES = 1 << 24  # of weights in memory at a time
-MOST_HEADER_BYTES = 1 << 23  # a published shard has at most some thousand tensors
+CHUNK_BYTES = 1 << 24
+"""Bytes of weights in memory at a time."""
+MOST_HEADER_BYTES = 1 << 23  # a published shard has at most a few thousand tensors
 MOST_TENSORS = 1 << 16
-
-# safetensors dtype -> bytes per element, for the dtypes a supported checkpoint can hold
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-DTYPE_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `offset` and `length` in bytes from the start of `file`."""
+    """One tensor's location.
+
+    Attributes:
+        name: the tensor's.
+        file: name of the file that holds it.
+        dtype, shape: as in the header; the dtype is "BF16", for example.
+        offset: from the start of the file, in bytes.
+        length: bytes.
+    """
 
     name: str
     file: str
@@ -44,7 +50,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One safetensors file: its name in the checkpoint, its real path, its size and its header's hash."""
+    """A safetensors file: its name in the checkpoint, its real path, its size and its header's hash."""
 
     name: str
     path: Path
@@ -56,7 +62,7 @@ def read_safetensors_header(file: Path) -> tuple[WeightFile, list[TensorEntry]]:
     """Read one safetensors header and check that it accounts for the whole file.
 
     Raises:
-        CheckpointError: truncated, corrupt, or holding a dtype that no supported model has.
+        CheckpointError: the file is truncated or corrupt, or holds a dtype that no supported model has.
     """
     real = Path(os.path.realpath(file))  # a Hugging Face cache holds symbolic links
     try:
@@ -98,7 +104,7 @@ def read_safetensors_header(file: Path) -> tuple[WeightFile, list[TensorEntry]]:
 
 
 def _ask_library(file: Path, real: Path) -> None:
-    """What the library refuses for a reason of its own is refused; it reads no weight."""
+    """Refuse what the library refuses for reasons of its own; it reads no weight."""
     try:
         with safe_open(real, framework="np"):
             pass
@@ -107,7 +113,7 @@ def _ask_library(file: Path, real: Path) -> None:
 
 
 def _parse(file: Path, header_bytes: bytes) -> dict[str, Any]:
-    """The header's tensors: name -> fields. JSON as the safetensors library takes it, and no more."""
+    """The header's tensors: name -> fields. Accepts the JSON that the safetensors library accepts, and no more."""
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -148,12 +154,12 @@ def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
             f"{file}: corrupt safetensors header (the shape or offsets of {cut(name)} are not natural numbers)"
         )
     begin, end = offsets
-    if dtype not in DTYPE_BYTES:
+    if dtype not in BY_SAFETENSORS:
         raise CheckpointError(
-            f"{file}: tensor {name} has dtype {short(dtype)}; supported: {', '.join(DTYPE_BYTES)}: convert it first, "
-            "by loading and saving the model with transformers"
+            f"{file}: tensor {name} has dtype {short(dtype)}; supported: {', '.join(BY_SAFETENSORS)}; "
+            "convert it first, by loading and saving the model with transformers"
         )
-    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+    if end - begin != math.prod(shape) * BY_SAFETENSORS[dtype].itemsize:
         raise CheckpointError(
             f"{file}: corrupt safetensors header: {name} does not fill its byte range"
         )
@@ -163,8 +169,8 @@ def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
 def plan_safetensors(
     file: str, dtype: str, shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, TensorEntry]:
-    """Lay tensors of one dtype out in a safetensors file of that name."""
-    sizes = dict.fromkeys(shapes, DTYPE_BYTES[dtype])
+    """Lay out tensors of one dtype in a safetensors file of that name."""
+    sizes = dict.fromkeys(shapes, BY_SAFETENSORS[dtype].itemsize)
     for name, shape in shapes.items():
         for size in shape:
             sizes[name] *= size
@@ -179,7 +185,7 @@ def plan_safetensors(
 
 
 def safetensors_header(entries: Iterable[TensorEntry]) -> bytes:
-    """The 8-byte length and JSON header of a file that holds these tensors in this order."""
+    """The 8-byte length and JSON header of a file with these tensors in this order."""
     header, begin = {}, 0
     for entry in entries:
         end = begin + entry.length

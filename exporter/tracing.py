@@ -1,8 +1,8 @@
-"""A torch module, run on the meta device, as a list of calls: `trace` once, then stamp it with `emission.emit`.
+"""A torch module, run on the meta device, as a list of calls: `trace` it once, then stamp it with `emission.emit`.
 
 The module runs twice, with different sizes for its dynamic axes. A number that differs between the runs is a
 dynamic size and gets its axis's name; one that is neither constant nor the size of an axis is an error. So is
-a tensor of unknown origin: nothing a module does can be missed. A module calls a result by name with `named`.
+a tensor of unknown origin: nothing a module does can be missed. A module names a result with `named`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from qwenport.exporter.errors import TracingError
 
 Shape = tuple[int | str, ...]
 
-# Sizes of the dynamic axes in the two runs are taken from here. The meta device allocates nothing.
+# Sizes of the dynamic axes in the two runs. The meta device allocates nothing.
 _FIRST_SIZES = (1009, 1013, 1019, 1021, 1031, 1033)
 _SECOND_SIZES = (1109, 1117, 1123, 1129, 1151, 1153)
 
 
 @dataclass(frozen=True)
 class Ref:
-    """The tensor of this number: inputs first, then parameters, then results in order."""
+    """A tensor by number: inputs first, then parameters, then results in order."""
 
     index: int
 
@@ -48,7 +48,7 @@ class Span:
 
 @dataclass(frozen=True)
 class TensorType:
-    """dtype and shape of a traced tensor; a name in the shape is a dynamic axis."""
+    """The dtype and shape of a traced tensor; a name in the shape is a dynamic axis."""
 
     dtype: torch.dtype
     shape: Shape
@@ -56,7 +56,7 @@ class TensorType:
 
 @dataclass(frozen=True)
 class Call:
-    """One torch function call with tensors as results. `scope` is the submodule it happened in."""
+    """One torch function call that returns tensors. `scope` is the submodule that made it."""
 
     function: Any
     args: tuple[Any, ...]
@@ -67,7 +67,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """A traced module. `types[i]` belongs to Ref(i), `names` has the results that `named` gave a name."""
+    """A traced module. `types[i]` belongs to Ref(i); `names` holds the names that `named` gave to results."""
 
     calls: tuple[Call, ...]
     types: tuple[TensorType, ...]
@@ -81,14 +81,14 @@ def named(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """Name a value of the graph: "residual_1" in submodule "mlp" of layer 3 is "model.layers.3.mlp.residual_1".
 
     Args:
-        tensor: a result of an operator; inputs, parameters and values that have a name get none.
-        name: in lower case, unlike an operator's; once in a submodule.
+        tensor: an operator's result; not an input, a parameter or a value already named.
+        name: lower case, unlike an operator's; unique within its submodule.
 
     Returns:
-        `tensor` itself; no operator is added. Outside of `trace` this is all that happens.
+        `tensor` itself; no operator is added. Outside `trace` nothing else happens.
 
     Raises:
-        TracingError: another name, or another tensor.
+        TracingError: the name or the tensor breaks these rules.
     """
     if has_torch_function_unary(tensor):
         handle_torch_function(named, (tensor,), tensor, name)
@@ -104,12 +104,12 @@ def trace(
 
     Args:
         module: its parameters on the meta device; buffers are not supported.
-        inputs: example inputs, of which dtype and static sizes count.
-        dynamic_axes: for each input, axis -> name; axes of one name have one size.
+        inputs: example inputs; only their dtypes and static sizes matter.
+        dynamic_axes: for each input, axis -> name; axes of the same name have the same size.
 
     Raises:
-        TracingError: what the module computes depends on a dynamic size in another way than by having it,
-            or a tensor appears that is neither input, parameter nor result.
+        TracingError: the computation depends on a dynamic size other than as the size of an axis, or a tensor
+            appears that is neither input, parameter nor result.
     """
     names = list(dict.fromkeys(name for axes in dynamic_axes for name in axes.values()))
     if len(names) > len(_FIRST_SIZES):
@@ -152,7 +152,7 @@ def _record(
     dynamic_axes: Sequence[dict[int, str]],
     sizes: dict[str, int],
 ) -> Trace:
-    """Run the module once; sizes in the result are numbers."""
+    """Run the module once; sizes in the result are plain numbers."""
     tensors = [
         torch.empty(
             [sizes[axes[i]] if i in axes else size for i, size in enumerate(example.shape)],
@@ -193,12 +193,12 @@ def _record(
 
 
 class _Recorder(TorchFunctionMode):
-    """Sees every torch function the module calls, before torch takes it apart."""
+    """Sees every torch function that the module calls, before torch decomposes it."""
 
     def __init__(self, known: Sequence[torch.Tensor], taken: Collection[str]) -> None:
         super().__init__()
         self.num_known, self.taken = len(known), taken
-        self.tensors = list(known)  # kept alive, so that an id stays one tensor's
+        self.tensors = list(known)  # kept alive, so that no id is reused
         self.refs = {id(tensor): Ref(i) for i, tensor in enumerate(known)}
         self.calls: list[Call] = []
         self.names: dict[Ref, str] = {}
@@ -265,7 +265,7 @@ class _Recorder(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Merge:
-    """Puts two runs together: equal numbers stay, sizes of one axis become its name."""
+    """Merges two runs: equal numbers stay, the two sizes of an axis become its name."""
 
     names: dict[tuple[int, int], str]
     kind: str

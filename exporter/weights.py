@@ -1,7 +1,7 @@
-"""Weights in a package: referenced where they lie, copied whole, or converted one tensor at a time.
+"""Weights in a package: referenced in place, copied whole, or converted one tensor at a time.
 
-A tensor of another dtype than the package's is converted. Unless the user has named the dtype, that must lose nothing.
-What an adapter changes is computed in fp64 and rounded once.
+A tensor whose dtype is not the package's is converted. Unless the user named the dtype, that must be lossless. Weights
+that an adapter changes are computed in fp64 and rounded once.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import errno
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
+from qwenport.contract import BY_SAFETENSORS, COPY, DTYPES, PACK, Progress
 from qwenport.exporter.checkpoint import Checkpoint, expert_stacks, stacked_shape
 from qwenport.exporter.errors import ExportError
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
-    DTYPE_NAMES,
     TensorEntry,
     chunks,
     plan_safetensors,
@@ -29,29 +29,23 @@ from qwenport.exporter.safetensors_file import (
 )
 from qwenport.wording import size
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, units done, units in all)."""
-
 FOLDER = "weights"
 CONVERTED = "model.safetensors"  # all tensors
-CONVERTED_SOME = "converted.safetensors"  # those that have another dtype than the rest
+CONVERTED_SOME = "converted.safetensors"  # those whose dtype differs from the rest
 PACKED = "experts-packed.safetensors"
 
-_SAFETENSORS = {name: key for key, name in DTYPE_NAMES.items()}
-TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_IR = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 _FICLONE = 0x40049409  # linux/fs.h: share the extents of a file, copy on write
 
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """Where a package's tensors will be, and what they consist of.
+    """Where a package's tensors go, and what they are made of.
 
     Attributes:
-        mode: "link", "copy", "pack" or "convert", as the manifest says it.
-        entries: tensor -> its place in the package, `file` below weights/.
-        written: of those, the tensors in the file of the package's own -> the checkpoint's tensors that each
-            consists of, one after the other. All others lie in the checkpoint's files.
+        mode: "link", "copy", "pack" or "convert", as in the manifest.
+        entries: tensor -> its location in the package, with `file` below weights/.
+        written: the tensors among them that go into the package's own file -> the checkpoint's tensors that
+            each consists of, concatenated. All others stay in the checkpoint's files.
     """
 
     mode: str
@@ -59,10 +53,10 @@ class WeightPlan:
     written: dict[str, list[TensorEntry]]
 
     def conversions(self) -> dict[str, int]:
-        """ "fp32 to bf16" -> how many of the checkpoint's tensors."""
+        """ "fp32 to bf16" -> the number of the checkpoint's tensors converted so."""
         return dict(
             Counter(
-                f"{DTYPE_NAMES[part.dtype]} to {DTYPE_NAMES[self.entries[name].dtype]}"
+                f"{BY_SAFETENSORS[part.dtype].name} to {BY_SAFETENSORS[self.entries[name].dtype].name}"
                 for name, parts in self.written.items()
                 for part in parts
                 if part.dtype != self.entries[name].dtype
@@ -75,34 +69,34 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
 
     Args:
         checkpoint: the source.
-        dtype: dtype that the package's tensors are to have; those that have another are converted.
+        dtype: dtype of the package's tensors; tensors of another dtype are converted.
         mode: "link" (by reference, no bytes written), "copy", or "pack" (link, and write the stacks of single
-            experts). What an adapter changes is always written.
+            experts). Weights that an adapter changes are always written.
 
     Raises:
         ExportError: there is nothing to pack.
     """
     parts = expert_stacks(checkpoint)
     stacks = {name: [checkpoint.tensors[part] for part in parts[name]] for name in parts}
-    if mode == "pack" and not stacks:
+    if mode == PACK and not stacks:
         raise ExportError(
             "--weights pack: the checkpoint has no experts one by one that could be stacked; "
             "use --weights link or copy"
         )
-    stored = _SAFETENSORS[dtype]
+    stored = DTYPES[dtype].safetensors
     stacked = {part.name for parts in stacks.values() for part in parts}
     single = {name: entry for name, entry in checkpoint.tensors.items() if name not in stacked}
     adapted = checkpoint.adapter.matrices if checkpoint.adapter else {}
     if all(entry.dtype != stored for entry in checkpoint.tensors.values()):
         written = {**stacks, **{name: [entry] for name, entry in single.items()}}
         return WeightPlan("convert", _laid_out(checkpoint, CONVERTED, dtype, written), written)
-    kept = single if mode == "pack" else checkpoint.tensors
+    kept = single if mode == PACK else checkpoint.tensors
     written = {
         name: [entry] for name, entry in kept.items() if entry.dtype != stored or name in adapted
     }
-    if mode == "pack":
+    if mode == PACK:
         written |= stacks
-    file = PACKED if mode == "pack" else CONVERTED_SOME
+    file = PACKED if mode == PACK else CONVERTED_SOME
     if written and any(known.name == file for known in checkpoint.files):
         raise ExportError(
             f"the package would write {file}, which is a file of the checkpoint; rename it there (and in its index)"
@@ -120,24 +114,24 @@ def place_weights(
     lossless: bool,
     check_values: bool = False,
 ) -> WeightPlan:
-    """Put the checkpoint's weights under `package`/weights as `plan_weights` has it, and return the plan.
+    """Place the checkpoint's weights under `package`/weights according to `plan_weights`, and return the plan.
 
     Args:
         checkpoint: the source; never written to.
         package: directory being written.
         dtype, mode: see `plan_weights`.
-        progress: told of bytes done.
+        progress: called with the bytes done.
         lossless: refuse to convert a tensor that would lose precision.
-        check_values: read the tensors that are referenced, too, and refuse NaN and infinity in any.
+        check_values: also read the referenced tensors, and refuse NaN and infinity in any.
 
     Raises:
-        ExportError: links are not possible there, a value is not finite or does not fit `dtype`, the disk is too
+        ExportError: links are not possible there, a value is not finite or does not fit `dtype`, or the disk is too
             small.
     """
     folder = package / FOLDER
     folder.mkdir()
     plan = plan_weights(checkpoint, dtype, mode)
-    copied = sum(file.size for file in checkpoint.files) if plan.mode == "copy" else 0
+    copied = sum(file.size for file in checkpoint.files) if plan.mode == COPY else 0
     require_space(folder, copied + sum(plan.entries[name].length for name in plan.written))
     if plan.mode != "convert":
         _place_files(checkpoint, folder, plan.mode, progress)
@@ -153,7 +147,7 @@ def _place_files(checkpoint: Checkpoint, folder: Path, mode: str, progress: Prog
     total, done = sum(file.size for file in checkpoint.files), 0
     for file in checkpoint.files:
         target = folder / file.name
-        if mode == "copy":
+        if mode == COPY:
             for count in _copy(file.path, target):
                 done += count
                 progress("copying weights", done, total)
@@ -165,7 +159,7 @@ def _laid_out(
     checkpoint: Checkpoint, file: str, dtype: str, written: dict[str, list[TensorEntry]]
 ) -> dict[str, TensorEntry]:
     shapes = {name: stacked_shape(checkpoint, name, parts) for name, parts in written.items()}
-    return plan_safetensors(file, _SAFETENSORS[dtype], shapes)
+    return plan_safetensors(file, DTYPES[dtype].safetensors, shapes)
 
 
 def external_tensor(name: str, location: str, entry: TensorEntry) -> ir.ExternalTensor:
@@ -174,14 +168,14 @@ def external_tensor(name: str, location: str, entry: TensorEntry) -> ir.External
         location,
         entry.offset,
         entry.length,
-        _IR[DTYPE_NAMES[entry.dtype]],
+        BY_SAFETENSORS[entry.dtype].ir,
         shape=ir.Shape(entry.shape),
         name=name,
     )
 
 
 def _link(source: Path, target: Path) -> None:
-    """Reflink where the file system can, else hard link: onnxruntime refuses symbolic links."""
+    """Reflink if the file system can, else hard-link: onnxruntime refuses symbolic links."""
     if _reflink(source, target):
         return
     try:
@@ -201,13 +195,13 @@ def _link(source: Path, target: Path) -> None:
 def _reflink(source: Path, target: Path) -> bool:
     try:
         import fcntl
-    except ImportError:  # not a Unix: no reflinks
+    except ImportError:  # not Unix: no reflinks
         return False
     with source.open("rb") as original, target.open("wb") as clone:
         try:
             fcntl.ioctl(clone.fileno(), _FICLONE, original.fileno())
             return True
-        except OSError:  # the file system has none: the caller hard-links
+        except OSError:  # the file system has no reflinks: the caller hard-links
             pass
     target.unlink()
     return False
@@ -235,7 +229,7 @@ def _write(
     progress: Progress,
     lossless: bool,
 ) -> None:
-    """Write `plan.written` in a dtype into one safetensors file, a chunk in memory at a time."""
+    """Write `plan.written` in a dtype into one safetensors file, with one chunk in memory at a time."""
     entries = [plan.entries[name] for name in plan.written]
     todo = [part for parts in plan.written.values() for part in parts]
     total, done = sum(part.length for part in todo), 0
@@ -255,18 +249,18 @@ def _write(
                 if adapter is not None:
                     exact = values.double() + adapter.added(source, element, len(values))
                     element += len(values)
-                converted = exact.to(TORCH[dtype])
+                converted = exact.to(DTYPES[dtype].torch)
                 if not torch.isfinite(converted).all():
                     raise ExportError(
                         f"tensor {source.name} has values beyond {dtype}'s largest number "
-                        f"({torch.finfo(TORCH[dtype]).max:g}); choose another --dtype"
+                        f"({torch.finfo(DTYPES[dtype].torch).max:g}); choose another --dtype"
                     )
                 if (
                     lossless
                     and adapter is None
                     and not torch.equal(converted.to(values.dtype), values)
                 ):
-                    wide = DTYPE_NAMES[source.dtype]
+                    wide = BY_SAFETENSORS[source.dtype].name
                     alike = all(e.dtype == source.dtype for e in checkpoint.tensors.values())
                     raise ExportError(
                         f"tensor {source.name} is {wide} and would lose precision in {dtype}, which config.json "
@@ -288,13 +282,13 @@ def _check_values(
 
 
 def _values(checkpoint: Checkpoint, entry: TensorEntry) -> Iterator[torch.Tensor]:
-    """A tensor's values as they lie in the file, some at a time.
+    """A tensor's values in file order, one chunk at a time.
 
     Raises:
-        ExportError: one is NaN or infinite.
+        ExportError: a value is NaN or infinite.
     """
     for chunk in chunks(checkpoint.path, entry):
-        values = torch.frombuffer(bytearray(chunk), dtype=TORCH[DTYPE_NAMES[entry.dtype]])
+        values = torch.frombuffer(bytearray(chunk), dtype=BY_SAFETENSORS[entry.dtype].torch)
         if not torch.isfinite(values).all():
             kind = "NaN" if values.isnan().any() else "infinity"
             raise ExportError(f"tensor {entry.name} holds {kind}; the checkpoint is damaged")

@@ -1,7 +1,7 @@
-"""The CUDA plugins as a shared library: compiled where they are wanted, found again by what the library says of itself.
+"""The CUDA plugins as a shared library: compiled on the user's machine, later recognised by the library's own metadata.
 
-nvcc and TensorRT's headers are the user's. A library is used by its plugins' names and version; without one the
-operators' function bodies serve.
+The user provides nvcc and TensorRT's headers. A library is identified by its plugins' names and version; without one
+the operators' function bodies are used.
 """
 
 from __future__ import annotations
@@ -12,23 +12,16 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qwenport import QwenportError
+from qwenport import QwenportError, contract
+from qwenport.contract import OLDEST_PLUGIN_GPU, PLUGIN_VERSION, Progress, no_progress
 
 LIBRARY = "libqwenport_plugins.so"
-PLUGIN_NAMESPACE, PLUGIN_VERSION = "qwenport", "1"
-ROTARY_EMBEDDING_QK = "RotaryEmbeddingQK"
-"""Two RotaryEmbedding nodes in one. MoERouter and MoEExperts are called what the operators are called."""
-
-MOST_EXPERTS, MOST_CHOSEN = 512, 16
-"""What the kernels of MoERouter and MoEExperts are made for."""
-
-GPUS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
-OLDEST_GPU = 80
+GPUS = contract.GPUS["plugins"]
 SOURCES = Path(__file__).parent
 CUDA = Path("/usr/local/cuda/bin")
 HEADER_FOLDERS = (
@@ -40,7 +33,7 @@ HEADER_FOLDERS = (
 
 
 class PluginError(QwenportError):
-    """The plugins cannot be compiled or used: a tool is missing, the compiler failed, not such a library."""
+    """The plugins cannot be compiled or used: a tool is missing, the compiler failed, or it is not such a library."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class PluginLibrary:
     Attributes:
         path: the file.
         gpus: architectures that it has code for, "sm90".
-        tensorrt: release of the headers that it was compiled with, "10.14".
+        tensorrt: release of the headers it was compiled with, "10.14".
     """
 
     path: Path
@@ -62,7 +55,7 @@ def parse_architectures(text: str | None) -> tuple[str, ...]:
     """Read "sm80,sm90"; None is all of GPUS.
 
     Raises:
-        PluginError: not such a list, or a GPU older than SM80.
+        PluginError: not a list of architectures, or a GPU older than SM80.
     """
     if text is None:
         return GPUS
@@ -70,8 +63,10 @@ def parse_architectures(text: str | None) -> tuple[str, ...]:
     for gpu in found:
         if not re.fullmatch(r"sm\d+", gpu):
             raise PluginError(f"no such GPU architecture: {gpu!r}; write them as sm80,sm90")
-        if int(gpu[2:]) < OLDEST_GPU:
-            raise PluginError(f"the plugins need a GPU of sm{OLDEST_GPU} or newer, not {gpu}")
+        if int(gpu[2:]) < OLDEST_PLUGIN_GPU:
+            raise PluginError(
+                f"the plugins need a GPU of sm{OLDEST_PLUGIN_GPU} or newer, not {gpu}"
+            )
     if len(set(found)) != len(found):
         raise PluginError(f"a GPU architecture is named twice: {text}")
     return found
@@ -82,14 +77,14 @@ def compile_library(
     *,
     architectures: tuple[str, ...] = GPUS,
     tensorrt_include: Path | None = None,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> PluginLibrary:
-    """Compile the plugins; a library that is there already is replaced when the new one is whole.
+    """Compile the plugins; an existing library is replaced once the new one is complete.
 
     Args:
         path: the library to write.
-        architectures: as `parse_architectures` gives them.
-        tensorrt_include: folder of NvInfer.h; by default where packages of TensorRT put it.
+        architectures: as returned by `parse_architectures`.
+        tensorrt_include: folder of NvInfer.h; by default where TensorRT's packages put it.
         progress: called with (what, done, total).
 
     Raises:
@@ -130,10 +125,10 @@ def compile_library(
 
 
 def open_library(path: Path) -> PluginLibrary:
-    """Ask a library what it is; neither a GPU nor TensorRT is needed.
+    """Read a library's metadata; neither a GPU nor TensorRT is needed.
 
     Raises:
-        PluginError: no such file, or no library of these plugins.
+        PluginError: no such file, or not a library of these plugins.
     """
     if not path.is_file():
         raise PluginError(f"{path}: no such file; compile it with `qwenport plugins build {path}`")
@@ -161,7 +156,7 @@ def _headers(given: Path | None) -> Path:
             return folder
     if given is not None:
         raise PluginError(
-            f"{given}: no NvInferRuntime.h there; give the folder of TensorRT's headers"
+            f"{given}: no NvInferRuntime.h there; give the folder of TensorRT's headers (of NvInfer.h)"
         )
     raise PluginError(
         "TensorRT's headers are missing: install them (on Debian and Ubuntu libnvinfer-headers-dev), or say "
@@ -169,8 +164,8 @@ def _headers(given: Path | None) -> Path:
     )
 
 
-def _run(command: list[str], progress: Callable[[str, int, int], None], what: str) -> None:
-    """Run a build step; its errors are the exception."""
+def _run(command: list[str], progress: Progress, what: str) -> None:
+    """Run a build step; its errors become the exception's message."""
     lines: list[str] = []
     progress(what, 0, 100)
     with subprocess.Popen(
@@ -192,7 +187,7 @@ def _run(command: list[str], progress: Callable[[str, int, int], None], what: st
 
 
 def _steps(line: str) -> Iterator[tuple[int, int]]:
-    """What a line of cmake's says about how far it is: "[3/8] ..." or "[ 37%] ..."."""
+    """The progress in a line of cmake's output: "[3/8] ..." or "[ 37%] ..."."""
     if match := re.match(r"\[(\d+)/(\d+)\]", line):
         yield int(match[1]), int(match[2])
     elif match := re.match(r"\[ *(\d+)%\]", line):

@@ -7,11 +7,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qwenport.plugins.names import DOMAIN
+from qwenport.contract import DOMAIN
+from qwenport.plugins.nodes import UNKNOWN, append_node
 
 
 class FunctionBody:
-    """Nodes of an ONNX function under construction. A function has no initializers, so constants are nodes."""
+    """The nodes of an ONNX function under construction. A function has no initializers, so constants are nodes."""
 
     def __init__(self, *inputs: str) -> None:
         self.inputs = [ir.Value(name=name) for name in inputs]
@@ -28,24 +29,19 @@ class FunctionBody:
     ) -> Sequence[ir.Value]:
         """Append a node and return its outputs."""
         name = f"{op_type}_{len(self._nodes)}"
-        given = [value for value in attributes.values() if isinstance(value, ir.Attr)]
-        plain = {key: v for key, v in attributes.items() if not isinstance(v, ir.Attr)}
-        node = ir.node(op_type, inputs, attributes=plain, num_outputs=outputs, name=name)
-        for attribute in given:
-            node.attributes[attribute.name] = attribute
-        for index, value in enumerate(node.outputs):
-            value.name = name if outputs == 1 else f"{name}_{index}"
-        self._nodes.append(node)
-        return node.outputs
+        results = [UNKNOWN] * outputs
+        return append_node(
+            self._nodes, op_type, inputs, name, results, attributes=attributes, separator="_"
+        )
 
     def integer(self, value: int) -> ir.Value:
-        """An int64 scalar, made once."""
+        """A shared int64 scalar."""
         if value not in self._integers:
             self._integers[value] = self.op("Constant", value_int=value)
         return self._integers[value]
 
     def integers(self, *values: int) -> ir.Value:
-        """An int64 vector, made once."""
+        """A shared int64 vector."""
         if values not in self._integers:
             self._integers[values] = self.op("Constant", value_ints=values)
         return self._integers[values]
@@ -56,12 +52,12 @@ class FunctionBody:
         return self.op("Constant", reference=ir.RefAttr(field, name, kind))
 
     def size(self, tensor: ir.Value, axis: int) -> ir.Value:
-        """A size as a vector of one."""
+        """A size as a one-element vector."""
         end = {} if axis == -1 else {"end": axis + 1}
         return self.op("Shape", tensor, start=axis, **end)
 
     def arange(self, count: ir.Value) -> ir.Value:
-        """0 .. count-1, for a count as a vector of one."""
+        """0 .. count-1, for a count given as a one-element vector."""
         scalar = self.op("Squeeze", count, self.integers(0))
         return self.op("Range", self.integer(0), scalar, self.integer(1))
 
@@ -72,7 +68,7 @@ class FunctionBody:
         opset: int,
         attributes: Sequence[ir.Attr] = (),
     ) -> ir.Function:
-        """Finish: the function with its outputs renamed."""
+        """Finish: return the function with its outputs renamed."""
         for label, value in outputs.items():
             value.name = label
         graph = ir.Graph(

@@ -6,7 +6,9 @@ Only the standard library is imported here: the command line starts through this
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -14,19 +16,19 @@ __all__ = ["MissingExtraError", "QwenportError", "__version__", "import_extra"]
 
 
 class QwenportError(Exception):
-    """Every error meant for the user; the command line prints it as one line and exits 2."""
+    """Base of all errors meant for the user; the command line prints one line and exits 2."""
 
 
 class MissingExtraError(QwenportError):
     """An optional dependency is not installed."""
 
     def __init__(self, module: str, extra: str, purpose: str) -> None:
-        """State which distribution `purpose` needs and the command that installs `extra`.
+        """Say which distribution `purpose` needs and which command installs `extra`.
 
         Args:
             module: import name, for example ``tensorrt_rtx``.
-            extra: the extra of this project that brings it, for example ``rtx``.
-            purpose: what it is needed for, to be read after "needed to".
+            extra: the extra of this project that installs it, for example ``rtx``.
+            purpose: what it is needed for; completes the phrase "needed to".
         """
         self.module = module
         self.extra = extra
@@ -35,6 +37,29 @@ class MissingExtraError(QwenportError):
         super().__init__(
             f"{distribution} is not installed, needed to {purpose}: pip install 'qwenport[{extra}]'"
         )
+
+
+COMPONENTS = ("exporter", "plugins", "engines", "validate")
+
+
+def missing_link(folder: Path = Path(__file__).parent) -> str | None:
+    """What is wrong with a checkout in which a component is no link to its folder, or None."""
+    for name in COMPONENTS:
+        if not (folder / name / "__init__.py").is_file():
+            return (
+                f"{folder / name} is not the link that it should be; have git write links "
+                "(git config core.symlinks true, on Windows in developer mode), then: "
+                "git checkout -- qwenport"
+            )
+    return None
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in COMPONENTS and (wrong := missing_link()):
+            raise ImportError(wrong)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def import_extra(module: str, extra: str, purpose: str) -> ModuleType:

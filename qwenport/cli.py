@@ -1,7 +1,7 @@
 """The command line: a group whose commands are imported only when one is invoked.
 
 Exit codes: 0 done, 1 parity does not hold and nothing else, 2 an error the user can act on, in one line,
-70 a bug of this program, 130 interrupted, 141 the reader of our output went away, 143 terminated.
+70 a bug in this program, 129 hung up, 130 interrupted, 141 the reader of our output is gone, 143 terminated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from types import FrameType
 
 import click
 
-from qwenport import QwenportError, __version__
+from qwenport import QwenportError, __version__, missing_link
 from qwenport.wording import MOST, cut_words, one_line
 
 EXIT_ERROR = 2
@@ -45,7 +45,7 @@ COMMANDS = {
 TRACEBACK = "QWENPORT_TRACEBACK"
 ERROR = "error: "
 
-# Errors that a file system gives for reasons of its own.
+# Errors caused by the file system.
 SYSTEM_ERRORS = (
     errno.EACCES,
     errno.EPERM,
@@ -56,7 +56,7 @@ SYSTEM_ERRORS = (
     errno.ELOOP,
 )
 
-# Libraries are to speak through their exceptions, and only local files are opened.
+# Libraries report through exceptions only, and only local files are opened.
 QUIET_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -108,9 +108,8 @@ def cli() -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line on `args` (default: the process's own) and return the exit code.
 
-    A signal to terminate raises SystemExit where the main thread is, so that what a killed command
-    has written is removed as after Ctrl-C. Once a process's own command line has come to an end, Ctrl-C changes
-    nothing any more.
+    A termination signal raises SystemExit in the main thread, so that a killed command's partial output is removed
+    as after Ctrl-C. Once a process's own command line has finished, Ctrl-C has no effect.
     """
     if "_QWENPORT_COMPLETE" in os.environ:
         cli.main(prog_name="qwenport")  # the shell asks for completions; click answers and exits
@@ -133,6 +132,8 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str], is_process: bool) -> int:
     # click's own `main` turns a broken pipe and several errors into exit code 1, which here
     # means that parity failed.
+    if wrong := missing_link():
+        return _fail(wrong)
     try:
         with cli.make_context("qwenport", arguments) as context:
             cli.invoke(context)
@@ -154,7 +155,7 @@ def _run(arguments: list[str], is_process: bool) -> int:
         _fail("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Nobody reads stdout any more: keep the interpreter's last flush from failing too.
+        # The reader of stdout is gone: keep the interpreter's last flush from failing too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except OSError as error:
@@ -166,13 +167,13 @@ def _run(arguments: list[str], is_process: bool) -> int:
 
 
 def _ignore_interrupts() -> None:
-    """Nothing is left that Ctrl-C could stop, and Python takes a while to shut down."""
+    """Ignore Ctrl-C: nothing is left to stop, and Python takes a while to shut down."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _bug(error: Exception) -> int:
-    """Say that it is ours, and where; the whole traceback with QWENPORT_TRACEBACK set."""
+    """Report a bug in Qwenport and its place; with QWENPORT_TRACEBACK set, the whole traceback."""
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -187,15 +188,15 @@ def _bug(error: Exception) -> int:
 
 
 def _explain(error: click.ClickException) -> str:
-    """What click complains about; for a usage error followed by the usage."""
+    """click's message, followed by the usage for a usage error."""
     message = error.format_message()
     context = getattr(error, "ctx", None)
     return message if context is None else f"{message} ({context.get_usage()})"
 
 
 def _system_error(error: OSError) -> str | None:
-    """The message for an error of the system that is not our mistake; None if it may be."""
-    file = error.filename2 or error.filename  # of two, the second is the one written to
+    """The message for a system error that is not our bug; None if it may be."""
+    file = error.filename2 or error.filename  # of two, the second is written to
     where = f" {file}" if file else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         while_writing = f" while writing{where}" if where else ""
@@ -210,14 +211,14 @@ def _exit_on_signals(is_process: bool) -> Iterator[None]:
     """Turn SIGTERM, and SIGHUP unless it is ignored (nohup), into SystemExit(128 + number).
 
     Args:
-        is_process: nothing follows, and Ctrl-C is ignored from the end on.
+        is_process: the process ends with this command, so Ctrl-C is ignored afterwards.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def leave(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # cleaning up is not to be interrupted
+        signal.signal(number, signal.SIG_IGN)  # cleanup must not be interrupted
         raise SystemExit(128 + number)
 
     numbers = [signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
@@ -237,7 +238,7 @@ def _exit_on_signals(is_process: bool) -> Iterator[None]:
 
 
 def _raise_again(lost: sys.UnraisableHookArgs) -> None:
-    """Ctrl-C that came while an object was being removed, where Python drops every exception: once more, then."""
+    """Raise Ctrl-C again if it came in an object's finalizer, where Python drops every exception."""
     if issubclass(lost.exc_type, KeyboardInterrupt):
         main = threading.main_thread().ident
         threading.Timer(0.01, lambda: signal.pthread_kill(main or 0, signal.SIGINT)).start()

@@ -1,10 +1,10 @@
-"""Numbers and errors for people: readable sizes, and one line that is short enough to read."""
+"""Numbers and errors for people: readable sizes, and messages cut to one readable line."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-MOST = 300  # characters of a message
+MOST = 300  # characters in a message
 MOST_OF_A_NAME = 80
 MOST_OF_A_PATH = 120
 CUT = " ... "
@@ -20,7 +20,7 @@ def size(count: float) -> str:
 
 
 def one_line(text: object, most: int = MOST) -> str:
-    """The text on one line of at most `most` characters; what is too much is cut out, most of it near the end."""
+    """The text on one line of at most `most` characters; the excess is cut out, mostly near the end."""
     return _cut(text, most, most // 6)
 
 
@@ -31,7 +31,7 @@ def cut(name: object) -> str:
 
 
 def cut_words(text: str) -> str:
-    """The text with each of its words short enough for a message; a word may be a path."""
+    """The text with each word short enough for a message; a word may be a path."""
     return " ".join(_cut(word, MOST_OF_A_PATH, MOST_OF_A_PATH // 2) for word in text.split())
 
 

@@ -205,6 +205,24 @@ def transformers_config(raw: Raw) -> Any:
     return CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))
 
 
+def config_fields(model_type: str) -> Mapping[str, Any]:
+    """The keys that transformers' config class declares, each with its dataclass field."""
+    from transformers import CONFIG_MAPPING
+
+    fields: Mapping[str, Any] = CONFIG_MAPPING[model_type].__dataclass_fields__
+    return fields
+
+
+def bias_switches(model_type: str) -> list[str]:
+    """The keys that switch a linear layer's bias."""
+    return [key for key in config_fields(model_type) if key.endswith("_bias")]
+
+
+def has_no_window(model_type: str) -> bool:
+    """Whether transformers' model knows no sliding window."""
+    return "sliding_window" not in config_fields(model_type)
+
+
 def published_spelling(raw: Raw) -> Raw:
     """What transformers 5 saves, in the spelling of the files that are published."""
     raw = copy.deepcopy(raw)

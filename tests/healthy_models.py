@@ -12,11 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import Raw, mini, tensor_shapes, write_checkpoint
+from checkpoints import (
+    MINI,
+    Raw,
+    bias_switches,
+    config_fields,
+    mini,
+    tensor_shapes,
+    write_checkpoint,
+)
 from hypothesis import strategies as st
 
-MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral", "qwen2_moe", "qwen3_moe")
-ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+from qwenport.exporter.rope import KINDS
+
+MODEL_TYPES = tuple(MINI)
+ROPE_KINDS = tuple(KINDS)
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -120,12 +130,12 @@ def healthy_models(
     dtype = draw(st.sampled_from(sorted(TORCH_DTYPES)))
     changes = draw(_sizes(model_type, least_head_dim)) | {
         "num_hidden_layers": layers,
-        "max_window_layers": ... if model_type in ("llama", "mistral") else layers,
+        "max_window_layers": layers if "max_window_layers" in MINI[model_type] else ...,
         "rms_norm_eps": draw(st.sampled_from((1e-5, 1e-6))),
         "tie_word_embeddings": draw(st.booleans()),
         "torch_dtype": DTYPE_NAMES[dtype],
     }
-    changes |= {key: draw(_flag()) for key in _switches(model_type)}
+    changes |= {key: draw(_flag()) for key in bias_switches(model_type)}
     if model_type.endswith("_moe"):
         changes |= draw(_experts(model_type, layers))
     head_dim = changes["head_dim"]
@@ -156,17 +166,6 @@ def _flag() -> st.SearchStrategy[Any]:
     return st.sampled_from((True, False, ...))
 
 
-def _switches(model_type: str) -> tuple[str, ...]:
-    return {
-        "qwen2": (),
-        "qwen3": ("attention_bias",),
-        "mistral": (),
-        "llama": ("attention_bias", "mlp_bias"),
-        "qwen2_moe": ("qkv_bias",),
-        "qwen3_moe": ("attention_bias",),
-    }[model_type]
-
-
 @st.composite
 def _sizes(draw: st.DrawFn, model_type: str, least_head_dim: int) -> dict[str, Any]:
     heads, kv_heads = draw(st.sampled_from(HEADS))
@@ -175,8 +174,9 @@ def _sizes(draw: st.DrawFn, model_type: str, least_head_dim: int) -> dict[str, A
         hidden = heads * draw(st.integers(-(-16 // heads), 64 // heads))
     else:
         hidden = draw(st.integers(16, 64))
-    # what need not be stated is left out half the time; the qwen3 families state it always
-    if not model_type.startswith("qwen3") and 16 <= heads * head_dim <= 64 and draw(st.booleans()):
+    # what need not be stated is left out half the time
+    default = getattr(config_fields(model_type).get("head_dim"), "default", None)
+    if default is None and 16 <= heads * head_dim <= 64 and draw(st.booleans()):
         hidden, stated = heads * head_dim, ...
     else:
         stated = head_dim

@@ -44,69 +44,6 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "measured"),
-    [
-        ("export", ("seconds", "peak_rss_bytes", "written_bytes")),
-        ("build", ("seconds", "plan_bytes", "layers")),
-        ("decode", ("decode_tokens_per_second", "prefill_tokens_per_second")),
-    ],
-)
-def test_quick_run_writes_its_json(name: str, measured: tuple[str, ...], work: Path) -> None:
-    output = work / f"{name}.json"
-    script = BENCHMARKS / f"{name}.py"
-    run = subprocess.run(
-        [sys.executable, script, "--quick", "--work", work / "work", "--output", output],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    text = output.read_text(encoding="utf-8")
-    data = json.loads(text)
-    assert data.keys() >= KEYS
-    assert (data["benchmark"], data["quick"], data["bars"]) == (name, True, [])
-    (ours,) = data["summary"]
-    assert ours["error"] is None
-    assert all(ours[key] > 0 for key in measured)
-    assert str(BENCHMARKS.parent) not in text
-
-
-@pytest.mark.slow
-def test_quick_run_of_experts_measures_both_parts_and_checks_every_output(work: Path) -> None:
-    output = work / "experts.json"
-    script = BENCHMARKS / "experts.py"
-    run = subprocess.run(
-        [sys.executable, script, "--quick", "--work", work / "work", "--output", output],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    text = output.read_text(encoding="utf-8")
-    data = json.loads(text)
-    assert data.keys() >= KEYS
-    assert (data["benchmark"], data["quick"], data["bars"]) == ("experts", True, [])
-    assert [row["contender"] for row in data["summary"] if row["error"]] == []
-    rows = {
-        part: [row for row in data["summary"] if row["part"] == part]
-        for part in ("layer", "stacking")
-    }
-    assert len(rows["layer"]) == 6
-    keys = ("decode_median_seconds", "prefill_median_seconds", "of_the_bound", "peak_rss_bytes")
-    assert all(row[key] > 0 for row in rows["layer"] for key in keys)
-    assert all(row["rel_l2"] <= 1e-5 for row in rows["layer"])
-    assert len({row["rel_l2"] for row in rows["layer"]}) > 2  # each is its own computation
-    by_name = {row["contender"]: row for row in rows["stacking"]}
-    assert all(row["seconds"] > 0 and row["peak_rss_bytes"] > 0 for row in by_name.values())
-    written = [by_name[f"export, {weights}"]["written_bytes"] for weights in ("link", "pack")]
-    stacks = 2 * 6 * 3 * 48 * 128 * 2  # bytes; the graph is smaller, and blocks are whole
-    assert written[1] - written[0] > 0.9 * stacks
-    assert by_name["build, link"]["plan_to_weights"] > 1
-    assert str(BENCHMARKS.parent) not in text
-
-
 def run_quick(name: str, work: Path, *options: str) -> dict[str, Any]:
     """Run a benchmark's smoke test; its JSON."""
     output = work / f"{name}.json"
@@ -124,6 +61,43 @@ def run_quick(name: str, work: Path, *options: str) -> dict[str, Any]:
     assert data.keys() >= KEYS
     assert (data["benchmark"], data["quick"], data["bars"]) == (name, True, [])
     return data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "measured"),
+    [
+        ("export", ("seconds", "peak_rss_bytes", "written_bytes")),
+        ("build", ("seconds", "plan_bytes", "layers")),
+        ("decode", ("decode_tokens_per_second", "prefill_tokens_per_second")),
+    ],
+)
+def test_quick_run_writes_its_json(name: str, measured: tuple[str, ...], work: Path) -> None:
+    data = run_quick(name, work)
+    (ours,) = data["summary"]
+    assert ours["error"] is None
+    assert all(ours[key] > 0 for key in measured)
+
+
+@pytest.mark.slow
+def test_quick_run_of_experts_measures_both_parts_and_checks_every_output(work: Path) -> None:
+    data = run_quick("experts", work)
+    assert [row["contender"] for row in data["summary"] if row["error"]] == []
+    rows = {
+        part: [row for row in data["summary"] if row["part"] == part]
+        for part in ("layer", "stacking")
+    }
+    assert len(rows["layer"]) == 6
+    keys = ("decode_median_seconds", "prefill_median_seconds", "of_the_bound", "peak_rss_bytes")
+    assert all(row[key] > 0 for row in rows["layer"] for key in keys)
+    assert all(row["rel_l2"] <= 1e-5 for row in rows["layer"])
+    assert len({row["rel_l2"] for row in rows["layer"]}) > 2  # each is its own computation
+    by_name = {row["contender"]: row for row in rows["stacking"]}
+    assert all(row["seconds"] > 0 and row["peak_rss_bytes"] > 0 for row in by_name.values())
+    written = [by_name[f"export, {weights}"]["written_bytes"] for weights in ("link", "pack")]
+    stacks = 2 * 6 * 3 * 48 * 128 * 2  # bytes; the graph is smaller, and blocks are whole
+    assert written[1] - written[0] > 0.9 * stacks
+    assert by_name["build, link"]["plan_to_weights"] > 1
 
 
 @pytest.mark.slow
@@ -181,17 +155,7 @@ def test_prompt_files_differ(load: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "export",
-        "build",
-        "decode",
-        "experts",
-        "embedded",
-        "shapes",
-        "peers",
-        "sensitivity",
-        "false_alarms",
-    ],
+    "export build decode experts plugins embedded sensitivity false_alarms validation shapes smollm2 peers".split(),
 )
 def test_help_says_what_a_script_does(name: str) -> None:
     run = subprocess.run(
@@ -200,7 +164,9 @@ def test_help_says_what_a_script_does(name: str) -> None:
         text=True,
         check=True,
     )
-    assert run.stdout.startswith("Usage: ")
+    usage, what, *_ = run.stdout.split("\n\n")
+    assert usage.startswith(f"Usage: {name}.py ")
+    assert len(what.split()) > 5
 
 
 @pytest.mark.parametrize(
@@ -283,6 +249,55 @@ def test_bars_hold_on_their_side_of_the_bound(load: Any) -> None:
     assert bar("x", 1.1, 1.0, "at most", "GB").holds is False
     assert bar("x", 1.1, 1.0, "at least", "x").holds
     assert bar("x", None, 1.0, "at least", "x").holds is None
+
+
+ROWS = [
+    {"contender": "ours", "seconds": 2.0, "error": None},
+    {"contender": "theirs", "seconds": None, "error": None},
+    {"contender": "broken", "seconds": 3.0, "error": "no such luck"},
+]
+
+
+def test_table_leaves_out_what_is_missing_or_failed(load: Any) -> None:
+    report = load("report")
+    columns = {
+        "contender": report.figure("contender"),
+        "wall": report.figure("seconds", "{:.1f} ms", 1e-3),
+    }
+    made = report.table("Medians", columns, ROWS)
+    cells = [list(column.cells) for column in made.columns]
+    assert cells == [["ours", "theirs", "broken"], ["2000.0 ms", "", "failed"]]
+
+
+@pytest.mark.parametrize(
+    ("own", "bars_must_hold", "said"),
+    [
+        (["ours"], False, ""),
+        (["ours", "broken"], False, "Error: broken failed"),
+        (["ours"], True, "Error: does not hold: speed"),
+    ],
+)
+def test_exit_code_is_1_if_our_own_fails_or_a_strict_bar_does_not_hold(
+    own: list[str], bars_must_hold: bool, said: str, load: Any, tmp_path: Path
+) -> None:
+    from click.testing import CliRunner
+
+    shared = load("report")
+
+    @shared.benchmark("made-up", repeats=2, bars_must_hold=bars_must_hold)
+    def main(report: Any) -> Any:
+        seen = [report.settings["repeats"], report.peers, list(report.turns())]
+        assert seen == [2, False, [1, 2]]
+        bars = [shared.Bar("speed", 1.0, 2.0, "at least", "x")]
+        return shared.Result([], ROWS, bars, own)
+
+    output = tmp_path / "new" / "made-up.json"
+    options = ["--no-peers", "--work", str(tmp_path), "--output", str(output)]
+    result = CliRunner().invoke(main, options)
+    assert (result.exit_code, said in result.output) == (1 if said else 0, True)
+    data = json.loads(output.read_text(encoding="utf-8"))
+    assert data["settings"] == {"repeats": 2, "peers": False}
+    assert (data["summary"], data["bars"][0]["holds"]) == (ROWS, False)
 
 
 def test_requirements_pin_everything_and_name_no_index() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,8 +17,8 @@ import pytest
 import torch
 from checkpoints import mini, random_tensors, stack_experts, tensor_shapes, write_checkpoint
 
-from qwenport import cli, exporter
-from qwenport.commands import export, generate
+from qwenport import cli
+from qwenport.commands import generate
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-qwen2.5"
 
@@ -97,10 +98,6 @@ def test_help_has_two_sentences_an_example_and_every_default(name: str, run: Run
     shown = run(*name.split(), "--help")
     assert shown.code == 0 and shown.err == ""
     assert "Sentinel" not in shown.out
-
-
-def test_the_batch_that_help_promises_is_the_exporters() -> None:
-    assert export.DEFAULT_MAX_BATCH == exporter.DEFAULT_MAX_BATCH
 
 
 # export
@@ -260,6 +257,8 @@ def test_generate_streams_piece_by_piece_what_json_has_as_one_text(
     assert report.err == ""
     assert len(report.json["token_ids"]) == 20 and report.json["finish_reason"] == "length"
     assert "".join(pieces) == report.json["text"] + "\n"
+    page = (Path(__file__).parents[1] / "docs" / "sessions.md").read_text().split("## Sessions")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == report.json.keys()
 
 
 def test_generate_quiet_prints_the_text_alone(package: Path, run: Run) -> None:

@@ -147,7 +147,7 @@ def test_changed_engine_is_refused(
     ("options", "words"),
     [
         (["--target", "tensorrt-rtx", "--gpu", "sm999"], ("sm999", "sm86")),
-        (["--target", "tensorrt-rtx", "--gpu", "RTX 4090"], ("rtx 4090", "sm86")),
+        (["--target", "tensorrt-rtx", "--gpu", "RTX 4090"], ("RTX 4090", "sm86")),
         (["--target", "tensorrt-rtx", "--gpu", "sm90"], ("sm90", "tensorrt-rtx")),
         (["--target", "tensorrt-rtx", "--gpu", "sm75"], ("sm75", "fp16")),
         (["--target", "tensorrt-rtx", "--max-seq-len", "513"], ("513", "512")),
@@ -223,6 +223,21 @@ def test_report_that_is_a_file_is_refused_before_the_work(
     (tmp_path / "report").touch()
     options = ["--reference", TINY, "--report", tmp_path / "report"]
     assert "not a directory" in refused(capsys, "validate", exported, *options)
+
+
+def test_a_report_is_not_written_into_a_package_or_a_checkpoint(
+    exported: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    for place in (exported, shutil.copytree(TINY, tmp_path / "checkpoint")):
+        before = sorted(place.rglob("*"))
+        options = ["--reference", TINY, "--report", place]
+        assert "a directory of its own" in refused(capsys, "validate", exported, *options)
+        assert sorted(place.rglob("*")) == before
+
+
+def test_a_checkpoint_is_not_built(tmp_path: Path, capsys: Capture) -> None:
+    line = refused(capsys, "build", TINY, tmp_path / "engine", "--target", "tensorrt-rtx")
+    assert "is a checkpoint; export it first" in line
 
 
 # the tokenizer, which is data and never a program

@@ -1,17 +1,25 @@
-"""Every command and every Python example of the documentation runs."""
+"""Every command and every Python example of the documentation runs, and the manifests' keys are those on their page."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwenport.cli import main
+from qwenport.engines import build
+from qwenport.exporter import SOURCE, Rope, export
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+OUTSIDE = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG")]
+PAGES = sorted([*OUTSIDE, *(ROOT / "docs").rglob("*.md")])
+MANIFESTS = ROOT / "docs" / "reference" / "manifests.md"
 LONG = ("validate.md", "moe.md")  # several validations
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
@@ -42,6 +50,7 @@ def test_a_page_runs_from_top_to_bottom(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "qwen").symlink_to(ROOT / "examples" / "tiny-qwen2.5")  # the tutorial's checkpoint
     monkeypatch.chdir(tmp_path)
     for kind, text in examples(page):
         if kind == "python":
@@ -52,10 +61,79 @@ def test_a_page_runs_from_top_to_bottom(
                 code = main(shlex.split(line.removeprefix("$ qwenport ")))
                 assert code == 0, f"{line}\n{capsys.readouterr().err}"
             elif line.startswith("$ "):
-                assert line.startswith(("$ make ", "$ git ", "$ pip ", "$ cd ")), line
+                assert line.startswith(("$ make ", "$ git ", "$ pip ", "$ source ")), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_between_pages_lead_somewhere(page: Path):
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def keys_on_the_page(section: str) -> set[str]:
+    """The keys in the first column of a section's tables."""
+    text = MANIFESTS.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    return {key for cell in cells for key in re.findall(r"`(.*?)`", cell)}
+
+
+FREE = re.compile(
+    r"(?:.*\.)?files|ops|profile|aliases|plugin_layers|source\.converted"
+)  # their keys are names
+
+
+def paths(value: Any, path: str = "") -> Iterator[str]:
+    """The path of each value in a manifest, as the page writes it. Shapes and lists of plain values have no items."""
+    if isinstance(value, dict):
+        if path in ("model.moe", "source.adapter"):
+            yield path  # may be null
+        for key, inner in value.items():
+            name = "NAME" if FREE.fullmatch(path) else key
+            yield from paths(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for inner in value:
+            yield from paths(inner, f"{path}[]")
+    else:
+        yield path
+
+
+def test_the_page_of_manifests_has_every_key_and_no_other(tmp_path: Path):
+    """What no bundled checkpoint has comes from the rope kinds' classes and the shape of an adapter's entry."""
+    tiny, sparse = ROOT / "examples" / "tiny-qwen2.5", ROOT / "examples" / "tiny-qwen2-moe"
+    packages = [
+        export(tiny, tmp_path / "dense", rope_scaling="yarn:4"),
+        export(sparse, tmp_path / "sparse", dtype="fp32"),
+    ]
+    engine = build(
+        tmp_path / "sparse",
+        tmp_path / "engine",
+        target="tensorrt-rtx",
+        gpus="sm89",
+        max_seq_len=64,
+    )
+    both = keys_on_the_page("In both")
+    rope = {key for key in both if key.startswith("model.rope.")}
+    of_classes = {
+        f"model.rope.{field.name}"
+        for kind in [Rope, *Rope.__subclasses__()]
+        for field in dataclasses.fields(kind)
+    }
+    assert rope == of_classes
+    of_adapters = {f"source.adapter.{key}" for key in SOURCE["adapter"].of}
+
+    def check(manifests: list[Any], section: str) -> None:
+        named = keys_on_the_page(section)
+        found = {path for manifest in manifests for path in paths(manifest)}
+        assert found <= named | both
+        assert named <= found
+        assert both <= found | of_classes | of_adapters
+
+    check(
+        [json.loads((package.path / "qwenport.json").read_text()) for package in packages],
+        "Packages",
+    )
+    manifest = json.loads((engine.path / "qwenport.json").read_text())
+    manifest["source"] = manifest["package"]["source"]
+    manifest["package"]["source"] = None  # the page describes it once
+    manifest["plugin_layers"] = {"a plugin": 1}  # plugins are compiled elsewhere
+    check([manifest], "Engines")

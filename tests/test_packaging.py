@@ -19,7 +19,8 @@ from qwenport import MissingExtraError, QwenportError, cli, import_extra
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOLDERS = PROJECT["tool"]["setuptools"]["package-dir"]
+ROOMS = ("exporter", "plugins", "engines", "validate")
+FOLDERS = {"qwenport": "qwenport", **{f"qwenport.{room}": room for room in ROOMS}}
 
 
 def sources(pattern: str) -> dict[str, Path]:
@@ -32,28 +33,102 @@ def sources(pattern: str) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Names in a wheel built from a copy, so that nothing is written into the repository."""
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packaged, so that nothing is written into the repository."""
     copy = tmp_path_factory.mktemp("source")
+    ignored = shutil.ignore_patterns("__pycache__")
     for folder in FOLDERS.values():
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", "dist"]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", *options, "."],
-        cwd=copy,
+    return copy
+
+
+def pip(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run pip without network and without settings of this machine."""
+    return subprocess.run(
+        [sys.executable, "-m", "pip", *map(str, arguments)],
         env={k: v for k, v in os.environ.items() if not k.startswith("PIP_")},
-        check=True,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    (wheel,) = (copy / "dist").glob("*.whl")
+
+
+OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def wheel(copied: Path) -> Path:
+    made = pip("wheel", *OFFLINE, "--wheel-dir", copied / "dist", copied)
+    assert made.returncode == 0, made.stderr
+    (wheel,) = (copied / "dist").glob("*none-any.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return set(archive.namelist())
 
 
-def test_every_package_folder_is_listed() -> None:
-    found = {name.rpartition("/")[0].replace("/", ".") for name in sources("__init__.py")}
-    assert found == set(PROJECT["tool"]["setuptools"]["packages"])
+@pytest.mark.parametrize("kind", ["editable", "wheel"])
+def test_a_type_checker_sees_the_package_from_an_empty_folder(
+    kind: str, copied: Path, wheel: Path, tmp_path: Path
+) -> None:
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    if kind == "editable":  # what `pip install -e` does, for a Python without setuptools
+        build = "import setuptools.build_meta as backend; backend.build_editable('dist')"
+        subprocess.run([sys.executable, "-c", build], cwd=copied, check=True)
+        (wheel,) = (copied / "dist").glob("*editable*.whl")
+    installed = pip("--python", venv, "install", *OFFLINE, wheel)
+    assert installed.returncode == 0, installed.stderr
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "uses.py").write_text(
+        "from qwenport.exporter import export\nreveal_type(export)\nexport(1)\n"
+    )
+    options = ["--python-executable", venv / "bin" / "python", "--ignore-missing-imports"]
+    run = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, "--cache-dir", tmp_path / "cache", "uses.py"],
+        cwd=empty,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert 'Revealed type is "def (checkpoint_path: ' in run.stdout, run.stdout
+    assert "Package" in run.stdout
+    assert 'Argument 1 to "export" has incompatible type "int"' in run.stdout
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_checkout_without_links_is_refused_in_one_line(
+    room: str, copied: Path, tmp_path: Path
+) -> None:
+    """As git writes it on Windows unless it is told otherwise: a text file that holds the target."""
+    copy = shutil.copytree(copied, tmp_path / "copy", symlinks=True)
+    (copy / "qwenport" / room).unlink()
+    (copy / "qwenport" / room).write_text(f"../{room}")
+    refused = pip("wheel", *OFFLINE, "--wheel-dir", tmp_path / "dist", copy)
+    assert refused.returncode != 0
+    (line, *_) = [line for line in refused.stderr.splitlines() if "core.symlinks" in line]
+    assert "error: " in line and f"qwenport/{room} is not the link" in line
+    for program in (
+        ["-m", "qwenport", "inspect", "x"],
+        ["-c", f"from qwenport import {room}"],
+    ):
+        run = subprocess.run(
+            [sys.executable, *program], capture_output=True, text=True, cwd=copy, check=False
+        )
+        last = run.stderr.splitlines()[-1]
+        assert run.returncode and f"qwenport/{room} is not the link" in last, run.stderr
+        assert ("Traceback" in run.stderr) == (program[0] == "-c")
+
+
+def test_the_rooms_are_links_to_the_top_level_folders() -> None:
+    for room in ROOMS:
+        assert os.readlink(ROOT / "qwenport" / room) == f"../{room}"
 
 
 def test_wheel_holds_every_module_and_nothing_outside_the_package(wheel_names: set[str]) -> None:
@@ -68,7 +143,7 @@ def test_wheel_holds_the_sources_that_are_compiled_where_they_run(wheel_names: s
         for pattern in ("CMakeLists.txt", "*.cmake", "*.cpp", "*.cu", "*.cuh", "*.h", "*.hpp")
         for name in sources(pattern)
     }
-    assert compiled <= wheel_names
+    assert compiled | {"qwenport/py.typed"} <= wheel_names
 
 
 def test_version_is_the_same_in_the_package_and_in_pyproject() -> None:

@@ -1,6 +1,6 @@
 """Parity: does a package, TensorRT's network of it, or an engine compute what transformers computes?
 
-`validate` asks, a `Report` answers. Importing this is cheap; torch and transformers load when it is called.
+`validate` returns a `Report`. Importing this module is cheap; torch and transformers load when it is called.
 """
 
 from qwenport.validate.candidate import open_candidate
@@ -8,7 +8,7 @@ from qwenport.validate.errors import NetworkError, ValidationError
 from qwenport.validate.localisation import Fault, OperatorError
 from qwenport.validate.report import Check, Report, ScenarioResult
 from qwenport.validate.report import prepare as prepare_report
-from qwenport.validate.target import check_source, open_target
+from qwenport.validate.target import Target, check_source, open_target
 from qwenport.validate.thresholds import parse_overrides
 from qwenport.validate.validation import Options, Validation, validate
 
@@ -20,6 +20,7 @@ __all__ = [
     "Options",
     "Report",
     "ScenarioResult",
+    "Target",
     "Validation",
     "ValidationError",
     "check_source",

@@ -1,8 +1,8 @@
 """How much `validate` runs: three budgets, and what each means for a model of a given size.
 
-What a scenario costs is counted in tokens and in steps: a token costs arithmetic, a step reads every weight once. So a
-small model is given more single-token steps than a large one under the same name. The sizes depend on the model and
-on what its sessions take, never on the clock: the same question is always judged by the same runs.
+A scenario's cost is counted in tokens and in steps: a token costs arithmetic, a step reads every weight once. So a
+small model gets more single-token steps than a large one under the same budget. The sizes depend on the model and
+its sessions, never on the clock: the same question is always judged by the same runs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qwenport.contract import QUICK, STANDARD, THOROUGH
 from qwenport.engines.session import SPAN_MULTIPLE
 from qwenport.exporter import ModelConfig
 from qwenport.validate.errors import ValidationError
@@ -22,12 +23,12 @@ class Budget:
     """One budget.
 
     Attributes:
-        context: positions that the whole model is run to, where it has so many. Its widest step may reach further.
-        distance: positions that one decoder layer of each kind is run to by itself.
-        weight_reads: parameters read by single-token steps in all; divided by the model's size it gives steps.
-        steps: the least and the most single-token steps, whatever the size.
+        context: positions to which the whole model is run, if it has that many. Its widest step may reach further.
+        distance: positions to which one decoder layer of each kind is run alone.
+        weight_reads: parameters read by all single-token steps; divided by the model's size it gives steps.
+        steps: the minimum and maximum of single-token steps, whatever the size.
         rounding: positions at which half precision is judged, layer by layer.
-        width_share: tokens that steps of drawn widths may take, in contexts.
+        width_share: tokens that steps of randomly drawn widths may take, in units of `context`.
     """
 
     context: int
@@ -39,51 +40,48 @@ class Budget:
 
 
 BUDGETS = {
-    "quick": Budget(256, 1024, 1e10, (24, 240), 512, 0.5),
-    "standard": Budget(1024, 8192, 1.4e10, (48, 720), 512, 0.5),
-    "thorough": Budget(4096, 1 << 20, 1e11, (200, 2400), 2048, 4.0),
+    QUICK: Budget(256, 1024, 1e10, (24, 240), 512, 0.5),
+    STANDARD: Budget(1024, 8192, 1.4e10, (48, 720), 512, 0.5),
+    THOROUGH: Budget(4096, 1 << 20, 1e11, (200, 2400), 2048, 4.0),
 }
-DEFAULT = "standard"
 
-# Logits are kept until they are judged, on both sides: this many numbers of them at most.
+# Logits are kept until they are judged, on both sides: at most this many numbers.
 MOST_LOGITS = 1.2e8
-# A batch's rows are run side by side, padding included: this many tokens at most for one wide step of all rows.
-WIDE_BATCH_TOKENS = {"quick": 256, "standard": 512, "thorough": 16384}
-SMALL_MODEL = 2e7  # parameters: below it, a whole batch of widest steps costs less than starting up
-NARROW = 16  # tokens: a step so narrow costs hardly more than a single token's
+# A batch's rows run side by side, padding included: at most this many tokens for one wide step of all rows.
+WIDE_BATCH_TOKENS = {QUICK: 256, STANDARD: 512, THOROUGH: 16384}
+SMALL_MODEL = 2e7  # parameters: below it, a whole batch of widest steps costs less than startup
+NARROW = 16  # tokens: a step this narrow costs hardly more than a single-token step
 CACHES = {
-    "quick": (2, 4),
-    "standard": (4, 12),
-    "thorough": (8, 64),
-}  # sizes: of a large model, of a small one
-DECODED_SHARE, DECODED_LEAST = 0.2, 17  # single-token steps of "decode", of all; at least
-SMALL_VOCABULARY = (
-    8192  # ids: of so many the logits of each are a matter of seconds for a small model
-)
-SMALL_MODEL_STEPS = 240  # steps that only a model below about that size is given
+    QUICK: (2, 4),
+    STANDARD: (4, 12),
+    THOROUGH: (8, 64),
+}  # number of sizes for a large model and for a small one
+DECODED_SHARE, DECODED_LEAST = 0.2, 17  # single-token steps of "decode": share, minimum
+SMALL_VOCABULARY = 8192  # ids: a small model computes the logits of each of them in seconds
+SMALL_MODEL_STEPS = 240  # steps that only a model below about that size gets
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run for one target under one budget.
+    """The runs for one target under one budget.
 
     Attributes:
-        budget: its name.
-        seed: of everything that is drawn.
+        budget: the budget's name.
+        seed: seed of everything that is drawn at random.
         rows: rows of the session, the target's maximum.
-        capacity: cache slots a row, the target's maximum.
+        capacity: cache slots per row, the target's maximum.
         max_positions: positions that the model supports.
         widest: tokens of the widest step.
         context: tokens of the longest text, at most `capacity`.
         distance: positions to which single layers are run.
-        steps: single-token steps for the whole validation, about.
+        steps: approximate number of single-token steps in the whole validation.
         rounding: positions at which half precision is judged.
-        dense_logits: positions of the long text of which every logit is judged.
+        dense_logits: positions of the long text at which every logit is judged.
         widths: widths of single steps to try, the widest first.
         edges: multiples of 64 below `context` at which spans are judged by single-token steps.
         wide_batch: width of one step of all rows.
         greedy: new tokens of `greedy`.
-        caches: slots of the caches of "cache of N"; those beyond `context` are given a short text only.
+        caches: slots of the caches of "cache of N"; those beyond `context` get a short text only.
         cache_sizes: how many sizes of cache `generate` may allocate.
         batches: rows of the steps of "batches".
         decoded: positions up to which "decode" goes token by token.
@@ -113,11 +111,11 @@ class Plan:
 
     @property
     def small(self) -> bool:
-        """Whether the model is so small that reading its weights once more costs next to nothing."""
+        """Whether the model is so small that another read of its weights costs next to nothing."""
         return self.steps >= SMALL_MODEL_STEPS
 
     def share(self, part: float, least: int = 1) -> int:
-        """A part of the single-token steps."""
+        """A share of the single-token steps."""
         return max(least, int(self.steps * part))
 
 
@@ -144,15 +142,15 @@ def make_plan(
     streamed: bool,
     one_cache: bool = False,
 ) -> Plan:
-    """The sizes of everything that is run.
+    """Compute the sizes of all runs.
 
     Args:
         config: the model.
         budget: "quick", "standard" or "thorough".
-        seed: of everything that is drawn.
-        rows, capacity, max_positions, max_step_tokens: of the target's sessions.
-        streamed: weights are read from disk for every pass.
-        one_cache: sessions have one capacity only, as an engine's have.
+        seed: seed of everything that is drawn at random.
+        rows, capacity, max_positions, max_step_tokens: sizes of the target's sessions.
+        streamed: weights are read from disk in every pass.
+        one_cache: sessions have one capacity only, like an engine's.
 
     Raises:
         ValidationError: no such budget.
@@ -163,7 +161,7 @@ def make_plan(
     steps = int(np.clip(sizes.weight_reads / parameters, *sizes.steps))
     small = parameters < SMALL_MODEL
     wide = widest if small else min(widest, WIDE_BATCH_TOKENS[budget] // rows)
-    all_small = small and budget != "quick"  # what costs little is judged whole
+    all_small = small and budget != QUICK  # what is cheap is judged completely
     some = max(DECODED_LEAST, int(steps * DECODED_SHARE))
     return Plan(
         budget=budget,
@@ -190,7 +188,7 @@ def make_plan(
 
 
 def parameters_per_token(config: ModelConfig) -> int:
-    """Weights that one token is multiplied with, about: all of a dense model, a mixture's chosen experts."""
+    """Approximate number of weights per token: all of a dense model's, the chosen experts' of a mixture."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     total = config.vocab_size * hidden + layers * heads * hidden
@@ -204,7 +202,7 @@ def parameters_per_token(config: ModelConfig) -> int:
 
 
 def _widths(widest: int, tokens: float, seed: int, small: bool) -> tuple[int, ...]:
-    """The widest step, then widths drawn between on a log scale until `tokens` are spent, at least six."""
+    """The widest step, then widths drawn on a log scale until `tokens` are spent, at least six."""
     generator = np.random.default_rng((seed, 1))
     found, spent = [widest], 0
     for width in [*([widest - 1] if small else []), *_spread_widths(widest, generator)]:
@@ -216,7 +214,7 @@ def _widths(widest: int, tokens: float, seed: int, small: bool) -> tuple[int, ..
 
 
 def _spread_widths(widest: int, generator: np.random.Generator) -> Sequence[int]:
-    """One width out of each part of 2..widest, the parts growing by a half, larger ones first; then all once more."""
+    """One width from each part of 2..widest, each part larger by half than the last, largest first; then all again."""
     bounds = [2]
     while bounds[-1] < widest:
         bounds.append(max(bounds[-1] + 1, bounds[-1] * 3 // 2))
@@ -228,7 +226,7 @@ def _spread_widths(widest: int, generator: np.random.Generator) -> Sequence[int]
 
 
 def _caches(capacity: int, most: int, seed: int) -> tuple[int, ...]:
-    """Multiples of 64 below the capacity: 64, 192, then others drawn, `most` in all."""
+    """Multiples of 64 below the capacity: 64, 192, then others at random, `most` in total."""
     every = list(range(SPAN_MULTIPLE, capacity, SPAN_MULTIPLE))
     first = [slots for slots in (SPAN_MULTIPLE, 3 * SPAN_MULTIPLE) if slots in every]
     left = [slots for slots in every if slots not in first]
@@ -237,7 +235,7 @@ def _caches(capacity: int, most: int, seed: int) -> tuple[int, ...]:
 
 
 def _edges(context: int, most: int) -> tuple[int, ...]:
-    """Multiples of 64 that the cache passes, `most` of them spread evenly with both ends."""
+    """Multiples of 64 that the cache passes, `most` of them, evenly spaced and including both ends."""
     every = list(range(SPAN_MULTIPLE, context, SPAN_MULTIPLE))
     if len(every) <= most:
         return tuple(every)

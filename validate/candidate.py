@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qwenport.contract import ENGINE, INPUT_IDS, LOGITS_INDICES, NETWORK, Progress, no_progress
 from qwenport.engines import (
     MAX_STEP_LOGITS,
     MAX_STEP_TOKENS,
@@ -19,22 +20,22 @@ from qwenport.engines.onnxruntime_session import MAX_STEP_TOKENS as PACKAGE_STEP
 from qwenport.validate.errors import NetworkError
 from qwenport.validate.failures import reported
 from qwenport.validate.run import CandidateError
-from qwenport.validate.streaming import Geometry, Parts, Progress, Use, stream
-from qwenport.validate.target import ENGINE, NETWORK, Target, open_target
+from qwenport.validate.streaming import Geometry, Parts, Use, stream
+from qwenport.validate.target import Target, open_target
 
 Rehearse = Callable[[CachedSession], None]
 
 
-class Refused(Exception):  # noqa: N818 - a verdict on the target, no error of ours
-    """TensorRT's parser or the interpreter refuses the target; the message is its own."""
+class Refused(Exception):  # noqa: N818 - a verdict on the target, not an error of ours
+    """TensorRT's parser or the interpreter refuses the target; the message is theirs."""
 
 
 class Candidate:
-    """Opens sessions on a target, as often as it is asked to.
+    """Opens sessions on a target, as many as requested.
 
     Attributes:
-        complaints: what the checks of `build` find in the network that the parser made.
-        parsed: the network, None for other targets.
+        complaints: what the checks of `build` find in the parsed network.
+        parsed: the network; None for other targets.
     """
 
     def __init__(
@@ -43,20 +44,20 @@ class Candidate:
         *,
         layers: int,
         streamed: bool,
-        progress: Progress = lambda what, done, total: None,
+        progress: Progress = no_progress,
     ) -> None:
-        """Look at the target; a network is parsed here.
+        """Inspect the target; a network is parsed here.
 
         Args:
-            target: what is judged.
-            layers: decoder layers to run; less than all needs `streamed`.
+            target: the target to judge.
+            layers: decoder layers to run; fewer than all needs `streamed`.
             streamed: load one decoder layer at a time.
             progress: called with (what, done, total) while a streamed target runs.
 
         Raises:
-            Refused: TensorRT's parser refuses the model, or makes a layer of it that is not known here.
+            Refused: TensorRT's parser refuses the model, or produces a layer that is not known here.
             ValidationError: model.onnx cannot be read.
-            MissingExtraError: what is needed is not installed.
+            MissingExtraError: a needed dependency is not installed.
         """
         self._target, self._streamed = target, streamed
         self._layers, self._progress = layers, progress
@@ -90,7 +91,7 @@ class Candidate:
         """The same network in the types that it declares, not in exact arithmetic.
 
         Raises:
-            Refused: as the constructor.
+            Refused: as in the constructor.
         """
         from qwenport.validate.network import Interpreter
 
@@ -101,7 +102,7 @@ class Candidate:
 
     @property
     def can_be_observed(self) -> bool:
-        """Whether values inside it can be seen. An engine's are inside its plan."""
+        """Whether its inner values can be observed. An engine's are inside its plan."""
         return self._target.judged_as != ENGINE
 
     def uses(self, name: str) -> bool:
@@ -128,7 +129,7 @@ class Candidate:
         return frozenset(found)
 
     def geometry(self, max_batch: int, capacity: int) -> Geometry:
-        """A session of that size, and what its steps take: as `generate` and C++ run this target."""
+        """The geometry of a session of that size and of its steps, as `generate` and C++ run this target."""
         target = self._target
         tokens, logits = PACKAGE_STEP_TOKENS, PACKAGE_STEP_TOKENS
         if target.judged_as == NETWORK:  # as an engine built from it
@@ -136,31 +137,31 @@ class Candidate:
             logits = min(MAX_STEP_LOGITS, tokens)
         elif target.judged_as == ENGINE:
             profile = load_engine(target.path).manifest["profile"]
-            tokens = profile["input_ids"]["max"][1]
-            logits = profile["logits_indices"]["max"][1]
+            tokens = profile[INPUT_IDS]["max"][1]
+            logits = profile[LOGITS_INDICES]["max"][1]
         vocabulary = target.config.vocab_size
         return Geometry(max_batch, capacity, vocabulary, tokens, logits, target.capacity)
 
     def open(
         self, uses: Sequence[tuple[int, int, Rehearse]], observe: Sequence[str] = ()
     ) -> list[CachedSession]:
-        """Sessions that are going to be used exactly as they are rehearsed.
+        """Open sessions that will be used exactly as they are rehearsed.
 
         Args:
-            uses: for each session its rows, its cache slots and what will be done with it, which only a streamed
-                one needs to know.
+            uses: for each session its rows, its cache slots and what will be done with it (only streamed sessions
+                need that).
             observe: values of the graph that each step leaves in `observed`.
 
         Raises:
             Refused: the network cannot be evaluated.
             ValidationError: the runtime does not load the graph.
-            MissingExtraError, SessionError, EngineError: it cannot run here, whatever it computes.
+            MissingExtraError, SessionError, EngineError: the target cannot run here, whatever it computes.
         """
         try:
             if self._streamed:
                 wanted = [Use(self.geometry(rows, slots), act) for rows, slots, act in uses]
                 return stream(self.parts(), wanted, observe, self._progress)
-            with reported(self._target.path, "does not load"):  # which says nothing about parity
+            with reported(self._target.path, "does not load"):  # that says nothing about parity
                 return [self._whole(rows, slots, observe) for rows, slots, _ in uses]
         except (NetworkError, CandidateError) as error:
             raise Refused(f"{type(error).__name__}: {error}") from error
@@ -195,7 +196,7 @@ class Candidate:
         return self._loaded.beside(max_batch=max_batch, capacity=capacity)
 
     def parts(self) -> Parts:
-        """The target in parts, to run a piece of it alone."""
+        """The target in parts, to run one of them alone."""
         from qwenport.validate.network.parts import NetworkParts
         from qwenport.validate.package_parts import PackageParts
 
@@ -206,7 +207,7 @@ class Candidate:
         return PackageParts(target.package, self._layers)
 
     def release(self) -> None:
-        """Give the weights of a loaded package back."""
+        """Release the weights of a loaded package."""
         self._loaded = None
 
 
@@ -226,7 +227,7 @@ def open_candidate(
         capacity: cache slots per row; the target's by default.
 
     Raises:
-        As `open_target`.
+        ValidationError: and the other errors of `open_target`.
         Refused: TensorRT's parser refuses the network.
     """
     target = open_target(path, judged_as=judged_as)

@@ -1,4 +1,4 @@
-"""What was judged, of what the target allows: counted from the steps that ran, not from what was meant to run."""
+"""What was judged of what the target allows: counted from the steps that ran, not from those planned."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from qwenport.contract import INPUT_IDS, KEY_POSITIONS, LOGITS_INDICES, POSITION_IDS, THOROUGH
 from qwenport.engines import Step
 from qwenport.engines.session import SPAN_MULTIPLE
 from qwenport.validate.budget import Plan
@@ -17,7 +18,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Experts:
-    """A sparse layer's experts: how many there are, and which received no token."""
+    """A sparse layer's experts: their number, and which of them received no token."""
 
     layer: int
     experts: int
@@ -29,23 +30,23 @@ class Coverage:
     """What was judged. Ranges are (first, last), both inclusive.
 
     Attributes:
-        budget, seed: of the runs.
-        step_widths, widest_step: tokens a row of the steps that ran; the widest that a session takes.
-        last_logits_steps, all_logits_steps: steps of more than one token that were asked for one logit a row, as
-            generation does, and for all.
+        budget, seed: the runs' budget and seed.
+        step_widths, widest_step: tokens per row of the steps that ran; the widest that a session takes.
+        last_logits_steps, all_logits_steps: steps of more than one token that returned one position's logits per row,
+            as generation does, and those that returned all.
         single_steps: steps of one token.
         single_positions: positions of single-token steps.
-        batches, max_batch: rows of the steps; what the target allows.
+        batches, max_batch: rows of the steps; the target's maximum.
         rows: rows that were given tokens and judged.
-        spans, all_spans: active parts of the cache that steps had; how many there are.
+        spans, all_spans: active cache spans of the steps; how many there are.
         capacities, all_capacities: slots of the caches; how many sizes `generate` may allocate.
-        positions, max_seq_len: positions of which logits were judged by the whole model; how many there are.
+        positions, max_seq_len: positions at which the whole model's logits were judged; how many there are.
         distance: how far back attention reached in the whole model.
-        layer_distance: the same for decoder layers by themselves, by name; empty where none was run so.
-        token_ids, embedded_ids, vocab_size: ids that went through the model; through the embedding; that there are.
-        experts: of each sparse layer; empty for a dense model, and where the target cannot be looked into.
-        rounding: positions at which half precision was judged layer by layer; 0 where it was not.
-        left_out: what this did not judge, a sentence each.
+        layer_distance: the same for decoder layers run alone, by name; empty if none was.
+        token_ids, embedded_ids, vocab_size: ids that went through the model; through the embedding; in total.
+        experts: each sparse layer's; empty for a dense model, and if the target's inside cannot be observed.
+        rounding: positions at which half precision was judged layer by layer; 0 if it was not.
+        left_out: what was not judged, one sentence each.
     """
 
     budget: str
@@ -106,7 +107,7 @@ class Coverage:
 
 @dataclass
 class Counter:
-    """Counts while a validation goes on; `coverage` may be asked for at any time."""
+    """Counts during a validation; `coverage` may be called at any time."""
 
     plan: Plan
     vocab_size: int
@@ -130,38 +131,38 @@ class Counter:
     left_out: dict[str, None] = field(default_factory=dict)
 
     def step(self, step: Step) -> None:
-        """One step of a session has run."""
-        rows, width = step.feeds["input_ids"].shape
+        """Record one step of a session."""
+        rows, width = step.feeds[INPUT_IDS].shape
         self.widths.add(width)
         self.batches.add(rows)
-        self.spans.add(len(step.feeds["key_positions"]))
+        self.spans.add(len(step.feeds[KEY_POSITIONS]))
         self.capacities.add(step.capacity)
-        every = step.feeds["logits_indices"].shape[1] == width
+        every = step.feeds[LOGITS_INDICES].shape[1] == width
         self.steps["single" if width == 1 else "all" if every else "last"] += 1
         active = step.taken > 0
         if width == 1:
-            self.single_positions.update(step.feeds["position_ids"][active, 0].tolist())
+            self.single_positions.update(step.feeds[POSITION_IDS][active, 0].tolist())
         self.rows.update(np.flatnonzero(active).tolist())
         reach = (step.starts + step.taken)[active]
         self.distance = max(self.distance, int(reach.max()) - 1)
         for row in np.flatnonzero(active):
-            self.ids.update(step.feeds["input_ids"][row, : step.taken[row]].tolist())
+            self.ids.update(step.feeds[INPUT_IDS][row, : step.taken[row]].tolist())
 
     def judged(self, observation: Observation) -> None:
-        """Logits of an observation were compared."""
+        """Record that an observation's logits were compared."""
         for text in observation.texts:
             self.positions.update(text.first_position + index for index in text.positions)
 
     def routed(self, layer: int, experts: Iterable[int]) -> None:
-        """Experts of a sparse layer that received a token."""
+        """Record the experts of a sparse layer that received a token."""
         self.experts.setdefault(layer, set()).update(experts)
 
     def leave_out(self, sentence: str) -> None:
-        """Something that was not judged."""
+        """Record something that was not judged."""
         self.left_out[sentence] = None
 
     def coverage(self) -> Coverage:
-        """What was judged until now."""
+        """What has been judged so far."""
         plan = self.plan
         every = -(-plan.capacity // SPAN_MULTIPLE)
         experts = tuple(
@@ -203,7 +204,7 @@ class Counter:
         judged, reach = len(self.positions), self.distance + 1
         if judged < plan.max_positions:
             beyond = f", and its attention beyond {reach}" if reach < plan.max_positions else ""
-            further = " (--budget thorough reaches further)" if plan.budget != "thorough" else ""
+            further = " (--budget thorough reaches further)" if plan.budget != THOROUGH else ""
             found.append(
                 f"{plan.max_positions - judged} of {plan.max_positions} positions by the whole model{beyond}{further}"
             )
@@ -233,7 +234,7 @@ class Counter:
 
 
 def _spans_of(values: Sequence[int]) -> Ranges:
-    """Ascending numbers as ranges."""
+    """Turn ascending numbers into ranges."""
     found: list[tuple[int, int]] = []
     for value in values:
         if found and value == found[-1][1] + 1:

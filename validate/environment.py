@@ -1,4 +1,4 @@
-"""Where a report was made: versions, processor, date. No names of people, machines or paths."""
+"""The environment of a report: versions, processor, date. No names of people or machines, and no paths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ENGINE_DISTRIBUTIONS = ("tensorrt", "tensorrt-rtx")
 
 
 def describe_environment(with_tensorrt: bool, with_peft: bool) -> dict[str, str]:
-    """Name -> value of everything that a result could depend on."""
+    """Name -> value of everything that a result may depend on."""
     names = DISTRIBUTIONS + (ENGINE_DISTRIBUTIONS if with_tensorrt else ())
     names += ("peft",) if with_peft else ()
     facts = {

@@ -1,4 +1,4 @@
-"""What can make a question about parity senseless. A failed check is no error: it is in the report."""
+"""What can make a parity question meaningless. A failed check is not an error: it is in the report."""
 
 from qwenport import QwenportError
 
@@ -10,5 +10,5 @@ class ValidationError(QwenportError):
 class NetworkError(ValidationError):
     """TensorRT's network cannot be evaluated: the parser refuses the model, or a layer is not known here.
 
-    It says that the target is wrong or unproven, so `validate` makes it a failure and not a senseless question.
+    It means that the target is wrong or unproven, so `validate` reports a failure instead of raising it.
     """

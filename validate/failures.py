@@ -1,7 +1,7 @@
-"""What other libraries raise, as one line for the user.
+"""Exceptions from other libraries, as one line for the user.
 
-A checkpoint that transformers, torch, safetensors or tokenizers refuse is a senseless question, not a bug of this
-program: whatever they raise becomes a ValidationError that says which file it was about.
+If transformers, torch, safetensors or tokenizers refuse a checkpoint, the question is meaningless, and it is not a
+bug in this program: whatever they raise becomes a ValidationError that names the file concerned.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from qwenport.wording import cut, one_line
 def reported(
     subject: Path | str, what: str, aliases: dict[str, str] | None = None
 ) -> Iterator[None]:
-    """Turn what is raised in the context into a ValidationError of one line, at most 300 characters.
+    """Turn any exception raised in the context into a one-line ValidationError of at most 300 characters.
 
     Args:
         subject: the file or directory at fault.
-        what: the sentence about it, such as "transformers does not accept it".
-        aliases: names that only we know, and what the user calls them.
+        what: a sentence about it, such as "transformers does not accept it".
+        aliases: our internal names -> the user's.
 
     Raises:
-        ValidationError: something was raised. Errors of Qwenport stay what they are, shortened if they are
+        ValidationError: an exception was raised. Qwenport's own errors pass unchanged, shortened if they are
             ValidationErrors; KeyboardInterrupt, SystemExit and MemoryError pass.
     """
     try:
@@ -51,5 +51,5 @@ def reported(
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether it is what the Rust libraries safetensors and tokenizers raise on a bug; no Exception."""
+    """Whether it is a panic of the Rust libraries safetensors and tokenizers, which is not an Exception."""
     return type(error).__name__ == "PanicException"

@@ -1,4 +1,4 @@
-"""Two ONNX models compared node for node, and what differs said in words."""
+"""Compares two ONNX models node for node, and describes the differences in words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHOWN = 60  # characters of a value
 
 
 def differences(found: onnx.ModelProto, expected: onnx.ModelProto) -> list[str]:
-    """Every difference, a line each, nodes first; empty if the models are the same message."""
+    """All differences, one line each, nodes first; empty if the models are the same message."""
     if _bytes(found) == _bytes(expected):
         return []
     lines = [
@@ -82,7 +82,7 @@ def _value(attribute: onnx.AttributeProto) -> Any:
 
 
 def _named(what: str, found: Any, expected: Any, compare: Any) -> Iterator[str]:
-    """Differences of messages that have a name each."""
+    """Differences between named messages."""
     have, want = (Counter(item.name for item in items) for items in (found, expected))
     yield from (f"{what} {name} is missing" for name in want - have)
     yield from (f"{what} {name} is not in the exporter's graph" for name in have - want)
@@ -125,7 +125,7 @@ def _functions(found: Any, expected: Any) -> Iterator[str]:
 def _fields(
     found: Any, expected: Any, label: str, skip: Iterable[str] = frozenset()
 ) -> Iterator[str]:
-    """Differences of two messages of one type, a line for each field."""
+    """Differences between two messages of the same type, one line per field."""
     for field in expected.DESCRIPTOR.fields:
         if field.name in skip:
             continue
@@ -135,6 +135,6 @@ def _fields(
 
 
 def short(value: Any) -> str:
-    """A value in one line, cut where it is long."""
+    """A value on one line, cut if it is long."""
     text = " ".join(str(value).split()) or "nothing"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

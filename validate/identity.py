@@ -1,6 +1,6 @@
-"""Is the package what the exporter makes of this checkpoint? Asked of bytes and nodes, before any arithmetic.
+"""Is the package what the exporter makes from this checkpoint? Compares bytes and nodes, before any arithmetic.
 
-An exact comparison has no threshold: whatever differs is named. It also says whether the package may be run at all:
+An exact comparison has no threshold: every difference is named. It also decides whether the package may be run at all:
 one whose model.onnx points outside its directory may not.
 """
 
@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenport import __version__
+from qwenport.contract import (
+    BY_SAFETENSORS,
+    DTYPES,
+    ENGINE,
+    WEIGHT_MODES,
+    Progress,
+    is_past,
+    no_progress,
+)
 from qwenport.exporter import (
     COMPANIONS,
-    DTYPE_NAMES,
-    WEIGHT_MODES,
     Checkpoint,
     ExportError,
     Package,
@@ -25,8 +32,7 @@ from qwenport.exporter import (
 )
 from qwenport.validate.report import Check, ScenarioResult, Status
 from qwenport.validate.rope_check import TABLES
-from qwenport.validate.streaming import Progress
-from qwenport.validate.target import ENGINE, Target
+from qwenport.validate.target import Target
 
 if TYPE_CHECKING:
     import onnx
@@ -38,17 +44,17 @@ SUMMARIES = {
     FILES: "Companion files, the manifest and paths against the checkpoint, the graph and the directory",
 }
 IN_THE_PLAN = "it is inside the engine's plan, which only its logits show"
-_DTYPES = {"BFLOAT16": "bf16", "FLOAT16": "fp16", "FLOAT": "fp32"}
+_BY_ONNX = {dtype.onnx: dtype.name for dtype in DTYPES.values()}
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What was compared byte for byte.
+    """The result of the byte-for-byte comparison.
 
     Attributes:
         rows: "weights", "graph" and "files".
-        weights_sha256: weight file -> hex SHA-256, as `sha256sum` prints it: the checkpoint's by name, those of
-            the package's own that are not the same bytes as "weights/NAME".
+        weights_sha256: weight file -> hex SHA-256, as `sha256sum` prints it: the checkpoint's files by name, and the
+            package's files with other bytes as "weights/NAME".
         safe: model.onnx stays inside its directory. If not, nothing of the package may be run.
     """
 
@@ -60,12 +66,12 @@ class Identity:
 def check_identity(
     target: Target,
     checkpoint_path: Path,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> Identity:
-    """Compare a package, or an engine's companion files, with the checkpoint it is said to be made from.
+    """Compare a package, or an engine's companion files, with the checkpoint it claims as its source.
 
     Args:
-        target: what is judged.
+        target: the target to judge.
         checkpoint_path: the checkpoint directory.
         progress: called with (what, bytes done, bytes in all), one call at a time but from any thread.
 
@@ -131,7 +137,7 @@ def _row(
 
 
 def _count(metric: str, errors: list[str]) -> Check:
-    """None of these must be there; the first is named."""
+    """A check that there are none of these; names the first."""
     return Check(metric, len(errors), "==", 0, f"first: {errors[0]}" if errors else None)
 
 
@@ -175,13 +181,13 @@ def _companions(path: Path, checkpoint: Path) -> Check:
 
 
 def _manifest_errors(package: Package, model: onnx.ModelProto, checkpoint: Checkpoint) -> list[str]:
-    """What the manifest says of the graph, and the graph does not."""
+    """Statements of the manifest that the graph contradicts."""
     import onnx_ir as ir
 
     manifest = package.manifest
     try:
         stated = describe_graph(ir.from_proto(model))
-    except Exception as error:  # any message can be in the file; onnx-ir raises what it meets
+    except Exception as error:  # the file can contain any message, and onnx-ir raises anything
         return [f"the graph cannot be read ({type(error).__name__}: {error})"]
     errors = [
         f"{key}: {_difference(manifest.get(key), found)}"
@@ -195,7 +201,7 @@ def _manifest_errors(package: Package, model: onnx.ModelProto, checkpoint: Check
             f"weights: mode {mode} in the manifest, for {dtype} from {checkpoint.dtype} it is "
             f"{' or '.join(modes)}"
         )
-    caches = [v for v in model.graph.input if v.name.startswith("past_key_values.")]
+    caches = [v for v in model.graph.input if is_past(v.name)]
     tables = {t.name: t for t in model.graph.initializer if t.name in TABLES}
     types = {
         "the cache": {value.type.tensor_type.elem_type for value in caches},
@@ -203,7 +209,7 @@ def _manifest_errors(package: Package, model: onnx.ModelProto, checkpoint: Check
     }
     for what, found in types.items():
         names = sorted(ir.DataType(number).name for number in found)
-        if [_DTYPES.get(name) for name in names] != [dtype]:
+        if [_BY_ONNX.get(name) for name in names] != [dtype]:
             errors.append(f"dtype: {dtype} in the manifest, {what}: {', '.join(names) or 'none'}")
     for name in TABLES:
         rows = list(tables[name].dims)[:1] if name in tables else []
@@ -216,14 +222,14 @@ def _manifest_errors(package: Package, model: onnx.ModelProto, checkpoint: Check
 
 
 def _any_as_it_lies(checkpoint: Checkpoint, dtype: str) -> bool:
-    """Whether some tensor of the checkpoint need not be converted."""
-    return any(DTYPE_NAMES[entry.dtype] == dtype for entry in checkpoint.tensors.values())
+    """Whether some tensor of the checkpoint needs no conversion."""
+    return any(BY_SAFETENSORS[entry.dtype].name == dtype for entry in checkpoint.tensors.values())
 
 
 def _weight_types(model: onnx.ModelProto) -> set[int]:
     from qwenport.validate.model_file import is_floating
 
-    """Of what lies in weight files; constants of the graph may be of any type."""
+    """Types of the tensors in weight files; constants of the graph may have any type."""
     return {
         tensor.data_type
         for tensor in model.graph.initializer
@@ -234,7 +240,7 @@ def _weight_types(model: onnx.ModelProto) -> set[int]:
 
 
 def _difference(stated: Any, found: Any) -> str:
-    """Where two values of a manifest part, as deep as they are objects or lists of one length."""
+    """Where two values of a manifest differ, descending into objects and lists of equal length."""
     from qwenport.validate.graph_identity import short
 
     if isinstance(stated, dict) and isinstance(found, dict):
@@ -249,7 +255,7 @@ def _difference(stated: Any, found: Any) -> str:
 
 
 def _outside(model: onnx.ModelProto, package: Path) -> list[str]:
-    """Tensors that do not lie in a file of the package."""
+    """Tensors that are not stored in a file of the package."""
     from qwenport.validate.model_file import inner_tensors, is_inside, place_of
 
     errors = []

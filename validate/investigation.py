@@ -1,6 +1,6 @@
-"""Where a failure starts: a failed scenario is run again with the target's values visible, layer by layer, then inside.
+"""Finds where a failure starts: runs a failed scenario again with observed values, layer by layer, then inside one.
 
-Logits are always judged on the target as it is; what is looked into here is the same graph with more outputs.
+Logits are always judged on the unchanged target; the graph observed here is the same one with more outputs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qwenport.validate.scenarios import Scenario
 from qwenport.validate.sites import hidden_states, layer_output, router_choices
 from qwenport.validate.text import Choices, Text
 
-MOST_LOOKED_INTO = 4  # of the scenarios that failed; each is run again, layer by layer
+MOST_LOOKED_INTO = 4  # failed scenarios to investigate; each is run again, layer by layer
 
 MakeRun = Callable[..., Run]
 """(session, keywords of `Run`) -> a run."""
@@ -32,12 +32,12 @@ MakeRun = Callable[..., Run]
 
 @dataclass(frozen=True)
 class Bench:
-    """How scenarios are put on sessions.
+    """How scenarios are run on sessions.
 
     Attributes:
         candidate: the target.
-        make_run: makes a run of a session.
-        prompts, plan: what runs are made with.
+        make_run: makes a run on a session.
+        prompts, plan: arguments for the runs.
     """
 
     candidate: Candidate
@@ -55,7 +55,7 @@ class Bench:
         return min(self.plan.capacity, scenario.capacity or self.plan.capacity)
 
     def rehearsal(self, scenarios: Sequence[Scenario]) -> Callable[[Any], None]:
-        """What uses a session as these scenarios will."""
+        """A function that uses a session as these scenarios will."""
 
         def rehearse(session: Any) -> None:
             for scenario in scenarios:
@@ -69,7 +69,7 @@ class Bench:
     def observe(
         self, scenario: Scenario, names: Sequence[str], observing: Observing | None = None
     ) -> Observation | None:
-        """Run a scenario on a session that shows values of its graph; None if it fails."""
+        """Run a scenario on a session that exposes values of its graph; None if it fails."""
         use = (self.max_batch, self.capacity_of(scenario), self.rehearsal([scenario]))
         try:
             (session,) = self.candidate.open([use], names)
@@ -81,15 +81,15 @@ class Bench:
 
 
 class Investigation:
-    """Looks into one target. An engine cannot be looked into.
+    """Investigates one target. An engine's inner values cannot be observed.
 
     Attributes:
         errors: how the error grows from layer to layer on a short text; empty until `follow`.
-        fault: where the error starts, once it has been found.
-        unexplained: why it was not found; None where it was, or where nothing failed.
+        fault: where the error starts, once found.
+        unexplained: why it was not found; None if it was, or if nothing failed.
         routers: sparse layer -> the value that holds each token's experts.
-        router_margin: what a near-tie of a router is, in its logits.
-        bands: agreement of expert choices by margin, once it was counted.
+        router_margin: the largest margin of a router near-tie, in logits.
+        bands: agreement of expert choices by margin, once counted.
     """
 
     def __init__(
@@ -110,25 +110,25 @@ class Investigation:
 
     @property
     def can_observe(self) -> bool:
-        """Whether the target can be looked into."""
+        """Whether the target's inner values can be observed."""
         return self._bench.candidate.can_be_observed
 
     @property
     def missing(self) -> list[str]:
-        """Places that the target's graph should have and has not, or that nothing reads."""
+        """Values that the target's graph lacks although it should have them, or that nothing reads."""
         if not self._bench.candidate.can_be_observed:
             return list(self._names)
         return [name for name in self._names if not self._bench.candidate.uses(name)]
 
     def choices(self, scenario: Scenario) -> list[Choices] | None:
-        """The experts that the target chose for the texts of a scenario; None where that cannot be seen."""
+        """The experts that the target chose for a scenario's texts; None if that cannot be observed."""
         if not self.routers or not self._bench.candidate.can_be_observed:
             return None
         observation = self._bench.observe(scenario, list(self.routers.values()))
         return None if observation is None else self.choices_seen(observation)
 
     def choices_seen(self, observation: Observation) -> list[Choices] | None:
-        """The same of an observation that shows the routers."""
+        """The same from an observation that includes the routers."""
         if not self.routers:
             return None
         return [
@@ -137,7 +137,7 @@ class Investigation:
         ]
 
     def follow(self, scenario: Scenario) -> Observation | None:
-        """Follow errors from layer to layer on a short text. None where the target cannot be looked into."""
+        """Follow errors from layer to layer on a short text. None if the target cannot be observed."""
         if self.missing:
             return None
         observation = self._bench.observe(scenario, self._names)
@@ -146,10 +146,10 @@ class Investigation:
         return observation
 
     def explain(self, failed: Sequence[tuple[Scenario, Observation | None]]) -> None:
-        """Find where the error of the first scenario that tells starts.
+        """Find where the error starts, from the first scenario that reveals it.
 
         Args:
-            failed: the scenarios that failed, and what was observed.
+            failed: the failed scenarios and their observations.
         """
         candidate = self._bench.candidate
         if not candidate.can_be_observed:
@@ -236,7 +236,7 @@ class Investigation:
             self.fault = localisation.fault_outside(scenario.name, end.name, before, end)
 
     def _nonfinite(self, scenario: Scenario, observation: Observation) -> bool:
-        """Name the first layer that makes a NaN or an infinity, if there is one."""
+        """Name the first layer that produces a NaN or an infinity, if any."""
         for text, seen in zip(observation.texts, observation.seen, strict=True):
             for index, name in enumerate(hidden_states(self._reference.num_layers)):
                 if not np.isfinite(seen[name]).all():
@@ -249,7 +249,7 @@ class Investigation:
         return False
 
     def theirs(self, text: Text, dtype: str) -> str:
-        """Whether transformers' own run is finite there, as a sentence."""
+        """A sentence on whether transformers' own run is finite there."""
         found = self._reference.first_nonfinite(text, dtype)
         if found is None:
             return f"transformers' own run in {dtype} is finite there."
@@ -257,7 +257,7 @@ class Investigation:
         return f"transformers' own run in {dtype} is not finite either, from {where} on."
 
     def _worst(self, observation: Observation | None) -> int | None:
-        """Which of the texts is furthest off."""
+        """The text with the largest error."""
         if observation is None or len(observation.texts) == 1:
             return None
         sizes = np.cumsum([len(text.positions) for text in observation.texts])[:-1]
@@ -283,7 +283,7 @@ class Investigation:
 
 
 def _only(observation: Observation, chosen: int | None) -> Observation:
-    """One of the texts; None for all."""
+    """The observation of one text, or of all for None."""
     if chosen is None:
         return observation
     before = sum(len(text.positions) for text in observation.texts[:chosen])

@@ -1,4 +1,4 @@
-"""From what a scenario observed to its result: distances from the oracle, held to bounds."""
+"""Turns a scenario's observation into its result: distances from the oracle, compared with bounds."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Judge:
     """Judges observations of one target.
 
     Attributes:
-        dtype: what the target computes in.
-        loosened: bounds that the user made looser than ours, a line each.
-        replayed: choices of experts in near-ties that the oracle took over from the target.
+        dtype: the dtype that the target computes in.
+        loosened: bounds that the user made looser than ours, one line each.
+        replayed: number of expert choices in near-ties that the oracle took over from the target.
     """
 
     def __init__(self, oracle: Oracle, dtype: str, overrides: Mapping[str, float]) -> None:
@@ -59,16 +59,16 @@ class Judge:
         choices: Callable[[], Sequence[Choices] | None] = lambda: None,
         started: float | None = None,
     ) -> ScenarioResult:
-        """Hold one observation to its bounds.
+        """Compare one observation with its bounds.
 
         Args:
-            choices: finds out which experts the target chose for the observation's texts; asked if it fails.
+            choices: returns the experts that the target chose for the observation's texts; called if it fails.
             started: a `time.monotonic()`.
         """
         oracle = np.concatenate(self._oracle.logits(observation.texts))
         metrics, checks = self.measure(observation, oracle, greedy=scenario.greedy)
         if status_of(checks) == "failed":
-            # a near-tie that fell the other way is no mistake: take it over, and judge what follows from it
+            # a near-tie that fell the other way is not a mistake: take it over, and judge what follows from it
             chosen = choices()
             if chosen is not None:
                 logits, taken = self._oracle.with_choices(observation.texts, chosen)
@@ -84,7 +84,7 @@ class Judge:
             self._oracle.logits(texts)
 
     def in_dtype(self, dtype: str) -> Judge:
-        """The same judge for what the target does in another dtype."""
+        """The same judge for the target in another dtype."""
         other = Judge(self._oracle, dtype, self._overrides)
         other.loosened = self.loosened
         return other
@@ -98,13 +98,13 @@ class Judge:
         return self._in_half(observation, oracle)
 
     def bounds(self, texts: Sequence[Text], own_agreement: float = 1.0) -> Thresholds:
-        """The bounds for some texts, the user's in place of ours."""
+        """The bounds for some texts, with the user's values in place of ours."""
         if self.dtype == "fp32":
             return self.override(fp32_thresholds(self._oracle.own_rounding))
         return self.override(half_thresholds(self._worse(texts), own_agreement))
 
     def override(self, bounds: Thresholds) -> Thresholds:
-        """The user's bounds in place of ours."""
+        """Put the user's bounds in place of ours."""
         bounds, looser = override(bounds, self._overrides)
         self.loosened |= dict.fromkeys(looser)
         return bounds
@@ -120,7 +120,7 @@ class Judge:
         near = 0 < metrics.rel_l2 <= highest and not metrics.nonfinite
         if status_of(checks) == "passed" or not near:
             return metrics, checks
-        # It is off by little. Rounding is not the same at all positions, so ask what it is at these.
+        # The error is small. Rounding differs between positions, so measure it at these.
         here = self._oracle.own_rounding_of(observation.texts)
         own = max(self._oracle.own_rounding, here.rel_l2)
         bounds = fp32_thresholds(own, greedy=greedy, highest=highest)
@@ -168,7 +168,7 @@ class Judge:
 def checks_of(
     metrics: Metrics, bounds: Thresholds, labels: Sequence[str], dtype: str
 ) -> tuple[Check, ...]:
-    """Every bound on one scenario's metrics, each naming the position to look at first, and how many it judged."""
+    """All bounds on one scenario's metrics, each with the position to look at first and the number judged."""
     count = f"{metrics.positions} positions"
     worst = f"{count}, worst at {labels[metrics.worst_position]}, {metrics.worst_rel_l2:.3g} there"
     clear = f"judged at {metrics.positions - metrics.near_ties} of {count}"
@@ -204,7 +204,7 @@ def status_of(checks: Sequence[Check]) -> Status:
 
 
 def seconds_since(started: float) -> float:
-    """Since a `time.monotonic()`, to the millisecond."""
+    """Seconds since a `time.monotonic()`, to the millisecond."""
     return round(time.monotonic() - started, 3)
 
 
@@ -217,6 +217,6 @@ def result_of(
     reason: str | None = None,
     started: float | None = None,
 ) -> ScenarioResult:
-    """What became of a scenario that began at `started`, a `time.monotonic()`."""
+    """The result of a scenario that began at `started`, a `time.monotonic()`."""
     seconds = 0.0 if started is None else seconds_since(started)
     return ScenarioResult(scenario.name, scenario.summary, status, checks, metrics, reason, seconds)

@@ -1,4 +1,4 @@
-"""Which decoder layers of a package are the same graph, so that one of them can be looked at for all."""
+"""Which decoder layers of a package are the same graph, so that one of them can stand for all."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import onnx_ir as ir
 from qwenport.exporter import Package
 from qwenport.validate.sites import hidden_states
 
-SMALL = (
-    64  # numbers: a constant of at most so many is part of the structure, a larger one is a weight
-)
+SMALL = 64  # numbers: a constant up to this size is part of the structure, a larger one is a weight
 
 _LAYER = re.compile(r"\.\d+\.")
 
@@ -20,12 +18,12 @@ _LAYER = re.compile(r"\.\d+\.")
 def layer_kinds(package: Package, layers: int) -> dict[int, tuple[int, ...]]:
     """First layer of a kind -> all layers of that kind, among the first `layers`.
 
-    Two layers are of one kind if their hidden states are computed by the same operators with the same attributes from
-    inputs and weights of the same shapes.
+    Two layers are of the same kind if their hidden states are computed by the same operators with the same attributes
+    from inputs and weights of the same shapes.
 
     Args:
-        package: its model.onnx is read, no weight.
-        layers: how many decoder layers to look at.
+        package: only its model.onnx is read, no weights.
+        layers: how many decoder layers to examine.
     """
     graph = package.read_model().graph
     values = {value.name: value for node in graph for value in node.outputs}
@@ -39,7 +37,7 @@ def layer_kinds(package: Package, layers: int) -> dict[int, tuple[int, ...]]:
 
 
 def _signature(end: ir.Value, entry: str) -> tuple[Any, ...]:
-    """What computes a value, back to the layer's input, the graph's inputs and its initializers."""
+    """The nodes that compute a value, back to the layer's input, the graph's inputs and its initializers."""
     order: dict[ir.Node, int] = {}
     lines: list[Any] = []
     pending: list[tuple[ir.Node | None, bool]] = [(end.producer(), False)]

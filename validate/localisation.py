@@ -1,9 +1,9 @@
-"""Where an error starts: the first operator whose result is worse than what it was given explains.
+"""Where an error starts: the first operator whose result is worse than its input explains.
 
-Each decoder layer of the target, and then each operator of the first bad layer, is held against transformers' own
-given the *target's* input. What remains is the error made there (`local`), whatever came in before. It is judged by
-the rounding that transformers makes there in the dtype of the target (`own`); both are measured against transformers
-in fp64 (whose norms and softmaxes are fp32).
+Each decoder layer of the target, and then each operator of the first bad layer, is compared with transformers' own,
+given the *target's* input. What remains is the error made there (`local`), whatever the input's error. It is judged by
+transformers' own rounding there in the target's dtype (`own`); both are measured against transformers in fp64 (whose
+norms and softmaxes are fp32).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Float64 = NDArray[np.float64]
 TRUTH = "fp64"
 WHOLE_LAYER = "the layer as a whole"
 
-# A correct operator in the same dtype, summed in another order, was found at 0.5 to 3 times transformers' own
-# rounding; the faults of the catalogue lie at 20 times and above.
+# Correct operators in the same dtype, summed in another order, measured 0.5 to 3 times transformers' own
+# rounding; the catalogue's faults measure 20 times and above.
 TIMES_OWN = 8.0
 # transformers' own error can be zero by chance: half a unit in the last place of fp32 is always allowed.
 LEAST_OWN = 6e-8
@@ -49,12 +49,12 @@ MUCH_MORE = 100.0
 
 @dataclass(frozen=True)
 class OperatorError:
-    """How far off the result of an operator is, as rel-L2 over all tokens. NaN where it cannot be said.
+    """The error of an operator's result, as rel-L2 over all tokens. NaN if it cannot be determined.
 
     Attributes:
-        name: of the operator or of the layer.
-        accumulated: against transformers in fp32 on its own values; what came in counts too.
-        local: against transformers given the target's input.
+        name: name of the operator or the layer.
+        accumulated: against transformers in fp32 on its own values; includes the input's error.
+        local: against transformers, given the target's input.
         own: transformers' rounding there, in the target's dtype.
     """
 
@@ -65,7 +65,7 @@ class OperatorError:
 
     @property
     def times_own(self) -> float:
-        """`local` in units of rounding; infinite where the target has NaN or infinities of its own making."""
+        """`local` in units of rounding; infinite if the target itself produces NaN or infinities."""
         return self.local / max(self.own, LEAST_OWN)
 
 
@@ -74,13 +74,13 @@ class Fault:
     """Where an error starts.
 
     Attributes:
-        scenario: in which it was looked for.
-        layer: the decoder layer; None before and after them.
+        scenario: the scenario that was investigated.
+        layer: the decoder layer; None before and after the layers.
         operator: the operator in it, as transformers names its modules.
-        input_error, output_error: accumulated, before and behind it.
+        input_error, output_error: accumulated, before and after it.
         local_error, own_error: see `OperatorError`.
         text: the same as a sentence.
-        operators: of the layer, in the order in which they run.
+        operators: the layer's operators, in execution order.
     """
 
     scenario: str
@@ -102,12 +102,12 @@ class _Sum:
 
     def add(self, made: Array, expected: Array) -> None:
         a, b = made.astype(np.float64).reshape(-1), expected.astype(np.float64).reshape(-1)
-        if a.size != b.size:  # another shape is as wrong as can be
+        if a.size != b.size:  # another shape is entirely wrong
             a = np.full_like(b, np.inf)
         with np.errstate(invalid="ignore", over="ignore"):
             difference = float(np.sum((a - b) ** 2))
         finite = np.isfinite(a).all()
-        # broken by the operator itself, if what was expected is a number
+        # broken by the operator itself, if the expected value is finite
         self.difference += difference if finite else float("inf")
         self.norm += float(np.sum(b**2))
 
@@ -121,7 +121,7 @@ class _Sum:
 
 
 def worst(errors: Sequence[OperatorError]) -> int | None:
-    """The first that stands out, or None if none does."""
+    """The first error that stands out, or None."""
     times = [0.0 if np.isnan(error.local) else error.times_own for error in errors]
     most = max(times, default=0.0)
     if most < TIMES_OWN:
@@ -142,9 +142,9 @@ def errors_by_layer(
 
     Args:
         reference: the oracle.
-        texts: what the target was given.
+        texts: the texts given to the target.
         seen: for each text, the values of `sites.hidden_states`.
-        dtype: what the target computes in.
+        dtype: the dtype that the target computes in.
         choices: experts that the oracle takes over from the target.
     """
     from qwenport.validate.probe import run_layer
@@ -177,10 +177,10 @@ def errors_by_layer(
 
 
 def observed_sites(config: ModelConfig, layer: int, known: Any) -> dict[str, Site]:
-    """Value of the graph -> the site of a layer that it is, for those that the graph has.
+    """Graph value -> its site in a layer, for the values that the graph has.
 
     Args:
-        known: says of a name whether the graph has it.
+        known: whether the graph has a value of that name.
     """
     found = {}
     for site in sites(config, layer):
@@ -243,10 +243,10 @@ def errors_in_layer(
 def values_by_site(
     config: ModelConfig, seen: Seen, observed: dict[str, Site], layer: int
 ) -> dict[str, Array]:
-    """Values of one text by the site's name; a router's weights as [S, experts], zero for those not chosen."""
+    """Values of one text by site name; a router's weights as [S, experts], zero for experts not chosen."""
     values = {site.name: seen[name] for name, site in observed.items()}
     if ROUTER in values and config.moe is not None:
-        # transformers lists a token's experts in another order among equals: compare them all
+        # transformers orders a token's equal experts differently: compare them as a set
         weights, experts = values[ROUTER], seen[router_choices(config, layer + 1)[layer]]
         dense = np.zeros((len(weights), config.moe.num_experts), dtype=np.float32)
         np.put_along_axis(dense, experts, weights, axis=1)
@@ -262,7 +262,7 @@ def fault_in_layer(
     before: float,
     operators: tuple[OperatorError, ...],
 ) -> Fault:
-    """Name the operator of a bad layer; the layer itself where none of its operators stands out.
+    """Name the faulty operator of a bad layer; the layer itself if none of its operators stands out.
 
     Args:
         whole: the layer's own errors.
@@ -287,12 +287,12 @@ def fault_cut_off(layer: int) -> Fault:
 
 
 def fault_nonfinite(scenario: str, layer: int | None, where: str, theirs: str) -> Fault:
-    """The fault of a value that is no number.
+    """The fault of a NaN or infinite value.
 
     Args:
         layer: the first decoder layer whose result has one; None before the layers.
         where: the same in words.
-        theirs: whether transformers' own run has one too, as a sentence.
+        theirs: a sentence on whether transformers' own run has one too.
     """
     nan = float("nan")
     text = f"NaN or infinity first appears in the result of {where}; {theirs}"
@@ -301,7 +301,7 @@ def fault_nonfinite(scenario: str, layer: int | None, where: str, theirs: str) -
 
 
 def fault_outside(scenario: str, operator: str, before: float, error: OperatorError) -> Fault:
-    """The fault of something before or behind the decoder layers."""
+    """The fault of an operator before or after the decoder layers."""
     return _fault(scenario, None, operator, before, error, ())
 
 
@@ -342,8 +342,8 @@ def errors_at_the_end(
     """The final norm and the vocabulary projection together, given the target's last hidden states.
 
     Args:
-        logits: of the target, [len(positions), vocab] for each text.
-        oracle: transformers' own of the same positions.
+        logits: the target's, [len(positions), vocab] for each text.
+        oracle: transformers' own logits at the same positions.
     """
     import torch
 

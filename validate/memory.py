@@ -1,4 +1,4 @@
-"""Whether both sides fit into memory whole."""
+"""Whether both sides fit completely into memory."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 
 from qwenport.validate.target import Target
 
-# Both sides hold every weight in fp32, and a runtime about half as much again while it loads (measured with
+# Both sides hold every weight in fp32, and a runtime needs about half as much again while loading (measured with
 # onnxruntime: 2.7 GB for 2.0 GB of fp32 weights).
 BYTES_A_WEIGHT = 4 * 2.5
-SHARE = 0.8  # of what is free; the rest is for everybody else
+SHARE = 0.8  # of free memory; the rest is left to other processes
 
 
 def available_bytes() -> int | None:
-    """Memory that can be had without swapping, or None where the system does not say."""
+    """Memory available without swapping, or None if the system does not report it."""
     info = Path("/proc/meminfo")
     if info.is_file():
         for line in info.read_text(encoding="ascii").splitlines():
@@ -23,7 +23,7 @@ def available_bytes() -> int | None:
 
 
 def must_stream(target: Target) -> bool:
-    """Whether holding both sides whole would take more memory than there is."""
+    """Whether loading both sides completely would need more memory than is available."""
     available = available_bytes()
     if target.package is None or available is None:
         return False

@@ -1,6 +1,6 @@
-"""How far two sets of logits are apart: one function, used by every gate.
+"""The distance between two sets of logits: one function, used by every gate.
 
-The arithmetic is float64, a block of positions at a time, so that a vocabulary of 150,000 needs little memory.
+The arithmetic is float64, one block of positions at a time, so that a vocabulary of 150,000 needs little memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ByPosition:
 
 @dataclass(frozen=True)
 class Interval:
-    """Where a number lies with the stated confidence, were other positions judged."""
+    """Where a number would lie, with the stated confidence, if other positions were judged."""
 
     low: float
     high: float
@@ -51,24 +51,24 @@ class Metrics:
         nonfinite: NaN and infinite logits of the candidate. If there is one, every distance is NaN.
         max_abs, mean_abs: of |candidate - reference|.
         rel_l2: ||candidate - reference|| / ||reference||, all positions as one vector.
-        worst_rel_l2, worst_position: the position with the largest rel-L2 of its own, and that value.
-        effective_positions: how many positions the error is spread over: as many as there are if all are equally far
-            off, 1 if a single one makes all of it.
+        worst_rel_l2, worst_position: the largest rel-L2 of a single position, and that position.
+        effective_positions: how many positions the error is spread over: all of them if all are equally far off, 1 if
+            a single position accounts for the whole error.
         cosine_p5: 5th percentile, over positions, of the cosine similarity.
         kl_mean, kl_p99: KL(reference || candidate) in nats, over positions.
         top1: share of positions with the same most likely token.
-        top1_clear: the same, without near-ties; 1 where every position is one.
+        top1_clear: the same without near-ties; 1 if every position is one.
         top5_overlap: mean share of the reference's five most likely tokens that are the candidate's as well.
-        near_ties: positions where the reference's two best logits are closer than the margin asked for, the largest of
-            which is `near_tie_margin`; the others are those that `top1_clear` judges.
+        near_ties: positions where the reference's two best logits are closer than the requested margin, the largest
+            of which is `near_tie_margin`; `top1_clear` judges the other positions.
         smallest_margin: the smallest distance between the reference's two best logits.
         first_disagreement: the first position with another most likely token, or None.
         first_disagreement_margin: the reference's margin there.
-        own_ratio: rel_l2 in units of transformers' own error: in bf16 and fp16 what it reaches in that dtype on the
-            same positions, in fp32 the rounding between its cache and one piece. None until it is known.
-        own_ratio_interval, kl_interval, top1_interval: of `own_ratio`, `kl_mean` and `top1_clear`. None in fp32, where
-            the bounds are on the numbers themselves.
-        by_position: see there.
+        own_ratio: rel_l2 in units of transformers' own error: in bf16 and fp16 its error in that dtype at the same
+            positions, in fp32 the rounding between its cache and one piece. None until it is known.
+        own_ratio_interval, kl_interval, top1_interval: intervals of `own_ratio`, `kl_mean` and `top1_clear`. None in
+            fp32, where the bounds are on the numbers themselves.
+        by_position: see `ByPosition`.
     """
 
     positions: int
@@ -106,10 +106,10 @@ def compare(
     Args:
         candidate: logits [positions, vocab].
         reference: logits of the same shape, finite.
-        near_tie_margin: in logits, one for all positions or one each; see `Metrics.near_ties`.
+        near_tie_margin: in logits, one for all positions or one per position; see `Metrics.near_ties`.
 
     Raises:
-        ValidationError: shapes differ, there is nothing to compare, or the reference itself is not finite.
+        ValidationError: the shapes differ, there is nothing to compare, or the reference itself is not finite.
     """
     if candidate.shape != reference.shape or candidate.ndim != 2 or not candidate.size:
         raise ValidationError(
@@ -162,11 +162,11 @@ def compare(
 
 
 def ratio_interval(made: Float64, own: Float64, confidence: float) -> Interval:
-    """Of the ratio of two errors, each the root of a sum of squares over the same positions: bootstrap, seeded.
+    """Interval of the ratio of two errors, each a root of squares summed over the same positions: seeded bootstrap.
 
     Args:
         made, own: errors by position, [n]; not negative.
-        confidence: of the interval, both sides together.
+        confidence: two-sided confidence of the interval.
     """
     counts = _resampled(len(made))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -175,12 +175,12 @@ def ratio_interval(made: Float64, own: Float64, confidence: float) -> Interval:
 
 
 def mean_interval(values: Float64, confidence: float) -> Interval:
-    """Of a mean over positions: bootstrap, seeded."""
+    """Interval of a mean over positions: seeded bootstrap."""
     return _between(_resampled(len(values)) @ values / len(values), confidence)
 
 
 def share_interval(hits: int, count: int, z: float, confidence: float) -> Interval:
-    """Of a share, hits of count: Wilson's score interval at `z` standard deviations."""
+    """Interval of a share, `hits` of `count`: Wilson's score interval at `z` standard deviations."""
     if not count:
         return Interval(0.0, 1.0, confidence)
     share, spread = hits / count, z * z / count
@@ -193,7 +193,7 @@ RESAMPLES = 2000
 
 
 def _resampled(count: int) -> Float64:
-    """How often each of `count` positions is in each of RESAMPLES draws with replacement, [RESAMPLES, count]."""
+    """How often each of `count` positions occurs in each of RESAMPLES draws with replacement, [RESAMPLES, count]."""
     generator = np.random.default_rng(20240919)
     return generator.multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)
 
@@ -206,7 +206,7 @@ def _between(values: Float64, confidence: float) -> Interval:
 
 
 def _spread(shares: Float64) -> float:
-    """Over how many of its numbers a sum is spread: (sum x)^2 / sum x^2; all of them where that cannot be said."""
+    """Over how many of its terms a sum is spread: (sum x)^2 / sum x^2; all of them if that is undefined."""
     largest = shares.max()
     if not 0 < largest < np.inf:
         return float(len(shares))
@@ -215,7 +215,7 @@ def _spread(shares: Float64) -> float:
 
 
 def _ratio(numerator: Float64, denominator: Float64) -> Float64:
-    """numerator / denominator; 0 / 0 is 0, x / 0 infinite."""
+    """numerator / denominator; 0 / 0 is 0, x / 0 is infinite."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio: Float64 = np.where(
             (numerator == 0) & (denominator == 0), 0.0, np.divide(numerator, denominator)
@@ -225,7 +225,7 @@ def _ratio(numerator: Float64, denominator: Float64) -> Float64:
 
 @dataclass(frozen=True)
 class _Block:
-    """One number a position, float64 [n] (`same`: bool)."""
+    """One number per position, float64 [n] (`same`: bool)."""
 
     nonfinite: Float64
     max_abs: Float64
@@ -245,7 +245,7 @@ class _Block:
     def of(cls, candidate: Float32, reference: Float32) -> _Block:
         finite = np.isfinite(candidate)
         broken: NDArray[np.bool_] = ~np.all(finite, axis=1)
-        # One bad logit spoils its whole position: no metric may look good beside it.
+        # One bad logit spoils its whole position: no metric may look good next to it.
         c = np.where(broken[:, None], np.nan, candidate.astype(np.float64))
         r = reference.astype(np.float64)
         absolute = np.abs(c - r)
@@ -265,7 +265,7 @@ class _Block:
             difference=np.linalg.norm(c - r, axis=1),
             norm=norm,
             cosine=cosine,
-            kl=np.where(np.isnan(kl), kl, np.maximum(kl, 0.0)),  # rounding alone goes below 0
+            kl=np.where(np.isnan(kl), kl, np.maximum(kl, 0.0)),  # only rounding makes it negative
             same=(np.argmax(c, axis=1) == np.argmax(r, axis=1)) & ~broken,
             margin=_margin(r),
             overlap=np.where(broken, 0.0, _overlap(c, r)),
@@ -279,7 +279,7 @@ def _log_softmax(x: Float64) -> Float64:
 
 
 def _margin(x: Float64) -> Float64:
-    """Distance of the two largest logits of each row; infinite for a vocabulary of one."""
+    """Distance between the two largest logits of each row; infinite for a vocabulary of one."""
     if x.shape[1] == 1:
         return np.full(len(x), np.inf)
     best = np.partition(x, -2, axis=1)[:, -2:]
@@ -288,7 +288,7 @@ def _margin(x: Float64) -> Float64:
 
 
 def _overlap(c: Float64, r: Float64) -> Float64:
-    """How many of the TOP largest columns of `r` are among those of `c`, as a share, for each row."""
+    """The share of the TOP largest columns of `r` that are among those of `c`, for each row."""
     top = min(TOP, r.shape[1])
     best_c, best_r = (np.argpartition(-x, top - 1, axis=1)[:, :top] for x in (c, r))
     shared: Float64 = (best_c[:, :, None] == best_r[:, None, :]).any(axis=1).mean(axis=1)

@@ -1,4 +1,4 @@
-"""model.onnx as it lies on disk: its tensors, where they point, and which of them are used. No data file is opened."""
+"""model.onnx on disk: its tensors, where they point, and which of them are used. No data file is opened."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _INTEGERS = {
     onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.UINT32, onnx.TensorProto.UINT64,
     onnx.TensorProto.BOOL, onnx.TensorProto.STRING,
 }  # fmt: skip
-MAX_INTEGERS = 64  # in a constant of the graph, as a target shape is
+MAX_INTEGERS = 64  # in a constant of the graph, such as a target shape
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an external tensor lies: bytes from the start of a file; `length` None is up to its end."""
+    """An external tensor's location: bytes from the start of a file; `length` None means up to its end."""
 
     location: str
     offset: int
@@ -33,22 +33,22 @@ def read_model(file: Path) -> onnx.ModelProto:
     """Read model.onnx.
 
     Raises:
-        ValidationError: it is no ONNX model, or one without a graph.
+        ValidationError: it is not an ONNX model, or has no graph.
     """
     model = onnx.ModelProto()
     with reported(file, "not an ONNX model"):
         model.ParseFromString(file.read_bytes())
         if not model.graph.node:
             raise ValueError("it has no graph")
-        ir.from_proto(model)  # names that are given twice, types that do not exist
+        ir.from_proto(model)  # refuses duplicate names and unknown types
     return model
 
 
 def check_places(model: onnx.ModelProto, package: Path) -> None:
-    """Every tensor outside model.onnx lies whole in a file that exists. One outside the package is not looked for.
+    """Check that every external tensor lies completely in an existing file; files outside the package are skipped.
 
     Raises:
-        ValidationError: one does not.
+        ValidationError: a tensor is not.
     """
     with reported(package / "model.onnx", "damaged"):
         for tensor in (*model.graph.initializer, *inner_tensors(model)):
@@ -65,15 +65,15 @@ def check_places(model: onnx.ModelProto, package: Path) -> None:
 
 
 def is_floating(data_type: int) -> bool:
-    """Whether an ONNX element type holds anything but integers, truth values and strings."""
+    """Whether an ONNX element type holds anything but integers, booleans and strings."""
     return data_type not in _INTEGERS
 
 
 def place_of(tensor: onnx.TensorProto) -> Place | None:
-    """Where a tensor points, None if its values are in model.onnx.
+    """Where a tensor points; None if its values are in model.onnx.
 
     Raises:
-        ValueError: it says so twice, or not in numbers.
+        ValueError: its location is given twice, or not in numbers.
     """
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return None
@@ -91,18 +91,18 @@ def place_of(tensor: onnx.TensorProto) -> Place | None:
 
 
 def is_inside(package: Path, location: str) -> bool:
-    """Whether a relative path stays inside the package, links followed."""
+    """Whether a relative path stays inside the package when links are followed."""
     parts = Path(location).parts
     if not parts or Path(location).is_absolute() or ".." in parts or "\\" in location:
         return False
     try:
         return (package / location).resolve().is_relative_to(package.resolve())
-    except (OSError, ValueError, RuntimeError):  # a loop of links, a name that no file can have
+    except (OSError, ValueError, RuntimeError):  # a symlink loop, or an impossible file name
         return False
 
 
 def inner_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """All tensors but the graph's initializers: in attributes, subgraphs and functions, and sparse ones."""
+    """All tensors except the graph's initializers: in attributes, subgraphs and functions, and sparse ones."""
     yield from _sparse(model.graph.sparse_initializer)
     yield from _of_nodes(model.graph.node)
     for function in model.functions:
@@ -144,7 +144,7 @@ def _of_attribute(attribute: onnx.AttributeProto) -> Iterator[onnx.TensorProto]:
 
 
 def used_values(graph: onnx.GraphProto) -> set[str]:
-    """Names of all values that a node, of a subgraph too, or an output of the graph takes."""
+    """Names of all values used by a node (including in subgraphs) or a graph output."""
     used = {output.name for output in graph.output}
     for node in graph.node:
         used.update(node.input)

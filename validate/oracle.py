@@ -1,4 +1,4 @@
-"""What is right: transformers' logits, each position computed once; and transformers' own error in a dtype."""
+"""The reference values: transformers' logits, each position computed once; and transformers' own error in a dtype."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 
 Float32 = NDArray[np.float32]
 
-# transformers' implementations of attention. In half precision they round differently, and both are right.
+# transformers' attention implementations. In half precision they round differently, and both are correct.
 ATTENTIONS = ("eager", "sdpa")
-LONG = (
-    512  # tokens: beyond it eager scores cost more than all products, and in fp32 both say the same
-)
+LONG = 512  # tokens: beyond it eager scores cost more than all matmuls, and in fp32 both agree
 
 
 @dataclass
@@ -33,13 +31,13 @@ class _Known:
     rows: dict[int, Float32] = field(default_factory=dict)
 
     def begins(self, text: Text) -> bool:
-        """Whether `text` is the beginning of this one: attention never looks ahead."""
+        """Whether `text` is a prefix of this one; attention never looks ahead."""
         count = len(text.tokens)
         return self.first_position == text.first_position and self.tokens[:count] == text.tokens
 
 
 class Oracle:
-    """The reference, asked about each position once.
+    """The reference, queried once per position.
 
     Attributes:
         reference: transformers.
@@ -57,7 +55,7 @@ class Oracle:
     ) -> list[Float32]:
         """transformers' logits of the texts' positions, fp32 [len(positions), vocab] each.
 
-        Several texts that begin alike are computed as one.
+        Texts that are prefixes of another are computed with it.
         """
         known = self._known.setdefault((dtype, attention), [])
 
@@ -96,23 +94,23 @@ class Oracle:
     def with_choices(
         self, texts: Sequence[Text], choices: Sequence[Choices | None]
     ) -> tuple[list[Float32], int]:
-        """The logits once more, with experts taken over in near-ties.
+        """The logits again, with experts taken over in near-ties.
 
         Returns:
-            (the logits, how many choices were taken over).
+            (the logits, the number of choices taken over).
         """
         before = self.reference.replayed
         logits = self.reference.logits(texts, choices=choices)
         return logits, self.reference.replayed - before
 
     def own_rounding_of(self, texts: Sequence[Text]) -> Metrics:
-        """How far transformers' fp32 logits of these very positions are from its own in fp64."""
+        """How far transformers' fp32 logits at these positions are from its own in fp64."""
         return compare(
             np.concatenate(self.logits(texts)), np.concatenate(self.logits(texts, "fp64"))
         )
 
     def own_errors(self, texts: Sequence[Text], dtype: str) -> list[Metrics]:
-        """What transformers itself reaches in a dtype, for each of ATTENTIONS."""
+        """transformers' own error in a dtype, for each of ATTENTIONS."""
         right = np.concatenate(self.logits(texts))
         return [
             compare(np.concatenate(self.logits(texts, dtype, attention)), right)

@@ -1,4 +1,4 @@
-"""A package in parts for onnxruntime: the graph is cut at the hidden states, and each piece is a session of its own."""
+"""A package in parts for onnxruntime: the graph is cut at the hidden states, and each piece is a separate session."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qwenport import contract
+from qwenport.contract import INPUT_IDS, is_past, past, present
 from qwenport.engines import start_onnxruntime
 from qwenport.engines.lowering import for_onnxruntime
 from qwenport.engines.memory import untouched_zeros
@@ -20,7 +22,7 @@ from qwenport.validate.sites import LOGITS, hidden_states
 from qwenport.validate.streaming import Feeds, Geometry, Run
 from qwenport.wording import cut
 
-FLOAT = 1  # onnx.TensorProto's number
+FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
 class PackageParts:
@@ -30,11 +32,11 @@ class PackageParts:
         """Lower the graph; no weight is read.
 
         Args:
-            package: the whole.
+            package: the whole package.
             layers: how many decoder layers to run before the final norm.
 
         Raises:
-            ValidationError: a node is given a value that nothing makes.
+            ValidationError: a node uses a value that no node produces.
         """
         self.num_layers = layers
         self._package = package
@@ -45,10 +47,10 @@ class PackageParts:
         self._hidden = hidden_states(package.config.num_hidden_layers)
 
     def _cut(self, given: Sequence[str], wanted: Sequence[str]) -> Any:
-        """A session of the piece of the graph between some values and others.
+        """A session for the piece of the graph between two sets of values.
 
         Raises:
-            InseparableError: the piece needs more than is given, for instance another layer's cache.
+            InseparableError: the piece needs more than the given values, for instance another layer's cache.
         """
         try:
             graph = ir.convenience.extract(self._model.graph, given, wanted)
@@ -68,7 +70,7 @@ class PackageParts:
 
     def _steps(self) -> list[str]:
         """The inputs that every part may read."""
-        return [name for name in self._inputs if not name.startswith("past_key_values.")]
+        return [name for name in self._inputs if not is_past(name)]
 
     @contextmanager
     def prologue(self, observe: Sequence[str]) -> Iterator[Run]:
@@ -86,11 +88,11 @@ class PackageParts:
     def layer(self, index: int, sizes: Sequence[Geometry], observe: Sequence[str]) -> Iterator[Run]:
         """See `Parts.layer`."""
         entry, end = self._hidden[index : index + 2]
-        names = [f"{index}.{part}" for part in ("key", "value")]
+        names = contract.caches(index)
         caches = [{name: self._empty(size) for name in names} for size in sizes]
-        given = [*self._steps(), entry, *(f"past_key_values.{name}" for name in names)]
+        given = [*self._steps(), entry, *map(past, names)]
         wanted = [end, *(name for name in observe if name != end)]
-        session = self._cut(given, [*wanted, *(f"present.{name}" for name in names)])
+        session = self._cut(given, [*wanted, *map(present, names)])
         taken = {value.name for value in session.get_inputs()}
 
         def run(number: int, feeds: Feeds, hidden: Any) -> tuple[Any, dict[str, Any]]:
@@ -100,13 +102,13 @@ class PackageParts:
                     binding.bind_cpu_input(name, np.ascontiguousarray(array))
             for name in wanted:
                 binding.bind_output(name, "cpu")
-            rows = len(feeds["input_ids"])
+            rows = len(feeds[INPUT_IDS])
             for name, memory in caches[number].items():
-                # past and present are one memory, as in a session: nothing is copied
+                # past and present are the same memory, as in a session: nothing is copied
                 place = ("cpu", 0, FLOAT, [rows, *memory.shape[1:]], memory.ctypes.data)
-                if f"past_key_values.{name}" in taken:
-                    binding.bind_input(f"past_key_values.{name}", *place)
-                binding.bind_output(f"present.{name}", *place)
+                if past(name) in taken:
+                    binding.bind_input(past(name), *place)
+                binding.bind_output(present(name), *place)
             session.run_with_iobinding(binding)
             made = [value.numpy() for value in binding.get_outputs()[: len(wanted)]]
             values = dict(zip(wanted, made, strict=True))
@@ -135,7 +137,7 @@ class PackageParts:
 
 
 class _Session:
-    """An onnxruntime session; what it raises while it runs is the target's failure."""
+    """An onnxruntime session; an exception while it runs is the target's failure."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
@@ -153,7 +155,7 @@ class _Session:
     def _guard(method: Any, *arguments: Any) -> Any:
         try:
             return method(*arguments)
-        except Exception as error:  # onnxruntime has no base class for its own
+        except Exception as error:  # onnxruntime's exceptions have no base class
             raise CandidateError(f"the target raised {type(error).__name__}: {error}") from error
 
 
@@ -162,10 +164,10 @@ def _known(session: Any, values: dict[str, Any] | Feeds) -> dict[str, Any]:
 
 
 def _check_values(model: ir.Model, package: Package) -> None:
-    """Refuse a graph that no runtime loads, as the whole package would be; cut in pieces it would look like a fault.
+    """Refuse a graph that no runtime loads, as for the whole package; cut into pieces it would look like a fault.
 
     Raises:
-        ValidationError: a node is given a value that nothing makes.
+        ValidationError: a node uses a value that no node produces.
     """
     known = {*model.graph.inputs, *model.graph.initializers.values()}
     for node in model.graph:

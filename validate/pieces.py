@@ -1,7 +1,7 @@
-"""Pieces of a target by themselves: the embedding on every id, and one decoder layer over the whole context.
+"""Pieces of a target run alone: the embedding on every id, and one decoder layer over the whole context.
 
-Running the whole model to 8,192 positions is more than a check may cost. One layer of each kind is not, and attention
-that looks no further than a window, a cache that ends early or a table that is wrong far out show in one layer.
+Running the whole model to 8,192 positions costs too much for a check. One layer of each kind does not, and attention
+limited to a window, a cache that ends early or a table that is wrong at large positions show in one layer.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwenport.contract import Progress
 from qwenport.validate.candidate import Candidate
 from qwenport.validate.reference import Choices, Reference
 from qwenport.validate.report import Check
-from qwenport.validate.streaming import Feeds, Progress, Rehearsal
+from qwenport.validate.streaming import Feeds, Rehearsal
 from qwenport.validate.thresholds import FP32_REL_L2, FP32_REL_L2_MOST
 
 Float32 = NDArray[np.float32]
@@ -27,7 +28,7 @@ IDS_AT_ONCE = 512
 def check_embedding(
     candidate: Candidate, reference: Reference, vocab_size: int, progress: Progress
 ) -> tuple[Check, ...]:
-    """Every id of the vocabulary through the target's embedding: its row must be the checkpoint's, bit for bit."""
+    """Run every id of the vocabulary through the target's embedding: rows must equal the checkpoint's, bit for bit."""
     wrong: list[int] = []
     with candidate.parts().prologue([]) as run:
         for start in range(0, vocab_size, IDS_AT_ONCE):
@@ -52,8 +53,8 @@ class LayerRun:
     """A decoder layer's hidden states over a text.
 
     Attributes:
-        entry, end: what went in and what came out, fp32 [S, hidden].
-        experts: int64 [S, k], None for a dense layer.
+        entry, end: the layer's input and output, fp32 [S, hidden].
+        experts: int64 [S, k]; None for a dense layer.
     """
 
     entry: Float32
@@ -64,7 +65,7 @@ class LayerRun:
 def run_layer_alone(
     candidate: Candidate, layer: int, tokens: Sequence[int], router: str | None, capacity: int
 ) -> LayerRun:
-    """The embedding and one layer of the target on a text, in the widest steps that a session takes.
+    """Run the target's embedding and one layer on a text, in the widest steps that a session takes.
 
     Args:
         router: the value that holds each token's experts; None for a dense layer.
@@ -93,10 +94,10 @@ def run_layer_alone(
 
 
 def check_distance(run: LayerRun, reference: Reference, layer: int, margin: float) -> list[Check]:
-    """One layer over a long text against transformers' own layer, given the same hidden states, at every position.
+    """Compare one layer over a long text with transformers' own, given the same hidden states, at every position.
 
     Args:
-        margin: experts chosen in a near-tie of routers, within this, are taken over.
+        margin: experts chosen in a router near-tie, within this margin, are taken over.
     """
     choices = None if run.experts is None else Choices({layer: run.experts}, margin)
     expected = reference.run_layer(layer, "fp32", run.entry, attention="sdpa", choices=choices)
@@ -126,7 +127,7 @@ def check_distance(run: LayerRun, reference: Reference, layer: int, margin: floa
 
 
 def as_array(hidden: Any) -> Float32:
-    """Hidden states as the parts pass them, as fp32."""
+    """Hidden states, as the parts pass them, in fp32."""
     if isinstance(hidden, np.ndarray):
         return hidden.astype(np.float32, copy=False)
     values: Float32 = hidden.float().numpy()

@@ -1,7 +1,7 @@
-"""One of transformers' decoder layers, run on somebody else's values: what each operator makes of what it is given.
+"""One of transformers' decoder layers, run on the target's values: what each operator should compute from its input.
 
-With the target's own values put in after every operator, each operator is asked about by itself: what it should have
-made of the target's input is held against what the target made of it. An error that came in does not count.
+With the target's own values substituted after every operator, each operator is judged alone: the correct result for
+the target's input is compared with the target's result. An error in the input does not count.
 """
 
 from __future__ import annotations
@@ -17,17 +17,12 @@ from numpy.typing import NDArray
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwenport.validate.reference import Reference
+from qwenport.validate.reference.loading import torch_dtype
 from qwenport.validate.sites import ATTENTION, GATED, RESIDUALS, ROPE, ROUTER, Site
 
 Float32 = NDArray[np.float32]
 Array = NDArray[Any]
 INTERFACE = "qwenport_probe"
-TORCH = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
 
 
 def run_layer(
@@ -37,19 +32,19 @@ def run_layer(
     first_position: int,
     dtype: str,
 ) -> torch.Tensor:
-    """A decoder layer of transformers on given hidden states, in one piece and without a cache.
+    """Run a transformers decoder layer on given hidden states, in one piece and without a cache.
 
     Args:
-        reference: where the rotary embedding comes from.
-        module: as `Reference.layer` gives it.
+        reference: provides the rotary embedding.
+        module: as returned by `Reference.layer`.
         hidden: [S, hidden].
-        first_position: of hidden[0].
-        dtype: of the module.
+        first_position: position of hidden[0].
+        dtype: the module's dtype.
 
     Returns:
         [S, hidden] in that dtype.
     """
-    size, kind = len(hidden), TORCH[dtype]
+    size, kind = len(hidden), torch_dtype(dtype)
     positions = first_position + torch.arange(size)[None]
     mask = torch.full((size, size), torch.finfo(kind).min, dtype=kind).triu(1)
     with torch.inference_mode():
@@ -64,32 +59,32 @@ def run_layer(
 
 
 class Probe:
-    """Records what every site of a layer should be; puts given values in its place.
+    """Records what every site of a layer should be; substitutes given values for it.
 
     Attributes:
         expected: site name -> tensor [S, ...], after the layer has run.
-        result: what the layer gave, for whoever ran it to keep.
+        result: the layer's result, stored by the caller.
         others: the same for attention by other formulas: torch's scaled_dot_product_attention, and the one that
-            TensorRT's parser writes down for any Attention.
+            TensorRT's parser generates for any Attention.
     """
 
     def __init__(self, sites: tuple[Site, ...], given: Mapping[str, Array], dtype: str) -> None:
         self._sites = {site.name: site for site in sites}
-        self._given, self._dtype = given, TORCH[dtype]
+        self._given, self._dtype = given, torch_dtype(dtype)
         self.expected: dict[str, torch.Tensor] = {}
         self.result = torch.empty(0)
         self.others: dict[str, list[torch.Tensor]] = {}
 
     def _at(self, name: str, made: torch.Tensor) -> torch.Tensor:
-        """Note what a site should be, [S, ...], and go on with what is given for it."""
+        """Record what a site should be, [S, ...], and continue with the value given for it."""
         self.expected[name] = made
         if name not in self._given or self._given[name].size != made.numel():
-            return made  # nothing is given, or what cannot be it
+            return made  # nothing is given, or the given value does not fit
         return torch.from_numpy(self._given[name]).to(self._dtype).reshape(made.shape)
 
     @contextlib.contextmanager
     def attached(self, module: Any) -> Iterator[None]:
-        """Look into `module`, a decoder layer, for the time of the context."""
+        """Attach to `module`, a decoder layer, while the context lasts."""
         config = module.self_attn.config
         implementation = config._attn_implementation
         handles = [hook for name in self._sites for hook in self._hooks(module, name)]
@@ -115,7 +110,7 @@ class Probe:
             path = name.removesuffix(GATED)
             return [self._before(module.get_submodule(f"{path}down_proj"), name)]
         if name == "mlp.gate" and ROUTER in self._sites:
-            return []  # with the router
+            return []  # handled with the router
         return [module.get_submodule(name).register_forward_hook(self._after(name))]
 
     def _before(self, module: Any, name: str) -> Any:
@@ -166,7 +161,7 @@ class Probe:
         )
         if self._dtype in (torch.bfloat16, torch.float16):
             sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-            root = torch.tensor(scaling**0.5, dtype=self._dtype)  # rounded, as it is in the network
+            root = torch.tensor(scaling**0.5, dtype=self._dtype)  # rounded, as in the network
             ways = ((query, key, scaling), (query * root, key * root, 1.0))
             self.others[ATTENTION] = [
                 sdpa(module, q, k, value, attention_mask, dropout, scale, **kwargs)[0][0]
@@ -178,5 +173,5 @@ class Probe:
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """Without the batch axis, where there is one: [S, ...]."""
+    """The tensor without its batch axis, if any: [S, ...]."""
     return tensor[0] if tensor.ndim > 2 and tensor.shape[0] == 1 else tensor

@@ -1,4 +1,4 @@
-"""What the models are asked: a built-in text in several languages, or seeded random token ids."""
+"""The prompts: a built-in text in several languages, or seeded random token ids."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RANDOM_IDS = 2048
 MOST_SPECIAL = 64
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
-# Scripts, digits, code and punctuation, so that ids from all over a vocabulary occur.
+# Several scripts, digits, code and punctuation, so that ids from the whole vocabulary occur.
 TEXT = """Once upon a time, in a village by the sea, there lived a clockmaker who repaired every clock but her own.
 Il était une fois, dans un village au bord de la mer, une horlogère qui réparait toutes les horloges.
 Es war einmal eine Uhrmacherin; sie hörte 1.024 Zahnräder zugleich ticken.
@@ -37,26 +37,26 @@ The quick brown fox jumps over the lazy dog 🦊; "why?", it asked, and nobody (
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids to take prompts from, and what they are."""
+    """Token ids to take prompts from, and their description."""
 
     ids: tuple[int, ...]
     description: str
 
     def take(self, count: int, *, start: int = 0) -> list[int]:
-        """`count` ids beginning at `start`; the text begins again where it ends."""
+        """`count` ids beginning at `start`; the text repeats at its end."""
         return [self.ids[(start + i) % len(self.ids)] for i in range(count)]
 
 
 def make_prompts(checkpoint_path: Path, vocab_size: int, file: Path | None = None) -> Prompts:
-    """Encode a text with the checkpoint's tokenizer; random ids where it has none that fits the built-in text.
+    """Encode a text with the checkpoint's tokenizer; random ids if it has none that fits the built-in text.
 
     Args:
-        checkpoint_path: where the tokenizer is.
-        vocab_size: of the model.
-        file: UTF-8 text to take in place of the built-in one.
+        checkpoint_path: directory with the tokenizer.
+        vocab_size: the model's.
+        file: UTF-8 text to use in place of the built-in one.
 
     Raises:
-        ValidationError: the file cannot be read, or there is no tokenizer that encodes it.
+        ValidationError: the file cannot be read, or no tokenizer can encode it.
     """
     if file is not None:
         return _from_file(checkpoint_path, vocab_size, file)
@@ -65,7 +65,7 @@ def make_prompts(checkpoint_path: Path, vocab_size: int, file: Path | None = Non
         return _random(vocab_size, "the checkpoint has no tokenizer")
     try:
         ids = _encode(checkpoint_path, TEXT, str(checkpoint_path))
-    except ValidationError as error:  # without a tokenizer the question still makes sense
+    except ValidationError as error:  # validation also works without a tokenizer
         return _random(vocab_size, f"the tokenizer does not load: {type(error.__cause__).__name__}")
     if not ids or max(ids) >= vocab_size:
         return _random(vocab_size, "the tokenizer does not fit the vocabulary")
@@ -76,7 +76,7 @@ def make_prompts(checkpoint_path: Path, vocab_size: int, file: Path | None = Non
 
 
 def _interleaved(ids: list[int], vocab_size: int) -> tuple[int, ...]:
-    """The text in pieces, each followed by a piece of ids drawn from the whole vocabulary, none twice."""
+    """The text in pieces, each followed by ids drawn from the whole vocabulary without repetition."""
     generator = np.random.default_rng(SEED)
     drawn = generator.permutation(vocab_size)[:RANDOM_IDS].tolist()
     found: list[int] = []
@@ -87,11 +87,11 @@ def _interleaved(ids: list[int], vocab_size: int) -> tuple[int, ...]:
 
 
 def special_ids(checkpoint_path: Path, vocab_size: int) -> tuple[int, ...]:
-    """The ids that text hardly reaches: first and last, special and added ones, at most MOST_SPECIAL.
+    """The ids that text rarely contains: first and last, special and added ones, at most MOST_SPECIAL.
 
     Args:
-        checkpoint_path: config.json and tokenizer.json are read, as far as they can be.
-        vocab_size: of the model; other ids do not count.
+        checkpoint_path: directory whose config.json and tokenizer.json are read, as far as possible.
+        vocab_size: the model's; larger ids do not count.
     """
     found = [vocab_size - 1, 0]
     for name, pick in (
@@ -104,7 +104,7 @@ def special_ids(checkpoint_path: Path, vocab_size: int) -> tuple[int, ...]:
         try:
             picked = pick(json.loads((checkpoint_path / name).read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # a tokenizer may have none of this; text is what it is for
+            continue  # a tokenizer need not have any of this
         for value in picked:
             found += value if isinstance(value, list) else [value]
     known = [i for i in found if isinstance(i, int) and 0 <= i < vocab_size]

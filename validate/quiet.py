@@ -1,4 +1,4 @@
-"""transformers without its progress bars and warnings, for as long as we use it."""
+"""Silences transformers' progress bars and warnings while we use it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers; its settings are the caller's again afterwards."""
+    """Silence transformers; the caller's settings are restored afterwards."""
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The verdict: what was compared, how far apart it was, where. Written as report.json and report.html.
+"""The verdict: what was compared, how far apart, and where. Written as report.json and report.html.
 
 docs/report.md describes the JSON.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qwenport.contract import MANIFEST
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.metrics import Metrics
 
@@ -33,7 +34,14 @@ _HOLDS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
 
 @dataclass(frozen=True)
 class Check:
-    """One bound on one number. NaN passes no check."""
+    """A bound on a number. NaN passes no check.
+
+    Attributes:
+        metric: what was measured.
+        value: the number.
+        relation, bound: what it must be: "<=", ">=" or "==" a number.
+        where: where the worst value was found; None if it has no place.
+    """
 
     metric: str
     value: float
@@ -43,7 +51,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether value relation bound."""
+        """Whether "value relation bound" holds."""
         return bool(_HOLDS[self.relation](self.value, self.bound))
 
     def __str__(self) -> str:
@@ -54,7 +62,17 @@ class Check:
 
 @dataclass(frozen=True)
 class ScenarioResult:
-    """One scenario. `reason` says why it was not run, or what the candidate raised."""
+    """One scenario's result.
+
+    Attributes:
+        name: the scenario's.
+        summary: what it runs.
+        status: "passed", "failed" or "not run".
+        checks: the bounds.
+        metrics: the measurements of its logits; None if it has none.
+        reason: why it was not run, or what the candidate raised.
+        seconds: wall time.
+    """
 
     name: str
     summary: str
@@ -66,7 +84,7 @@ class ScenarioResult:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Every reason for which the scenario failed."""
+        """All reasons why the scenario failed."""
         if self.status != "failed":
             return ()
         raised = (self.reason,) if self.reason else ()
@@ -75,9 +93,9 @@ class ScenarioResult:
 
 @dataclass(frozen=True)
 class RouterBand:
-    """Expert choices (a token in a layer) by transformers' margin, in logits, from `least` up to below `most`.
+    """Expert choices (a token in a layer) with a margin in transformers, in logits, from `least` to below `most`.
 
-    `agreeing` of the `choices` are the same set of experts in the target.
+    In `agreeing` of the `choices` the target chose the same set of experts.
     """
 
     least: float
@@ -91,27 +109,29 @@ class Report:
     """The outcome of `validate`.
 
     Attributes:
-        target, reference: the two directories, as they were given.
+        target, reference: the two directories, as given.
         judged_as: "package" (onnxruntime), "tensorrt-network" or "engine".
-        target_dtype, compute_dtype: of the target's weights, and what was computed in.
+        target_dtype, compute_dtype: dtype of the target's weights, and of the computation.
         reference_mode: "whole" in memory, or "streamed".
         reference_weights: "fp32", or how weights were rounded to match the target's.
-        layers_judged, layers: decoder layers that were run, and that the model has.
-        complete: every scenario was run.
-        prompts: what the prompts were made of.
+        layers_judged, layers: decoder layers that were run, and the model's number of layers.
+        complete: whether every scenario was run.
+        prompts: what the prompts were made from.
         own_rounding: rel-L2 between two ways in which transformers computes the same logits; None before it is known.
-        coverage: what was judged, of what the target allows; None before anything ran.
-        loosened: thresholds that are looser than ours, a line each.
-        layers_error: how the error grows from layer to layer; empty where the target cannot be looked into.
-        rounding: half precision at every layer and operator; empty where it was not judged.
-        fault: where the error starts, if there is one and it was found.
-        unexplained: why it was not found; None where it was, or where nothing failed.
-        script: a Python program that shows what the random walk found; None where it found nothing.
+        coverage: what was judged of what the target allows; None before anything ran.
+        loosened: thresholds that are looser than ours, one line each.
+        scenarios: their results.
+        layers_error: how the error grows from layer to layer; empty if the target's inside cannot be observed.
+        rounding: half precision at every layer and operator; empty if it was not judged.
+        fault: where the error starts, if there is an error and its start was found.
+        unexplained: why it was not found; None if it was, or if nothing failed.
+        script: a Python program that reproduces what the random walk found; None if it found nothing.
         routing: agreement of expert choices by margin; empty for a dense model and for engines.
-        replayed: choices in near-ties that the oracle took over from the target.
+        replayed: number of choices in near-ties that the oracle took over from the target.
         environment: versions, processor, date.
-        hashes: what the target and the reference were, by hash.
-        weights_sha256: SHA-256 of each weight file, as `sha256sum` prints it; of the package's own under "weights/".
+        schema_version: of report.json.
+        hashes: hashes that identify the target and the reference.
+        weights_sha256: SHA-256 of each weight file, as `sha256sum` prints it; the package's own files under "weights/".
     """
 
     target: str
@@ -143,7 +163,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """All was run, no scenario failed, and at least one compared logits."""
+        """Whether all scenarios ran, none failed, and at least one compared logits."""
         return (
             self.complete
             and all(s.status != "failed" for s in self.scenarios)
@@ -152,12 +172,12 @@ class Report:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """One line a failure: scenario, metric, value, bound."""
+        """One line per failure: scenario, metric, value, bound."""
         return tuple(f"{s.name}: {failure}" for s in self.scenarios for failure in s.failures)
 
     @property
     def verdict(self) -> str:
-        """The verdict with what it is about, in one line."""
+        """The verdict and its subject, in one line."""
         text = "parity holds" if self.passed else "parity does NOT hold"
         if not self.complete:
             text = "interrupted, no verdict"
@@ -172,7 +192,7 @@ class Report:
         return f"{text}: {told}; judged: {judged}"
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; numbers that are not finite become the strings "NaN", "Infinity", "-Infinity"."""
+        """A JSON object; non-finite numbers become the strings "NaN", "Infinity", "-Infinity"."""
         data = dataclasses.asdict(self)
         for scenario, own in zip(data["scenarios"], self.scenarios, strict=True):
             for check, original in zip(scenario["checks"], own.checks, strict=True):
@@ -189,9 +209,9 @@ class Report:
         return result
 
     def write(self, directory: Path) -> None:
-        """Write report.json and report.html into `directory`, which is made if it does not exist.
+        """Write report.json and report.html into `directory`, which is created if it does not exist.
 
-        Each file appears whole or not at all.
+        Each file appears complete or not at all.
         """
         from qwenport.validate.html import render
 
@@ -206,10 +226,16 @@ def prepare(directory: Path) -> None:
     """Make sure that a report can be written into `directory`, and remove an old one.
 
     Raises:
-        ValidationError: it is no directory, or nothing can be written there.
+        ValidationError: it is not a directory, is a package, an engine or a checkpoint, or cannot be written to.
     """
     if directory.exists() and not directory.is_dir():
         raise ValidationError(f"--report {directory}: not a directory")
+    for name in (MANIFEST, "config.json"):
+        if (directory / name).exists():
+            raise ValidationError(
+                f"--report {directory}: a package, an engine or a checkpoint (it has {name}); "
+                "give the report a directory of its own"
+            )
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -217,7 +243,7 @@ def prepare(directory: Path) -> None:
             (directory / name).unlink(missing_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory):
             pass
-        for path in made:  # an empty directory is no report: it is made when there is one
+        for path in made:  # no empty directory stays behind: it is created with the report
             path.rmdir()
     except OSError as error:
         raise ValidationError(f"--report {directory}: {error.strerror or error}") from error

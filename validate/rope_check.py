@@ -1,6 +1,6 @@
 """Every row of a package's rope tables against transformers' rotary module: all positions, no model run.
 
-A cache of 131,072 slots cannot be filled in a check, but its last row of cos and sin can be looked at.
+A check cannot fill a cache of 131,072 slots, but it can compare the last row of cos and sin.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwenport.contract import COS_TABLE, SIN_TABLE
 from qwenport.exporter import Package
 from qwenport.validate.report import Check
 from qwenport.validate.thresholds import ROPE_ABSOLUTE, ROPE_RELATIVE_TO_ANGLE
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     from qwenport.validate.reference import Reference
 
 ROWS_AT_ONCE = 8192
-TABLES = ("rope.cos", "rope.sin")
+TABLES = (COS_TABLE, SIN_TABLE)
 
 Float32 = NDArray[np.float32]
 
 
 def read_tables(package: Package) -> tuple[Float32, Float32]:
-    """(cos, sin) as model.onnx holds them, memory-mapped; fp32 [rows, head_dim / 2].
+    """(cos, sin) as stored for model.onnx, memory-mapped; fp32 [rows, head_dim / 2].
 
     Raises:
         KeyError: the graph has no such initializer.
@@ -41,7 +42,7 @@ def read_tables(package: Package) -> tuple[Float32, Float32]:
 
 
 def _values(tensor: Any, package: Package) -> Float32:
-    """The tensor's values. onnx-ir itself refuses to read a file that has hard links."""
+    """The tensor's values. onnx-ir itself refuses to read a hard-linked file."""
     import onnx_ir as ir
 
     if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype != ir.DataType.FLOAT:
@@ -58,7 +59,7 @@ def check_tables(
     """Compare the tables' length with the package's, and every value with transformers'.
 
     The error is in units of what rounding explains: ROPE_ABSOLUTE plus ROPE_RELATIVE_TO_ANGLE times the
-    angle, since an angle of 100,000 radians in fp32 is itself only good to 0.01. It must not pass 1.
+    angle, since an angle of 100,000 radians in fp32 is itself only accurate to 0.01. It must not exceed 1.
     """
     try:
         cos, sin = read_tables(package)

@@ -1,13 +1,13 @@
-"""Half precision, judged where there is power to judge it: at every layer and operator, given transformers' own input.
+"""Half precision, judged where a judgement has power: at every layer and operator, given transformers' own input.
 
-From end to end, two right programs in bf16 differ by chance as much as many wrong ones do from them. Inside one
-operator they do not: given the same input, the error of each of 512 positions is a draw from one distribution, and
-medians of 512 draws can be told apart. So transformers' own hidden states, in the target's dtype, are put into each
-layer of the network. Its result, and that of every operator in it, is compared with transformers in fp32 on the same
-input, and the distribution of those errors with that of transformers' own, found in the same way.
+From end to end, two correct programs in bf16 differ by chance as much as many wrong ones differ from them. Inside one
+operator they do not: given the same input, the errors at 512 positions are draws from one distribution, and medians of
+512 draws can be distinguished. So transformers' own hidden states, in the target's dtype, are fed to each layer of the
+network. Its result, and that of every operator in it, is compared with transformers in fp32 on the same input, and the
+distribution of those errors with that of transformers' own errors, computed in the same way.
 
 Two numbers per position: the relative error, ||made - right|| / ||right||, and its systematic part,
-|<made, right> / <right, right> - 1|. Random roundings cancel in the second, a statistic that was rounded does not.
+|<made, right> / <right, right> - 1|. Random roundings cancel in the second; a rounded statistic does not.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qwenport.contract import DTYPES, INPUT_IDS, LOGITS_INDICES, WRITE_INDICES, Progress
 from qwenport.exporter import ModelConfig
 from qwenport.validate.candidate import Candidate
 from qwenport.validate.localisation import WHOLE_LAYER, observed_sites, values_by_site
@@ -28,7 +29,7 @@ from qwenport.validate.pieces import as_array
 from qwenport.validate.probe import Probe, run_layer
 from qwenport.validate.reference import Choices, OpenLayer, Reference
 from qwenport.validate.sites import router_choices, sites
-from qwenport.validate.streaming import Feeds, Progress, Rehearsal
+from qwenport.validate.streaming import Feeds, Rehearsal
 from qwenport.validate.thresholds import (
     HALF_ROUTER_MARGIN,
     ROUNDING_LEAST,
@@ -42,19 +43,18 @@ Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 
 END = "final norm and lm_head"
-TRUTH = "fp32"  # a thousand times finer than what is judged
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TRUTH = "fp32"  # a thousand times more precise than what is judged
 ROWS_AT_ONCE = 64  # positions of the head at once: its logits are wide
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How two distributions of errors compare at one quantile.
+    """The comparison of two error distributions at one quantile.
 
     Attributes:
-        quantile: of the positions.
-        made, own: the target's and transformers' errors there, the largest of its attentions.
-        times_own: their ratio, and `least` the lower end of its interval.
+        quantile: quantile over the positions.
+        made, own: the target's and transformers' errors there, the latter the largest of its attentions.
+        times_own: their ratio; `least` is the lower end of its interval.
     """
 
     quantile: float
@@ -69,10 +69,10 @@ class RoundingError:
     """The rounding of one operator, or of a whole layer.
 
     Attributes:
-        layer: the decoder layer; None behind them.
+        layer: the decoder layer; None after the layers.
         operator: as in `sites`, WHOLE_LAYER or END.
-        positions: how many were compared.
-        nonfinite: positions at which the target has NaN or infinities where fp32 has none.
+        positions: number of positions compared.
+        nonfinite: number of positions where the target has NaN or infinities and fp32 has none.
         relative, systematic: by quantile.
     """
 
@@ -85,7 +85,7 @@ class RoundingError:
 
     @property
     def excess(self) -> float:
-        """The lower end of the worst ratio in units of its bound; above 1 it is too much."""
+        """The lower end of the worst ratio in units of its bound; above 1 it fails."""
         if self.nonfinite:
             return math.inf
         return max(
@@ -95,7 +95,7 @@ class RoundingError:
         )
 
     def __str__(self) -> str:
-        """Where, and the number that is furthest off."""
+        """The place and its worst number."""
         where = self.operator if self.layer is None else f"layer {self.layer}, {self.operator}"
         if self.nonfinite:
             return f"{where}: NaN or infinity at {self.nonfinite} of {self.positions} positions"
@@ -114,7 +114,7 @@ class RoundingError:
 
 @dataclass
 class _Errors:
-    """Errors of one place by position, of the target and of transformers' implementations."""
+    """Errors at one place by position, of the target and of transformers' implementations."""
 
     relative: list[list[Float64]] = field(default_factory=lambda: [[], [], [], []])
     systematic: list[list[Float64]] = field(default_factory=lambda: [[], [], [], []])
@@ -122,21 +122,21 @@ class _Errors:
     nonfinite: int = 0
 
     def add(self, right: Array, made: Array) -> None:
-        """The target's result, and what it should be."""
+        """Add the target's result and the correct one."""
         self.nonfinite += self._add(0, right, made)
 
     def add_own(self, right: Array, *results: Array, bias: Array | None = None) -> None:
-        """Transformers' own results, by up to three implementations, and what they should be.
+        """Add transformers' own results, by up to three implementations, and the correct one.
 
         Args:
-            bias: of a linear. Transformers adds it before it rounds. A network rounds the product first, which is right
-                too, so its error is added to transformers' own.
+            bias: a linear's bias. transformers adds it before rounding. A network rounds the product first, which is
+                also correct, so that error is added to transformers' own.
         """
         for index, result in enumerate(results, start=1):
             self._add(index, right, result, bias)
 
     def _add(self, index: int, right: Array, made: Array, bias: Array | None = None) -> int:
-        """Note errors by position; returns how many positions are not finite and should be."""
+        """Record errors by position; return how many positions are not finite and should be."""
         r = np.asarray(right, dtype=np.float32).reshape(len(right), -1)
         m = np.asarray(made, dtype=np.float32).reshape(len(r), -1)
         if m.shape != r.shape:
@@ -175,7 +175,7 @@ class _Errors:
 
 
 def _products(a: Array, b: Array) -> Float64:
-    """Sums of products by position; in fp32, a thousand times finer than what they are compared with."""
+    """Sums of products by position; in fp32, a thousand times more precise than what they are compared with."""
     return np.einsum("pn,pn->p", a, b).astype(np.float64)
 
 
@@ -205,7 +205,7 @@ def _order(values: Float64, quantile: float) -> tuple[float, float, float]:
 
 
 def worst(errors: Sequence[RoundingError]) -> RoundingError | None:
-    """The first place of NaN or infinity; else the one that is furthest beyond its bound, or nearest to it."""
+    """The first place with NaN or infinity; else the one furthest beyond its bound, or nearest to it."""
     broken = [error for error in errors if error.nonfinite]
     if broken:
         return broken[0]
@@ -214,7 +214,7 @@ def worst(errors: Sequence[RoundingError]) -> RoundingError | None:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A text's part in one step: which text, which tokens of it, and what the step is fed."""
+    """A text's part in one step: which text, which of its tokens, and the step's inputs."""
 
     text: int
     start: int
@@ -230,18 +230,18 @@ def judge_rounding(
     texts: Sequence[Sequence[int]],
     progress: Progress,
 ) -> Iterator[RoundingError]:
-    """The rounding of every layer, every operator and the end, in the order in which they run.
+    """Judge the rounding of every layer, every operator and the end, in execution order.
 
     Args:
         candidate: the network in its declared types.
         reference: transformers.
-        config: the model's.
+        config: the model's config.
         dtype: "bf16" or "fp16".
-        texts: tokens, at least 512 in all.
-        progress: called with (what, layers done, layers in all).
+        texts: tokens, at least 512 in total.
+        progress: called with (what, layers done, all layers).
     """
     entries = [_embedded(reference, tokens, dtype) for tokens in texts]
-    unit = float(torch.finfo(TYPES[dtype]).eps) / 2
+    unit = float(torch.finfo(DTYPES[dtype].torch).eps) / 2
     geometry = candidate.geometry(1, max(len(text) for text in texts))
     pieces = list(_pieces(Rehearsal(geometry), texts))
     parts, routers = candidate.parts(), router_choices(config, reference.num_layers)
@@ -253,7 +253,7 @@ def judge_rounding(
         with parts.layer(index, [geometry], names) as run:
             for piece in pieces:
                 entry = torch.from_numpy(entries[piece.text][piece.start : piece.stop])
-                end, values = run(0, piece.feeds, entry[None].to(TYPES[dtype]))
+                end, values = run(0, piece.feeds, entry[None].to(DTYPES[dtype].torch))
                 made[piece.text].append(as_array(end)[0])
                 for name in names:
                     value = values[name][0]
@@ -285,7 +285,7 @@ def _pieces(session: Rehearsal, texts: Sequence[Sequence[int]]) -> Iterator[_Pie
         session.steps.clear()
         session.prefill([list(tokens)])
         for feeds in session.steps:
-            start, width = int(feeds["write_indices"][0]), feeds["input_ids"].shape[1]
+            start, width = int(feeds[WRITE_INDICES][0]), feeds[INPUT_IDS].shape[1]
             yield _Piece(number, start, start + width, feeds)
 
 
@@ -300,7 +300,7 @@ def _judge_layer(
     given: Sequence[Mapping[str, Array]],
     experts: Sequence[Choices | None],
 ) -> Generator[RoundingError, None, list[Array]]:
-    """Yields the errors of one layer; returns what leaves transformers' own layer, the next one's input."""
+    """Yield the errors of one layer; return the output of transformers' own layer, the next one's input."""
     places = sites(config, index)
     errors = {site.name: _Errors() for site in places if site.name in given[0]}
     whole, following = _Errors(), []
@@ -325,7 +325,7 @@ def _judge_layer(
     with reference.opened_layer(index, TRUTH) as layer:
         biases = {name: _bias(layer.module, name) for name in errors}
         for number, entry in enumerate(entries):
-            # transformers' own results on its own inputs, the target's on its own: both rounded, hardly apart
+            # transformers' own results on its own inputs, the target's on its own: both rounded, and close together
             right = _arrays(probed(layer, number, own[number], TRUTH).expected)
             theirs = {n: (own[number][n], *others[number].get(n, ())) for n in errors}
             expected = _arrays(probed(layer, number, given[number], TRUTH).expected)
@@ -342,7 +342,7 @@ def _judge_layer(
 
 
 def _bias(module: Any, name: str) -> Array | None:
-    """The bias of the linear of that name in a decoder layer; None where the name is of something else."""
+    """The bias of the linear of that name in a decoder layer; None if the name is not a linear's."""
     try:
         bias = module.get_submodule(name).bias
     except AttributeError:
@@ -356,7 +356,7 @@ def _alone(layer: OpenLayer, entry: Array, experts: Choices | None) -> Array:
 
 
 def _embedded(reference: Reference, tokens: Sequence[int], dtype: str) -> Array:
-    rows: Array = torch.from_numpy(reference.embed(tokens)).to(TYPES[dtype]).float().numpy()
+    rows: Array = torch.from_numpy(reference.embed(tokens)).to(DTYPES[dtype].torch).float().numpy()
     return rows
 
 
@@ -379,8 +379,8 @@ def _judge_end(
     made, right = [], []
     with parts.epilogue([]) as run:
         for block in blocks:
-            wanted = {"logits_indices": np.arange(len(block), dtype=np.int64)[None]}
-            logits, _ = run(0, wanted, torch.from_numpy(block)[None].to(TYPES[dtype]))
+            wanted = {LOGITS_INDICES: np.arange(len(block), dtype=np.int64)[None]}
+            logits, _ = run(0, wanted, torch.from_numpy(block)[None].to(DTYPES[dtype].torch))
             made.append(logits[0])
     for kind in (TRUTH, dtype):
         with (

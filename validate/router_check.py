@@ -1,8 +1,8 @@
 """Which experts each token goes to, against transformers' routers: a separate verdict, by margin.
 
 A token whose k-th and next expert are almost equally likely may go to either in two correct programs, and then its
-hidden state differs visibly. The oracle takes such a choice over from the target and goes on from there, so that
-everything behind it is still comparable; a choice of a clear margin it never takes over. Agreement is counted by the
+hidden state differs visibly. The oracle takes such a choice over from the target and continues from there, so that
+everything after it is still comparable; it never takes over a choice with a clear margin. Agreement is counted by the
 router's margin: in transformers' fp32 logits, the k-th largest minus the next one.
 """
 
@@ -25,7 +25,7 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Routing:
-    """Every choice of one text: margins fp32, agreement bool, both [layers, tokens]."""
+    """All choices for one text: margins fp32, agreement bool, both [layers, tokens]."""
 
     layers: tuple[int, ...]
     margins: Float32
@@ -42,17 +42,17 @@ class Routing:
         return tuple(found)
 
     def judged(self, margin: float) -> NDArray[np.bool_]:
-        """Choices of a clear margin: bool [layers, tokens]."""
+        """Choices with a clear margin: bool [layers, tokens]."""
         clear: NDArray[np.bool_] = self.margins >= margin
         return clear
 
     def agreement(self, margin: float) -> float:
-        """The share of equal expert sets among the judged choices; NaN where there is none."""
+        """The share of equal expert sets among the judged choices; NaN if there are none."""
         judged = self.judged(margin)
         return float(self.agrees[judged].mean()) if judged.any() else float("nan")
 
     def flips(self, margin: float) -> int:
-        """Near-ties that fell the other way."""
+        """The number of near-ties that fell the other way."""
         return int((~self.agrees & ~self.judged(margin)).sum())
 
     def check(self, margin: float, agreement: float) -> Check:
@@ -76,7 +76,7 @@ class Routing:
 def compare_routing(
     chosen: Mapping[int, Int64], expected: Mapping[int, tuple[Float32, Int64]]
 ) -> Routing:
-    """Hold chosen experts against transformers' fp32 `Reference.routing` of the same tokens.
+    """Compare chosen experts with transformers' fp32 `Reference.routing` of the same tokens.
 
     Args:
         chosen: sparse layer -> experts [tokens, k].
@@ -86,7 +86,7 @@ def compare_routing(
     for layer, experts in chosen.items():
         logits, reference = expected[layer]
         k, ordered = reference.shape[1], np.sort(logits, axis=1)[:, ::-1]
-        # where a token gets all experts there is nothing to choose
+        # if a token gets all experts there is nothing to choose
         rest = ordered[:, k] if k < logits.shape[1] else np.full(len(logits), -np.inf)
         margins.append((ordered[:, k - 1] - rest).astype(np.float32))
         same_number = experts.shape == reference.shape

@@ -1,4 +1,4 @@
-"""The rows of a report that are no scenarios: structure, pieces, routers, rounding, and what follows from failures."""
+"""The rows of a report that are not scenarios: structure, pieces, routers, rounding, and explanations of failures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qwenport.contract import NETWORK, PACKAGE, Progress
 from qwenport.validate.budget import Plan
 from qwenport.validate.candidate import Candidate, Refused
 from qwenport.validate.coverage import Counter
@@ -30,8 +31,8 @@ from qwenport.validate.run import (
 )
 from qwenport.validate.scenarios import SCENARIOS, Scenario
 from qwenport.validate.sites import router_choices
-from qwenport.validate.streaming import Progress, Rehearsal
-from qwenport.validate.target import NETWORK, PACKAGE, Target
+from qwenport.validate.streaming import Rehearsal
+from qwenport.validate.target import Target
 from qwenport.validate.walk import Operation, draw_walk, perform, script, shrink
 
 if TYPE_CHECKING:
@@ -50,15 +51,15 @@ LAYERS_SUMMARY = "Each layer's error in the declared types, given transformers' 
 OPERATORS_SUMMARY = "Each operator's error in the declared types, given its input"
 IN_THE_PLAN = "it is inside the engine's plan; its logits show it"
 END_TO_END = 128  # positions at which logits are compared in half precision
-# What a runtime raises of a piece of a model: the target's failure, while anything else is ours.
+# What a runtime raises for a piece of a model is the target's failure; anything else is our bug.
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (NetworkError, CandidateError)
-MOST_KINDS = 6  # of decoder layers that are run alone; of a target that has more, the first ones
+MOST_KINDS = 6  # kinds of decoder layers that are run alone; if there are more, the first ones
 
 
 def of_network(
     target: Target, candidate: Candidate | None, refused: str
 ) -> Iterator[ScenarioResult]:
-    """What can be said of a parsed network before it runs."""
+    """What can be said about a parsed network before it runs."""
     complaints = (refused,) if candidate is None else candidate.complaints
     status: Status = "failed" if complaints else "passed"
     yield ScenarioResult(PARSED, PARSED_SUMMARY, status, reason="; ".join(complaints) or None)
@@ -69,7 +70,7 @@ def of_network(
 
 
 def leave_out(counter: Counter, target: Target, layers: int, streamed: bool) -> None:
-    """Note what this kind of judgement cannot say, whatever it runs."""
+    """Record what this kind of judgement cannot cover, whatever it runs."""
     if layers < target.config.num_hidden_layers:
         counter.leave_out(f"decoder layers {layers} to {target.config.num_hidden_layers - 1}")
     if target.judged_as == PACKAGE and target.dtype != "fp32" and target.device == "cpu":
@@ -90,7 +91,7 @@ def leave_out(counter: Counter, target: Target, layers: int, streamed: bool) -> 
 
 @dataclass(frozen=True)
 class Structure:
-    """The pieces of a target by themselves."""
+    """The pieces of a target, judged alone."""
 
     target: Target
     candidate: Candidate
@@ -131,7 +132,7 @@ class Structure:
     def distance(
         self, prompts: Prompts, investigation: Investigation, plan: Plan
     ) -> list[ScenarioResult]:
-        """One layer of each kind by itself, over a long text."""
+        """One layer of each kind alone, over a long text."""
         if self.target.package is None or self.target.device != "cpu" or investigation.missing:
             self.counter.leave_out("decoder layers by themselves over the whole context")
             return []
@@ -180,7 +181,7 @@ def routing(
     observation: Observation | None,
     counter: Counter,
 ) -> list[ScenarioResult]:
-    """Each token's experts in each layer against transformers' routers, and which experts received tokens."""
+    """Compare each token's experts in each layer with transformers' routers; record which experts received tokens."""
     if target.config.moe is None:
         return []
     if not investigation.can_observe:
@@ -247,7 +248,7 @@ def rounding(
         ):
             errors.append(error)
             if error.nonfinite:
-                break  # what follows is given values that are no numbers
+                break  # everything after it gets NaN or infinite values
     except NetworkError as error:
         rows = [_raised(name, LAYERS_SUMMARY, error, started) for name in (LAYERS, OPERATORS)]
         return rows, errors
@@ -277,7 +278,7 @@ def _theirs(found: int | str | None, dtype: str) -> str:
 
 
 def _texts(bench: Bench, plan: Plan) -> list[list[int]]:
-    """Texts that give as many positions as half precision is judged at."""
+    """Texts with as many positions as half precision is judged at."""
     length = min(plan.rounding, plan.capacity)
     count = -(-plan.rounding // length)
     prompts = bench.prompts
@@ -307,7 +308,7 @@ def _rounding_row(
 def _end_to_end(
     target: Target, declared: Candidate, bench: Bench, judge: Judge, texts: Sequence[Sequence[int]]
 ) -> ScenarioResult:
-    """Logits in the declared types, judged by what transformers' own implementations keep against each other."""
+    """Logits in the declared types, judged by the bound that transformers' own implementations keep to each other."""
     dtype = target.dtype
 
     def run_texts(run: Run) -> None:
@@ -335,7 +336,7 @@ def explain(
     results: Sequence[ScenarioResult],
     errors: Sequence[RoundingError],
 ) -> None:
-    """Where the failures start: in a run, in half precision's rounding, or in what was compared byte for byte."""
+    """Say where the failures start: in a run, in half precision's rounding, or in the byte-for-byte comparison."""
     names = [result.name for result in results if result.status == "failed"]
     if failed:
         investigation.explain(failed)
@@ -378,9 +379,9 @@ def _rounding_fault(errors: Sequence[RoundingError], note: str | None) -> Fault 
 
 
 def replay_of_walk(bench: Bench, judge: Judge, target: Target, streamed: bool) -> str | None:
-    """What the random walk found, as a Python program of as few operations as still show it.
+    """What the random walk found, as a Python program with as few operations as still show it.
 
-    A streamed one is given whole: every try would read all weights.
+    A streamed walk is not shortened: every trial would read all weights.
     """
     walk = next(s for s in SCENARIOS if s.name == "random walk")
     rows, capacity = bench.max_batch, bench.plan.capacity
@@ -401,7 +402,7 @@ def replay_of_walk(bench: Bench, judge: Judge, target: Target, streamed: bool) -
     if not streamed:
         (session,) = bench.candidate.open([(rows, capacity, lambda session: None)])
         if not fails(operations):
-            return None  # it needed what the scenarios before it left in the cache
+            return None  # it needed what earlier scenarios left in the cache
         operations = shrink(operations, fails)
     performed = perform(bench.make_run(rehearsal, keep=False), operations)
     return script(performed, rows, capacity, target.judged_as)

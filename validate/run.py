@@ -1,8 +1,8 @@
-"""A session in use: every logit it gives is written down beside the tokens that lead to it.
+"""A session in use: every logit it returns is recorded with the tokens that lead to it.
 
-A scenario only says what is fed, through the `Session` protocol and as any program would feed it. What the reference
-has to be asked follows from that: for each row the tokens it held, in one piece and without a cache. Prefill, chunks,
-cache, batching, padding and truncation are the target's own affair.
+A scenario only determines what is fed, through the `Session` protocol and as any program would feed it. The reference's
+input follows from that: for each row the tokens it held, in one piece and without a cache. Prefill, chunks, cache,
+batching, padding and truncation are the target's own business.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Float32 = NDArray[np.float32]
 Seen = dict[str, NDArray[Any]]
 """Name -> the value at every token of one text, [S, ...]."""
 
-STREAM_DISTANCE = 97  # between the texts of two rows, in the prompts' tokens: no two begin alike
+STREAM_DISTANCE = 97  # between the texts of two rows, in the prompts' tokens: no two start alike
 
 
 class CandidateError(Exception):
-    """The target failed while it was being used; the message is its own."""
+    """The target failed while it was used; the message is its own."""
 
 
 class InseparableError(CandidateError):
-    """A piece of the target cannot be run by itself: its graph is built in another way. The whole may be right."""
+    """A piece of the target cannot run alone: its graph is built in another way. The whole may be correct."""
 
 
 class NotApplicable(Exception):  # noqa: N818 - not an error, a reason
@@ -41,13 +41,13 @@ class NotApplicable(Exception):  # noqa: N818 - not an error, a reason
 
 @dataclass(frozen=True)
 class Observation:
-    """What a target said.
+    """What a target returned.
 
     Attributes:
         candidate: logits fp32 [n, vocab].
         labels: the name of each position.
-        texts: what any model can be asked to give its own logits of the same positions, in the same order.
-        seen: for each text what was observed inside the target; empty where nothing was asked for.
+        texts: the input for any model to compute its own logits of the same positions, in the same order.
+        seen: for each text the values observed inside the target; empty if none were requested.
         lineage: for each text the histories that its values come from; see `Observing.lineage`.
     """
 
@@ -60,7 +60,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Observing:
-    """What to keep of the values that a session shows.
+    """Which of the values that a session exposes to keep.
 
     Attributes:
         heads: names of values [B, heads, S, ...]; all others are [B, S, ...].
@@ -94,8 +94,8 @@ class Run:
         prompts: where tokens come from.
         plan: the sizes.
         greedy: transformers' own continuation of `greedy_prompt`.
-        original_context: positions before the rope settings stretch them; None where they do not.
-        special_ids: ids that prompts hardly reach: the highest, special and added ones.
+        original_context: positions before the rope settings extend them; None if they do not.
+        special_ids: ids that prompts rarely contain: the highest, special and added ones.
     """
 
     def __init__(
@@ -115,9 +115,9 @@ class Run:
 
         Args:
             on_step: called after each step.
-            observing: what to keep of the values that the session shows; None for nothing.
-            keep: whether logits are worth keeping; a rehearsal's are not.
-            Others as the attributes.
+            observing: which of the values that the session exposes to keep; None for none.
+            keep: whether to keep logits; a rehearsal's are not needed.
+            Others: as the attributes.
         """
         self.session, self.prompts, self.plan = session, prompts, plan
         self.greedy, self.original_context = tuple(greedy), original_context
@@ -135,7 +135,7 @@ class Run:
         return min(self.session.capacity, self.session.max_positions - self._first_position)
 
     def take(self, count: int, *, stream: int = 0, start: int = 0) -> list[int]:
-        """Tokens start..start+count-1 of one of the texts, cut where the cache ends."""
+        """Tokens start..start+count-1 of one of the texts, cut off at the end of the cache."""
         count = max(0, min(count, self.capacity - start))
         return self.prompts.take(count, start=STREAM_DISTANCE * stream + start)
 
@@ -148,14 +148,14 @@ class Run:
         return tuple(self._rows[row].tokens) if row in self._rows else ()
 
     def start(self, first_position: int = 0) -> None:
-        """Forget all rows; texts begin at `first_position`."""
+        """Reset all rows; texts begin at `first_position`."""
         self._guard(self.session.reset, first_position=first_position)
         self._done += [self._rows[row] for row in sorted(self._rows)]
         self._rows.clear()
         self._first_position = first_position
 
     def prefill(self, rows: Sequence[Sequence[int]], *, all_logits: bool = False) -> None:
-        """`Session.prefill`, with the last logits of each row as `generate` and C++ ask for them, or with all."""
+        """`Session.prefill`, with the last logits of each row as `generate` and C++ request them, or with all."""
         if not any(len(row) for row in rows):
             return
         logits = self._guard(self.session.prefill, rows, all_logits=all_logits)
@@ -194,10 +194,10 @@ class Run:
         after.seen = {n: [np.concatenate(parts)[:length]] for n, parts in before.seen.items()}
 
     def observation(self) -> Observation:
-        """All that was judged since the run was made.
+        """Everything that was judged since the run was created.
 
         Raises:
-            CandidateError: logits of another shape than a session owes.
+            CandidateError: logits have another shape than a session must return.
         """
         histories = [*self._done, *(self._rows[row] for row in sorted(self._rows))]
         judged = [history for history in histories if history.indices]
@@ -222,7 +222,7 @@ class Run:
         return Observation(candidate, tuple(labels), tuple(texts), tuple(seen), lineage)
 
     def _history(self, row: int, lineage: frozenset[int] = frozenset()) -> _History:
-        """The row's history, begun if there is none."""
+        """The row's history, created if there is none."""
         if row not in self._rows:
             number = self._histories
             self._histories += 1
@@ -245,7 +245,7 @@ class Run:
                 history.seen.setdefault(name, []).append(np.array(of_row[: step.taken[row]]))
 
     def _note(self, row: int, tokens: Sequence[int], made: Any, judged: Sequence[int]) -> None:
-        """Write down what a row was given, and the logits of some of it, by index."""
+        """Record the tokens given to a row, and the logits of some of them, by index."""
         self._check(made, (len(judged),))
         if not len(tokens):
             return

@@ -1,4 +1,4 @@
-"""Puts every scenario on a session of the target and hands what it said to the judge."""
+"""Runs every scenario on a session of the target and passes the results to the judge."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from qwenport.contract import Progress
 from qwenport.validate.candidate import Refused
 from qwenport.validate.coverage import Counter
 from qwenport.validate.investigation import Bench, Investigation
@@ -14,14 +15,13 @@ from qwenport.validate.judge import Judge, result_of
 from qwenport.validate.report import ScenarioResult
 from qwenport.validate.run import CandidateError, NotApplicable, Observation
 from qwenport.validate.scenarios import Scenario, scenarios
-from qwenport.validate.streaming import Progress
 
 
 class Runner:
     """Runs the scenarios of one validation.
 
     Attributes:
-        failed: the scenarios that failed, and what was observed; None where the target failed while it ran.
+        failed: the failed scenarios and their observations; None if the target failed while it ran.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Runner:
                 self._take(scenario, self._observe(scenario), started)
 
     def _run_streamed(self) -> None:
-        """Every scenario's logits, then the oracle's of all of them in one pass."""
+        """Compute every scenario's logits, then the oracle's for all of them in one pass."""
         found: dict[str, Observation] = {}
         before = len(self._results)
         for scenario in self._scenarios:
@@ -93,7 +93,7 @@ class Runner:
 
     @contextmanager
     def _judging(self, scenario: Scenario) -> Iterator[float]:
-        """A scenario that cannot be run, or whose target fails, gets its result here."""
+        """Record the result of a scenario that cannot run, or whose target fails."""
         started = time.monotonic()
         try:
             yield started

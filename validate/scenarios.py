@@ -1,9 +1,9 @@
 """Ways to use a session, each a short list of operations on a `Run`.
 
-All scenarios of one cache size share one session, so each finds the cache as the one before left it. No scenario looks
-at what the target answers, so it can be rehearsed on a session that answers nothing (see `streaming`).
+All scenarios with the same cache size share one session, so each finds the cache as the previous one left it. No
+scenario depends on what the target returns, so it can be rehearsed on a session that returns nothing (`streaming`).
 
-Most of them feed the beginning of one long text, so that transformers is asked about that text once.
+Most of them feed the beginning of one long text, so that transformers computes that text only once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from qwenport.validate.walk import draw_walk, perform
 
 PREFILL_TOKENS = 64
 LAST_LOGITS_OF = (1, 2, 7, 63, 64, 65, 100)
-CHUNKS = (1, 7, 30, 26, 1, 2, 33)  # ends exactly at slot 64, passes it by one, then by more
+CHUNKS = (1, 7, 30, 26, 1, 2, 33)  # end exactly at slot 64, pass it by one, then by more
 DECODE_PROMPT = 5
 GREEDY_PROMPT = 12
 CONTEXT_TOKENS = 48  # at the end of the context, and across the original one
 CONTEXT_DECODES = 8
 RESET_FIRST, RESET_PROMPT = 40, 9
-DENSE_PIECE = 64  # tokens of a step of which every logit is judged, where not all can be
+DENSE_PIECE = 64  # tokens of a step in which every logit is judged, if not all steps can be
 BATCH_LENGTHS = (20, 33, 9, 25, 1, 27, 18, 14)
 BATCH_CHUNK = 17
 
@@ -35,10 +35,10 @@ class Scenario:
     """One way to use a session.
 
     Attributes:
-        name, summary: for people.
-        run: what is done.
-        greedy: judged as text, not only as logits.
-        capacity: cache slots of its session; None for all that the target has.
+        name, summary: shown to the user.
+        run: the scenario's operations.
+        greedy: whether it is judged as text, not only as logits.
+        capacity: cache slots of its session; None for all of the target's.
     """
 
     name: str
@@ -55,7 +55,7 @@ def prefill(run: Run) -> None:
 
 
 def last_logits(run: Run) -> None:
-    """Prompts of several lengths as `generate` and C++ run them, and the token after."""
+    """Prompts of several lengths as `generate` and C++ run them, and the next token."""
     lengths = [n for n in LAST_LOGITS_OF if n <= run.capacity] or [run.capacity]
     for length in lengths:
         run.start()
@@ -65,7 +65,7 @@ def last_logits(run: Run) -> None:
 
 
 def chosen_logits(run: Run) -> None:
-    """Several logits of a step, but not all: what the bindings allow, and a program of one's own may ask."""
+    """Several logits of a step, but not all: the bindings allow it, and a custom program may request it."""
     rows = min(2, run.session.max_batch)
     run.start()
     width = min(PREFILL_TOKENS, run.plan.widest, run.capacity)
@@ -74,7 +74,7 @@ def chosen_logits(run: Run) -> None:
         tokens = [run.take(width, stream=row + 1, start=start) for row in range(rows)]
         if len(tokens[0]) <= count + rows:
             break
-        # other ones in each row, the last only in the first
+        # different ones in each row, the last only in the first row
         last = len(tokens[0]) - 1
         wanted = [
             np.linspace(row, last - 2 * row, count).astype(int).tolist() for row in range(rows)
@@ -83,7 +83,7 @@ def chosen_logits(run: Run) -> None:
 
 
 def step_widths(run: Run) -> None:
-    """Single steps of many widths, the widest first; some from the start, some behind text that stays."""
+    """Single steps of many widths, the widest first; some from the start, some after text that stays."""
     generator = np.random.default_rng((run.plan.seed, 2))
     followed = run.plan.share(0.1, 4)
     for number, width in enumerate(run.plan.widths):
@@ -101,9 +101,9 @@ def step_widths(run: Run) -> None:
 
 
 def whole_context(run: Run) -> None:
-    """The long text: every stretch of it with all logits or the last, its end token by token.
+    """The long text: each stretch with all logits or the last, its end token by token.
 
-    Then back, from the last to the first: at each edge of a span three single tokens, and one step across it.
+    Then backwards, from the last span edge to the first: three single tokens at the edge, and one step across it.
     """
     plan = run.plan
     end = min(plan.context, run.capacity)
@@ -120,7 +120,7 @@ def whole_context(run: Run) -> None:
         for position in range(edge - 1, edge + 2):
             run.decode(run.take(1, start=position))
     middle = end // 2
-    if run.length() < middle + 8:  # the edges went back behind it
+    if run.length() < middle + 8:  # the edges went back before it
         return
     run.truncate(middle)
     for position in range(middle, min(middle + 8, end)):
@@ -128,7 +128,7 @@ def whole_context(run: Run) -> None:
 
 
 def _pieces(end: int, dense: int, run: Run) -> list[tuple[int, int, bool]]:
-    """0..end in steps; of about `dense` positions, spread over it, every logit is judged."""
+    """0..end in steps; at about `dense` positions, spread over the range, every logit is judged."""
     widest = run.plan.widest
     if dense >= end:
         return [(a, min(a + widest, end), True) for a in range(0, end, widest)]
@@ -157,7 +157,7 @@ def decode(run: Run) -> None:
 
 
 def chunked_prefill(run: Run) -> None:
-    """One prompt in chunks of several sizes, in turn with the last logits and with all."""
+    """One prompt in chunks of several sizes, alternately with the last logits and with all."""
     run.start()
     done = 0
     for number, size in enumerate(CHUNKS):
@@ -166,7 +166,7 @@ def chunked_prefill(run: Run) -> None:
 
 
 def batches(run: Run) -> None:
-    """Two rows, three, and as many as there are: of different lengths, in chunks, then single tokens.
+    """Two rows, three, and all rows: of different lengths, in chunks, then single tokens.
 
     A row that has ended idles; with all rows, one is empty at first and joins when others already decode.
     """
@@ -210,7 +210,7 @@ def _batch(run: Run, rows: int, decodes: int) -> None:
 
 
 def wide_batch(run: Run) -> None:
-    """All rows in one wide step, each a little shorter than the one before, then a token each."""
+    """All rows in one wide step, each a little shorter than the previous one, then one token each."""
     rows = run.session.max_batch
     if rows == 1:
         raise NotApplicable("the target was made for one row")
@@ -223,7 +223,7 @@ def wide_batch(run: Run) -> None:
 
 
 def small_cache(run: Run) -> None:
-    """A cache of a size that `generate` allocates, filled to its last slot; a large one has a short text in it."""
+    """A cache of a size that `generate` allocates, filled to its last slot; a large one gets only a short text."""
     if run.session.capacity >= run.plan.capacity:
         raise NotApplicable("the target's whole cache is not larger")
     end = run.capacity if run.capacity <= run.plan.context else PREFILL_TOKENS
@@ -240,14 +240,14 @@ def end_of_context(run: Run) -> None:
 
 
 def middle_of_context(run: Run) -> None:
-    """A text that begins in the middle of the positions that the whole-model runs do not reach."""
+    """A text that begins in the middle of the positions that whole-model runs do not reach."""
     if run.plan.context >= run.session.max_positions:
         raise NotApplicable("the whole context is run")
     _at(run, (run.plan.context + run.session.max_positions) // 2, stream=2)
 
 
 def past_original_context(run: Run) -> None:
-    """A text that crosses the context the model was made for, into what its rope settings add."""
+    """A text that crosses the end of the original context, into what the rope settings add."""
     if run.original_context is None:
         raise NotApplicable("the rope settings do not extend the context")
     if run.original_context + CONTEXT_TOKENS // 2 > run.session.max_positions:
@@ -256,7 +256,7 @@ def past_original_context(run: Run) -> None:
 
 
 def _at(run: Run, first_position: int, stream: int) -> None:
-    """A short text that begins anywhere: its first token gets slot 0, and sees nothing before it."""
+    """A short text that begins at any position: its first token gets slot 0, and sees nothing before it."""
     run.start(max(0, first_position))
     tokens = run.take(CONTEXT_TOKENS, stream=stream)
     prompt = max(1, len(tokens) - min(CONTEXT_DECODES, run.plan.share(0.1, 4)))
@@ -277,7 +277,7 @@ def after_reset(run: Run) -> None:
 
 
 def truncation(run: Run) -> None:
-    """Rows cut short that go on with other tokens, and one that leaves while the other stays."""
+    """Truncated rows that continue with other tokens, and one that leaves while the other stays."""
     rows = min(2, run.session.max_batch)
     run.start()
     run.prefill([run.take(60, stream=row + 1) for row in range(rows)])
@@ -294,7 +294,7 @@ def truncation(run: Run) -> None:
 
 
 def token_ids(run: Run) -> None:
-    """The ids that prompts hardly reach: the highest, the lowest, special and added ones; of a small model all."""
+    """The ids that prompts rarely contain: the highest, the lowest, special and added ones; all of a small model's."""
     ids = list(run.special_ids)
     if run.plan.every_id:
         ids += [token for token in range(run.session.vocab_size) if token not in run.special_ids]
@@ -309,7 +309,7 @@ def random_walk(run: Run) -> None:
 
 
 def greedy_prompt(plan: Plan) -> tuple[int, int]:
-    """Tokens of the prompt of `greedy`, and how many new ones are asked for."""
+    """The number of prompt tokens of `greedy`, and the number of new tokens requested."""
     prompt = min(GREEDY_PROMPT, plan.capacity)
     return prompt, min(plan.greedy, plan.capacity - prompt + 1)
 
@@ -317,8 +317,8 @@ def greedy_prompt(plan: Plan) -> tuple[int, int]:
 def greedy(run: Run) -> None:
     """transformers' greedy continuation of a prompt, token for token.
 
-    The target is fed transformers' tokens and must choose each next one itself. It does so at every step exactly if,
-    left alone, it would write the same text; and after a first wrong token the rest still says something.
+    The target is fed transformers' tokens and must choose each next one itself. It does so at every step if and only if
+    it would write the same text by itself; and after a first wrong token the rest is still informative.
     """
     prompt, _ = greedy_prompt(run.plan)
     run.start()
@@ -336,8 +336,8 @@ def looked_into(run: Run) -> None:
             run.decode(follows)
 
 
-# In this order, and then the small caches of the plan: the first finds an unused cache, and all after the long text one
-# that is full of old values, which show if a mask lets anything through.
+# In this order, then the small caches of the plan: the first finds an unused cache, and all those after the long text
+# one that is full of old values, which show if a mask lets anything through.
 SCENARIOS = (
     Scenario("prefill", "One prompt in one step, all logits", prefill),
     Scenario("last logits", "Prompts as generate and C++ run them: one logit a row", last_logits),
@@ -368,7 +368,7 @@ SCENARIOS = (
 
 
 def scenarios(plan: Plan) -> tuple[Scenario, ...]:
-    """All that is run: SCENARIOS, and a cache of each of the plan's sizes."""
+    """All scenarios to run: SCENARIOS, and one per cache size of the plan."""
     caches = (
         Scenario(
             f"cache of {n}", f"A cache of {n} slots, as generate allocates", small_cache, False, n

@@ -1,6 +1,6 @@
-"""Where a decoder can be looked into: the values of our graph, and what in transformers' layer computes the same.
+"""Where a decoder can be observed: the values of our graph, and what computes the same in transformers' layer.
 
-Names of values are those that exporter/decoder.py gives (`named`), and of linears and norms the module's path and the
+Values have the names given in exporter/decoder.py (`named`); linears and norms, those of the module's path and the
 operator. TensorRT's parser keeps them.
 """
 
@@ -14,21 +14,21 @@ EMBEDDING = "model.embedding"
 FINAL_NORM = "model.norm.RMSNormalization"
 LOGITS = "logits"
 
-# sites that are no modules of transformers' layer
+# sites that are not modules of transformers' layer
 ROPE = ("self_attn.rope of queries", "self_attn.rope of keys")
 ATTENTION = "self_attn.attention"
 ROUTER = "mlp.router"
 RESIDUALS = ("first residual sum", "second residual sum")
-GATED = "silu(gate) * up"  # behind the path of its MLP
+GATED = "silu(gate) * up"  # after the path of its MLP
 
 
 def layer_output(index: int) -> str:
-    """The hidden states that a decoder layer leaves, [B, S, hidden]."""
+    """The hidden states that a decoder layer returns, [B, S, hidden]."""
     return f"model.layers.{index}.residual_2"
 
 
 def hidden_states(layers: int) -> tuple[str, ...]:
-    """After the embedding, then after every decoder layer."""
+    """The hidden states after the embedding, then after every decoder layer."""
     return (EMBEDDING, *(layer_output(index) for index in range(layers)))
 
 
@@ -43,8 +43,8 @@ class Site:
     """An operator inside a decoder layer.
 
     Attributes:
-        name: its path in transformers' layer, with "rope" and "attention" for what is no module there.
-        values: its result's name in our graph, behind "model.layers.N."; a linear has two, with bias and without.
+        name: its path in transformers' layer, with "rope" and "attention" for what is not a module there.
+        values: its result's name in our graph, after "model.layers.N."; a linear has two, with bias and without.
         inputs: the sites that it reads; "" is the layer's input.
         heads: the result is [B, heads, S, head_dim], not [B, S, ...].
     """
@@ -73,7 +73,7 @@ def _swiglu(path: str, norm: str) -> tuple[Site, ...]:
 
 
 def sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
-    """The operators of a decoder layer, in the order in which they run."""
+    """The operators of a decoder layer, in execution order."""
     attention = "self_attn"
     first, second = "input_layernorm", "post_attention_layernorm"
     query, key, value = (f"{attention}.{part}_proj" for part in "qkv")

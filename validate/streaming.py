@@ -1,8 +1,8 @@
 """A target larger than memory: its decoder layers are loaded one at a time, and each runs every step of every scenario.
 
-No scenario looks at what the target answers. So all are rehearsed first on sessions that only keep what they are fed;
-then the parts of the model run in order, each over all steps; then the scenarios run for good on sessions that
-give the answers back. The arithmetic of a step is the same as in a session that holds the whole model.
+No scenario depends on what the target returns. So all are first rehearsed on sessions that only record their inputs;
+then the parts of the model run in order, each over all steps; then the scenarios run for real on sessions that
+return the results. The arithmetic of a step is the same as in a session that holds the whole model.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qwenport.contract import LOGITS_INDICES, Progress, no_progress
 from qwenport.engines import CachedSession
 from qwenport.engines.session import Float32, Int64
 from qwenport.validate.sites import EMBEDDING
 
 Feeds = Mapping[str, Int64]
-Progress = Callable[[str, int, int], None]
 Run = Callable[[int, Feeds, Any], "tuple[Any, dict[str, Any]]"]
 """(which session, a step's inputs, hidden states or None) -> (hidden states or logits, observed values)."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The size of a session, and what one of its steps takes; the arguments of `CachedSession`."""
+    """The size of a session and the limits of its steps; the arguments of `CachedSession`."""
 
     max_batch: int
     capacity: int
@@ -37,9 +37,9 @@ class Geometry:
 
 
 class Parts(Protocol):
-    """A model in parts that can be loaded one at a time. Parts are run in order, a part's steps in order.
+    """A model in parts that can be loaded one at a time. Parts run in order, and so do a part's steps.
 
-    Hidden states are passed from part to part as they are; only the parts know what they are.
+    Hidden states are passed from part to part unchanged; only the parts know their type.
     """
 
     num_layers: int
@@ -51,7 +51,7 @@ class Parts(Protocol):
     def layer(
         self, index: int, sizes: Sequence[Geometry], observe: Sequence[str]
     ) -> AbstractContextManager[Run]:
-        """A decoder layer with a cache, zeroed, for each of several sessions."""
+        """A decoder layer with a zeroed cache for each of several sessions."""
         ...
 
     def epilogue(self, observe: Sequence[str]) -> AbstractContextManager[Run]:
@@ -68,7 +68,7 @@ class Use:
 
 
 class Rehearsal(CachedSession):
-    """Keeps what every step is fed, and answers zeros."""
+    """Records the inputs of every step, and returns zeros."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(**vars(geometry))
@@ -76,13 +76,13 @@ class Rehearsal(CachedSession):
 
     def _step(self, feeds: dict[str, Int64]) -> Float32:
         self.steps.append({name: array.copy() for name, array in feeds.items()})
-        # one zero that looks like all logits: of a large vocabulary they would be gigabytes
-        shape = (*feeds["logits_indices"].shape, self.vocab_size)
+        # one zero broadcast to all logits: for a large vocabulary they would take gigabytes
+        shape = (*feeds[LOGITS_INDICES].shape, self.vocab_size)
         return np.broadcast_to(np.zeros((), dtype=np.float32), shape)
 
 
 class _Replay(CachedSession):
-    """Gives each step's logits and observed values back, in the order of the rehearsal."""
+    """Returns each step's logits and observed values, in the order of the rehearsal."""
 
     def __init__(
         self, geometry: Geometry, answers: Iterator[tuple[Float32, dict[str, Any]]]
@@ -99,15 +99,15 @@ def stream(
     parts: Parts,
     uses: Sequence[Use],
     observe: Sequence[str] = (),
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> list[CachedSession]:
-    """Sessions that give the answers of the whole model to exactly what their `rehearse` does.
+    """Sessions that return the whole model's results for exactly what their `rehearse` does.
 
     Args:
         parts: the model.
         uses: the sessions; all run while a part is loaded.
         observe: values of the graph that each step leaves in `observed`.
-        progress: called with (what, parts done, parts in all).
+        progress: called with (what, parts done, all parts).
     """
     steps: list[tuple[int, dict[str, Int64]]] = []
     for number, use in enumerate(uses):
@@ -146,12 +146,12 @@ def _answers(
     for index, (owner, _) in enumerate(steps):
         if owner == number:
             answer = values[index], observed[index]
-            values[index], observed[index] = None, {}  # logits are large: given once
+            values[index], observed[index] = None, {}  # logits are large: returned once
             yield answer
 
 
 def _by_part(observe: Sequence[str], layers: int) -> list[list[str]]:
-    """Which part makes which observed value, by the scope in its name."""
+    """Which part produces which observed value, by the scope in its name."""
     parts: list[list[str]] = [[] for _ in range(layers + 2)]
     for name in observe:
         scope = name.split(".")

@@ -1,4 +1,4 @@
-"""What is judged: a package or an engine directory, reduced to what the scenarios need to know of it."""
+"""The judged target: a package or an engine directory, reduced to what the scenarios need to know about it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenport.contract import ENGINE, MANIFEST, NETWORK, PACKAGE
 from qwenport.exporter import (
-    MANIFEST,
     ConfigError,
     ModelConfig,
     Package,
@@ -20,25 +20,26 @@ from qwenport.exporter import (
 )
 from qwenport.validate.errors import ValidationError
 
-PACKAGE, NETWORK, ENGINE = "package", "tensorrt-network", "engine"
-
 
 @dataclass(frozen=True)
 class Target:
     """A verified package or engine directory.
 
     Attributes:
+        path: the directory.
         judged_as: "package" (run by onnxruntime), "tensorrt-network" (of a package) or "engine".
-        dtype: of weights: "bf16", "fp16" or "fp32".
-        compute_dtype: what the scenarios are judged in: onnxruntime on the CPU computes in fp32 always, and a
+        dtype: dtype of the weights: "bf16", "fp16" or "fp32".
+        compute_dtype: the dtype in which scenarios are judged: onnxruntime on the CPU always computes in fp32, and a
             network's arithmetic is judged exactly.
-        rounds: the rounding of the types that a network declares is judged as well.
+        rounds: whether the rounding of the types that a network declares is judged as well.
         device: where it runs.
-        capacity: cache slots at most.
+        config: the model's config, as exported.
+        capacity: the most cache slots.
+        max_batch: the most rows.
         rope_length: positions that the rope tables were made for.
         rope_scaling: "KIND:FACTOR" that the export added to the checkpoint's config, or None.
         source: the checkpoint it was made from: dtype, config_sha256, files with header_sha256.
-        package: the package itself, None for an engine.
+        package: the package itself; None for an engine.
     """
 
     path: Path
@@ -57,11 +58,11 @@ class Target:
 
     @property
     def merged(self) -> bool:
-        """Whether the adapter beside the checkpoint's weights was merged into them."""
+        """Whether the checkpoint's adapter was merged into its weights."""
         return self.source["adapter"] is not None
 
     def hashes(self) -> dict[str, str]:
-        """What exactly was judged: the manifest, which holds the hashes of the rest, and the source."""
+        """Hashes of what exactly was judged: the manifest, which holds the hashes of the rest, and the source."""
         hashes = {
             "manifest": sha256(self.path / MANIFEST),
             "source config.json": self.source["config_sha256"],
@@ -76,25 +77,27 @@ class Target:
 def open_target(
     path: Path, *, judged_as: str | None = None, exact: bool = False, device: str = "cpu"
 ) -> Target:
-    """Open what is to be judged.
+    """Open a target to judge.
 
     Args:
         path: a package or an engine directory.
-        judged_as: "tensorrt-network" to judge what TensorRT's parser makes of a package; by default a package is
-            run by onnxruntime and an engine by TensorRT.
+        judged_as: "tensorrt-network" to judge the network that TensorRT's parser makes from a package; by default a
+            package is run by onnxruntime and an engine by TensorRT.
         exact: judge a network's arithmetic only, not the rounding of the types it declares.
         device: "cpu" or "cuda", where a package would run.
 
     Raises:
         PackageError, EngineError: neither a package nor an engine, damaged, changed, or of another format version.
-        ValidationError: a checkpoint, or it cannot be judged in that way.
+        ValidationError: it is a checkpoint, or cannot be judged in that way.
     """
     if exact and judged_as != NETWORK:
-        raise ValidationError(f"exact arithmetic is for judging as {NETWORK}")
+        raise ValidationError(f"exact arithmetic (--exact) needs --as {NETWORK}")
     kind = kind_of(path)
     if kind == "engine":
         if judged_as not in (None, ENGINE):
-            raise ValidationError(f"{path}: an engine holds no network; judge its package as that")
+            raise ValidationError(
+                f"{path}: the network of an engine cannot be read; use --as {NETWORK} on its package"
+            )
         return _engine(path)
     if judged_as not in (None, PACKAGE, NETWORK):
         raise ValidationError(f"{path}: a package cannot be judged as {judged_as}")
@@ -147,14 +150,14 @@ def _engine(path: Path) -> Target:
 
 
 def check_source(target: Target, checkpoint_path: Path) -> None:
-    """Hold the reference checkpoint against the one that the target was made from.
+    """Compare the reference checkpoint with the one that the target was made from.
 
-    Names, sizes and headers of the weight files are compared, not their values: other values under
-    the same headers are for the scenarios to find.
+    Names, sizes and headers of the weight files are compared, not their values: finding other values under
+    the same headers is up to the scenarios.
 
     Raises:
         ConfigError, CheckpointError: not a checkpoint.
-        ValidationError: another checkpoint; says what differs.
+        ValidationError: it is another checkpoint; says what differs.
     """
     checkpoint = open_checkpoint(
         checkpoint_path, target.rope_scaling, max_seq_len=target.rope_length, merged=target.merged
@@ -171,4 +174,4 @@ def check_source(target: Target, checkpoint_path: Path) -> None:
         if found[name] != identity:
             raise ValidationError(f"{made_from}: {name} has another header or size")
     if checkpoint.adapter is not None and checkpoint.adapter.describe() != target.source["adapter"]:
-        raise ValidationError(f"{made_from}: another adapter lies beside the weights")
+        raise ValidationError(f"{made_from}: another adapter is next to the weights")

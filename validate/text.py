@@ -1,4 +1,4 @@
-"""What the oracle is asked about."""
+"""The oracle's input."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qwenport.validate.errors import ValidationError
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens that are run in one piece, without a cache.
+    """Tokens that run in one piece, without a cache.
 
     Attributes:
-        tokens: attention sees these tokens and no other.
-        positions: indices into `tokens`, ascending, whose logits are asked for; may be empty.
-        first_position: the position_ids of tokens[0]; the others follow it.
+        tokens: attention sees these tokens and no others.
+        positions: indices into `tokens`, ascending, whose logits are requested; may be empty.
+        first_position: the position_id of tokens[0]; the others follow it.
     """
 
     tokens: tuple[int, ...]
@@ -31,7 +31,7 @@ class Text:
         """A text whose `last` last tokens get logits.
 
         Raises:
-            ValidationError: it has not that many tokens, or `last` is negative.
+            ValidationError: it does not have that many tokens, or `last` is negative.
         """
         if not 0 <= last <= len(tokens):
             raise ValidationError(f"not a text: the last {last} of {len(tokens)} tokens")
@@ -44,8 +44,8 @@ class Choices:
 
     Attributes:
         experts: sparse layer -> int64 [len(tokens), k].
-        margin: in router logits. Another set of experts is taken over if the best one it lacks is ahead of the worst
-            one it has instead by less than this.
+        margin: in router logits. Another set of experts is taken over if the best expert it lacks is ahead of the
+            worst one it has instead by less than this.
     """
 
     experts: Mapping[int, NDArray[np.int64]]

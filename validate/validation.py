@@ -1,4 +1,4 @@
-"""`validate`: identity first, then every way of running, then what lies inside; the course of it, and nothing else.
+"""The sequence of `validate`: identity first, then every way of running, then the inside.
 
 identity       what the package is made of, byte for byte                            `identity`
 structure      the parsed network, the rope tables, the embedding                    `rope_check`, `pieces`
@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwenport.contract import ENGINE, NETWORK, STANDARD, THOROUGH, Progress, no_progress
 from qwenport.validate import rows
-from qwenport.validate.budget import DEFAULT, Plan, find_budget, make_plan
+from qwenport.validate.budget import Plan, find_budget, make_plan
 from qwenport.validate.candidate import Candidate, Refused
 from qwenport.validate.coverage import Counter
 from qwenport.validate.environment import describe_environment
@@ -31,8 +32,7 @@ from qwenport.validate.report import Report, ScenarioResult
 from qwenport.validate.run import Observation, Run
 from qwenport.validate.runner import Runner
 from qwenport.validate.scenarios import LOOKED_INTO, SCENARIOS, greedy_prompt, scenarios
-from qwenport.validate.streaming import Progress
-from qwenport.validate.target import ENGINE, NETWORK, Target, check_source, open_target
+from qwenport.validate.target import Target, check_source, open_target
 from qwenport.validate.thresholds import FP32_ROUTER_MARGIN, HALF_ROUTER_MARGIN
 from qwenport.validate.thresholds import NAMES as THRESHOLDS
 
@@ -45,13 +45,13 @@ OWN_ROUNDING = 64  # tokens on which transformers' own rounding in fp32 is measu
 
 @dataclass(frozen=True)
 class Options:
-    """How to validate. See `validate` for what each means."""
+    """How to validate: `streamed`, `layers`, `prompts`, `thresholds`, `budget` and `seed`, as for `validate`."""
 
     streamed: bool | None = None
     layers: int | None = None
     prompts: Path | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
-    budget: str = DEFAULT
+    budget: str = STANDARD
     seed: int = 0
 
 
@@ -65,24 +65,24 @@ def validate(
     layers: int | None = None,
     prompts: Path | str | None = None,
     thresholds: Mapping[str, float] | None = None,
-    budget: str = DEFAULT,
+    budget: str = STANDARD,
     seed: int = 0,
     device: str = "cpu",
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Compare a package, TensorRT's network of it, or an engine with transformers on the checkpoint behind it.
 
     Args:
         target: a package or engine directory.
         reference: the checkpoint directory, the oracle's only source.
-        judged_as: "tensorrt-network" to judge what TensorRT's parser makes of a package.
-        exact: of a network judge the arithmetic only, not the rounding of the types that it declares.
-        streamed: load one decoder layer at a time on both sides; by default where memory demands it.
+        judged_as: "tensorrt-network" to judge the network that TensorRT's parser makes from a package.
+        exact: judge only a network's arithmetic, not the rounding of the types that it declares.
+        streamed: load one decoder layer at a time on both sides; by default if memory requires it.
         layers: run only this many decoder layers, then the final norm and the head; implies `streamed`.
         prompts: UTF-8 text file to take prompts from.
         thresholds: name -> value in place of ours; see `thresholds.Thresholds`.
-        budget: how much is run: "quick", "standard" or "thorough"; see `budget`.
-        seed: of what is drawn: step widths, the random walk.
+        budget: how much to run: "quick", "standard" or "thorough"; see `budget`.
+        seed: seed of what is drawn at random: step widths, the random walk.
         device: where a package runs: "cpu" (in fp32, the strictest) or "cuda" (in its own dtype).
         progress: called with (what, done, total).
 
@@ -90,7 +90,7 @@ def validate(
         The report; `passed` is the verdict. A target that fails while it runs fails its scenario.
 
     Raises:
-        ValidationError: the question makes no sense, or a side cannot be opened: not a package, made from another
+        ValidationError: the question is meaningless, or a side cannot be opened: not a package, made from another
             checkpoint, a config that transformers rejects, a graph that onnxruntime does not load.
         PackageError, EngineError, CheckpointError, ConfigError: a side is damaged.
         MissingExtraError, SessionError: the target cannot run here.
@@ -105,7 +105,18 @@ def validate(
 
 
 class Validation:
-    """One validation while it goes on; `report` may be asked for at any time."""
+    """One validation in progress; `report` may be called at any time.
+
+    Attributes:
+        target, checkpoint, options: as given.
+        layers, streamed: decoder layers to run; whether one is loaded at a time.
+        prompts: what the scenarios are fed.
+        results: those of the scenarios that have run.
+        rounding: half precision at every layer and operator that was judged.
+        weights_sha256: SHA-256 of each weight file.
+        script: a Python program that reproduces what the random walk found; None if it found nothing.
+        complete: whether every scenario was run.
+    """
 
     def __init__(
         self,
@@ -113,12 +124,12 @@ class Validation:
         checkpoint: Path,
         options: Options = Options(),
         *,
-        progress: Progress = lambda what, done, total: None,
+        progress: Progress = no_progress,
     ) -> None:
-        """Say what to do; nothing is loaded yet. Arguments as `validate`; the target is open.
+        """Set up the validation; nothing is loaded yet. Arguments as for `validate`, but the target is open.
 
         Raises:
-            ValidationError: a request that cannot be met.
+            ValidationError: the request cannot be met.
         """
         self.target, self.checkpoint, self.options = target, checkpoint, options
         self.layers, self.streamed = _extent(target, options)
@@ -136,10 +147,9 @@ class Validation:
         self._runner: Runner | None = None
 
     def run(self, reference: Reference | None = None) -> None:
-        """Do everything. `reference`: one that is loaded already.
+        """Run everything. `reference`: one that is already loaded.
 
-        Raises:
-            As `validate`.
+        Raises the same errors as `validate`.
         """
         identity = check_identity(self.target, self.checkpoint, self._progress)
         self.results += identity.rows
@@ -253,17 +263,17 @@ class Validation:
     def _follow(
         self, investigation: Investigation, plan: Plan, counter: Counter
     ) -> Observation | None:
-        """Errors from layer to layer. Each layer is read four times more for it, which a large streamed model is spared
-        while nothing has failed and no router is to be judged."""
+        """Follow errors from layer to layer. It reads each layer four more times, so for a large streamed model it is
+        skipped while nothing has failed and no router is judged."""
         moe, failed = self.target.config.moe, self._names_of("failed")
-        if self.streamed and not (plan.small or moe or failed or plan.budget == "thorough"):
+        if self.streamed and not (plan.small or moe or failed or plan.budget == THOROUGH):
             counter.leave_out("how rounding grows from layer to layer, since nothing failed")
             return None
         self._progress("looking inside", 0, 1)
         return investigation.follow(LOOKED_INTO)
 
     def _explain(self, bench: Bench) -> None:
-        """Where the failures start, and the random walk as a short script."""
+        """Find where the failures start, and turn the random walk into a short script."""
         assert self._investigation is not None and self._runner is not None
         if not self._names_of("failed"):
             return
@@ -283,7 +293,7 @@ class Validation:
     # ------------------------------------------------------------------ the outcome
 
     def report(self) -> Report:
-        """What is known by now; scenarios that have not been run are said to be interrupted."""
+        """The report so far; scenarios that have not run are marked as interrupted."""
         target, investigation = self.target, self._investigation
         done = {result.name for result in self.results}
         planned = SCENARIOS if self._counter is None else scenarios(self._counter.plan)
@@ -325,7 +335,7 @@ def _extent(target: Target, options: Options) -> tuple[int, bool]:
     """(decoder layers to run, whether one is loaded at a time).
 
     Raises:
-        ValidationError: the options do not fit together, or the target.
+        ValidationError: the options do not fit together, or do not fit the target.
     """
     find_budget(options.budget)
     if options.seed < 0:
@@ -336,7 +346,7 @@ def _extent(target: Target, options: Options) -> tuple[int, bool]:
     every = target.config.num_hidden_layers
     layers = every if options.layers is None else options.layers
     if not 1 <= layers <= every:
-        raise ValidationError(f"layers {layers} is outside 1..{every}")
+        raise ValidationError(f"layers {layers}: the model has 1 to {every}")
     streamed = options.streamed
     if streamed is None:
         streamed = layers < every or must_stream(target)

@@ -1,8 +1,8 @@
-"""A random walk: operations that a program could perform on a session, drawn by a seed, judged at every logit.
+"""A random walk: operations that a program could perform on a session, drawn from a seed, judged at every logit.
 
-The operations are drawn before anything runs and do not depend on what the target answers. An operation stands by
-itself: it carries its tokens, and is cut to what fits when it is performed, so any part of a walk is a walk. That is
-how a failing one is shrunk to a script of a few lines.
+The operations are drawn before anything runs and do not depend on what the target returns. An operation is
+self-contained: it carries its tokens, and is cut to what fits when it is performed, so any part of a walk is a walk.
+That is how a failing one is shrunk to a script of a few lines.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from qwenport.validate.run import Run
 Kind = Literal["prefill", "decode", "truncate", "reset"]
 
 MOST_TRIALS = 80  # runs of shorter walks while one is shrunk
-LONG_RUN = 12  # single tokens of one row in a row, at most
-NARROW = 4  # tokens a row of a prefill, once those are spent that the walk may take
+LONG_RUN = 12  # the most consecutive single tokens of one row
+NARROW = 4  # tokens per row of a prefill, once the walk's token budget is spent
 
 Rows = tuple[tuple[int, ...], ...]
 
@@ -33,9 +33,9 @@ class Operation:
 
     Attributes:
         kind: the method.
-        rows: prefill: each row's tokens; decode: one token a row, or none.
-        all_logits: of prefill.
-        row, length: of truncate.
+        rows: prefill: each row's tokens; decode: one token per row, or none.
+        all_logits: argument of prefill.
+        row, length: arguments of truncate.
     """
 
     kind: Kind
@@ -45,7 +45,7 @@ class Operation:
     length: int = 0
 
     def __str__(self) -> str:
-        """As a line of the Python program that `script` writes."""
+        """A line of the Python program that `script` writes."""
         if self.kind == "reset":
             return "session.reset(); texts = [[] for _ in texts]"
         if self.kind == "truncate":
@@ -59,12 +59,12 @@ class Operation:
 
 
 def draw_walk(plan: Plan, prompts: Prompts, session: CachedSession) -> list[Operation]:
-    """The walk of `plan.seed`.
+    """Draw the walk of `plan.seed`.
 
     Args:
-        plan: says how many steps and tokens it may take.
-        prompts: where tokens come from.
-        session: its rows and slots.
+        plan: the limits on its steps and tokens.
+        prompts: the source of its tokens.
+        session: a session, for its rows and slots.
     """
     return _Walk(plan, prompts, session).draw()
 
@@ -138,13 +138,13 @@ class _Walk:
 
 
 def perform(run: Run, operations: Sequence[Operation]) -> list[Operation]:
-    """A walk from an empty session; returns what was performed."""
+    """Perform a walk from an empty session; return what was performed."""
     run.start()
     return [done for operation in operations if (done := _perform(run, operation)) is not None]
 
 
 def _perform(run: Run, operation: Operation) -> Operation | None:
-    """Perform one operation, cut to what fits; returns what was performed, None if nothing was left."""
+    """Perform one operation, cut to what fits; return what was performed, None if nothing was left."""
     if operation.kind == "reset":
         run.start()
         return operation
@@ -173,12 +173,12 @@ def shrink(
     fails: Callable[[Sequence[Operation]], bool],
     trials: int = MOST_TRIALS,
 ) -> list[Operation]:
-    """A shorter walk that still fails: parts of it are left out, then prefills are cut, while it does.
+    """Shorten a walk that still fails: leave out parts, then cut prefills, as long as it fails.
 
     Args:
         operations: a walk that fails.
-        fails: whether a walk does.
-        trials: how often `fails` may be asked.
+        fails: whether a walk fails.
+        trials: how often `fails` may be called.
     """
     best = list(operations)
 
@@ -215,18 +215,18 @@ def _cut(operation: Operation) -> Operation | None:
 
 
 def script(operations: Sequence[Operation], rows: int, capacity: int, judged_as: str) -> str:
-    """A walk that fits, as a Python program that compares every row's last logits with transformers.
+    """Write a walk that fits as a Python program that compares every row's last logits with transformers.
 
     Args:
-        operations: what `perform` returned.
-        rows, capacity: of the session.
+        operations: the result of `perform`.
+        rows, capacity: the session's.
         judged_as: how the target was judged; see `open_target`.
     """
     begin = _REPLAY.format(rows=rows, capacity=capacity, judged_as=judged_as)
     return "\n".join([begin, *map(str, operations)])
 
 
-# TARGET and CHECKPOINT stand for the two paths. What each step prints is the largest difference of a logit.
+# TARGET and CHECKPOINT stand for the two paths. Each step prints the largest difference of a logit.
 _REPLAY = """\
 import numpy as np, torch
 from pathlib import Path

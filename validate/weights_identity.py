@@ -1,7 +1,7 @@
-"""Every weight of a package against the checkpoint's, byte for byte, at the speed of the disk.
+"""Compares every weight of a package with the checkpoint's, byte for byte, at the speed of the disk.
 
 What model.onnx points at is compared, whatever the manifest says: location, offset, length, dtype and shape. Files that
-are one inode are read once, for their hash. Memory holds two chunks of CHUNK_BYTES a thread.
+share an inode are read once, for their hash. Memory holds two chunks of CHUNK_BYTES per thread.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from qwenport.contract import BY_SAFETENSORS, DTYPES, Progress
 from qwenport.exporter import (
     CHUNK_BYTES,
     Adapter,
@@ -41,16 +42,10 @@ from qwenport.validate.model_file import (
 )
 from qwenport.validate.report import Check
 from qwenport.validate.rope_check import TABLES
-from qwenport.validate.streaming import Progress
 
 WEIGHTS = "weights"
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # twice the cores: half of them wait for the disk
-_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_NAMES: dict[int, str] = {
-    onnx.TensorProto.BFLOAT16: "BF16",
-    onnx.TensorProto.FLOAT16: "F16",
-    onnx.TensorProto.FLOAT: "F32",
-}
+_NAMES = {int(dtype.ir): dtype.safetensors for dtype in DTYPES.values()}
 _UNSIGNED = {2: np.uint16, 4: np.uint32}
 
 Bytes = NDArray[np.uint8]
@@ -62,7 +57,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the weights came to.
+    """The result of comparing the weights.
 
     Attributes:
         checks: numbers that must be 0, and how many of the checkpoint's tensors are in use.
@@ -75,7 +70,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Elements from `start` of one of the tensors that an initializer consists of; `before` lie before it."""
+    """Elements from `start` of one of an initializer's source tensors; `before` elements precede that tensor."""
 
     name: str
     read: Read
@@ -93,8 +88,8 @@ def compare_weights(
 
     Args:
         model: the package's model.onnx.
-        package: its directory. Locations outside of it are not read: such tensors count as differing.
-        checkpoint: what the package is said to be made from.
+        package: its directory. Locations outside it are not read: such tensors count as differing.
+        checkpoint: the checkpoint that the package claims as its source.
         progress: called with (what, bytes done, bytes in all), from any thread but one at a time.
     """
     hashes, same = _hash_files(package, checkpoint, progress)
@@ -133,7 +128,7 @@ def compare_weights(
 
 
 def _sources(checkpoint: Checkpoint) -> dict[str, list[TensorEntry]]:
-    """Name of an initializer -> the checkpoint's tensors that it must be, one after the other."""
+    """Initializer name -> the checkpoint's tensors that it must equal, concatenated."""
     tensors = checkpoint.tensors
     single = {name: [entry] for name, entry in tensors.items()}
     stacks = expert_stacks(checkpoint)
@@ -166,7 +161,7 @@ def _usage(
 
 
 def _is_large(tensor: onnx.TensorProto) -> bool:
-    """Whether it is more than a constant of the graph: one real number, or some integers."""
+    """Whether it is more than a constant of the graph (one real number, or a few integers)."""
     return math.prod(tensor.dims) > (1 if is_floating(tensor.data_type) else MAX_INTEGERS)
 
 
@@ -174,13 +169,13 @@ def _open(tensor: onnx.TensorProto, package: Path, shape: tuple[int, ...]) -> Re
     """A reader of the tensor's bytes.
 
     Raises:
-        ValueError: another shape, a dtype that no weight has, or bytes that are not there; says which.
+        ValueError: another shape, a dtype that no weight has, or missing bytes; says which.
     """
     if tuple(tensor.dims) != shape:
         raise ValueError(f"has shape {list(tensor.dims)}, the checkpoint's has {list(shape)}")
     if tensor.data_type not in _NAMES:
         raise ValueError(f"has ONNX element type {tensor.data_type}, which no weight has")
-    size = math.prod(shape) * _TYPES[_NAMES[tensor.data_type]].itemsize
+    size = math.prod(shape) * BY_SAFETENSORS[_NAMES[tensor.data_type]].itemsize
     place = place_of(tensor)
     if place is None:
         try:
@@ -205,7 +200,7 @@ def _open(tensor: onnx.TensorProto, package: Path, shape: tuple[int, ...]) -> Re
 def _is_same_place(
     tensor: onnx.TensorProto, parts: list[TensorEntry], same: dict[str, str]
 ) -> bool:
-    """Whether a tensor is the checkpoint's own bytes: the same place in a file that is the same."""
+    """Whether a tensor is the checkpoint's own bytes: the same place in the same file."""
     place, part = place_of(tensor), parts[0]
     return (
         place is not None
@@ -220,7 +215,7 @@ def _chunks(tensor: onnx.TensorProto, read: Read, parts: list[TensorEntry]) -> I
     before, dtype = 0, _NAMES[tensor.data_type]
     for part in parts:
         elements = math.prod(part.shape)
-        step = CHUNK_BYTES // _TYPES[part.dtype].itemsize
+        step = CHUNK_BYTES // BY_SAFETENSORS[part.dtype].itemsize
         for start in range(0, elements, step):
             count = min(step, elements - start)
             yield _Chunk(tensor.name, read, dtype, part, before, start, count)
@@ -228,20 +223,20 @@ def _chunks(tensor: onnx.TensorProto, read: Read, parts: list[TensorEntry]) -> I
 
 
 def _source_bytes(chunk: _Chunk) -> int:
-    return chunk.count * _TYPES[chunk.part.dtype].itemsize
+    return chunk.count * BY_SAFETENSORS[chunk.part.dtype].itemsize
 
 
 def _differing(chunk: _Chunk, file: Path, adapter: Adapter | None) -> int:
-    """How many elements differ, in any bit: a NaN equals the same NaN, and -0 is not 0."""
-    size = _TYPES[chunk.part.dtype].itemsize
+    """How many elements differ in any bit: a NaN equals the same NaN, and -0 is not 0."""
+    size = BY_SAFETENSORS[chunk.part.dtype].itemsize
     wanted = _read(file, chunk.part.offset + chunk.start * size, chunk.count * size)
     adapted = adapter is not None and chunk.part.name in adapter.matrices
     if chunk.dtype != chunk.part.dtype or adapted:
-        values = torch.from_numpy(wanted).view(_TYPES[chunk.part.dtype])
+        values = torch.from_numpy(wanted).view(BY_SAFETENSORS[chunk.part.dtype].torch)
         if adapter is not None and adapted:
             values = values.double() + adapter.added(chunk.part, chunk.start, chunk.count)
-        wanted = values.to(_TYPES[chunk.dtype]).view(torch.uint8).numpy()
-    size = _TYPES[chunk.dtype].itemsize
+        wanted = values.to(BY_SAFETENSORS[chunk.dtype].torch).view(torch.uint8).numpy()
+    size = BY_SAFETENSORS[chunk.dtype].itemsize
     found = chunk.read((chunk.before + chunk.start) * size, chunk.count * size)
     element = _UNSIGNED[size]
     return int(np.count_nonzero(found.view(element) != wanted.view(element)))
@@ -278,7 +273,7 @@ def hash_checkpoint(checkpoint: Checkpoint, progress: Progress) -> dict[str, str
 def _hash_files(
     package: Path, checkpoint: Checkpoint, progress: Progress
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """(hashes, location in the package -> the checkpoint's file that it equals byte for byte)."""
+    """(hashes, location in the package -> the checkpoint file that it equals byte for byte)."""
     own = {
         f"{WEIGHTS}/{path.name}": path
         for path in sorted((package / WEIGHTS).glob("*"))
@@ -316,7 +311,7 @@ def _hash_all(jobs: list[_Job], progress: Progress) -> tuple[dict[str, str], lis
 
 
 def _hash(job: _Job, meter: _Meter) -> tuple[str, str | None]:
-    """The SHA-256 of a file, and its twin's if that is not the same."""
+    """The SHA-256 of a file, and its twin's if that differs."""
     digest, differs = hashlib.sha256(), None
     size = job.path.stat().st_size
     for start in range(0, size, CHUNK_BYTES):
@@ -325,7 +320,7 @@ def _hash(job: _Job, meter: _Meter) -> tuple[str, str | None]:
         if job.twin is not None:
             theirs = _read(job.twin, start, count)
             if differs is None and not np.array_equal(chunk, theirs):
-                differs = digest.copy()  # what came before is the same
+                differs = digest.copy()  # everything before is the same
             if differs is not None:
                 differs.update(theirs.data)
         digest.update(chunk.data)
@@ -334,7 +329,7 @@ def _hash(job: _Job, meter: _Meter) -> tuple[str, str | None]:
 
 
 class _Meter:
-    """Counts bytes over threads. What `progress` raises ends the thread that it is raised in."""
+    """Counts bytes across threads. An exception from `progress` ends the thread it is raised in."""
 
     def __init__(self, what: str, total: int, progress: Progress) -> None:
         self._what, self._total, self._progress = what, total, progress
@@ -347,7 +342,7 @@ class _Meter:
 
 
 def _in_parallel(work: Callable[[Task], Result], tasks: list[Task]) -> Iterator[Result]:
-    """Results in order. After an exception nothing new is begun."""
+    """Results in order. After an exception no new task is started."""
     pool = ThreadPoolExecutor(THREADS)
     try:
         yield from pool.map(work, tasks)

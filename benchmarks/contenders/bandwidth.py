@@ -2,8 +2,8 @@
 
     python bandwidth.py '{"bytes": 2147483648, "repeats": 5}'
 
-Every method uses all cores and reads every byte once. Prints, for each, the best of its repeats in bytes
-a second; the best method's is the machine's.
+Every method uses all cores and reads every byte once. Prints the best repeat of each method in bytes per
+second; the best method's number is the machine's.
 """
 
 from __future__ import annotations

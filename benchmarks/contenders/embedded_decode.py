@@ -16,13 +16,13 @@ import numpy as np
 
 
 def session_of(request: dict[str, Any]) -> tuple[Any, int]:
-    """A session with C-API-like prefill, decode and truncate, and its capacity."""
+    """A session with prefill, decode and truncate as in the C API, and its capacity."""
     if request["contender"] == "Python":
         from qwenport.engines import open_session
 
         session = open_session(Path(request["engine"]))
         return session, session.capacity
-    import tensorrt  # noqa: F401 - its library is then in the process, where dlopen finds it
+    import tensorrt  # noqa: F401 - loads its library into the process, where dlopen finds it
 
     sys.path.insert(0, request["tests"])
     from cpp.runtime import Library
@@ -33,7 +33,7 @@ def session_of(request: dict[str, Any]) -> tuple[Any, int]:
 
 
 def main() -> None:
-    """Time and print; the cache's content is cut back to the context where it is full."""
+    """Time and print; a full cache is truncated back to the context."""
     import torch
 
     request = json.loads(sys.argv[1])

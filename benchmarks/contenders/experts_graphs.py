@@ -1,7 +1,7 @@
-"""One layer's experts as ONNX graphs, their fp32 weights in files beside them: the operator, and two others' ways.
+"""One layer's experts as ONNX graphs, with their fp32 weights in separate files: our operator, and two alternatives.
 
-Inputs are x [tokens, hidden] and the router's choice, indices and weights [tokens, k]; the output is y as x.
-Nothing here imports torch: a graph's process holds what the graph needs.
+Inputs are x [tokens, hidden] and the router's choice, indices and weights [tokens, k]; the output y has x's shape.
+Nothing here imports torch: a graph's process holds only what the graph needs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 OPSET, IR_VERSION = 24, 11  # those of our packages
 MICROSOFT = "com.microsoft"
 GATE_UP, INTERLEAVED, DOWN = "gate_up", "gate_up_interleaved", "down"  # NAME.bin in the folder
-FUNCTION = "function.pb"  # the operator's body, beside them
+FUNCTION = "function.pb"  # the operator's body, next to them
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A layer's number of experts, how many of them a token takes, and the sizes of each."""
+    """A layer's number of experts, the number of experts per token, and each expert's sizes."""
 
     experts: int
     k: int
@@ -39,7 +39,7 @@ class Sizes:
 
 
 def operator(sizes: Sizes, folder: Path) -> ModelProto:
-    """qwenport.MoEExperts with its model-local function, as a package has it."""
+    """qwenport.MoEExperts with its model-local function, as in a package."""
     inputs = ["x", "indices", "weights", GATE_UP, DOWN]
     node = helper.make_node("MoEExperts", inputs, ["y"], domain="qwenport", name="experts")
     model = _model(sizes, [node], (GATE_UP, DOWN))
@@ -48,7 +48,7 @@ def operator(sizes: Sizes, folder: Path) -> ModelProto:
 
 
 def every_expert(sizes: Sizes) -> ModelProto:
-    """All experts for all tokens as batched products, then weighted: most weights are 0."""
+    """All experts for all tokens as batched matmuls, then weighted: most weights are 0."""
     op = helper.make_node
     nodes = [
         op("Unsqueeze", ["x", "first"], ["shared"]),
@@ -80,7 +80,7 @@ def every_expert(sizes: Sizes) -> ModelProto:
 
 
 def fused_operator(sizes: Sizes) -> ModelProto:
-    """com.microsoft.MoE: it takes the router's logits and chooses itself."""
+    """com.microsoft.MoE: it takes the router's logits and chooses the experts itself."""
     node = helper.make_node(
         "MoE",
         ["x", "logits", INTERLEAVED, "", DOWN],
@@ -129,7 +129,7 @@ def _input(name: str, kind: int, width: int) -> ValueInfoProto:
 
 
 def _stored(name: str, shape: tuple[int, ...]) -> TensorProto:
-    """A stack of weights that is one file."""
+    """A stack of weights stored as one file."""
     tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape)
     tensor.data_location = TensorProto.EXTERNAL
     place = {"location": f"{name}.bin", "offset": 0, "length": 4 * math.prod(shape)}

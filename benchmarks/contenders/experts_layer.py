@@ -3,8 +3,8 @@
     python experts_layer.py '{"contender": "qwenport", "folder": ..., "sizes": {"experts": 60, "k": 4,
                               "hidden": 2048, "inner": 1408}, "warmup": 4, "prefills": 6}'
 
-`folder` is what experts_weights.py wrote. Many tokens come first, so that every expert's weights have been touched
-before single tokens, each another, are timed. `rel_l2` is the larger of both outputs' distances to transformers'
+`folder` was written by experts_weights.py. Many tokens come first, so that every expert's weights have been touched
+before single tokens, all different, are timed. `rel_l2` is the larger of the two outputs' distances to transformers'
 eager loop.
 """
 
@@ -31,11 +31,11 @@ from onnx import ModelProto
 Case = Mapping[str, np.ndarray]
 Forward = Callable[[Case], np.ndarray]
 Load = Callable[[], Forward]
-"""Reads the weights. What a loader imports is imported when the loader is made."""
+"""Reads the weights. A loader's imports happen when the loader is made."""
 
 
 def onnxruntime_session(make: Callable[[], ModelProto], folder: Path) -> Load:
-    """A graph, with the options of our own session."""
+    """Load a graph with the options of our own session."""
     import onnxruntime
 
     def load() -> Forward:
@@ -62,7 +62,7 @@ def onnxruntime_session(make: Callable[[], ModelProto], folder: Path) -> Load:
 
 
 def qwenport(sizes: Sizes, folder: Path, lowered: bool) -> Load:
-    """The operator, lowered as our session does or left to its function body."""
+    """Our operator, lowered as in our session or left to its function body."""
     import onnx_ir as ir
 
     from qwenport.engines.lowering import for_onnxruntime
@@ -78,7 +78,7 @@ def qwenport(sizes: Sizes, folder: Path, lowered: bool) -> Load:
 
 
 def transformers_experts(sizes: Sizes, folder: Path, implementation: str) -> Load:
-    """transformers' module of Qwen2-MoE's experts."""
+    """transformers' module for Qwen2-MoE's experts."""
     import torch
     from transformers import Qwen2MoeConfig
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
@@ -126,7 +126,7 @@ CONTENDERS: dict[str, Callable[[Sizes, Path], Load]] = {
 
 
 def timed(forward: Forward, case: Case) -> tuple[float, np.ndarray]:
-    """Seconds and result of one call."""
+    """The time in seconds and the result of one call."""
     start = time.perf_counter()
     result = forward(case)
     return time.perf_counter() - start, result

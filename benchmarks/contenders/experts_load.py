@@ -2,8 +2,8 @@
 
     python experts_load.py '{"package": ..., "capacity": 1024, "stacked": false}'
 
-Stacked is our session without its splitting of experts: single experts are then joined by onnxruntime as it loads
-the model, as any runtime must that has only the operator's function body. Prints the seconds of the load alone.
+Stacked is our session without the splitting of experts: onnxruntime then joins single experts as it loads the model,
+as any runtime must that has only the operator's function body. Prints the seconds of the load alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qwenport.engines import lowering, onnxruntime_session, open_session
 
 
 def stacked(model: ir.Model, *, on_cpu: bool) -> ir.Model:
-    """Our session's lowering but for the experts."""
+    """Our session's lowering except for the experts."""
     assert on_cpu
     passes = Sequential(lowering.ComputeInFloat32(), lowering.FuseTransposedMatMul())
     return passes(model).model

@@ -1,11 +1,11 @@
-"""Random fp32 weights of one layer's experts, tokens for them, and what transformers' eager loop makes of these.
+"""Random fp32 weights for one layer's experts, tokens for them, and the outputs of transformers' eager loop.
 
     python experts_weights.py '{"folder": ..., "sizes": {"experts": 60, "k": 4, "hidden": 2048, "inner": 1408},
                                 "seed": 2025, "tokens": 64, "prompt": 512}'
 
 Writes gate_up.bin, gate_up_interleaved.bin (rows gate, up, gate, up: com.microsoft.MoE's order) and down.bin, and
-tokens.npz and prompt.npz: x, the router's logits, its choice (weights, indices) and the expected y. What is there
-already from the same request stays. Writes function.pb in any case, the operator's present function body: so a process
+tokens.npz and prompt.npz: x, the router's logits, its choice (weights, indices) and the expected y. Existing files
+from the same request are kept. Always writes function.pb, the operator's current function body, so that a process
 that runs it needs no torch, as with a package.
 """
 
@@ -28,12 +28,12 @@ from qwenport.plugins.moe_router import moe_router
 
 SPREAD = 0.02  # the models' initializer_range
 ROUTER_SPREAD = (
-    0.05  # logits about 2 apart: neither all tokens to the same experts nor weights all alike
+    0.05  # logits about 2 apart: neither the same experts for all tokens nor equal weights
 )
 
 
 def write_weights(sizes: Sizes, folder: Path, generator: torch.Generator) -> None:
-    """Expert by expert."""
+    """Write the weights, expert by expert."""
     shapes = sizes.stacks()
     with (
         (folder / f"{GATE_UP}.bin").open("wb") as plain,
@@ -50,7 +50,7 @@ def write_weights(sizes: Sizes, folder: Path, generator: torch.Generator) -> Non
 
 
 def write_inputs(request: dict[str, Any], folder: Path, generator: torch.Generator) -> None:
-    """Tokens, what a random router makes of them, and the outputs."""
+    """Write tokens, a random router's results for them, and the outputs."""
     sizes = Sizes(**request["sizes"])
     router = torch.randn(sizes.experts, sizes.hidden, generator=generator) * ROUTER_SPREAD
     forward = transformers_experts(sizes, folder, "eager")()
@@ -64,7 +64,7 @@ def write_inputs(request: dict[str, Any], folder: Path, generator: torch.Generat
 
 
 def main() -> None:
-    """Write what is not there."""
+    """Write what is missing."""
     request: dict[str, Any] = json.loads(sys.argv[1])
     folder = Path(request.pop("folder"))
     done = folder / "request.json"  # written last

@@ -1,6 +1,6 @@
 """onnxruntime-genai on the CPU, greedy, token ids in and out: decode and prefill times.
 
-Takes and prints what ours_decode.py does.
+Takes the same request and prints the same results as ours_decode.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
         del fresh
     running = generator(model, request["capacity"])
     running.append_tokens(prompt[: request["context"]])
-    running.generate_next_token()  # only chooses: append_tokens has the logits already
+    running.generate_next_token()  # only chooses: append_tokens has already computed the logits
     for step in range(request["warmup"] + request["tokens"]):
         start = time.perf_counter()
         running.generate_next_token()

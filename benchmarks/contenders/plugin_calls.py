@@ -32,7 +32,7 @@ def _addresses(tensors: Sequence[torch.Tensor]) -> c.Array[c.c_void_p]:
 
 
 class PluginCall:
-    """A plugin opened for tensors of these sizes; called with others of the same, it enqueues."""
+    """A plugin opened for tensors of given sizes; calling it with tensors of these sizes enqueues it."""
 
     def __init__(
         self,
@@ -48,10 +48,10 @@ class PluginCall:
         Args:
             calls: libplugin_calls.so.
             library: the plugins.
-            outputs: uninitialised; what is computed goes where those of a call are.
+            outputs: uninitialised; results go to the outputs passed to a call.
 
         Raises:
-            RuntimeError: it cannot be opened; why is on stderr.
+            RuntimeError: it cannot be opened; the reason is on stderr.
         """
         self._c = c.CDLL(str(calls))
         self._c.plugin_open.restype = c.c_void_p

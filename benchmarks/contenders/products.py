@@ -1,8 +1,8 @@
-"""The weight products of one decode step and nothing else, on onnxruntime's CPU provider: what its kernels allow.
+"""The weight matmuls of one decode step and nothing else, on onnxruntime's CPU provider: the limit of its kernels.
 
 python products.py '{"matrices": [[896, 896], ...], "warmup": 4, "tokens": 48}'
 
-Every matrix [out, in] is multiplied once a step by a vector, with the operator that our session uses for it.
+Every matrix [out, in] is multiplied once per step by a vector, with the operator that our session uses for it.
 """
 
 from __future__ import annotations

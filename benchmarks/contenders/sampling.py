@@ -1,4 +1,4 @@
-"""Choosing a token from a row of logits: the time of a draw, ten from each of many rows.
+"""Choosing a token from a row of logits: the time per draw, ten draws from each of many rows.
 
 python sampling.py '{"contender": "C++", "library": ..., "vocab": 151936, "draws": 50, "temperature": 0.7,
                      "top_k": 0, "top_p": 0.9, "repetition_penalty": 1.0}'
@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-TOGETHER = 10  # draws of one request from one row of logits
+TOGETHER = 10  # draws per request from one row of logits
 Draw = Callable[[np.ndarray], list[int]]
 
 
 def cpp(request: dict[str, Any]) -> Draw:
-    """The C++ runtime's sampler, from the library of its tests."""
+    """The C++ runtime's sampler, from its test library."""
     call = c.CDLL(request["library"]).test_sample
     numbers = (c.c_double * 3)(
         *(request[k] for k in ("temperature", "top_p", "repetition_penalty"))
@@ -64,7 +64,7 @@ def python(request: dict[str, Any]) -> Draw:
 
 
 def transformers(request: dict[str, Any]) -> Draw:
-    """The processors that `generate` sets up, then torch's softmax and multinomial, or argmax."""
+    """The processors that transformers' `generate` sets up, then torch's softmax and multinomial, or argmax."""
     import torch
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 

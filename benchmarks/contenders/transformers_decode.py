@@ -1,6 +1,7 @@
 """transformers in fp32 with sdpa attention and its own cache: decode and prefill times.
 
-Takes and prints what ours_decode.py does. A plain loop over the model: `generate` would cost more.
+Takes the same request and prints the same results as ours_decode.py. A plain loop over the model: `generate` would
+cost more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Build any ONNX decoder with TensorRT-RTX, as our builder does: strongly typed, one dynamic profile.
+"""Build any ONNX decoder with TensorRT-RTX as our builder does: strongly typed, one dynamic profile.
 
     python trt_build.py '{"model": ..., "plan": ..., "gpus": [...], "batch": 8, "tokens": 2048,
                           "capacity": 32768, "typical": 1024}'
@@ -33,7 +33,7 @@ class Collector(trt.ILogger):  # type: ignore[misc]
 
 
 class Writer(trt.IStreamWriter):  # type: ignore[misc]
-    """Writes the plan as it is made."""
+    """Writes the plan as it is serialized."""
 
     def __init__(self, path: Path) -> None:
         trt.IStreamWriter.__init__(self)
@@ -44,7 +44,7 @@ class Writer(trt.IStreamWriter):  # type: ignore[misc]
 
 
 def axes(name: str, rank: int, request: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """(min, opt, max) of an input's axes, by the names that ONNX exporters agree on."""
+    """(min, opt, max) of an input's axes, by the names common to ONNX exporters."""
     batch = (1, 1, request["batch"])
     tokens = (1, 1, request["tokens"])
     capacity, typical = request["capacity"], request["typical"]
@@ -58,7 +58,7 @@ def axes(name: str, rank: int, request: dict[str, Any]) -> list[tuple[int, int, 
 
 
 def profile_of(builder: Any, network: Any, request: dict[str, Any]) -> Any:
-    """One dynamic profile: every axis that the model fixes stays as it is."""
+    """One dynamic profile: every axis that the model fixes stays fixed."""
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         value = network.get_input(index)

@@ -1,4 +1,4 @@
-"""What each target needs of a package's graph. `for_onnxruntime` and `for_tensorrt` list their passes.
+"""Graph passes that lower a package's graph for a target. `for_onnxruntime` and `for_tensorrt` list their passes.
 
 A pass changes one thing, is one class with one `call`, and has its own test.
 """

@@ -1,4 +1,4 @@
-"""Attention as primitive operators, for dtypes in which a target has no fused kernel."""
+"""Attention as primitive operators, for dtypes without a fused kernel on the target."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
+
+from qwenport.plugins.nodes import append_node, initializer
 
 
 class DecomposeAttention(InPlacePass):
@@ -36,27 +38,14 @@ class DecomposeAttention(InPlacePass):
         nodes: list[ir.Node] = []
 
         def op(kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-            made = ir.node(
-                kind, inputs, attributes=attributes, name=f"{node.name}.{kind}_{len(nodes)}"
-            )
-            made.outputs[0].name = made.name
-            nodes.append(made)
-            return made.outputs[0]
+            name = f"{node.name}.{kind}_{len(nodes)}"
+            return append_node(nodes, kind, inputs, name, attributes=attributes)[0]
 
         def constant(name: str, array: np.ndarray) -> ir.Value:
-            if name not in graph.initializers:
-                tensor = ir.tensor(
-                    array, dtype=dtype if array.dtype == np.float32 else None, name=name
-                )
-                graph.initializers[name] = ir.Value(
-                    name=name,
-                    type=ir.TensorType(tensor.dtype),
-                    shape=ir.Shape(array.shape),
-                    const_value=tensor,
-                )
-            return graph.initializers[name]
+            stated = dtype if array.dtype == np.float32 else None
+            return initializer(graph.initializers, ir.tensor(array, dtype=stated, name=name))
 
-        # Only an fp32 target comes here, so the lowest fp32 number masks.
+        # Only fp32 targets use this pass, so the lowest fp32 number serves as the mask value.
         two = constant("attention.axis_2", np.array([2], dtype=np.int64))
         scale = node.attributes["scale"].as_float()
         sizes = op("Shape", q)

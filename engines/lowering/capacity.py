@@ -1,4 +1,4 @@
-"""Fix the length of the KV cache: TensorRT wants it static."""
+"""Fix the length of the KV cache, which TensorRT requires to be static."""
 
 from __future__ import annotations
 

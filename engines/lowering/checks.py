@@ -1,7 +1,7 @@
 """What TensorRT's parser would drop or misread, found before and after it parses.
 
 The parser reports a dropped input as a warning and builds an engine that attends to garbage. Here every
-such thing is an error that names the node.
+such case is an error that names the node.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from qwenport.contract import is_past, is_present, past_of
 from qwenport.engines.errors import LoweringError
-from qwenport.engines.lowering.use_plugins import is_plugin
+from qwenport.plugins.as_plugin import is_plugin
 
 ATTENTION_INPUTS = 4  # q, k, v, mask
 
@@ -23,8 +24,8 @@ def check_graph(model: ir.Model) -> None:
     Raises:
         LoweringError: Attention without an explicit mask, with `is_causal` (upper-left aligned: wrong
             over a cache), or with inputs or outputs that the parser drops (past_key, past_value,
-            nonpad_kv_seqlen); an operator of a domain nobody defines; a function that bears the name of an
-            ONNX operator and is another.
+            nonpad_kv_seqlen); an operator of an undefined domain; a function with the name of an ONNX
+            operator that computes something else.
     """
     functions = {(f.domain, f.name) for f in model.functions.values()}
     for function in model.functions.values():
@@ -50,7 +51,7 @@ def check_graph(model: ir.Model) -> None:
 
 
 def _check_name(function: ir.Function) -> None:
-    """The parser goes by an operator's name alone: it never sees the body of one that it knows itself."""
+    """The parser looks at an operator's name alone: it never reads the body of one that it knows itself."""
     if not onnx.defs.has(function.name):
         return
     nodes = list(function)
@@ -75,9 +76,9 @@ def check_network(network: Any, trt: Any) -> None:
         trt: the module it comes from (tensorrt or tensorrt_rtx).
 
     Raises:
-        LoweringError: an input that no layer reads, an attention without mask, a `present` output that
-            does not share its `past_key_values` input's memory, or a cache that something else reads: before or
-            after the update, nobody can say.
+        LoweringError: an input that no layer reads, an attention without a mask, a `present` output that
+            does not share its `past_key_values` input's memory, or a cache that another layer reads: whether before
+            or after the update is undefined.
     """
     read: set[str] = set()
     updated: dict[str, str] = {}
@@ -87,7 +88,7 @@ def check_network(network: Any, trt: Any) -> None:
         names = [layer.get_input(i) for i in range(layer.num_inputs)]
         read.update(tensor.name for tensor in names if tensor is not None)
         for tensor in names:
-            if tensor is not None and tensor.name.startswith("past_key_values."):
+            if tensor is not None and is_past(tensor.name):
                 readers.setdefault(tensor.name, []).append(layer.name)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer
@@ -108,8 +109,8 @@ def check_network(network: Any, trt: Any) -> None:
             )
     for index in range(network.num_outputs):
         name = network.get_output(index).name
-        if not name.startswith("present."):
+        if not is_present(name):
             continue
-        past = "past_key_values." + name.removeprefix("present.")
+        past = past_of(name)
         if updated.get(name) != past:
             raise LoweringError(f"network output {name} is not an in-place update of {past}")

@@ -1,9 +1,9 @@
-"""Experts one by one, for a runtime whose products cost nothing for no rows.
+"""Experts one by one, for a runtime in which a matmul with zero rows costs nothing.
 
-onnxruntime's Gather copies the weights that it picks, which costs more than using them. Here the tokens are ordered
-by expert and split, and each expert multiplies its own rows by its own weights; no step stacks or copies any. The
-product of an expert without tokens reads nothing. Work and weight bytes read follow the chosen experts, for one token
-and for thousands; an idle expert costs the calls of its products.
+onnxruntime's Gather copies the weights that it selects, which costs more than using them. Here the tokens are sorted
+by expert and split, and each expert multiplies its own rows by its own weights; no weights are stacked or copied. The
+matmul of an expert without tokens reads nothing. Work and weight bytes read are proportional to the chosen experts, for
+one token and for thousands; an idle expert costs only the calls of its matmuls.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
+from qwenport.contract import DOMAIN, MOE_EXPERTS
 from qwenport.engines.errors import LoweringError
-from qwenport.plugins import DOMAIN, MOE_EXPERTS
+from qwenport.plugins.nodes import append_node, initializer
 
 INT64 = ir.DataType.INT64
 
 
 class SplitExperts(InPlacePass):
-    """qwenport.MoEExperts -> Split, a SwiGLU an expert, Concat. The stacks of weights disappear."""
+    """qwenport.MoEExperts -> Split, one SwiGLU per expert, Concat. The stacks of weights disappear."""
 
     def call(self, model: ir.Model) -> PassResult:
         """Change `model` in place.
 
         Raises:
-            LoweringError: indices are by expert, or an expert's weights are neither a tensor of their own nor
+            LoweringError: indices are by expert, or an expert's weights are neither a separate tensor nor
                 part of one in a file.
         """
         modified = False
@@ -67,7 +68,7 @@ class _Split:
 
         flat = op("Reshape", indices, constant(-1), dtype=INT64)
         count = op("Shape", flat, dtype=INT64)
-        order = self.sorted_indices(flat, count)  # of equals the lowest comes first
+        order = self.sorted_indices(flat, count)  # among equals the lowest comes first
         back = self.sorted_indices(order, count)
         ids = constant(*range(len(downs)))
         mine = op(
@@ -84,7 +85,7 @@ class _Split:
         rows = op("Gather", tokens, op("Div", order, constant(k), dtype=INT64))
         groups = self.ops("Split", [rows, sizes], [self.dtype] * len(downs), axis=0)
 
-        # what is not a product is done once for all experts: an idle expert costs its three products' calls
+        # all but the matmuls is done once for all experts: an idle expert costs its three matmuls' calls
         gates = [self.product(group, gate) for group, (gate, _) in zip(groups, halves, strict=True)]
         ups = [self.product(group, up) for group, (_, up) in zip(groups, halves, strict=True)]
         gated = op("Concat", *gates, axis=0)
@@ -109,7 +110,7 @@ class _Split:
     def op(
         self, op_type: str, *inputs: ir.Value, dtype: ir.DataType | None = None, **attributes: Any
     ) -> ir.Value:
-        """Append a one-output node, of the experts' dtype where none is given."""
+        """Append a one-output node, by default of the experts' dtype."""
         (result,) = self.ops(op_type, inputs, [dtype or self.dtype], **attributes)
         return result
 
@@ -120,16 +121,13 @@ class _Split:
         dtypes: Sequence[ir.DataType],
         **attributes: Any,
     ) -> Sequence[ir.Value]:
-        """Append a node with an output for each dtype."""
+        """Append a node with one output per dtype."""
         name = f"{self.node.name}.{op_type}_{len(self.nodes)}"
-        node = ir.node(op_type, inputs, attributes=attributes, num_outputs=len(dtypes), name=name)
-        for index, (value, dtype) in enumerate(zip(node.outputs, dtypes, strict=True)):
-            value.name, value.type = f"{name}.{index}", ir.TensorType(dtype)
-        self.nodes.append(node)
-        return node.outputs
+        results = [(dtype, None) for dtype in dtypes]
+        return append_node(self.nodes, op_type, inputs, name, results, attributes=attributes)
 
     def sorted_indices(self, values: ir.Value, count: ir.Value) -> ir.Value:
-        """Where the smallest value is, then the next."""
+        """Indices that sort the values in ascending order."""
         pair = [INT64, INT64]
         return self.ops("TopK", [values, count], pair, axis=0, largest=0, sorted=1)[1]
 
@@ -140,10 +138,12 @@ class _Split:
         name = "experts." + "_".join(
             map(str, values if len(values) < 8 else (f"0to{len(values)}",))
         )
-        return _initializer(self.graph, ir.tensor(np.array(values, dtype=np.int64), name=name))
+        return initializer(
+            self.graph.initializers, ir.tensor(np.array(values, dtype=np.int64), name=name)
+        )
 
     def experts_of(self, stack: ir.Value, parts: int) -> list[list[ir.Value]]:
-        """Each expert's matrices [out, in], `parts` of them, which lie one after the other in `stack`."""
+        """Each expert's `parts` matrices [out, in], which are consecutive in `stack`."""
         experts, rows, columns = _shape(stack)
         reshape = stack.producer()
         if reshape is not None:
@@ -165,8 +165,8 @@ class _Split:
         length = tensor.length // (experts * parts)
         shape = ir.Shape((rows // parts, columns))
         views = [
-            _initializer(
-                self.graph,
+            initializer(
+                self.graph.initializers,
                 ir.ExternalTensor(
                     tensor.location,
                     (tensor.offset or 0) + index * length,
@@ -188,21 +188,8 @@ def _shape(value: ir.Value) -> tuple[int, int, int]:
     return experts, rows, columns
 
 
-def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    name = tensor.name
-    assert name is not None
-    if name not in graph.initializers:
-        graph.initializers[name] = ir.Value(
-            name=name,
-            type=ir.TensorType(tensor.dtype),
-            shape=tensor.shape,  # type: ignore[arg-type]
-            const_value=tensor,
-        )
-    return graph.initializers[name]
-
-
 def _drop(graph: ir.Graph, stack: ir.Value) -> None:
-    """Remove a stack that nobody reads any more, and what made it."""
+    """Remove a stack that is no longer used, and the node that made it."""
     if stack.uses():
         return
     producer = stack.producer()

@@ -1,7 +1,7 @@
-"""Compute in fp32 what was exported in bf16 or fp16, without rewriting a weight.
+"""Compute a bf16 or fp16 package in fp32, without rewriting a weight.
 
 onnxruntime's CPU MatMul has no bf16. Every half-precision initializer gets a Cast, which onnxruntime folds
-when it loads the model, so the package's bytes stay as they are.
+when it loads the model, so the package's bytes stay unchanged.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-HALF = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
-FLOAT = ir.DataType.FLOAT
+from qwenport import contract
+
+HALF = tuple(dtype.ir for dtype in contract.HALF)
+FLOAT = contract.FP32.ir
 
 
 class ComputeInFloat32(InPlacePass):
-    """Cast half-precision weights to fp32; inputs, outputs and everything between become fp32."""
+    """Cast half-precision weights to fp32; inputs, outputs and everything in between become fp32."""
 
     def call(self, model: ir.Model) -> PassResult:
         """Change `model` in place; modified is false for a model that is fp32 already."""
@@ -26,7 +28,7 @@ class ComputeInFloat32(InPlacePass):
             if value.dtype not in HALF:
                 continue
             modified = True
-            # A table that is only looked up stays as it is: the rows are cast, not the table.
+            # A table that is only looked up stays unchanged: the rows are cast, not the table.
             lookups = [use for use in value.uses() if use.node.op_type == "Gather" and use.idx == 0]
             for use in lookups:
                 (rows,) = use.node.outputs
@@ -34,7 +36,7 @@ class ComputeInFloat32(InPlacePass):
                 (widened,) = cast.outputs
                 rows.replace_all_uses_with(widened, replace_graph_outputs=True)
                 cast.replace_input_with(0, rows)
-                # the name goes to the fp32 rows, which is what others may want to see
+                # the fp32 rows take the name, since they are what observers look for
                 rows.name, widened.name = f"{rows.name}.stored", rows.name
                 graph.insert_after(use.node, cast)
                 looked_up.add(rows)

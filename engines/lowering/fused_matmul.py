@@ -1,7 +1,7 @@
-"""Weights stay [out, in] in onnxruntime: one product that transposes, in place of Transpose and MatMul.
+"""Weights stay [out, in] in onnxruntime: one transposing matmul in place of Transpose and MatMul.
 
 onnxruntime would fold the Transpose into a second copy of every weight when it loads the model, and then pack a
-third. FusedMatMul packs the weight as it lies, which loads in less time and memory and decodes faster.
+third. FusedMatMul packs the weight in its stored layout, so the model loads in less time and memory and decodes faster.
 """
 
 from __future__ import annotations

@@ -1,25 +1,19 @@
 """Rope tables in the model's dtype and no longer than the cache.
 
-The package keeps them in fp32 for every position, followed by a Cast. An engine needs as many rows as its
-cache has slots, and a Cast left to the builder is kept in the engine in both dtypes or run each step.
+The package stores them in fp32 for every position, followed by a Cast. An engine needs as many rows as its
+cache has slots, and a Cast left to the builder keeps both dtypes in the engine or runs in every step.
 """
 
 from __future__ import annotations
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-_NUMPY = {
-    ir.DataType.FLOAT: np.float32,
-    ir.DataType.FLOAT16: np.float16,
-    ir.DataType.BFLOAT16: ml_dtypes.bfloat16,
-}
+from qwenport.contract import ROTARY_EMBEDDING
 
 
 def folded(name: str) -> str:
-    """The name of the table that a pass of `FoldRopeTables` makes of `name`."""
+    """The name of the table that `FoldRopeTables` makes from `name`."""
     return f"{name}.folded"
 
 
@@ -34,7 +28,7 @@ class FoldRopeTables(InPlacePass):
         """Change `model` in place."""
         done: dict[ir.Value, ir.Value] = {}
         for node in model.graph:
-            if node.op_type != "RotaryEmbedding":
+            if node.op_type != ROTARY_EMBEDDING:
                 continue
             for index in (1, 2):
                 table = node.inputs[index]
@@ -58,7 +52,7 @@ class FoldRopeTables(InPlacePass):
         producer = table.producer()
         source = table if producer is None else producer.inputs[0]
         assert source is not None and source.const_value is not None and table.dtype is not None
-        rows = source.const_value.numpy()[: self.rows].astype(_NUMPY[table.dtype])
+        rows = source.const_value.numpy()[: self.rows].astype(table.dtype.numpy())
         name = folded(source.name or "")
         tensor = ir.Tensor(rows, dtype=table.dtype, name=name)
         return ir.Value(

@@ -1,6 +1,6 @@
-"""Model families, a file each: how its config.json is read, and in what it differs from Llama's shape.
+"""Model families, one file each: how its config.json is read, and how it differs from Llama.
 
-A family is found by its file, which defines FAMILY; nothing lists the families. docs/adding-a-family.md shows how.
+A family is found by its file, which defines FAMILY; there is no list of families. docs/adding-a-family.md shows how.
 """
 
 from __future__ import annotations

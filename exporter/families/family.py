@@ -1,4 +1,4 @@
-"""What a family states about itself; the base class is Llama's shape, and a family overrides what differs."""
+"""A family's description of itself; the base class describes Llama, and a family overrides what differs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from qwenport.exporter.keys import Keys, short
 class MoEConfig:
     """The sparse layers of a mixture of experts: softmax top-k routing, SwiGLU experts.
 
-    `layers` are the indices of the sparse layers, `expert_size` is the inner width of an expert, `normalize` says
-    whether a token's weights are made to sum to 1, and `shared_expert_size` is None where there is no shared expert.
+    `layers` are the indices of the sparse layers, `expert_size` is an expert's inner width, `normalize` says whether a
+    token's weights are normalized to sum to 1, and `shared_expert_size` is None if there is no shared expert.
     """
 
     num_experts: int
@@ -39,10 +39,10 @@ class Family:
 
     Attributes:
         model_type: as config.json names it.
-        defaults: what transformers' config class gives a missing key; a key that is not here must be there.
-        qk_norm: whether queries and keys are normalised, each head by itself.
+        defaults: transformers' defaults for missing keys; a key without one is required.
+        qk_norm: whether queries and keys are normalised, per head.
         sparse: whether layers may have experts.
-        null_heads: whether transformers understands a null num_key_value_heads (as many as query heads) and a null
+        null_heads: whether transformers accepts a null num_key_value_heads (as many as query heads) and a null
             head_dim (hidden_size split evenly).
     """
 
@@ -60,7 +60,7 @@ class Family:
     null_heads: ClassVar[tuple[bool, bool]] = (True, True)
 
     def kv_heads(self, keys: Keys, heads: int) -> int:
-        """Key/value heads."""
+        """Number of key/value heads."""
         allowed = {"null": heads} if self.null_heads[0] else {}
         count: int = keys.positive("num_key_value_heads", **allowed)
         return count
@@ -87,11 +87,11 @@ class Family:
         return None
 
     def check_window(self, keys: Keys, layers: int, context: int) -> None:
-        """Refuse sliding-window attention that would cut anything off.
+        """Refuse sliding-window attention that would hide any position.
 
         Args:
-            keys: config.json's.
-            layers: of the decoder.
+            keys: config.json's keys.
+            layers: number of decoder layers.
             context: positions that will be used.
 
         Raises:
@@ -112,7 +112,7 @@ class Family:
 def experts_of_qwen(
     keys: Keys, layers: int, num_experts: int, shared_expert_size: int | None
 ) -> MoEConfig | None:
-    """The keys that qwen2_moe and qwen3_moe have in common.
+    """Read the keys that qwen2_moe and qwen3_moe have in common.
 
     Source: transformers' Qwen2MoeDecoderLayer and Qwen3MoeDecoderLayer, and their configurations.
     """
@@ -142,9 +142,9 @@ def experts_of_qwen(
 
 
 def _refuse_routing(kind: str) -> None:
-    """`router_type` is nobody's published key: it is how a checkpoint of one's own says what it was trained with."""
+    """Refuse `router_type`, a key of no published model: a custom checkpoint uses it to say how it was trained."""
     from qwenport.plugins import (
-        moe_router,  # brings torch, which reading a config otherwise does without
+        moe_router,  # imports torch, which reading a config otherwise does not need
     )
 
     if kind not in moe_router.KINDS:
@@ -152,4 +152,4 @@ def _refuse_routing(kind: str) -> None:
             f"router_type {kind!r} is not supported; supported: {', '.join(moe_router.KINDS)}"
         )
     if not moe_router.is_stepwise(kind):
-        raise ConfigError(f"router_type {kind!r} is not possible here: {moe_router.NOT_STEPWISE}")
+        raise ConfigError(f"router_type {kind!r} is not supported: {moe_router.NOT_STEPWISE}")

@@ -1,4 +1,4 @@
-"""llama: Llama 2, 3 and 3.1, and what is built like them (SmolLM, TinyLlama)."""
+"""llama: Llama 2, 3 and 3.1, and models built like them (SmolLM, TinyLlama)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qwenport.exporter.keys import Keys
 
 
 class Llama(Family):
-    """Switches for biases; transformers wants hidden_size to be a multiple of the heads."""
+    """Biases are optional; transformers requires hidden_size to be a multiple of the number of heads."""
 
     model_type = "llama"
     defaults = Family.defaults | {
@@ -19,7 +19,7 @@ class Llama(Family):
     }
 
     def check_window(self, keys: Keys, layers: int, context: int) -> None:
-        """None: transformers' LlamaModel and LlamaAttention know no window, whatever config.json says."""
+        """Nothing to check: transformers' LlamaModel and LlamaAttention have no window, whatever config.json says."""
 
     def biases(self, keys: Keys) -> Biases:
         if keys.take("pretraining_tp", int, null=1) != 1:

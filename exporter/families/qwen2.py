@@ -1,4 +1,4 @@
-"""qwen2: Qwen2 and Qwen2.5, dense. q, k and v have a bias, whatever config.json says, and nothing else has."""
+"""qwen2: Qwen2 and Qwen2.5, dense. Only q, k and v have a bias, whatever config.json says."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Qwen2(Family):
         window = keys.take("sliding_window", int, null=None)
         first = keys.take("max_window_layers", int)
         used = keys.take("use_sliding_window", bool) and first < layers
-        if used and keys.raw.get("layer_types") is None:  # which decide, if they are there
+        if used and keys.raw.get("layer_types") is None:  # layer_types decide if present
             self.refuse_window(window, context)
 
 

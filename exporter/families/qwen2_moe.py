@@ -8,7 +8,7 @@ from qwenport.exporter.keys import Keys
 
 
 class Qwen2Moe(Family):
-    """Releases of transformers disagree on which layers have a sliding window, so any is refused."""
+    """transformers releases disagree on which layers have a sliding window, so any window is refused."""
 
     model_type = "qwen2_moe"
     defaults = Family.defaults | {

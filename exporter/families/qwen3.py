@@ -1,4 +1,4 @@
-"""qwen3: Qwen3, dense: Qwen2's shape with normalised queries and keys, and heads of 128 unless it says otherwise."""
+"""qwen3: Qwen3, dense: Qwen2 with normalised queries and keys, and head_dim 128 unless config.json says otherwise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""qwen3_moe: Qwen3-30B-A3B and its like: normalised queries and keys, experts, none of them shared."""
+"""qwen3_moe: Qwen3-30B-A3B and similar: normalised queries and keys, and experts, none of them shared."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Rotary position embeddings: config.json's settings -> a `Rope` -> cos/sin tables.
 
-A kind of scaling is one file here. Everything is computed in fp32, as transformers does, and equals its
-ROPE_INIT_FUNCTIONS. Two kinds depend on the length of the text (dynamic, longrope); a table is for one stated
-length, the package's.
+Each kind of scaling is one file here. Everything is computed in fp32, as in transformers, and equals its
+ROPE_INIT_FUNCTIONS. Two kinds depend on the length of the text (dynamic, longrope); a table is for one fixed length,
+the package's.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "Rope", "parse_rope", "rope_tables"]
 
 _OF_EVERY_KIND = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-ROWS_AT_ONCE = 1 << 16  # of tables in memory
+ROWS_AT_ONCE = 1 << 16  # table rows in memory at a time
 
 
 def _discover() -> Iterator[type[Rope]]:
-    """Every class of this folder's modules that is a kind."""
+    """Every class in this folder's modules that defines a kind."""
     for module in iter_modules(__path__):
         for value in vars(import_module(f"{__name__}.{module.name}")).values():
             if isinstance(value, type) and issubclass(value, Rope) and value is not Rope:
@@ -48,14 +48,14 @@ def parse_rope(
     override: str | None,
     default_theta: float = 10000.0,
 ) -> tuple[Rope, int, tuple[str, ...]]:
-    """Read either spelling of the rope settings; return them, the context length they allow, and what nobody reads.
+    """Read either spelling of the rope settings; return them, the context length they allow, and the unread settings.
 
-    `rope_scaling` is transformers 4's (with `type` or `rope_type`, theta beside it), `rope_parameters`
+    `rope_scaling` is transformers 4's spelling (with `type` or `rope_type`, theta outside), `rope_parameters`
     transformers 5's (theta inside). `override` is "KIND:FACTOR" and needs a checkpoint without scaling. A parameter
-    that the kind does not have is read by nobody, and named.
+    that the kind does not have counts as unread.
 
     Raises:
-        ConfigError: an unknown kind, a missing parameter, spellings that disagree.
+        ConfigError: an unknown kind, a missing parameter, or spellings that disagree.
     """
     spelled = {"rope_scaling": rope_scaling, "rope_parameters": rope_parameters}
     given = [_normalised(rope_theta, settings) for settings in spelled.values() if settings]
@@ -96,7 +96,7 @@ def parse_rope(
 
 
 def _normalised(rope_theta: float | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with theta among them and `type` called `rope_type`, without what is null but for a factor."""
+    """Settings that include theta, with `type` renamed `rope_type` and without nulls except for a factor."""
     nested = [key for key, value in settings.items() if isinstance(value, dict)]
     if nested:
         raise ConfigError(f"rope settings per layer type are not supported: {', '.join(nested)}")
@@ -136,12 +136,13 @@ def _parse_override(text: str) -> tuple[str, float]:
 def rope_tables(
     rope: Rope, length: int, start: int = 0, stop: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, fp32 [stop - start, head_dim/2], scaling included: row p is for position start + p.
+    """cos and sin, fp32 [stop - start, head_dim/2], scaling included; row p is for position start + p.
 
     Args:
         rope: the settings.
-        length: positions of the whole table, on which some kinds depend.
-        start, stop: of the rows that are wanted; all by default.
+        length: positions of the whole table; some kinds depend on it.
+        start: the first row to compute.
+        stop: one past the last row; the end of the table by default.
 
     Source: transformers `modeling_rope_utils.ROPE_INIT_FUNCTIONS`; the order of fp32 operations is the same, so the
     results agree to rounding.

@@ -9,6 +9,6 @@ from qwenport.exporter.rope.rope import Rope
 
 @dataclass(frozen=True)
 class Default(Rope):
-    """theta^(-2i/head_dim), whatever the position."""
+    """theta^(-2i/head_dim), independent of position."""
 
     kind: str = field(init=False, default="default")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Linear(Rope):
-    """All frequencies divided by `factor`. config.json states the extended length."""
+    """Divides all frequencies by `factor`. config.json states the extended length."""
 
     kind: str = field(init=False, default="linear")
     factor: float

@@ -1,4 +1,4 @@
-"""llama3: long wavelengths are stretched, short ones kept, those between blended (Llama 3.1)."""
+"""llama3: long wavelengths are stretched, short ones kept, and those in between blended (Llama 3.1)."""
 
 from __future__ import annotations
 

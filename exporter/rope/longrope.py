@@ -1,4 +1,4 @@
-"""longrope: a factor of its own for every frequency, one list for short texts and one for long (arXiv 2402.13753)."""
+"""longrope: a separate factor for each frequency, one list for short texts and one for long (arXiv 2402.13753)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LongRope(Rope):
-    """`long_factor` applies to texts longer than the original length. [head_dim/2] each."""
+    """`long_factor` applies to texts longer than the original length. Each list is [head_dim/2]."""
 
     kind: str = field(init=False, default="longrope")
     factor: float

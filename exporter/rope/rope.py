@@ -1,7 +1,7 @@
-"""What every kind of rope scaling has in common: plain rotary embeddings, and how their settings are read.
+"""The common part of all kinds of rope scaling: plain rotary embeddings, and how their settings are read.
 
-A kind is one file of this folder: a frozen dataclass that derives from `Rope`, with the kind's parameters as its fields
-and what it does to frequencies, context and scale as its methods. It is found by its file; nothing lists the kinds.
+A kind is one file in this folder: a frozen dataclass derived from `Rope`, with the kind's parameters as fields and its
+effect on frequencies, context and scale as methods. It is discovered by its file; there is no list of kinds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qwenport.exporter.keys import MOST, short
 if TYPE_CHECKING:
     import torch
 
-MOST_FACTOR = 1e6  # of scaling; published ones are at most 128
+MOST_FACTOR = 1e6  # largest scaling factor; published ones are at most 128
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Rope:
     Attributes:
         kind: as config.json names it.
         theta: the base of the wavelengths.
-        head_dim: of each attention head, even.
+        head_dim: size of an attention head, even.
         max_position_embeddings: config.json's.
-        original_max_position_embeddings: the length before scaling; the same number for kinds that have no such key.
+        original_max_position_embeddings: the length before scaling; equal to the former for kinds without such a key.
         depends_on_length: whether transformers changes the frequencies with the length of the text.
-        keys: settings that the kind knows, besides rope_type and rope_theta.
-        by_factor: whether one factor is enough to ask for the kind (`--rope-scaling KIND:FACTOR`).
+        keys: settings that the kind reads, besides rope_type and rope_theta.
+        by_factor: whether a factor alone defines the kind (`--rope-scaling KIND:FACTOR`).
     """
 
     kind: str = field(init=False, default="")
@@ -49,12 +49,12 @@ class Rope:
         """Read the kind's settings.
 
         Raises:
-            ConfigError: one is missing or impossible.
+            ConfigError: a setting is missing or impossible.
         """
         return cls(**settings.common())
 
     def context(self, asked: bool) -> int:
-        """Positions that the settings allow; `asked`: by `--rope-scaling`, not by config.json."""
+        """Positions that the settings allow; `asked`: requested by `--rope-scaling`, not by config.json."""
         return self.max_position_embeddings
 
     def inverse_frequencies(self, length: int) -> torch.Tensor:
@@ -62,7 +62,7 @@ class Rope:
         return 1.0 / self.wavelengths()
 
     def attention_scaling(self) -> float:
-        """The number that cos and sin are multiplied with."""
+        """The factor by which cos and sin are multiplied."""
         return 1.0
 
     def wavelengths(self, theta: float | None = None) -> torch.Tensor:
@@ -75,7 +75,7 @@ class Rope:
 
 
 class Settings:
-    """Rope settings of a config.json, as a kind reads them."""
+    """The rope settings of a config.json, as a kind reads them."""
 
     def __init__(
         self,
@@ -87,13 +87,13 @@ class Settings:
         max_positions: int,
         outer_original: int | None,
     ) -> None:
-        """Arguments: see `Rope`. `outer_original`: where config.json states it beside the settings."""
+        """Arguments: see `Rope`. `outer_original`: the original length given outside the settings."""
         self.values, self.kind, self.theta = values, kind, theta
         self.head_dim, self.max_positions = head_dim, max_positions
         self._outer_original = outer_original
 
     def common(self, original: int | None = None) -> dict[str, Any]:
-        """The arguments that every kind takes."""
+        """The arguments common to all kinds."""
         return {
             "theta": self.theta,
             "head_dim": self.head_dim,
@@ -102,7 +102,7 @@ class Settings:
         }
 
     def original(self) -> int:
-        """The length before scaling: beside the settings, among them, or max_position_embeddings."""
+        """The length before scaling: given outside the settings, among them, or max_position_embeddings."""
         value = self._outer_original
         if value is None:
             value = self.values.get("original_max_position_embeddings", self.max_positions)
@@ -115,11 +115,11 @@ class Settings:
     def factor(
         self, *, null: float | None = None, missing: float | None = None, above: float = 1
     ) -> float:
-        """How many times longer the context becomes; exactly `above` only where that is 1.
+        """How many times longer the context becomes; exactly `above` only if that is 1.
 
         Args:
-            null, missing: the factor where it is given as null, or not given; None where that is an error.
-            above: the least.
+            null, missing: the factor if it is null, or missing; None if that is an error.
+            above: the lower bound.
         """
         value = self.values.get("factor", missing)
         if "factor" in self.values and value is None:
@@ -132,7 +132,7 @@ class Settings:
         return found
 
     def numbers(self, *keys: str, above: float | None = None) -> dict[str, float]:
-        """Those of the keys that are given."""
+        """The numbers among these keys that are given."""
         return {
             key: number(self.values[key], key, above=above) for key in keys if key in self.values
         }

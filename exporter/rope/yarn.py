@@ -1,4 +1,4 @@
-"""yarn: high frequencies keep their value, low ones are divided, a ramp lies between (arXiv 2309.00071)."""
+"""yarn: high frequencies are kept, low ones divided by the factor, with a ramp in between (arXiv 2309.00071)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_BETA = 1e6  # rotations; published ones are 1 to 32
 
 @dataclass(frozen=True)
 class Yarn(Rope):
-    """As transformers computes it; the ramp's ends are rounded to whole dimensions if `truncate`."""
+    """Computed as in transformers; the ramp's ends are rounded to whole dimensions if `truncate` is true."""
 
     kind: str = field(init=False, default="yarn")
     factor: float
@@ -39,7 +39,7 @@ class Yarn(Rope):
     def parse(cls, settings: Settings) -> Self:
         values: dict[str, Any] = settings.numbers("attention_factor", "mscale", "mscale_all_dim")
         given = [key for key in ("beta_fast", "beta_slow") if settings.values.get(key)]
-        values |= settings.numbers(*given, above=0)  # transformers takes 0 for "not given"
+        values |= settings.numbers(*given, above=0)  # transformers treats 0 as "not given"
         for key in given:
             if not 1 / MOST_BETA <= values[key] <= MOST_BETA:
                 raise ConfigError(f"rope settings: no model has {key} {values[key]:g}")
@@ -55,7 +55,7 @@ class Yarn(Rope):
         )
 
     def context(self, asked: bool) -> int:
-        # The model card's form leaves max_position_embeddings at the original length.
+        # The form in the model cards leaves max_position_embeddings at the original length.
         stretched = int(self.factor * self.original_max_position_embeddings)
         return max(self.max_position_embeddings, stretched)
 
@@ -74,7 +74,7 @@ class Yarn(Rope):
         return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0
 
     def _ramp(self) -> torch.Tensor:
-        """0 where a frequency keeps its value, 1 where it is divided by the factor [head_dim/2]."""
+        """0 where a frequency is kept, 1 where it is divided by the factor; [head_dim/2]."""
         import torch
 
         low, high = self._dimension(self.beta_fast), self._dimension(self.beta_slow)
@@ -82,11 +82,11 @@ class Yarn(Rope):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.head_dim - 1)
         if low == high:
-            high += 0.001  # as transformers: no division by zero
+            high += 0.001  # as in transformers: avoids a division by zero
         steps = torch.arange(self.head_dim // 2, dtype=torch.float32)
         return torch.clamp((steps - low) / (high - low), 0, 1)
 
     def _dimension(self, rotations: float) -> float:
-        """Where a frequency turns so often over the original length."""
+        """The dimension whose frequency makes this many rotations over the original length."""
         turns = self.original_max_position_embeddings / (rotations * 2 * math.pi)
         return (self.head_dim * math.log(turns)) / (2 * math.log(self.theta))

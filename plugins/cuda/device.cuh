@@ -1,7 +1,7 @@
-// What the kernels build on: number conversions, vectors of them, shared memory, warp sums, launching, and what tensor
-// cores have in common since SM80. Kernels use CUDA's own names for the rest.
+// Building blocks of the kernels: number conversions, vector accesses, shared memory, warp sums, launches, and the
+// tensor-core instructions common to all GPUs since SM80. Kernels use CUDA's own names for the rest.
 //
-// With QWENPORT_CUDA_ON_CPU defined the tests' header takes CUDA's place and the same sources run on the CPU.
+// With QWENPORT_CUDA_ON_CPU defined the tests' header replaces CUDA and the same sources run on the CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -41,14 +41,14 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
-/// N numbers that are read and written together; their address must be a multiple of their size.
+/// N numbers that are read and written together; their address must be aligned to their total size.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T values[N];
 };
 
-/// The same as it was read. A compiler that sees single 16-bit numbers unpacks them right behind each read, and so waits
-/// for one read before it asks for the next.
+/// The same, still packed as it was read. Given single 16-bit numbers, the compiler would unpack them right after each
+/// read, and so wait for one read before it issues the next.
 template <typename T, int N>
 struct Packed {
   std::conditional_t<sizeof(T) * N == 16, uint4, Vector<T, N>> words;
@@ -73,7 +73,7 @@ __device__ void store(T* to, const Vector<T, N>& vector) {
 template <typename T>
 constexpr int widest = 16 / static_cast<int>(sizeof(T));
 
-/// The GPU at hand.
+/// The local GPU.
 struct Gpu {
   int major = 0;  ///< compute capability
   int multiprocessors = 0;
@@ -93,7 +93,7 @@ constexpr bool has_hopper_code = true;
 #else
 constexpr bool has_hopper_code = false;
 #endif
-/// Whether that is what runs: another library's code for SM80 may, translated by the driver.
+/// Whether that code runs: a library without it may run its SM80 code there, translated by the driver.
 inline bool runs_on_hopper(const Gpu& gpu) { return has_hopper_code && gpu.major == 9; }
 
 inline bool aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; }
@@ -103,7 +103,7 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
-/// silu(gate) * up; the division is good to two units in the last place, and has no branches.
+/// silu(gate) * up; the division is accurate to two units in the last place, and free of branches.
 __device__ inline float swiglu(float gate, float up) { return __fdividef(gate, 1 + expf(-gate)) * up; }
 
 __host__ __device__ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
@@ -133,7 +133,7 @@ Packed<T, N> load_once(const T* from) {
 
 #else
 
-/// load, of what nobody reads again soon: it leaves the first-level cache to others. Not of what the kernel writes.
+/// A load of data that is not read again soon: it bypasses the L1 cache. Not for data that the kernel writes.
 template <int N, typename T>
 __device__ Packed<T, N> load_once(const T* from) {
   Packed<T, N> read;
@@ -153,13 +153,14 @@ __device__ T* shared_memory() {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   return reinterpret_cast<T*>(shared_bytes);
 }
-/// Where something lies in it, as instructions take it.
+/// A shared-memory address in the form that instructions take.
 __device__ inline std::uint32_t shared_address(const void* shared) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-/// A kernel that is launched `early` begins while its predecessor in the stream is still running, once all blocks of that
-/// have said that the next may begin, or have ended. It waits before it touches what its predecessor writes or reads.
+/// A kernel that is launched `early` (programmatic dependent launch) begins while its predecessor in the stream is still
+/// running, once all the predecessor's blocks have allowed it or have ended. It waits before it touches memory that its
+/// predecessor writes or reads.
 __device__ inline void may_begin_next() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
@@ -171,7 +172,7 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
-/// Start a kernel. `shared` may be more than the 48 KiB that need no asking for.
+/// Launch a kernel. `shared` may exceed the 48 KiB available by default.
 /// \param early see may_begin_next; only where runs_on_hopper.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared,
@@ -195,15 +196,15 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::si
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-/// Copy 16 bytes to shared memory in the background; if they are not wanted, zeros, and nothing is read.
+/// Copy 16 bytes to shared memory asynchronously; if they are not wanted, write zeros and read nothing.
 __device__ inline void copy_16_bytes(void* shared, const void* from, bool wanted) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(from), "r"(wanted ? 16 : 0)
                : "memory");
 }
-/// End a group of this thread's copies.
+/// Commit a group of this thread's copies.
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-/// Wait until no more than the last `Left` groups of this thread are under way.
+/// Wait until at most the last `Left` groups of this thread are in flight.
 template <int Left>
 __device__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");

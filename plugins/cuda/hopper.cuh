@@ -1,8 +1,9 @@
-// Hopper's products of a warpgroup: four warps multiply matrices that lie in shared memory, while they do other things.
+// Hopper's warpgroup matmul (wgmma): four warps multiply matrices in shared memory, asynchronously.
 //
-// What wgmma reads is read by another path than a thread's own accesses, hence the fences: `fence_shared` by whoever
-// wrote to shared memory, before the barrier after which a product may read it; `fence` between a thread's own use of
-// sums and a product that adds to them. Sums may not be touched from a product until `wait` says that it is over.
+// wgmma reads memory through another proxy than a thread's own accesses, hence the fences: `fence_async_proxy` by the
+// thread that wrote to shared memory, before the barrier after which a wgmma may read it; `fence_accumulators` between a
+// thread's own use of accumulators and a wgmma that adds to them. From a wgmma on, its accumulators may not be touched
+// until `wait_group` says that it has finished.
 #pragma once
 
 #include "device.cuh"
@@ -14,55 +15,55 @@
 namespace qwenport::cuda::warpgroup {
 
 constexpr int warps = 4;
-constexpr int rows = 64;      // of a and of the sums, 16 a warp
-constexpr int columns = 192;  // of the sums, rows of b
-/// Bytes to which matrices are aligned.
+constexpr int rows = 64;      // of a and of the accumulators, 16 per warp
+constexpr int columns = 192;  // of the accumulators, rows of b
+/// Alignment of matrices in bytes.
 constexpr std::size_t alignment = 1024;
 
-/// In shared memory: counts threads that arrive, in rounds.
+/// An mbarrier in shared memory: counts arriving threads, in phases.
 using Barrier = std::uint64_t;
 
-/// What tells a product of rows of 128 bytes, 8 pieces of 16, in which row r has piece i at place i ^ (r % 8): the
-/// address / 16, the distance of 8 rows / 16, and the kind of turning. 16 numbers further along the rows is 32 bytes further.
-__device__ inline std::uint64_t matrix(const void* shared) {
+/// The wgmma descriptor of rows of 128 bytes, 8 pieces of 16 bytes each, where row r has piece i at place i ^ (r % 8):
+/// the address / 16, the stride of 8 rows / 16, and the swizzle. 16 numbers further along the rows is 32 bytes further.
+__device__ inline std::uint64_t descriptor(const void* shared) {
   constexpr std::uint64_t next_8_rows = 1024 / 16;
-  constexpr std::uint64_t turned_in_128_bytes = 1;
+  constexpr std::uint64_t swizzle_128_bytes = 1;
   return (shared_address(shared) / 16 & 0x3FFFU) | std::uint64_t{1} << 16 | next_8_rows << 32 |
-         turned_in_128_bytes << 62;
+         swizzle_128_bytes << 62;
 }
 
 #ifdef QWENPORT_CUDA_ON_CPU
 
 constexpr bool compiled = true;
 using cuda_on_cpu::warpgroup::arrive;
-using cuda_on_cpu::warpgroup::begin;
-using cuda_on_cpu::warpgroup::commit;
-using cuda_on_cpu::warpgroup::fence;
-using cuda_on_cpu::warpgroup::fence_shared;
+using cuda_on_cpu::warpgroup::commit_group;
+using cuda_on_cpu::warpgroup::fence_accumulators;
+using cuda_on_cpu::warpgroup::fence_async_proxy;
+using cuda_on_cpu::warpgroup::init;
 using cuda_on_cpu::warpgroup::multiply_accumulate;
-using cuda_on_cpu::warpgroup::wait;
-using cuda_on_cpu::warpgroup::wait_for;
+using cuda_on_cpu::warpgroup::wait_barrier;
+using cuda_on_cpu::warpgroup::wait_group;
 
 template <int Registers>
-void give_registers() {}
+void deallocate_registers() {}
 template <int Registers>
-void take_registers() {}
+void allocate_registers() {}
 
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 constexpr bool compiled = true;
 
-/// `arrivals` end each of its rounds.
-__device__ inline void begin(Barrier& barrier, int arrivals) {
+/// `arrivals` complete each of its phases.
+__device__ inline void init(Barrier& barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals)
                : "memory");
 }
-/// What this thread did before is there for whoever waits for the round.
+/// Arrive: this thread's earlier writes are visible to threads that wait for the phase.
 __device__ inline void arrive(Barrier& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
-/// Wait for the end of a round, 0 the first. No more than one behind: the round before the first is over.
-__device__ inline void wait_for(Barrier& barrier, unsigned round) {
+/// Wait for the end of a phase, counted from 0. At most one phase behind: the phase before the first is complete.
+__device__ inline void wait_barrier(Barrier& barrier, unsigned round) {
   unsigned over = 0;
   while (over == 0) {
     asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
@@ -72,27 +73,27 @@ __device__ inline void wait_for(Barrier& barrier, unsigned round) {
   }
 }
 
-/// Of this warpgroup's registers `Registers` a thread stay, so that others can take more.
+/// Keep `Registers` registers per thread in this warpgroup, so that others can take more.
 template <int Registers>
-__device__ void give_registers() {
+__device__ void deallocate_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 template <int Registers>
-__device__ void take_registers() {
+__device__ void allocate_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-/// What this thread wrote to shared memory is there for products.
-__device__ inline void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+/// Make this thread's writes to shared memory visible to wgmma.
+__device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-__device__ inline void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void fence_accumulators() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-/// End a group of products.
-__device__ inline void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+/// Commit a group of wgmmas.
+__device__ inline void commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-/// Wait until no more than the last `Left` groups are under way.
+/// Wait until at most the last `Left` groups are in flight.
 template <int Left>
-__device__ void wait(float (&c)[24][4]) {
+__device__ void wait_group(float (&c)[24][4]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
 #pragma unroll
   for (int j = 0; j < 24; ++j) {
@@ -138,18 +139,18 @@ __device__ inline void multiply_accumulate(float (&c)[24][4], std::uint64_t a, s
 
 /// Other architectures do not have these instructions, and kernels for them do not call these.
 constexpr bool compiled = false;
-__device__ void begin(Barrier& barrier, int arrivals);
+__device__ void init(Barrier& barrier, int arrivals);
 __device__ void arrive(Barrier& barrier);
-__device__ void wait_for(Barrier& barrier, unsigned round);
+__device__ void wait_barrier(Barrier& barrier, unsigned round);
 template <int Registers>
-__device__ void give_registers();
+__device__ void deallocate_registers();
 template <int Registers>
-__device__ void take_registers();
-__device__ void fence_shared();
-__device__ void fence();
-__device__ void commit();
+__device__ void allocate_registers();
+__device__ void fence_async_proxy();
+__device__ void fence_accumulators();
+__device__ void commit_group();
 template <int Left>
-__device__ void wait(float (&c)[24][4]);
+__device__ void wait_group(float (&c)[24][4]);
 template <typename T>
 __device__ void multiply_accumulate(float (&c)[24][4], std::uint64_t a, std::uint64_t b, T type);
 

@@ -1,4 +1,4 @@
-// What TensorRT's plugin registry looks for in the library, and what all plugins share.
+// The functions that TensorRT's plugin registry looks for in the library, and code shared by all plugins.
 #include <atomic>
 #include <cstdio>
 
@@ -18,7 +18,7 @@ std::string quoted(const char* name) {
   return "attribute '" + std::string(name != nullptr ? name : "") + "'";
 }
 
-/// Empty if the field may stand for the attribute.
+/// Empty if the field is valid for the attribute.
 Complaint check_field(const Attribute& attribute, const nvinfer1::PluginField& field) {
   if (field.type != nvinfer1::PluginFieldType::kINT32 || field.length != 1 || field.data == nullptr) {
     return quoted(attribute.name) + " is not one int32";
@@ -40,7 +40,7 @@ void complain(const char* plugin, const std::string& what) noexcept {
     } else {
       std::fprintf(stderr, "%s\n", line.c_str());
     }
-  } catch (...) {  // no memory for a message
+  } catch (...) {  // out of memory for the message
     if (logger != nullptr) logger->log(nvinfer1::ILogger::Severity::kERROR, plugin);
   }
 }
@@ -91,9 +91,17 @@ bool gpu_is_new_enough(const char* plugin) noexcept {
                      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, gpu) == cudaSuccess;
   if (!found) cudaGetLastError();
   if (!found || major >= oldest_gpu) return true;
-  complain(plugin, "needs a GPU of compute capability 8.0 or newer, this one has " + std::to_string(major) +
-                       "." + std::to_string(minor));
+  complain(plugin, "needs a GPU of compute capability " + std::to_string(oldest_gpu) +
+                       ".0 or newer, this one has " + std::to_string(major) + "." + std::to_string(minor));
   return false;
+}
+
+std::vector<nvinfer1::IPluginCreatorInterface*> Registration::creators() {
+  std::vector<nvinfer1::IPluginCreatorInterface*> all;
+  for (const Registration* each = first_; each != nullptr; each = each->next_) {
+    all.push_back(each->creator_());
+  }
+  return all;
 }
 
 }  // namespace qwenport::cuda
@@ -109,15 +117,14 @@ QWENPORT_VISIBLE void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
   qwenport::cuda::find_logger_with(finder);
 }
 
-/// And this.
+/// TensorRT calls this too.
 QWENPORT_VISIBLE nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  using namespace qwenport::cuda;
-  static const std::array creators{rotary_embedding_creator(), moe_router_creator(), moe_experts_creator()};
+  static const auto creators = qwenport::cuda::Registration::creators();
   count = static_cast<int32_t>(creators.size());
   return creators.data();
 }
 
-/// Not TensorRT's: "version;GPUs;release of TensorRT's headers", for whoever chooses a library.
+/// Our own: "version;GPUs;release of TensorRT's headers", to recognise a library.
 QWENPORT_VISIBLE const char* qwenport_plugins_description() {
   static const std::string text = std::string(qwenport::cuda::plugin_version) +
                                   ";" QWENPORT_ARCHITECTURES ";" +

@@ -1,7 +1,7 @@
-// A TensorRT plugin from what is particular to one: IPluginV3 with its three capabilities, and its creator.
+// Makes a TensorRT plugin from an operator's specifics: IPluginV3 with its three capabilities, and its creator.
 //
-// An operator is a struct with its attributes and a few functions (see any plugins/<op>/plugin.cpp). What TensorRT
-// asks is checked here and there once, and what cannot be is told to its log in one line that names the plugin. No
+// An operator is a struct with its attributes and a few functions (see any plugins/<op>/plugin.cpp). TensorRT's
+// requests are checked once, here or there, and what is impossible is logged in one line that names the plugin. No
 // exception leaves a method; enqueue allocates nothing, waits for nothing and returns every launch error.
 #pragma once
 
@@ -16,16 +16,19 @@
 #include <string>
 #include <vector>
 
+#include "contract.hpp"
+
 namespace qwenport::cuda {
 
-constexpr char plugin_namespace[] = "qwenport";
-constexpr char plugin_version[] = "1";
-constexpr int oldest_gpu = 8;  // major compute capability: cp.async and bf16 tensor cores
+using contract::plugin_namespace;
+using contract::plugin_version;
+constexpr int oldest_gpu =
+    contract::oldest_plugin_gpu / 10;  // major compute capability: cp.async and bf16 tensor cores
 
-/// One line into TensorRT's log: "<plugin>: <what>".
+/// Write one line to TensorRT's log: "<plugin>: <what>".
 void complain(const char* plugin, const std::string& what) noexcept;
 
-/// Where TensorRT's log is; set when it loads the library.
+/// TensorRT's log; set when it loads the library.
 void find_logger_with(nvinfer1::ILoggerFinder* finder) noexcept;
 
 /// An int attribute, with the range of its values.
@@ -41,20 +44,20 @@ using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::IExprBuilder;
 using nvinfer1::PluginTensorDesc;
 
-/// Read all of `attributes` from the fields. Empty, and told why, unless each is there once with a value in its range,
-/// and nothing else is.
+/// Read all of `attributes` from the fields. Empty, with the reason logged, unless each occurs once with a value in its
+/// range and there are no other fields.
 bool read_attributes(const char* plugin, const std::vector<Attribute>& attributes,
                      const nvinfer1::PluginFieldCollection* fields,
                      std::vector<std::int32_t>& values) noexcept;
 
-/// Whether the GPU at hand may run the kernels; a machine without one may do everything but that.
+/// Whether the local GPU can run the kernels; a machine without one can do everything else.
 bool gpu_is_new_enough(const char* plugin) noexcept;
 
 inline bool is_float(DataType type) {
   return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
 }
 
-/// A message that an operator's check found something wrong with.
+/// The message of an operator's check that failed.
 using Complaint = std::string;
 
 /// Op has
@@ -139,7 +142,7 @@ class Plugin final : public nvinfer1::IPluginV3,
                           const DynamicPluginTensorDesc* /*outputs*/,
                           int32_t output_count) noexcept override {
     if (!counts_are_right(input_count, output_count)) return -1;
-    // what is fixed; the bounds of sizes that are equal at run time need not be
+    // check fixed sizes only; sizes that are equal at run time may have different bounds
     std::array<nvinfer1::Dims, Op::inputs> known{};
     for (int i = 0; i < Op::inputs; ++i) known[i] = inputs[i].desc.dims;
     return is_right(known.data()) ? 0 : -1;
@@ -256,8 +259,28 @@ inline std::string text(const nvinfer1::Dims& dims) {
   return sizes + "]";
 }
 
-nvinfer1::IPluginCreatorInterface* rotary_embedding_creator();
-nvinfer1::IPluginCreatorInterface* moe_router_creator();
-nvinfer1::IPluginCreatorInterface* moe_experts_creator();
+template <typename Op>
+nvinfer1::IPluginCreatorInterface* creator() {
+  static Creator<Op> instance;
+  return &instance;
+}
+
+/// Define one in a plugin's source file: the library's plugins are those of all registrations.
+class Registration {
+ public:
+  explicit Registration(nvinfer1::IPluginCreatorInterface* (*creator)()) noexcept : creator_(creator) {
+    first_ = this;
+  }
+  Registration(const Registration&) = delete;
+  Registration& operator=(const Registration&) = delete;
+
+  /// The creators of all registrations, in no particular order.
+  static std::vector<nvinfer1::IPluginCreatorInterface*> creators();
+
+ private:
+  static inline const Registration* first_ = nullptr;
+  nvinfer1::IPluginCreatorInterface* (*creator_)();
+  const Registration* next_ = first_;
+};
 
 }  // namespace qwenport::cuda

@@ -15,8 +15,20 @@ T is fp32, fp16 or bf16; the weighting and the sum are fp32. Source: the sparse 
 Qwen3Moe and Mixtral.
 """
 
+from qwenport.plugins.moe_experts.emission import emit
 from qwenport.plugins.moe_experts.function import function_body
+from qwenport.plugins.moe_experts.lowering import use_plugin
 from qwenport.plugins.moe_experts.reference import moe_experts
 from qwenport.plugins.moe_experts.schema import NAME, VERSION, schema
+from qwenport.plugins.operator import Operator, Plugin
 
-__all__ = ["NAME", "VERSION", "function_body", "moe_experts", "schema"]
+OPERATOR = Operator(
+    name=NAME,
+    torch_name="moe_experts",
+    schema=schema,
+    function_body=function_body,
+    emit=emit,
+    plugin=Plugin(NAME, use_plugin),
+)
+
+__all__ = ["NAME", "OPERATOR", "VERSION", "function_body", "moe_experts", "schema"]

@@ -1,6 +1,6 @@
 // MoEExperts for up to 8 tokens: matrix-vector products that read each chosen expert once for all its tokens.
 //
-// They are bound by memory, so several reads of weights are on their way before the first is used.
+// They are memory-bound, so several weight reads are in flight before the first is used.
 #pragma once
 
 #include "device.cuh"
@@ -8,13 +8,13 @@
 
 namespace qwenport::cuda {
 
-constexpr int few_warps = 4;  // a block
+constexpr int few_warps = 4;  // per block
 constexpr int few_threads = few_warps * warp_size;
-constexpr int few_blocks = 4;  // a multiprocessor
-constexpr int few_pairs = few_tokens * most_experts_a_token;
+constexpr int few_blocks = 4;  // per multiprocessor
+constexpr int few_pairs = few_tokens * most_chosen;
 constexpr int few_words = few_pairs / warp_size;
 
-/// An element of an array that stays in registers, where there is no indexing.
+/// An element of an array in registers, which cannot be indexed dynamically.
 template <typename T>
 __device__ T element(const T (&array)[few_words], int index) {
   T found = 0;
@@ -26,16 +26,16 @@ __device__ T element(const T (&array)[few_words], int index) {
 /// A set of pairs (token, expert), the same in all lanes.
 struct Pairs {
   std::uint64_t low;   ///< a bit for each of the first 64
-  std::uint64_t high;  ///< and of the rest
+  std::uint64_t high;  ///< and for the rest
   static_assert(few_pairs == 128);
 
   [[nodiscard]] __device__ bool empty() const { return (low | high) == 0; }
-  /// -1 if it is empty.
+  /// -1 if the set is empty.
   [[nodiscard]] __device__ int first() const {
     if (low != 0) return __ffsll(static_cast<long long>(low)) - 1;
     return high != 0 ? 63 + __ffsll(static_cast<long long>(high)) : -1;
   }
-  /// Take the first few_tokens of them away, or all; returns how many.
+  /// Remove the first few_tokens of them, or all; returns how many.
   __device__ int take(int (&taken)[few_tokens]) {
     int count = 0;
 #pragma unroll
@@ -50,7 +50,7 @@ struct Pairs {
   }
 };
 
-/// The expert that each pair names, known to a warp: lane l keeps those of the pairs l, l + 32, ...
+/// The expert of each pair, distributed over a warp: lane l keeps those of the pairs l, l + 32, ...
 template <typename T>
 class Named {
  public:
@@ -75,7 +75,7 @@ class Named {
     const auto among = [&](int i) { return std::uint64_t{__ballot_sync(all_lanes, experts_[i] == expert)}; };
     return {among(0) | among(1) << 32, among(2) | among(3) << 32};
   }
-  /// The first pair from `pair` on that names an expert whom no pair before it names; their count if there is none.
+  /// The first pair from `pair` on whose expert no earlier pair names; the number of pairs if there is none.
   [[nodiscard]] __device__ int first_from(int pair) const {
     for (; pair < count_; ++pair) {
       const int expert = by(pair);
@@ -93,7 +93,7 @@ class Named {
   int count_;
 };
 
-/// Reads of a row by a warp that are on their way together: a lane has N numbers of each.
+/// A warp's reads of a row that are in flight together: a lane has N numbers of each.
 template <typename T, int N, int Reads>
 struct Part {
   static constexpr int numbers = Reads * warp_size * N;
@@ -121,7 +121,7 @@ __device__ float dot(const Vector<T, N>& a, const Vector<T, N>& b, float sum) {
 /// grid: [rows of inner / few_warps, pairs]; N numbers are read at once.
 template <typename T, int N>
 __global__ void __launch_bounds__(few_threads, few_blocks) few_swiglu(ExpertsArguments<T> a, T* active) {
-  may_begin_next();  // at once, since what few_down reads before it waits was there before this kernel
+  may_begin_next();  // at once: what few_down reads before its wait was written before this kernel
   const Named<T> named(a);
   const auto first = static_cast<int>(blockIdx.y);
   const int row = static_cast<int>(blockIdx.x) * few_warps + static_cast<int>(threadIdx.x) / warp_size;
@@ -171,12 +171,12 @@ __global__ void __launch_bounds__(few_threads, few_blocks) few_swiglu(ExpertsArg
   } while (!pairs.empty());
 }
 
-/// Goes through what a warp of few_down reads: of each expert that is named, in the order of its first pair, a row in parts,
-/// as often as it takes to serve all pairs that name it.
+/// Iterates over what a warp of few_down reads: for each named expert, in the order of its first pair, one row in parts,
+/// repeated until all pairs that name the expert are served.
 template <typename T, int Numbers>
-class Parts {
+class RowStream {
  public:
-  __device__ Parts(const Named<T>& named, int size) : named_(named), size_(size) { begin(0); }
+  __device__ RowStream(const Named<T>& named, int size) : named_(named), size_(size) { begin(0); }
 
   [[nodiscard]] __device__ bool done() const { return first_ >= named_.count(); }
   [[nodiscard]] __device__ int expert() const { return expert_; }
@@ -186,7 +186,7 @@ class Parts {
   /// The pairs that are served by this row and the following ones of this expert.
   [[nodiscard]] __device__ Pairs& pairs() { return pairs_; }
 
-  /// \param served whether pairs() have been taken from, else those of a row are skipped.
+  /// \param served whether pairs were taken from pairs(); otherwise those of a row are skipped.
   __device__ void advance(bool served) {
     from_ += Numbers;
     if (from_ < size_) return;
@@ -214,7 +214,7 @@ class Parts {
 
 /// y [tokens, hidden] = sum over a token's experts of weight * down active. A warp computes one column of y, for all
 /// tokens: it reads that row of each chosen expert once, two parts ahead of its work. Lane p % 32 keeps the result of
-/// pair p until the end. It is launched early: weights are on their way before `active` is there.
+/// pair p until the end. It is launched early: weight reads are in flight before `active` is ready.
 template <typename T, int N>
 __global__ void __launch_bounds__(few_threads, few_blocks) few_down(ExpertsArguments<T> a, const T* active) {
   constexpr int reads = 3;
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(few_threads, few_blocks) few_down(ExpertsArgum
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
   const int row = static_cast<int>(blockIdx.x) * few_warps + static_cast<int>(threadIdx.x) / warp_size;
   const Named<T> named(a);
-  Parts<T, RowPart::numbers> ahead(named, a.inner);
+  RowStream<T, RowPart::numbers> ahead(named, a.inner);
   const auto read_ahead = [&](RowPart& part) {
     if (ahead.done() || row >= a.hidden) return;
     part.read(a.down + (static_cast<std::int64_t>(ahead.expert()) * a.hidden + row) * a.inner, ahead.from(),
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(few_threads, few_blocks) few_down(ExpertsArgum
   float kept[few_words];
 #pragma unroll
   for (int i = 0; i < few_words; ++i) kept[i] = named.exists(i) ? 0 : NAN;
-  Parts<T, RowPart::numbers> work(named, a.inner);
+  RowStream<T, RowPart::numbers> work(named, a.inner);
   int taken[few_tokens];
   int count = 0;
   float sums[few_tokens];

@@ -1,9 +1,9 @@
-"""The operator's body in standard ONNX: sparse for one token and for thousands, in static shapes.
+"""The operator's body in standard ONNX: sparse for one token and for thousands, with static shapes.
 
 The T*k pairs (token, expert) are ordered by expert and each expert's group is padded to blocks of b rows, so that
-a block has one expert and the work is one batched product over blocks. b = ceil(T*k / E) grows with the number of
+a block has one expert and the work is one batched matmul over blocks. b = ceil(T*k / E) grows with the number of
 tokens: one token reads the weights of k experts, and however many tokens there are, at most 2E blocks of weights are
-gathered. How many blocks there can be follows from the shapes, so no shape depends on data.
+gathered. The maximum number of blocks follows from the shapes, so no shape depends on data.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _by_token(body: FunctionBody) -> ir.Value:
     first = op("Gather", op("Sub", ends, group_blocks), flat)
     place = op("Add", op("Mul", first, rows), rank)
 
-    # the expert of each block, and the token of each row; spare blocks and rows compute what nobody reads
+    # the expert of each block, and the token of each row; the results of spare blocks and rows are unused
     passed = op("LessOrEqual", ends, op("Unsqueeze", body.arange(blocks), one))
     expert = op("ReduceSum", op("Cast", passed, to=INT64), one, keepdims=0)
     expert = op("Min", expert, op("Sub", count, one))
@@ -72,7 +72,7 @@ def _by_token(body: FunctionBody) -> ir.Value:
 
 
 def _by_expert(body: FunctionBody) -> ir.Value:
-    """Every expert has the same number of tokens: one batched product, then a sum over each token's rows."""
+    """Every expert has the same number of tokens: one batched matmul, then a sum over each token's rows."""
     op = body.op
     x, tokens, weights, gate_up, down = body.inputs
     outer = _swiglu(body, op("Gather", x, tokens), gate_up, down)
@@ -87,7 +87,7 @@ def _by_expert(body: FunctionBody) -> ir.Value:
 def _swiglu(body: FunctionBody, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
     """x [n, rows, H], gate_up [n, 2I, H], down [n, H, I] -> [n, rows, H].
 
-    Weights stay as they lie, [out, in]: activations are transposed instead.
+    Weights keep their layout, [out, in]; activations are transposed instead.
     """
     op = body.op
     inner = op("MatMul", gate_up, op("Transpose", x, perm=[0, 2, 1]))

@@ -1,4 +1,4 @@
-// Which kernels serve how many tokens, and the workspace they share.
+// Chooses kernels by the number of tokens, and lays out the workspace they share.
 #include "kernel.hpp"
 
 #include <algorithm>
@@ -6,18 +6,18 @@
 
 #include "device.cuh"
 #include "few_tokens.cuh"
+#include "grouped_gemm_simt.cuh"
+#include "grouped_gemm_sm80.cuh"
+#include "grouped_gemm_sm90.cuh"
 #include "order.cuh"
-#include "plain_product.cuh"
-#include "warp_product.cuh"
-#include "warpgroup_product.cuh"
 
 namespace qwenport::cuda {
 namespace {
 
 /// Hands out parts of one allocation, each aligned to 256 bytes.
-class Parts {
+class WorkspaceAllocator {
  public:
-  explicit Parts(void* memory) : memory_(static_cast<char*>(memory)) {}
+  explicit WorkspaceAllocator(void* memory) : memory_(static_cast<char*>(memory)) {}
   template <typename T>
   T* take(std::int64_t count) {
     T* part = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
@@ -33,8 +33,8 @@ class Parts {
 
 template <typename T>
 struct Workspace {
-  T* active;  ///< [pairs, inner]; in order of pairs for few tokens, of places for many
-  T* rows;    ///< [pairs, hidden], in order of places
+  T* active;  ///< [pairs, inner]; ordered by pair for few tokens, by place for many
+  T* rows;    ///< [pairs, hidden], ordered by place
   Order order;
   std::size_t bytes;
 };
@@ -42,78 +42,78 @@ struct Workspace {
 template <typename T>
 Workspace<T> divide(void* memory, std::int64_t tokens, int k, int experts, int hidden, int inner) {
   const std::int64_t pairs = tokens * k;
-  Parts parts(memory);
+  WorkspaceAllocator allocator(memory);
   Workspace<T> w{};
-  w.active = parts.take<T>(pairs * inner);
+  w.active = allocator.take<T>(pairs * inner);
   if (!are_few(tokens)) {
-    w.rows = parts.take<T>(pairs * hidden);
-    w.order.counts = parts.take<int>(order_chunks(pairs) * experts);
-    w.order.begins = parts.take<int>(experts);
-    w.order.pairs = parts.take<int>(pairs);
-    w.order.places = parts.take<int>(pairs);
+    w.rows = allocator.take<T>(pairs * hidden);
+    w.order.counts = allocator.take<int>(order_chunks(pairs) * experts);
+    w.order.begins = allocator.take<int>(experts);
+    w.order.pairs = allocator.take<int>(pairs);
+    w.order.places = allocator.take<int>(pairs);
     for (int** list : {&w.order.tile_expert, &w.order.tile_place, &w.order.tile_end}) {
-      *list = parts.take<int>(most_tiles(pairs, experts));
+      *list = allocator.take<int>(most_tiles(pairs, experts));
     }
-    w.order.tiles = parts.take<int>(1);
+    w.order.tiles = allocator.take<int>(1);
   }
-  w.bytes = parts.used();
+  w.bytes = allocator.used();
   return w;
 }
 
-/// How the grouped products are made.
-enum class Kind : std::uint8_t { plain, warp, warpgroup };
+/// The kinds of grouped GEMM.
+enum class Kind : std::uint8_t { simt, sm80, sm90 };
 
 template <typename T>
 Kind kind_for(const ExpertsArguments<T>& a, const Gpu& gpu) {
   const bool fits = sizeof(T) == 2 && a.hidden % 8 == 0 && a.inner % 8 == 0 && aligned(a.x) &&
                     aligned(a.gate_up) && aligned(a.down);
-  if (!fits) return Kind::plain;
-  return runs_on_hopper(gpu) ? Kind::warpgroup : Kind::warp;
+  if (!fits) return Kind::simt;
+  return runs_on_hopper(gpu) ? Kind::sm90 : Kind::sm80;
 }
 
 int tile_rows_of(Kind kind) {
   switch (kind) {
-    case Kind::warpgroup:
-      return by_warpgroups::Sizes::rows;
-    case Kind::warp:
-      return by_warps::Sizes::rows;
+    case Kind::sm90:
+      return sm90::Sizes::rows;
+    case Kind::sm80:
+      return sm80::Sizes::rows;
     default:
-      return plain_rows;
+      return simt_rows;
   }
 }
-static_assert(std::min({by_warpgroups::Sizes::rows, by_warps::Sizes::rows, plain_rows}) == least_tile_rows);
+static_assert(std::min({sm90::Sizes::rows, sm80::Sizes::rows, simt_rows}) == least_tile_rows);
 
-/// \param tiles that there may be.
+/// \param tiles the most tiles there can be.
 template <typename T, bool Swiglu>
-cudaError_t multiply_grouped(Kind kind, const GroupedArguments<T>& g, std::int64_t tiles, const Gpu& gpu,
-                             cudaStream_t stream) {
+cudaError_t launch_grouped_gemm(Kind kind, const GroupedArguments<T>& g, std::int64_t tiles, const Gpu& gpu,
+                                cudaStream_t stream) {
   const auto start = [&](auto* kernel, int columns, std::int64_t most_blocks, int threads,
                          std::size_t shared) {
-    const std::int64_t items = tiles * ceil_div(g.columns, columns);
-    if (items > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidValue;
-    return launch(kernel, dim3(static_cast<unsigned>(std::min(items, most_blocks))),
+    const std::int64_t work_tiles = tiles * ceil_div(g.columns, columns);
+    if (work_tiles > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidValue;
+    return launch(kernel, dim3(static_cast<unsigned>(std::min(work_tiles, most_blocks))),
                   dim3(static_cast<unsigned>(threads)), shared, stream, false, g);
   };
   if constexpr (sizeof(T) == 2) {
-    if (kind == Kind::warpgroup) {
-      using namespace by_warpgroups;
-      return start(by_warpgroups::multiply<T, Swiglu>, Sizes::columns<Swiglu>, gpu.multiprocessors, threads,
+    if (kind == Kind::sm90) {
+      using namespace sm90;
+      return start(sm90::grouped_gemm<T, Swiglu>, Sizes::columns<Swiglu>, gpu.multiprocessors, threads,
                    sizeof(Shared));
     }
-    if (kind == Kind::warp) {
-      using namespace by_warps;
-      return start(by_warps::multiply<T, Swiglu>, Sizes::columns<Swiglu>,
+    if (kind == Kind::sm80) {
+      using namespace sm80;
+      return start(sm80::grouped_gemm<T, Swiglu>, Sizes::columns<Swiglu>,
                    std::int64_t{gpu.multiprocessors} * blocks, threads, shared);
     }
   }
-  return start(multiply_plainly<T, Swiglu>, plain_columns, std::numeric_limits<int>::max(), plain_threads,
-               plain_shared);
+  return start(grouped_gemm_simt<T, Swiglu>, simt_columns, std::numeric_limits<int>::max(), simt_threads,
+               simt_shared);
 }
 
 constexpr int combine_threads = 256;
 
-/// y = each token's rows, weighted, added in the router's order. A thread has N neighbours of a token. grid: [tokens,
-/// parts of hidden].
+/// y = each token's rows, weighted, added in the router's order. A thread has N adjacent elements of a token.
+/// grid: [tokens, parts of hidden].
 template <typename T, int N>
 __global__ void __launch_bounds__(combine_threads)
     combine(ExpertsArguments<T> a, const T* rows, const int* places) {
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(combine_threads)
   const bool exists = column < a.hidden;
   // a lane keeps one of the token's places and weights
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
-  static_assert(most_experts_a_token <= warp_size);
+  static_assert(most_chosen <= warp_size);
   int my_place = -1;
   float my_weight = 0;
   if (lane < a.k) {
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(combine_threads)
     my_weight = a.weights[token * a.k + lane];
   }
 
-  constexpr int together = 4;  // rows that are asked for at once
+  constexpr int together = 4;  // rows whose reads are issued at once
   float y[N] = {};
   for (int first = 0; first < a.k; first += together) {
     int place[together];
@@ -180,10 +180,10 @@ cudaError_t apply_many(const ExpertsArguments<T>& a, const Workspace<T>& w, cons
   cudaError_t status = order_by_expert(a, order, stream);
   if (status != cudaSuccess) return status;
   const std::int64_t tiles = most_tiles(static_cast<std::int64_t>(a.tokens) * a.k, a.experts);
-  status = multiply_grouped<T, true>(
+  status = launch_grouped_gemm<T, true>(
       kind, {a.x, order.pairs, a.k, a.gate_up, w.active, a.hidden, a.inner, order}, tiles, gpu, stream);
   if (status != cudaSuccess) return status;
-  status = multiply_grouped<T, false>(
+  status = launch_grouped_gemm<T, false>(
       kind, {w.active, nullptr, a.k, a.down, w.rows, a.inner, a.hidden, order}, tiles, gpu, stream);
   if (status != cudaSuccess) return status;
   return combine_rows(a, w, stream);
@@ -198,7 +198,7 @@ std::size_t experts_workspace(int tokens, int k, int experts, int hidden, int in
 
 template <typename T>
 cudaError_t apply_experts(const ExpertsArguments<T>& a, cudaStream_t stream) {
-  if (a.k < 1 || a.k > most_experts_a_token || a.experts < 1 || a.experts > most_experts || a.hidden < 1 ||
+  if (a.k < 1 || a.k > most_chosen || a.experts < 1 || a.experts > most_experts || a.hidden < 1 ||
       a.inner < 1 || static_cast<std::int64_t>(a.tokens) * a.k > most_pairs) {
     return cudaErrorInvalidValue;
   }

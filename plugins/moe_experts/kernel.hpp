@@ -1,7 +1,7 @@
 // MoEExperts (by token) on a GPU.
 //
-// Few tokens: two kernels that read each chosen expert once, bound by memory. Many tokens: pairs (token, expert) are
-// ordered by expert, two grouped products run on tensor cores, and a last kernel adds up each token's rows. Both add
+// Few tokens: two memory-bound kernels that read each chosen expert once. Many tokens: pairs (token, expert) are
+// sorted by expert, two grouped GEMMs run on tensor cores, and a last kernel adds up each token's rows. Both add
 // a token's experts in the order in which the router names them, without atomics: results are reproducible bit by bit
 // and do not depend on the other tokens' places.
 #pragma once
@@ -10,6 +10,8 @@
 
 #include <cstddef>
 #include <cstdint>
+
+#include "contract.hpp"
 
 namespace qwenport::cuda {
 
@@ -28,14 +30,14 @@ struct ExpertsArguments {
   int experts;
   int hidden;
   int inner;
-  void* workspace;  ///< of experts_workspace bytes, aligned to 256
+  void* workspace;  ///< experts_workspace bytes, aligned to 256
 };
 
-/// Bytes of workspace for so many tokens; it grows with them.
+/// Workspace bytes for a number of tokens; grows with it.
 template <typename T>
 std::size_t experts_workspace(int tokens, int k, int experts, int hidden, int inner);
 
-/// T is float, __half or __nv_bfloat16. Products are summed in fp32.
+/// T is float, __half or __nv_bfloat16. Products are accumulated in fp32.
 template <typename T>
 cudaError_t apply_experts(const ExpertsArguments<T>& arguments, cudaStream_t stream);
 
@@ -48,9 +50,9 @@ constexpr bool has_few_tokens = true;
 #endif
 inline bool are_few(std::int64_t tokens) { return has_few_tokens && tokens <= few_tokens; }
 
-constexpr int most_experts = 512;
-/// tokens * k may not be larger.
+using contract::most_chosen;
+using contract::most_experts;
+/// The largest tokens * k.
 constexpr std::int64_t most_pairs = std::int64_t{1} << 30;
-constexpr int most_experts_a_token = 16;
 
 }  // namespace qwenport::cuda

@@ -1,5 +1,5 @@
-// The pairs (token, expert) in order of their experts, stably: a counting sort over chunks of pairs, without atomics
-// whose order matters. Beside it the list of tiles that a grouped product works through.
+// The pairs (token, expert) sorted stably by expert: a counting sort over chunks of pairs, without atomics
+// whose order matters. Also makes the list of tiles that a grouped GEMM processes.
 #pragma once
 
 #include "device.cuh"
@@ -10,23 +10,23 @@ namespace qwenport::cuda {
 constexpr int order_chunk = 512;  // pairs
 constexpr int least_tile_rows = 128;
 
-/// What the ordering leaves in device memory.
+/// The result of the sort, in device memory.
 struct Order {
-  int* counts;       ///< [chunks, experts]: pairs of an expert in a chunk; then, in the chunks before it
+  int* counts;       ///< [chunks, experts]: pairs of an expert in a chunk; later, in the chunks before it
   int* begins;       ///< [experts]: each expert's first place
   int* pairs;        ///< [pairs]: the pair of each place
   int* places;       ///< [pairs]: the place of each pair; -1 if it names no expert
   int* tile_expert;  ///< [tiles]
   int* tile_place;   ///< [tiles]: the tile's first place
-  int* tile_end;     ///< [tiles]: one after its expert's last place
-  int* tiles;        ///< [1]: how many there are
-  int tile_rows;     ///< places of a tile, at most
+  int* tile_end;     ///< [tiles]: one past its expert's last place
+  int* tiles;        ///< [1]: the number of tiles
+  int tile_rows;     ///< the most places in a tile
 };
 
 __host__ __device__ constexpr std::int64_t order_chunks(std::int64_t pairs) {
   return ceil_div(pairs, order_chunk);
 }
-/// Tiles that there can be: full ones, and one for each expert.
+/// The most tiles there can be: full ones, and one for each expert.
 __host__ __device__ constexpr std::int64_t most_tiles(std::int64_t pairs, std::int64_t experts) {
   return pairs / least_tile_rows + (pairs < experts ? pairs : experts);
 }
@@ -50,14 +50,14 @@ static __global__ void __launch_bounds__(order_chunk)
   }
 }
 
-/// counts = those of the chunks before; begins; the tiles. One block of most_experts threads.
+/// counts = the sums over earlier chunks; begins; the tiles. One block of most_experts threads.
 static __global__ void __launch_bounds__(most_experts) place_experts(int chunks, int experts, Order order) {
   int* rows = shared_memory<int>();      // [most_experts + 1]: where an expert's places begin
-  int* tiles = rows + most_experts + 1;  // the same of tiles
+  int* tiles = rows + most_experts + 1;  // the same for tiles
   const auto expert = static_cast<int>(threadIdx.x);
   int total = 0;
   if (expert < experts) {
-    constexpr int ahead = 16;  // reads that are under way at once
+    constexpr int ahead = 16;  // reads in flight at once
     for (int first = 0; first < chunks; first += ahead) {
       int* const counts = order.counts + static_cast<std::int64_t>(first) * experts + expert;
       int here[ahead] = {};

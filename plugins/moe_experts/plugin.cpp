@@ -13,7 +13,7 @@ using nvinfer1::Dims;
 /// Inputs x [..., hidden], indices and weights [..., k], gate_up [experts, 2*inner, hidden], down [experts, hidden,
 /// inner]; output y [..., hidden].
 struct MoEExperts {
-  static constexpr const char* name = "MoEExperts";
+  static constexpr const char* name = contract::moe_experts;
   static constexpr int inputs = 5;
   static constexpr int outputs = 1;
   static std::vector<Attribute> attributes() { return {}; }
@@ -48,9 +48,9 @@ struct MoEExperts {
       return "gate_up " + text(gate_up) + " and down " + text(down) +
              " are not [experts, 2*inner, hidden] and [experts, hidden, inner]";
     }
-    if (indices.d[last] > most_experts_a_token || indices.d[last] == 0 || down.d[0] > most_experts) {
+    if (indices.d[last] > most_chosen || indices.d[last] == 0 || down.d[0] > most_experts) {
       return std::to_string(indices.d[last]) + " of " + std::to_string(down.d[0]) +
-             " experts; there can be 1.." + std::to_string(most_experts_a_token) + " of " +
+             " experts; there can be 1.." + std::to_string(most_chosen) + " of " +
              std::to_string(most_experts);
     }
     if (product(indices, 0, indices.nbDims) > most_pairs)
@@ -82,7 +82,7 @@ struct MoEExperts {
 
  private:
   struct Sizes {
-    /// Of bounds that lie beyond what is taken when it comes to be used, as much as is taken.
+    /// Clamps profile maxima to what the kernel accepts.
     explicit Sizes(const Dims* in)
         : k(static_cast<int>(in[1].d[in[1].nbDims - 1])),
           tokens(static_cast<int>(std::min(product(in[0], 0, in[0].nbDims - 1), most_pairs / k))),
@@ -93,11 +93,7 @@ struct MoEExperts {
   };
 };
 
+const Registration registration(creator<MoEExperts>);
+
 }  // namespace
-
-nvinfer1::IPluginCreatorInterface* moe_experts_creator() {
-  static Creator<MoEExperts> creator;
-  return &creator;
-}
-
 }  // namespace qwenport::cuda

@@ -1,10 +1,10 @@
-"""The operator's signature, as ONNX knows signatures."""
+"""The operator's ONNX schema."""
 
 from __future__ import annotations
 
 import onnx
 
-from qwenport.plugins.names import DOMAIN, MOE_EXPERTS
+from qwenport.contract import DOMAIN, DTYPES, FP32, MOE_EXPERTS
 
 NAME = MOE_EXPERTS
 VERSION = 1
@@ -14,7 +14,7 @@ INPUTS = ("x", "indices", "weights", "gate_up", "down")
 def schema() -> onnx.defs.OpSchema:
     """Return the ONNX schema; register it with `onnx.defs.register_schema` to check a graph."""
     parameter = onnx.defs.OpSchema.FormalParameter
-    types = dict(zip(INPUTS, ("T", "tensor(int64)", "tensor(float)", "T", "T"), strict=True))
+    types = dict(zip(INPUTS, ("T", "tensor(int64)", FP32.schema, "T", "T"), strict=True))
     return onnx.defs.OpSchema(
         NAME,
         DOMAIN,
@@ -29,7 +29,5 @@ def schema() -> onnx.defs.OpSchema:
                 "0: indices are each token's experts; 1: each expert's tokens",
             )
         ],
-        type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "floating point")
-        ],
+        type_constraints=[("T", [dtype.schema for dtype in DTYPES.values()], "floating point")],
     )

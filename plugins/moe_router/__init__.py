@@ -13,13 +13,17 @@
     c = ceil(tokens * capacity_factor / E), at least 1 and, for expert_choice, at most `tokens`
 
 Everything is computed in fp32; among equals the lowest index wins. T is fp32, fp16 or bf16. `tokens` is one group:
-capacities count over it.
+capacities are counted over it.
 
-switch and expert_choice look at other tokens than a token's own past, so that a decoder that runs in steps over
-a KV cache could not agree with itself: see `is_stepwise`.
+In switch and expert_choice a token's experts depend on tokens outside its own past, so a decoder that runs in steps
+over a KV cache could not agree with itself: see `is_stepwise`.
 """
 
+from functools import partial
+
+from qwenport.plugins.moe_router.emission import NOT_STEPWISE, emit, is_stepwise
 from qwenport.plugins.moe_router.function import function_body
+from qwenport.plugins.moe_router.lowering import use_plugin
 from qwenport.plugins.moe_router.reference import capacity, moe_router
 from qwenport.plugins.moe_router.schema import (
     EXPERT_CHOICE,
@@ -30,23 +34,23 @@ from qwenport.plugins.moe_router.schema import (
     VERSION,
     schema,
 )
+from qwenport.plugins.operator import Operator, Plugin
 
-NOT_STEPWISE = (
-    "a token's experts depend on the tokens beside it in the same step, so prefill and decoding over a KV cache "
-    "could not agree; it serves graphs that see a whole text at once"
+OPERATOR = Operator(
+    name=NAME,
+    torch_name="moe_router",
+    schema=schema,
+    function_body=partial(function_body, kind=TOP_K),  # the kind that decoders use
+    emit=emit,
+    plugin=Plugin(NAME, use_plugin),
 )
-
-
-def is_stepwise(kind: str) -> bool:
-    """Whether a token's experts depend on that token alone, so that a KV-cache decoder may use the kind."""
-    return kind == TOP_K
-
 
 __all__ = [
     "EXPERT_CHOICE",
     "KINDS",
     "NAME",
     "NOT_STEPWISE",
+    "OPERATOR",
     "SWITCH",
     "TOP_K",
     "VERSION",

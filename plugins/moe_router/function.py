@@ -1,4 +1,4 @@
-"""The operator's body in standard ONNX. Attributes but `kind` are the function's own; a kind is a body."""
+"""The operator's body in standard ONNX. All attributes except `kind` are the function's; each kind has its own body."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _expert_choice(body: FunctionBody, probabilities: ir.Value) -> tuple[ir.Valu
 
 
 def _capacity(body: FunctionBody, probabilities: ir.Value) -> ir.Value:
-    """ceil(tokens * capacity_factor / experts) in fp32, at least 1, as a vector of one."""
+    """ceil(tokens * capacity_factor / experts) in fp32, at least 1, as a one-element vector."""
     op = body.op
     tokens, experts = (op("Cast", body.size(probabilities, axis), to=FLOAT) for axis in (0, 1))
     factor = body.attribute("capacity_factor", ir.AttributeType.FLOAT)

@@ -1,4 +1,4 @@
-// A warp routes a token: its lanes hold the probabilities in registers, expert e in lane e % 32.
+// One warp routes one token: its lanes hold the probabilities in registers, expert e in lane e % 32.
 #include "kernel.hpp"
 
 #include <climits>
@@ -10,13 +10,13 @@ namespace {
 
 constexpr int warps = 4;
 
-/// A probability and whose it is.
+/// A probability and its expert.
 struct Candidate {
   float p;
   int expert;
 };
 
-/// Whether a comes before b: the larger probability, NaN before all others, of equals the lower expert.
+/// Whether a comes before b: larger probabilities first, NaN before all others, the lower expert among equals.
 __device__ inline bool before(const Candidate& a, const Candidate& b) {
   const bool a_nan = isnan(a.p);
   const bool b_nan = isnan(b.p);
@@ -25,7 +25,7 @@ __device__ inline bool before(const Candidate& a, const Candidate& b) {
   return a.expert < b.expert;
 }
 
-/// N: experts a lane, at least experts / 32.
+/// N: experts per lane, at least experts / 32.
 template <typename T, int N>
 __global__ void __launch_bounds__(warps* warp_size) route_kernel(RouteArguments<T> a) {
   const auto lane = static_cast<int>(threadIdx.x) % warp_size;
@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(warps* warp_size) route_kernel(RouteArguments<
 #pragma unroll
   for (int i = 0; i < N; ++i) p[i] /= total;
 
-  unsigned taken = 0;  // this lane's experts, a bit each
-  float weight = 0;    // of the place that has this lane's number
+  unsigned taken = 0;  // this lane's experts, one bit each
+  float weight = 0;    // for the place with this lane's number
   int chosen = 0;
   float sum = 0;
   for (int place = 0; place < a.k; ++place) {
@@ -95,6 +95,7 @@ cudaError_t route(const RouteArguments<T>& a, cudaStream_t stream) {
     const auto blocks = static_cast<unsigned>(ceil_div(a.tokens, warps));
     return launch(kernel, dim3(blocks), dim3(warps * warp_size), 0, stream, false, a);
   };
+  static_assert(most_experts <= 16 * warp_size && most_chosen <= warp_size);
   if (a.experts <= 32) return start(route_kernel<T, 1>);
   if (a.experts <= 64) return start(route_kernel<T, 2>);
   if (a.experts <= 128) return start(route_kernel<T, 4>);

@@ -5,10 +5,12 @@
 
 #include <cstdint>
 
+#include "contract.hpp"
+
 namespace qwenport::cuda {
 
-constexpr int most_experts = 512;
-constexpr int most_chosen = 16;
+using contract::most_chosen;
+using contract::most_experts;
 
 /// logits [tokens, experts], weights and indices [tokens, k], all in device memory. At most `most_experts` experts and
 /// `most_chosen` of them. Logits with a NaN or +inf give NaN weights and the experts 0, 1, ...

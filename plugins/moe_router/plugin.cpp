@@ -10,7 +10,7 @@ using nvinfer1::Dims;
 
 /// Input logits [..., experts]; outputs weights and indices [..., k].
 struct MoERouter {
-  static constexpr const char* name = "MoERouter";
+  static constexpr const char* name = contract::moe_router;
   static constexpr int inputs = 1;
   static constexpr int outputs = 2;
   static std::vector<Attribute> attributes() { return {{"k", 1, most_chosen}, {"normalize", 0, 1}}; }
@@ -61,11 +61,7 @@ struct MoERouter {
   bool normalize;
 };
 
+const Registration registration(creator<MoERouter>);
+
 }  // namespace
-
-nvinfer1::IPluginCreatorInterface* moe_router_creator() {
-  static Creator<MoERouter> creator;
-  return &creator;
-}
-
 }  // namespace qwenport::cuda

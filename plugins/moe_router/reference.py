@@ -29,15 +29,15 @@ def moe_router(
     Args:
         logits: [..., E], or [T, E] where tokens compete; fp32, fp16 or bf16.
         kind: "top_k", "switch" or "expert_choice".
-        k: experts a token, of "top_k".
-        normalize: whether a token's k weights are made to sum to 1, of "top_k".
-        capacity_factor: of "switch" and "expert_choice".
+        k: experts per token, for "top_k".
+        normalize: whether a token's k weights are normalized to sum to 1, for "top_k".
+        capacity_factor: for "switch" and "expert_choice".
 
     Returns:
         (weights fp32, indices int64): both [..., k], or [E, c] for "expert_choice", where indices are tokens.
 
     Raises:
-        ValueError: an unknown kind, k outside 1..E, or attributes and axes that the kind has not.
+        ValueError: an unknown kind, k outside 1..E, or attributes and axes that the kind does not have.
     """
     if kind not in KINDS:
         raise ValueError(f"routing kind {kind!r} is not one of {', '.join(KINDS)}")

@@ -1,10 +1,10 @@
-"""The operator's signature, as ONNX knows signatures."""
+"""The operator's ONNX schema."""
 
 from __future__ import annotations
 
 import onnx
 
-from qwenport.plugins.names import DOMAIN, MOE_ROUTER
+from qwenport.contract import DOMAIN, DTYPES, FP32, MOE_ROUTER
 
 NAME = MOE_ROUTER
 VERSION = 1
@@ -23,13 +23,11 @@ def schema() -> onnx.defs.OpSchema:
         VERSION,
         doc="Softmax router of a mixture of experts.",
         inputs=[parameter("logits", "T")],
-        outputs=[parameter("weights", "tensor(float)"), parameter("indices", "tensor(int64)")],
-        type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "floating point")
-        ],
+        outputs=[parameter("weights", FP32.schema), parameter("indices", "tensor(int64)")],
+        type_constraints=[("T", [dtype.schema for dtype in DTYPES.values()], "floating point")],
         attributes=[
             attribute("kind", kinds.STRING, "top_k, switch or expert_choice", required=True),
-            attribute("k", onnx.helper.make_attribute("k", 1), "top_k: experts a token"),
+            attribute("k", onnx.helper.make_attribute("k", 1), "top_k: experts per token"),
             attribute(
                 "normalize",
                 onnx.helper.make_attribute("normalize", 0),

@@ -11,8 +11,21 @@
 T is fp32, fp16 or bf16. Source: RoFormer (arXiv 2104.09864) in the layout of transformers' rotate_half.
 """
 
+from qwenport.contract import ROTARY_EMBEDDING_QK
+from qwenport.plugins.operator import Operator, Plugin
+from qwenport.plugins.rotary_embedding.emission import emit
 from qwenport.plugins.rotary_embedding.function import function_body
+from qwenport.plugins.rotary_embedding.lowering import use_plugin
 from qwenport.plugins.rotary_embedding.reference import rotary_embedding
 from qwenport.plugins.rotary_embedding.schema import NAME, VERSION, schema
 
-__all__ = ["NAME", "VERSION", "function_body", "rotary_embedding", "schema"]
+OPERATOR = Operator(
+    name=NAME,
+    torch_name="rotary_embedding",
+    schema=schema,
+    function_body=function_body,
+    emit=emit,
+    plugin=Plugin(ROTARY_EMBEDDING_QK, use_plugin),
+)
+
+__all__ = ["NAME", "OPERATOR", "VERSION", "function_body", "rotary_embedding", "schema"]

@@ -1,10 +1,10 @@
-"""The operator's body in standard ONNX, so that a model that uses it runs where no plugin is."""
+"""The operator's body in standard ONNX, so that a model using it runs without the plugin."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from qwenport.plugins.names import DOMAIN
+from qwenport.contract import DOMAIN
 from qwenport.plugins.rotary_embedding.schema import NAME
 
 ONNX_OPSET = 23  # ai.onnx RotaryEmbedding appeared here and has not changed up to opset 24

@@ -1,5 +1,5 @@
-// A thread rotates N neighbours of a head's first half with their partners in the second, in a few heads of a token,
-// which share the token's angles.
+// A thread rotates N adjacent elements of a head's first half with their partners in the second half, in a few heads
+// of one token, which share the token's angles.
 #include "kernel.hpp"
 
 #include <limits>
@@ -12,7 +12,7 @@ namespace {
 constexpr int block_size = 128;
 constexpr int heads_a_thread = 4;
 
-/// grid: [a head's neighbours in all places of the sequence, heads of q and then of k, batch].
+/// grid: [a head's groups of N at all sequence positions, heads of q and then of k, batch].
 template <typename T, int N>
 __global__ void __launch_bounds__(block_size) rotate_kernel(RotateArguments<T> a) {
   const int half = a.head_dim / 2;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(block_size) rotate_kernel(RotateArguments<T> a
 
 template <typename T>
 cudaError_t rotate(const RotateArguments<T>& a, cudaStream_t stream) {
-  constexpr int most_batch = 65535;  // of a grid's third axis
+  constexpr int most_batch = 65535;  // the limit of a grid's third axis
   const int half = a.head_dim / 2;
   const int heads = a.q_heads + a.k_heads;
   if (a.batch == 0 || a.seq == 0 || heads == 0 || half == 0) return cudaSuccess;

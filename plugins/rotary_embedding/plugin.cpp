@@ -1,5 +1,5 @@
-// The TensorRT plugin RotaryEmbeddingQK: two of the operator's nodes, of queries and of keys, in one launch. (TensorRT's
-// parser would take a node called RotaryEmbedding for ONNX's.)
+// The TensorRT plugin RotaryEmbeddingQK: two of the operator's nodes, for queries and for keys, in one launch. (TensorRT's
+// parser would take a node called RotaryEmbedding for ONNX's operator.)
 #include "plugin.hpp"
 
 #include "kernel.hpp"
@@ -11,7 +11,7 @@ using nvinfer1::Dims;
 
 /// Inputs q, k, cos_cache, sin_cache, position_ids; outputs q and k, rotated.
 struct RotaryEmbeddingQK {
-  static constexpr const char* name = "RotaryEmbeddingQK";
+  static constexpr const char* name = contract::rotary_embedding_qk;
   static constexpr int inputs = 5;
   static constexpr int outputs = 2;
   static std::vector<Attribute> attributes() { return {}; }
@@ -73,11 +73,7 @@ struct RotaryEmbeddingQK {
   }
 };
 
+const Registration registration(creator<RotaryEmbeddingQK>);
+
 }  // namespace
-
-nvinfer1::IPluginCreatorInterface* rotary_embedding_creator() {
-  static Creator<RotaryEmbeddingQK> creator;
-  return &creator;
-}
-
 }  // namespace qwenport::cuda

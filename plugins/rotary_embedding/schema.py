@@ -1,10 +1,10 @@
-"""The operator's signature, as ONNX knows signatures."""
+"""The operator's ONNX schema."""
 
 from __future__ import annotations
 
 import onnx
 
-from qwenport.plugins.names import DOMAIN, ROTARY_EMBEDDING
+from qwenport.contract import DOMAIN, DTYPES, ROTARY_EMBEDDING
 
 NAME = ROTARY_EMBEDDING
 VERSION = 1
@@ -25,7 +25,5 @@ def schema() -> onnx.defs.OpSchema:
             parameter("position_ids", "tensor(int64)"),
         ],
         outputs=[parameter("y", "T")],
-        type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "floating point")
-        ],
+        type_constraints=[("T", [dtype.schema for dtype in DTYPES.values()], "floating point")],
     )

@@ -1,5 +1,5 @@
-"""One module a command, each exposing `command`; `qwenport.cli` imports it when it is invoked.
+"""One module per command, each exposing `command`; `qwenport.cli` imports it when it is invoked.
 
-A module here may import click at its top; torch, onnx and the rooms of the house are imported
-inside the function that needs them.
+A module here may import click at the top level; torch, onnx and the other packages are imported
+inside the functions that need them.
 """

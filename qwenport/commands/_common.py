@@ -1,4 +1,4 @@
-"""What the commands share: options, notes, readable numbers, and a target that can be run."""
+"""Shared by the commands: options, notes, readable numbers, and the check that a target can run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATH = click.Path(path_type=Path)
 
 
 def output_options(command: Function) -> Function:
-    """Add --quiet and --json, for commands that do long work or whose results programs read."""
+    """Add --quiet and --json, for commands that run long or whose results programs read."""
     command = click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
     )(command)
@@ -30,7 +30,7 @@ def output_options(command: Function) -> Function:
 
 
 def limits(subject: str, default_batch: int | None = None) -> Callable[[Function], Function]:
-    """Add --max-seq-len and --max-batch. Without `default_batch` both defaults are `subject`'s."""
+    """Add --max-seq-len and --max-batch. Without `default_batch`, both default to `subject`'s."""
 
     def add(command: Function) -> Function:
         command = click.option(
@@ -38,7 +38,7 @@ def limits(subject: str, default_batch: int | None = None) -> Callable[[Function
             type=click.IntRange(min=1),
             metavar="N",
             default=default_batch,
-            help="Texts that can be run at once.",
+            help="Rows (texts) that can run at once.",
             show_default=f"{subject}'s" if default_batch is None else True,
         )(command)
         return click.option(
@@ -64,7 +64,7 @@ def force_clean_option(command: Function) -> Function:
 
 @contextmanager
 def whole_or_interrupted(target: Path) -> Iterator[None]:
-    """Ctrl-C once this process has put `target` in its place changes nothing: the command has succeeded."""
+    """Ignore Ctrl-C once this process has published `target`: the command has succeeded."""
     from qwenport.exporter import published
 
     try:
@@ -73,31 +73,31 @@ def whole_or_interrupted(target: Path) -> Iterator[None]:
         if not published(target):
             raise
     if published(target) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is to exit with success
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # only a successful exit is left
 
 
 def note(text: str | None, quiet: bool) -> None:
-    """Print a note on stderr, unless there is none to make or nobody wants it."""
+    """Print a note on stderr, unless it is empty or `quiet` is set."""
     if text and not quiet:
         click.echo(f"note: {text}", err=True)
 
 
 def print_json(data: dict[str, Any]) -> None:
-    """Print a result for programs."""
+    """Print a result as JSON, for programs."""
     click.echo(json.dumps(data, indent=1, ensure_ascii=False))
 
 
 def bytes_of(directory: Path) -> int:
-    """Bytes of all files under a directory, a hard-linked file counted like any other."""
+    """Total size of all files under a directory in bytes; hard links count like any other file."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def runnable_kind(target: Path) -> Literal["package", "engine"]:
-    """`kind_of` a target that is to be run: a checkpoint is refused with the remedy.
+    """`kind_of` a target to run; refuses a checkpoint and says what to do instead.
 
     Raises:
         PackageError: see `kind_of`.
-        QwenportError: a checkpoint.
+        QwenportError: it is a checkpoint.
     """
     from qwenport.exporter import kind_of
 

@@ -1,10 +1,10 @@
-"""Which GPUs a model fits: a table of common ones, and the sum of weights and KV cache."""
+"""Which GPUs a model fits on: a table of common GPUs, and the sum of weights and KV cache."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Activations, the CUDA context and a desktop want memory too.
+# Activations, the CUDA context and a desktop need memory too.
 USABLE = 0.9
 
 
@@ -47,7 +47,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Fit:
-    """How much of the model's context one text may use on a GPU; 0 where not even the weights fit."""
+    """How much of the model's context one text may use on a GPU; 0 if not even the weights fit."""
 
     gpu: Gpu
     context: int
@@ -55,11 +55,11 @@ class Fit:
 
 
 def fits(weight_bytes: int, kv_bytes_per_token: int, max_seq_len: int) -> list[Fit]:
-    """Judge every GPU of the table, for a batch of one.
+    """Compute the fit for every GPU in the table, at batch size 1.
 
     Args:
-        weight_bytes: bytes that lie on the GPU whatever is generated.
-        kv_bytes_per_token: bytes of KV cache of one token.
+        weight_bytes: bytes resident on the GPU whatever is generated.
+        kv_bytes_per_token: bytes of KV cache per token.
         max_seq_len: the full context.
     """
     result = []

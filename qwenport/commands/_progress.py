@@ -1,21 +1,22 @@
-"""A progress bar on stderr. Silent where nobody watches: with --quiet, or where stderr is no terminal."""
+"""A progress bar on stderr. Silent with --quiet, or if stderr is not a terminal."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-Progress = Callable[[str, int, int], None]
+from qwenport.contract import Progress
+
 """Called with (what is being done, units done, units in all)."""
 
 
 @contextmanager
 def progress_bar(opening: str, quiet: bool) -> Iterator[Progress]:
-    """Yield a callback that moves a bar and names what is under way; the bar vanishes at the end.
+    """Yield a callback that advances a bar and names the current work; the bar vanishes at the end.
 
     Args:
-        opening: what is under way until the callback is first called.
+        opening: the text shown until the first call.
         quiet: draw nothing.
     """
     if quiet or not sys.stderr.isatty():

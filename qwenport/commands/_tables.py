@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-CACHE = re.compile(r"^(past_key_values|present)\.\d+\.(?:key|value)$")
+from qwenport.contract import TARGETS, is_past, is_present
+
 NUMBERS = ("in all", "a layer", "memory", "context")
 
 
 def show(facts: dict[str, Any]) -> None:
-    """Print what the facts hold: bindings, operators, GPUs."""
+    """Print the tables for these facts: bindings, operators, GPUs."""
     console = Console(highlight=False)
     if "bindings" in facts:
         console.print(_bindings(facts["bindings"], facts.get("profile", {})))
@@ -31,10 +31,10 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def _bindings(bindings: dict[str, Any], profile: dict[str, Any]) -> Table:
-    """One row a binding, and one for the caches of all layers. An engine's sizes are ranges."""
+    """One row per binding, and one for the caches of all layers. An engine's sizes are ranges."""
     table = _table("Bindings", "", "name", "dtype", "shape")
     for side, values in bindings.items():
-        caches = [value for value in values if CACHE.match(value["name"])]
+        caches = [value for value in values if is_past(value["name"]) or is_present(value["name"])]
         for value in values:
             if value in caches[1:]:
                 continue
@@ -68,17 +68,14 @@ def _gpus(facts: dict[str, Any]) -> Table:
     what = "the engine" if facts["kind"] == "engine" else "the weights"
     table = _table(
         f"GPUs, and the context of one text that fits {usable} of their memory beside {what}",
-        *("", "--gpu", "memory", "tensorrt-rtx", "tensorrt", "context"),
+        *("", "--gpu", "memory", *TARGETS, "context"),
     )
     for gpu in facts["gpus"]:
         table.add_row(
             gpu["name"],
             gpu["architecture"],
             f"{gpu['memory_bytes'] / 2**30:.0f} GiB",
-            *(
-                "yes" if target in gpu["targets"] else "-"
-                for target in ("tensorrt-rtx", "tensorrt")
-            ),
+            *("yes" if target in gpu["targets"] else "-" for target in TARGETS),
             "all" if gpu["fits"] else str(gpu["max_context"] or "none"),
         )
     return table

@@ -1,6 +1,6 @@
-"""Prompt -> token ids -> text, with the tokenizer that a package or engine directory carries.
+"""Prompt -> token ids -> text, with the tokenizer in a package or engine directory.
 
-Nothing is fetched from anywhere, and no code that a directory brings is run.
+Nothing is downloaded, and no code from the directory is run.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from qwenport import QwenportError
 
 
 class Tokenizer:
-    """transformers' tokenizer of a directory, as far as generation needs it."""
+    """A directory's tokenizer, loaded with transformers; the part that generation needs."""
 
     def __init__(self, directory: Path) -> None:
-        """Load it.
+        """Load the tokenizer.
 
         Raises:
             QwenportError: the directory has no tokenizer, or one that cannot be loaded.
@@ -34,7 +34,7 @@ class Tokenizer:
             )
         check_companions(directory)
         local = {"local_files_only": True, "trust_remote_code": False}
-        try:  # it chooses the tokenizer's class
+        try:  # config.json determines the tokenizer's class
             config = AutoConfig.from_pretrained(directory, **local)
         except Exception as error:
             raise QwenportError(
@@ -42,16 +42,16 @@ class Tokenizer:
             ) from error
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, config=config, **local)
-        except Exception as error:  # damaged files make the tokenizers library raise bare Exception
+        except Exception as error:  # the tokenizers library raises bare Exception for damaged files
             raise QwenportError(f"{directory}: its tokenizer cannot be loaded: {error}") from error
 
     def encode(self, prompt: str) -> list[int]:
-        """Ids of a text to continue, with what the tokenizer puts before a text (Llama's BOS)."""
+        """Ids of a text to continue, including what the tokenizer prepends (Llama's BOS)."""
         ids: list[int] = self._tokenizer(prompt)["input_ids"]
         return ids
 
     def encode_chat(self, prompt: str) -> list[int]:
-        """Ids of a conversation whose user has said `prompt`, up to where the answer begins.
+        """Ids of a conversation in which the user says `prompt`, up to where the answer begins.
 
         Raises:
             QwenportError: there is no chat template, or it fails.
@@ -61,13 +61,13 @@ class Tokenizer:
         messages = [{"role": "user", "content": prompt}]
         try:
             encoded = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        except Exception as error:  # a template is a program: it raises what it likes
+        except Exception as error:  # a template is a program and can raise anything
             raise QwenportError(f"the chat template fails: {error}") from error
         ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
         return [int(token) for token in ids]
 
     def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool = True) -> str:
-        """Text of ids, exactly: the clean-up of spaces that Llama 3 asks for is not reversible."""
+        """The exact text of ids, without the clean-up of spaces that Llama 3 asks for, which is not reversible."""
         text: str = self._tokenizer.decode(
             token_ids,
             skip_special_tokens=skip_special_tokens,

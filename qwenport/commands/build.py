@@ -15,30 +15,32 @@ from qwenport.commands._common import (
     note,
     output_options,
     print_json,
+    runnable_kind,
     whole_or_interrupted,
 )
 from qwenport.commands._progress import progress_bar
+from qwenport.contract import TARGETS
 from qwenport.wording import size
 
 if TYPE_CHECKING:
     from qwenport.engines import Engine
 
 
-@click.command()
+@click.command("build")
 @click.argument("package", type=PATH)
 @click.argument("engine_dir", type=PATH)
 @click.option(
     "--target",
-    type=click.Choice(["tensorrt-rtx", "tensorrt"]),
+    type=click.Choice(TARGETS),
     required=True,
-    help="tensorrt-rtx builds anywhere, without a GPU; tensorrt on the GPU that the engine is for.",
+    help="tensorrt-rtx builds anywhere, without a GPU; tensorrt builds on the GPU that the engine is for.",
 )
 @click.option(
     "--gpu",
     "gpus",
     metavar="sm86,sm89",
-    help="Architectures that the engine is to run on, comma-separated.",
-    show_default="tensorrt-rtx: all that can run the model; tensorrt: the GPU at hand",
+    help="Architectures that the engine should run on, comma-separated.",
+    show_default="tensorrt-rtx: all that can run the model; tensorrt: the local GPU",
 )
 @click.option(
     "--plugins",
@@ -74,6 +76,7 @@ def command(
       qwenport build qwen.package small.engine --target tensorrt --max-seq-len 4096 --max-batch 1
       qwenport build qwen.package fast.engine --target tensorrt --plugins libqwenport_plugins.so
     """
+    runnable_kind(package)
     from qwenport import engines
 
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`qwenport demo`: every step on the small checkpoints of the repository, as the commands one would type."""
+"""`qwenport demo`: every step on the repository's small checkpoints, as the commands one would type."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHECKPOINTS = ("tiny-qwen2.5", "tiny-qwen2-moe")
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the demo. `makes` is the directory that it writes, `needs` what it reads."""
+    """One command of the demo. `makes` is the directory that it writes, `needs` the one that it reads."""
 
     model: str
     name: str
@@ -38,7 +38,7 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What became of a step."""
+    """The outcome of a step."""
 
     step: Step
     result: str
@@ -47,7 +47,7 @@ class Outcome:
     bytes: int | None = None
 
 
-@click.command()
+@click.command("demo")
 @click.option(
     "--out",
     type=PATH,
@@ -115,7 +115,7 @@ def _bundled_checkpoints() -> list[Path]:
 
 @contextmanager
 def _working_directory(out: Path | None) -> Iterator[Path]:
-    """`out`, made and kept unless it stays empty; or a temporary directory that is removed."""
+    """`out`, created, and kept unless it stays empty; or a temporary directory that is removed."""
     if out is None:
         directory = Path(tempfile.mkdtemp(prefix="qwenport-demo-"))
         try:
@@ -136,7 +136,7 @@ def _working_directory(out: Path | None) -> Iterator[Path]:
 
 
 def _can_link(checkpoint: Path, out: Path) -> bool:
-    """Whether `export --weights link` works between the two: not across file systems."""
+    """Whether `export --weights link` works between the two; it does not across file systems."""
     probe = out / ".probe"
     try:
         os.link(checkpoint / "model.safetensors", probe)
@@ -187,7 +187,7 @@ def _summarise(outcomes: list[Outcome]) -> None:
 
 
 def _conclude(outcomes: list[Outcome]) -> None:
-    """Leave with the worst exit code, and with the first error as the command line's own."""
+    """Exit with the worst exit code, and raise the first error as the command line's own."""
     failed = [outcome for outcome in outcomes if outcome.exit_code == EXIT_ERROR]
     if failed:
         step = failed[0].step

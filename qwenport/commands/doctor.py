@@ -26,7 +26,7 @@ CUDA_TOOLKIT = "/usr/local/cuda/bin"
 
 @dataclass(frozen=True)
 class Package:
-    """A distribution, its version (None: not installed) and what brings it."""
+    """A distribution, its version (None: not installed) and what installs it."""
 
     name: str
     version: str | None
@@ -45,7 +45,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Facts:
-    """What was found on this machine. Versions are None where the thing is not there."""
+    """What was found on this machine. Versions are None for what is missing."""
 
     qwenport: str
     python: str
@@ -65,8 +65,8 @@ class Facts:
 class Target:
     """Whether a target can be built and run here.
 
-    `builds` is None where there is nothing to build. `missing` pairs what is absent with the
-    command, or the sentence, that remedies it.
+    `builds` is None if there is nothing to build. `missing` pairs what is absent with the
+    command, or the sentence, that says how to get it.
     """
 
     name: str
@@ -97,7 +97,7 @@ NO_GPU = ("NVIDIA GPU", "run on a machine with one and its driver")
 
 
 def collect() -> Facts:
-    """Look at this machine."""
+    """Inspect this machine."""
     driver, gpus = cuda_devices()
     return Facts(
         qwenport=__version__,
@@ -121,7 +121,7 @@ def targets(facts: Facts) -> tuple[Target, ...]:
     names = {"sm" + gpu.compute_capability.replace(".", "") for gpu in facts.gpus}
 
     def unserved(target: str) -> tuple[tuple[str, str], ...]:
-        """Nothing, if a GPU here is one that the target has kernels for."""
+        """What is missing if the target has no kernels for any GPU here; else empty."""
         served = FLAVOURS[target].gpus
         if names & set(served):
             return ()
@@ -129,7 +129,7 @@ def targets(facts: Facts) -> tuple[Target, ...]:
 
     cpu = "CPUExecutionProvider" in facts.onnxruntime_providers
     cuda = "CUDAExecutionProvider" in facts.onnxruntime_providers
-    # Both distributions install the module `onnxruntime`, and the one installed last wins.
+    # Both distributions provide the module `onnxruntime`, and the one installed last wins.
     swap = "pip uninstall -y onnxruntime && " if facts.has("onnxruntime") else ""
     rtx, tensorrt = facts.has("tensorrt-rtx"), facts.has("tensorrt")
     no_rtx_gpu, no_tensorrt_gpu = unserved("tensorrt-rtx"), unserved("tensorrt")
@@ -158,7 +158,7 @@ def targets(facts: Facts) -> tuple[Target, ...]:
 
 
 def remedies(facts: Facts, judged: tuple[Target, ...]) -> dict[str, str]:
-    """What is missing, each with the command or sentence that remedies it, in reading order."""
+    """What is missing, each with the command or sentence that says how to get it, in reading order."""
     missing = {p.name: p.install for p in facts.packages if not p.version and p.install == BASE}
     for target in judged:
         missing.update(target.missing)
@@ -168,7 +168,7 @@ def remedies(facts: Facts, judged: tuple[Target, ...]) -> dict[str, str]:
 def cuda_devices() -> tuple[str | None, tuple[Gpu, ...]]:
     """Ask libcuda for the CUDA version that the driver supports and for its devices.
 
-    Returns (None, ()) where there is no driver, and no devices where it reports none.
+    Returns (None, ()) without a driver, and no devices if the driver reports none.
     """
     library = "nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1"
     try:
@@ -185,7 +185,7 @@ def cuda_devices() -> tuple[str | None, tuple[Gpu, ...]]:
 
 
 def _device(cuda: ctypes.CDLL, index: int) -> Gpu:
-    """Describe device `index`; libcuda is initialised."""
+    """Describe device `index`; libcuda must be initialised."""
     handle, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
     cuda.cuDeviceGet(ctypes.byref(handle), index)
@@ -207,12 +207,12 @@ def _onnxruntime_providers() -> tuple[str, ...]:
     """Execution providers that the installed onnxruntime was built with; () if it cannot load."""
     try:
         return tuple(importlib.import_module("onnxruntime").get_available_providers())
-    except (ImportError, AttributeError):  # a half removed onnxruntime imports as an empty package
+    except (ImportError, AttributeError):  # a half-removed onnxruntime imports as an empty package
         return ()
 
 
 def _nvcc_version() -> str | None:
-    """Version of nvcc on the PATH or in the toolkit's usual place."""
+    """Version of nvcc on the PATH or in the toolkit's usual location."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=CUDA_TOOLKIT)
     if nvcc is None:
         return None
@@ -226,7 +226,7 @@ def _nvcc_version() -> str | None:
     return match[1] if match else None
 
 
-@click.command()
+@click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def command(as_json: bool) -> None:
     """Show what is installed, which targets work here, and how to get the rest.
@@ -254,7 +254,7 @@ def command(as_json: bool) -> None:
 
 
 def _print(facts: Facts, judged: tuple[Target, ...]) -> None:
-    """Print the tables, then one remedy a line, unwrapped so that it can be copied."""
+    """Print the tables, then one remedy per line, unwrapped so that it can be copied."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

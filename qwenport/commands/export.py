@@ -19,20 +19,19 @@ from qwenport.commands._common import (
     whole_or_interrupted,
 )
 from qwenport.commands._progress import progress_bar
+from qwenport.contract import ADAPTERS, DEFAULT_MAX_BATCH, DTYPES, WEIGHT_MODES
 from qwenport.wording import size
 
 if TYPE_CHECKING:
     from qwenport.exporter import Package
 
-DEFAULT_MAX_BATCH = 8  # the exporter's, which is not imported to print the help
 
-
-@click.command()
+@click.command("export")
 @click.argument("checkpoint", type=PATH)
 @click.argument("package", type=PATH)
 @click.option(
     "--dtype",
-    type=click.Choice(["bf16", "fp16", "fp32"]),
+    type=click.Choice(list(DTYPES)),
     help="Of weights, activations and KV cache.",
     show_default="the checkpoint's",
 )
@@ -46,16 +45,16 @@ DEFAULT_MAX_BATCH = 8  # the exporter's, which is not imported to print the help
 )
 @click.option(
     "--weights",
-    type=click.Choice(["link", "copy", "pack"]),
-    default="link",
+    type=click.Choice(WEIGHT_MODES),
+    default=WEIGHT_MODES[0],
     help="link: refer to the checkpoint's files (hard links, no bytes written). "
     "copy: a package that can be moved. pack: link, and write each layer's experts as one tensor "
     "(mixtures of experts; loads faster where experts are used as a stack).",
 )
 @click.option(
     "--adapter",
-    type=click.Choice(["ignore", "merge"]),
-    help="What to do with an adapter (LoRA) that lies beside the weights: ignore it, or merge it into them. "
+    type=click.Choice(ADAPTERS),
+    help="What to do with an adapter (LoRA) next to the weights: ignore it, or merge it into them. "
     "Without this option it is refused.",
 )
 @click.option(
@@ -169,7 +168,7 @@ def _report(package: Package, seconds: float) -> dict[str, Any]:
 
 
 def notes_on(package: Package) -> list[str]:
-    """What someone who uses the package should know of its source and its context length."""
+    """What a user of the package should know about its source and its context length."""
     config, length = package.config, package.max_seq_len
     notes = list(package.manifest["source"]["notes"])
     if config.context_note:

@@ -1,11 +1,11 @@
-"""`qwenport generate`: text from a package or an engine, printed as it is made."""
+"""`qwenport generate`: text from a package or an engine, printed as it is generated."""
 
 from __future__ import annotations
 
 import secrets
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,13 @@ from qwenport.commands._progress import progress_bar
 
 if TYPE_CHECKING:
     from qwenport.commands._text import Tokenizer
-    from qwenport.engines import SamplingParams, Session
+    from qwenport.engines import GenerateOptions, Session
 
 EXIT_INTERRUPTED = 130
 CAPACITY_MULTIPLE = 64  # the cache is allocated in steps of this many slots
 
 
-@click.command()
+@click.command("generate")
 @click.argument("target", type=PATH)
 @click.option(
     "--prompt", required=True, metavar="TEXT", help="Text to continue; - reads it from stdin."
@@ -32,7 +32,11 @@ CAPACITY_MULTIPLE = 64  # the cache is allocated in steps of this many slots
     "--chat", is_flag=True, help="Send the prompt as a user's turn, in the chat template."
 )
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), metavar="N", default=128, help="Stop after N."
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=128,
+    help="Stop after N new tokens.",
 )
 @click.option(
     "--temperature",
@@ -73,9 +77,9 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Continue a text with TARGET, a package (on ONNX Runtime) or an engine directory (on its GPU).
+    """Continue a text with TARGET, a package (on onnxruntime) or an engine directory (on its GPU).
 
-    The new text goes to stdout as it is made, a line about speed to stderr. Generation ends at the
+    The new text goes to stdout as it is generated, a line about speed to stderr. Generation ends at the
     model's end-of-text token, after --max-new-tokens, or at the end of the context.
 
     \b
@@ -85,33 +89,41 @@ def command(
       qwenport generate qwen.package --prompt - --json < question.txt
     """
     kind = runnable_kind(target)
-    from qwenport.engines import SamplingParams
+    from qwenport.engines import GenerateOptions
 
     if temperature and seed is None:
         seed = secrets.randbits(32)
-    params = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
-    if params.greedy and (params.top_k or params.top_p < 1 or seed is not None):
+    options = GenerateOptions(
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    if options.sampling.greedy and (top_k or top_p < 1 or seed is not None):
         note("--top-k, --top-p and --seed do nothing without --temperature", quiet)
     text = _text_of(prompt)
 
     start = time.perf_counter()
     with progress_bar("loading the model", quiet):
         tokenizer, ids, stops, session = _prepare(target, kind, text, chat, max_new_tokens)
-    run = Run(tokenizer, ids, stops, stream=not as_json, load_seconds=time.perf_counter() - start)
-    run.generate(session, params, max_new_tokens)
+    options = replace(options, stop_tokens=stops)
+    run = Run(tokenizer, ids, options, stream=not as_json, load_seconds=time.perf_counter() - start)
+    run.generate(session)
     if as_json:
-        print_json(run.report(params))
+        print_json(run.report())
     else:
         note_on_end = f"the context of {session.capacity} positions is full"
-        note(note_on_end if run.finish_reason == "capacity" else None, quiet)
+        note(note_on_end if run.reason == "capacity" else None, quiet)
         if not quiet:
-            click.echo(run.summary(params), err=True)
-    if run.finish_reason == "interrupted":
+            click.echo(run.summary(), err=True)
+    if run.reason == "interrupted":
         raise click.exceptions.Exit(EXIT_INTERRUPTED)
 
 
 def _text_of(prompt: str) -> str:
-    """The prompt itself; for "-" all of stdin, without the newline that ends its last line."""
+    """The prompt itself; for "-" all of stdin, without the final newline."""
     try:
         text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
         text.encode()  # arguments that were not UTF-8 arrive as lone surrogates
@@ -123,17 +135,17 @@ def _text_of(prompt: str) -> str:
 def _prepare(
     target: Path, kind: str, prompt: str, chat: bool, max_new_tokens: int
 ) -> tuple[Tokenizer, list[int], list[int], Session]:
-    """Load what generation needs; of a package's cache no more than that."""
+    """Load what generation needs, with a package's cache no larger than that."""
     from qwenport.commands._text import Tokenizer
     from qwenport.engines import load_engine, open_session
     from qwenport.exporter import load_package, stop_ids
 
     opened = load_engine(target) if kind == "engine" else load_package(target)
     vocabulary = opened.manifest["model"]["vocab_size"]
-    # first: what is wrong with it is said before the model is loaded
+    # first, so that an error in it is reported before the model is loaded
     stops = stop_ids(target, vocabulary)
     session: Session | None = None
-    if kind == "engine":  # its cache is of one size
+    if kind == "engine":  # its cache has a fixed size
         session = open_session(target)
     longest: int = opened.manifest["max_seq_len"]
     tokenizer = Tokenizer(target)
@@ -158,77 +170,68 @@ class Run:
     """One generation: what came out, and when."""
 
     tokenizer: Tokenizer
-    prompt_ids: list[int]
-    stop_ids: list[int]
+    prompt: list[int]
+    options: GenerateOptions
     stream: bool
     load_seconds: float
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = "interrupted"
-    stop_id: int | None = None
+    tokens: list[int] = field(default_factory=list)
+    reason: str = "interrupted"
+    stop_token: int | None = None
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
 
-    def generate(self, session: Session, params: SamplingParams, max_new_tokens: int) -> None:
-        """Run to the end, or to Ctrl-C; what was generated until then is printed and kept."""
-        from qwenport.engines import StreamDecoder, generate
+    def generate(self, session: Session) -> None:
+        """Run to the end or until Ctrl-C; what was generated until then is printed and kept."""
+        from qwenport.engines import Generation, StreamDecoder
 
         decoder = StreamDecoder(self.tokenizer)
         start = last = time.perf_counter()
-
-        def on_token(row: int, token: int) -> None:
-            nonlocal last
-            last = time.perf_counter()
-            if not self.token_ids:
-                self.prompt_seconds = last - start
-            self.token_ids.append(token)
-            if self.stream:
-                _write(decoder.push(token))
-
+        generation = Generation(session, [self.prompt], self.options)
         try:
-            (result,) = generate(
-                session,
-                [self.prompt_ids],
-                params=params,
-                max_new_tokens=max_new_tokens,
-                stop_ids=self.stop_ids,
-                on_token=on_token,
-            )
-            self.finish_reason, self.stop_id = result.finish_reason, result.stop_id
+            for _, token in generation:
+                last = time.perf_counter()
+                if not self.tokens:
+                    self.prompt_seconds = last - start
+                self.tokens.append(token)
+                if self.stream:
+                    _write(decoder.push(token))
+            (result,) = generation.results
+            self.reason, self.stop_token = result.reason, result.stop_token
         except KeyboardInterrupt:
             pass
         finally:
-            if self.stream and self.token_ids:
+            if self.stream and self.tokens:
                 _write(decoder.flush() + "\n")
         self.decode_seconds = max(0.0, last - start - self.prompt_seconds)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Speed of the tokens after the first, which comes out of the prompt's own step."""
-        steps = len(self.token_ids) - 1
+        """Speed of the tokens after the first one, which comes from the prompt's own step."""
+        steps = len(self.tokens) - 1
         return steps / self.decode_seconds if steps > 0 and self.decode_seconds > 0 else None
 
-    def summary(self, params: SamplingParams) -> str:
+    def summary(self) -> str:
         """One line for stderr."""
         speed = self.tokens_per_second
         parts = [
-            f"{len(self.token_ids)} tokens" + (f", {speed:.1f} tokens/s" if speed else ""),
-            f"prompt of {len(self.prompt_ids)} in {self.prompt_seconds:.2f} s",
-            f"ended by {_ENDINGS[self.finish_reason]}",
+            f"{len(self.tokens)} tokens" + (f", {speed:.1f} tokens/s" if speed else ""),
+            f"prompt of {len(self.prompt)} in {self.prompt_seconds:.2f} s",
+            f"ended by {_ENDINGS[self.reason]}",
         ]
-        if not params.greedy:
-            parts.append(f"seed {params.seed}")
+        if not self.options.sampling.greedy:
+            parts.append(f"seed {self.options.seed}")
         return f"[{'; '.join(parts)}]"
 
-    def report(self, params: SamplingParams) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """The JSON object of --json."""
         speed = self.tokens_per_second
         return {
-            "text": self.tokenizer.decode(self.token_ids),
-            "token_ids": self.token_ids,
-            "prompt_token_ids": self.prompt_ids,
-            "finish_reason": self.finish_reason,
-            "stop_id": self.stop_id,
-            "seed": None if params.greedy else params.seed,
+            "text": self.tokenizer.decode(self.tokens),
+            "token_ids": self.tokens,
+            "prompt_token_ids": self.prompt,
+            "finish_reason": self.reason,
+            "stop_id": self.stop_token,
+            "seed": None if self.options.sampling.greedy else self.options.seed,
             "seconds": {
                 "load": round(self.load_seconds, 4),
                 "prompt": round(self.prompt_seconds, 4),

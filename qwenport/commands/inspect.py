@@ -12,16 +12,16 @@ import click
 
 from qwenport.commands._common import PATH, note, print_json
 from qwenport.commands._gpus import USABLE, fits
+from qwenport.contract import DTYPES
 from qwenport.wording import size
 
 if TYPE_CHECKING:
     from qwenport.exporter import ModelConfig, Package
 
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
-@click.command()
+@click.command("inspect")
 @click.argument("target", type=PATH)
 @click.option("--brief", is_flag=True, help="Leave out bindings, operators and GPUs.")
 @click.option("-q", "--quiet", is_flag=True, help="No notes.")
@@ -30,7 +30,7 @@ def command(target: Path, brief: bool, quiet: bool, as_json: bool) -> None:
     """Show what TARGET holds: a checkpoint, a package or an engine directory.
 
     The model, its bindings and operators, the bytes of its weights and of its KV cache, and which
-    GPUs have the memory for them. Files are held against the manifest first; no GPU is needed.
+    GPUs have the memory for them. Files are first checked against the manifest; no GPU is needed.
 
     \b
     Examples:
@@ -56,7 +56,7 @@ def command(target: Path, brief: bool, quiet: bool, as_json: bool) -> None:
 
 
 def checkpoint(path: Path) -> dict[str, Any]:
-    """Facts about a checkpoint, with what its package would need."""
+    """Facts about a checkpoint, including what its package would need."""
     from qwenport.exporter import open_checkpoint
 
     opened = open_checkpoint(path)
@@ -69,7 +69,11 @@ def checkpoint(path: Path) -> dict[str, Any]:
         "notes": [
             *opened.notes,
             *([config.context_note] if config.context_note else []),
-            *(["an adapter lies beside the weights (--adapter)"] if opened.has_adapter else []),
+            *(
+                ["there is an adapter next to the weights (--adapter)"]
+                if opened.has_adapter
+                else []
+            ),
         ],
         **memory(config, opened.dtype, config.max_context, opened.weight_bytes),
     }
@@ -126,9 +130,9 @@ def engine(path: Path) -> dict[str, Any]:
 
 
 def operators(package: Package) -> dict[str, Any]:
-    """Node counts by operator, in all and in each decoder layer; the weights are not opened.
+    """Node counts by operator, in total and per decoder layer; the weights are not opened.
 
-    `per_layer` counts the first decoder layer, `layers_alike` says whether it speaks for all.
+    `per_layer` counts the first decoder layer; `layers_alike` says whether all layers are the same.
     """
     total: Counter[str] = Counter()
     layers: dict[int, Counter[str]] = {}
@@ -154,11 +158,11 @@ def memory(
     resident: int,
     engine_manifest: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """KV cache and GPUs. `resident` bytes lie on the GPU whatever is generated.
+    """KV cache and GPUs. `resident` bytes stay on the GPU whatever is generated.
 
-    An engine runs by its own TensorRT on the GPUs it was built for, and its cache is of one size.
+    An engine runs with its own TensorRT on the GPUs it was built for, and its cache has a fixed size.
     """
-    per_token = config.kv_bytes_per_token(ELEMENT_BYTES[dtype])
+    per_token = config.kv_bytes_per_token(DTYPES[dtype].itemsize)
     gpus = []
     for fit in fits(resident, per_token, max_seq_len):
         context, targets = fit.context, targets_of(fit.gpu.architecture, dtype)
@@ -205,7 +209,7 @@ def _experts_line(moe: dict[str, Any], layers: int) -> str:
 
 
 def headline(facts: dict[str, Any]) -> list[str]:
-    """The first lines: what it is, and what it takes."""
+    """The first lines: what it is, and what it needs."""
     model, kv = facts["model"], facts["kv_cache"]
     lines = [
         f"{facts['path']}: {facts['kind']}, {model['model_type']}",
@@ -232,7 +236,7 @@ def headline(facts: dict[str, Any]) -> list[str]:
             f"plugins   {', '.join(used) or 'none; operators by their definitions in ONNX'}"
         )
     lines.append(
-        f"KV cache  {size(kv['bytes_per_token'])} a token, "
-        f"{size(kv['bytes_per_text'])} a text of {facts['max_seq_len']}"
+        f"KV cache  {size(kv['bytes_per_token'])} per token, "
+        f"{size(kv['bytes_per_text'])} per text of {facts['max_seq_len']}"
     )
     return lines

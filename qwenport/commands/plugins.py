@@ -9,14 +9,15 @@ import click
 
 from qwenport.commands._common import PATH, output_options, print_json
 from qwenport.commands._progress import progress_bar
+from qwenport.contract import GPUS, OLDEST_PLUGIN_GPU
 from qwenport.wording import size
 
 
-@click.group()
+@click.group("plugins")
 def command() -> None:
     """The CUDA kernels of the custom operators, as a library that TensorRT loads.
 
-    They are only speed. Without them an engine computes the operators from their definitions in ONNX.
+    They only add speed. Without them an engine computes the operators from their definitions in ONNX.
 
     \b
     Examples:
@@ -24,13 +25,13 @@ def command() -> None:
     """
 
 
-@command.command()
+@command.command("build")
 @click.argument("library", type=PATH, default=Path("libqwenport_plugins.so"))
 @click.option(
     "--arch",
     metavar="sm80,sm90",
-    help="GPU architectures to compile for, comma-separated; sm80 or newer.",
-    show_default="sm80,sm86,sm89,sm90,sm100,sm120",
+    help=f"GPU architectures to compile for, comma-separated; sm{OLDEST_PLUGIN_GPU} or newer.",
+    show_default=",".join(GPUS["plugins"]),
 )
 @click.option(
     "--tensorrt-include",
@@ -45,8 +46,8 @@ def build(
 ) -> None:
     """Compile the plugins into LIBRARY, for `qwenport build --target tensorrt --plugins LIBRARY`.
 
-    Needs nvcc 12.8 or newer, a C++ compiler, cmake and TensorRT's headers, and no GPU. A LIBRARY that is there
-    already is replaced.
+    Needs nvcc 12.8 or newer, a C++ compiler, cmake and TensorRT's headers, but no GPU. An existing LIBRARY
+    is replaced.
 
     \b
     Examples:

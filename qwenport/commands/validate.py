@@ -9,16 +9,15 @@ import click
 
 from qwenport.commands._common import PATH, output_options, print_json, runnable_kind
 from qwenport.commands._progress import progress_bar
+from qwenport.contract import BUDGETS, NETWORK, STANDARD
 
 if TYPE_CHECKING:
     from qwenport.validate import Report, ScenarioResult
 
 EXIT_NO_PARITY = 1
-WAYS = ("tensorrt-network",)
-BUDGETS = ("quick", "standard", "thorough")
 
 
-@click.command()
+@click.command("validate")
 @click.argument("target", type=PATH)
 @click.option(
     "--reference",
@@ -30,7 +29,7 @@ BUDGETS = ("quick", "standard", "thorough")
 @click.option(
     "--as",
     "judged_as",
-    type=click.Choice(WAYS),
+    type=click.Choice([NETWORK]),
     help="Judge what TensorRT's parser makes of a package, layer by layer, without a GPU.",
     show_default="onnxruntime runs a package, TensorRT an engine",
 )
@@ -62,7 +61,7 @@ BUDGETS = ("quick", "standard", "thorough")
 @click.option(
     "--budget",
     type=click.Choice(BUDGETS),
-    default="standard",
+    default=STANDARD,
     help="How much is run: how far the context, how many widths, edges and single tokens.",
 )
 @click.option(
@@ -77,7 +76,7 @@ BUDGETS = ("quick", "standard", "thorough")
     "thresholds",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Tighten a bound; docs/validate.md lists the names. Loosening one is printed in the report.",
+    help="Tighten a bound, as in rel_l2=1e-5; an unknown name lists them all. Loosening one is printed in the report.",
 )
 @click.option(
     "--report",
@@ -130,7 +129,7 @@ def command(
 
     overrides = parse_overrides(thresholds)
     if report_dir is not None:
-        prepare_report(report_dir)  # before any work; an old report does not stay beside a failure
+        prepare_report(report_dir)  # before any work, so that no old report survives a failure
     opened = open_target(target, judged_as=judged_as, exact=exact)
     check_source(opened, reference)
     options = Options(stream or None, layers, prompts, overrides, budget, seed)
@@ -139,7 +138,7 @@ def command(
         try:
             validation.run()
         except KeyboardInterrupt:
-            if report_dir is not None:  # what is known by now, marked as incomplete
+            if report_dir is not None:  # what is known so far, marked as incomplete
                 validation.report().write(report_dir)
             raise
     report = validation.report()
@@ -155,7 +154,7 @@ def command(
 
 
 def lines_of(report: Report) -> list[str]:
-    """One line a scenario with what failed under it, then the verdict."""
+    """One line per scenario with its failures below it, then the verdict."""
     width = max(len(scenario.name) for scenario in report.scenarios)
     lines = []
     for scenario in report.scenarios:
@@ -196,5 +195,7 @@ def _told(scenario: ScenarioResult, report: Report) -> str:
         return scenario.reason or ""
     if scenario.status == "passed" and scenario.checks:
         check = scenario.checks[-1]
-        return f"{check.metric} {check.value:.2g}" + (f", {check.where}" if check.where else "")
+        exact = check.relation == "=="
+        told = f"{check.value:g} {check.metric}" if exact else f"{check.metric}: {check.value:.2g}"
+        return told + (f", {check.where}" if check.where else "")
     return ""

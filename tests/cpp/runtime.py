@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes as c
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from qwenport.engines import Generated
+from qwenport.engines.generation import FinishReason
 
 ERRORS = {
     1: "invalid argument",
@@ -22,7 +24,7 @@ ERRORS = {
     9: "device",
     10: "internal",
 }
-REASONS = ["stop", "length", "capacity", "cancelled"]
+REASONS: tuple[FinishReason, ...] = ("stop", "length", "capacity", "cancelled")
 IDLE = -1
 
 
@@ -59,7 +61,7 @@ class GenerateOptions(c.Structure):
     ]
 
 
-class Generated(c.Structure):
+class _Generated(c.Structure):
     _fields_ = [
         ("count", c.c_size_t),
         ("reason", c.c_int),
@@ -69,13 +71,6 @@ class Generated(c.Structure):
 
 
 ON_TOKEN = c.CFUNCTYPE(None, c.c_void_p, c.c_int, c.c_int64)
-
-
-@dataclass(frozen=True)
-class Result:
-    token_ids: list[int]
-    finish_reason: str
-    stop_id: int | None
 
 
 class Library:
@@ -134,7 +129,6 @@ def _rows(rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
 class Session:
     def __init__(self, library: Library, handle: c.c_void_p, vocab: int) -> None:
         self.library, self.handle, self.vocab = library, handle, vocab
-        self.pending: list[list[int]] = []  # of the last generation's rows
 
     def __del__(self) -> None:
         self.library.c.qwenport_session_free(self.handle)
@@ -157,18 +151,18 @@ class Session:
         prompts: Sequence[Sequence[int]],
         *,
         on_token: Callable[[int, int], None] | None = None,
-        stop_ids: Sequence[int] = (),
+        stop_tokens: Sequence[int] = (),
         cancellation: c.c_void_p | None = None,
         **options: float,
-    ) -> list[Result]:
+    ) -> list[Generated]:
         given = self.library.c.qwenport_generate_defaults()
         for name, value in options.items():
             setattr(given, name, value)
-        stops = (c.c_int64 * max(len(stop_ids), 1))(*stop_ids)
-        given.stop_tokens, given.stop_token_count = stops, len(stop_ids)
+        stops = (c.c_int64 * max(len(stop_tokens), 1))(*stop_tokens)
+        given.stop_tokens, given.stop_token_count = stops, len(stop_tokens)
         given.cancellation = cancellation
         tokens = np.full((len(prompts), max(given.max_new_tokens, 1)), -7, dtype=np.int64)
-        results = (Generated * len(prompts))()
+        results = (_Generated * len(prompts))()
         callback = ON_TOKEN(lambda _, row, token: on_token(row, token)) if on_token else ON_TOKEN()
         self.library.check(
             self.library.c.qwenport_generate(
@@ -182,20 +176,15 @@ class Session:
                 results,
             )
         )
-        self.pending = []
+        made = []
         for prompt, row, result in zip(prompts, tokens, results, strict=True):
             assert (row[result.count :] == -7).all()  # nothing is written past the count
-            said = [*prompt, *row[: result.count].tolist()]
-            said += [] if result.stop_token == -1 else [result.stop_token]
-            self.pending.append(said[len(said) - result.pending :])
-        return [
-            Result(
-                row[: result.count].tolist(),
-                REASONS[result.reason],
-                None if result.stop_token == -1 else result.stop_token,
-            )
-            for row, result in zip(tokens, results, strict=True)
-        ]
+            drawn = row[: result.count].tolist()
+            stop = None if result.stop_token == -1 else result.stop_token
+            said = [*prompt, *drawn, *([] if stop is None else [stop])]
+            pending = said[len(said) - result.pending :]
+            made.append(Generated(drawn, REASONS[result.reason], stop, pending))
+        return made
 
     def reset(self) -> None:
         self.library.c.qwenport_session_reset(self.handle)

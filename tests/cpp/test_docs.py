@@ -16,7 +16,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_commands_of_the_page_build_a_program(tmp_path: Path) -> None:
-    for folder in ("engines", "examples"):
+    for folder in ("engines", "examples", "qwenport"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "sdk").mkdir()
     (tmp_path / "sdk" / "include").symlink_to(tensorrt_headers())

@@ -128,7 +128,7 @@ ANY_TEXT = {("tensorrt_version",), ("gpus", 0), ("gpus", 1)}
     [
         (("format",), "qwenport-package", "holds a qwenport-package"),
         (("format_version",), 3, "format version 3, this runtime reads 2; build the engine again"),
-        (("dtype",), "int8", "dtype is not fp32, fp16 or bf16"),
+        (("dtype",), "int8", "dtype is not one of bf16 fp16 fp32"),
         (("dtype",), "bf16", "bindings.inputs is not what this runtime feeds"),
         (("flavour",), "other", "flavour is not tensorrt or tensorrt-rtx"),
         (("gpus",), [], "gpus is not a list of GPU architectures"),

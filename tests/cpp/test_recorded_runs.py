@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from qwenport import engines, exporter
+from qwenport.engines import Generated
 from qwenport.engines.onnxruntime_session import OnnxRuntimeSession
 
 from .builds import built
 from .recording import Recorder
-from .runtime import Error, Library, Result
+from .runtime import Error, Library
 
 MAX_STEP_TOKENS = 32  # of the recorded engine, so that the longer prompts run in several steps
 
@@ -33,7 +34,7 @@ class Run:
     prompts: list[list[int]]
     options: dict[str, float]
     stop_ids: list[int]
-    results: list[Result]
+    results: list[Generated]
     steps: list[tuple[int, int, int]]
 
 
@@ -75,18 +76,10 @@ def recorded(
         session.max_step_tokens = MAX_STEP_TOKENS
         recorder = Recorder(session)
         stop_ids = [1, 2]
-        limits = {"max_new_tokens": options["max_new_tokens"]}
-        results = engines.generate(
-            session,
-            prompts,
-            params=engines.SamplingParams(**{k: v for k, v in options.items() if k not in limits}),
-            stop_ids=stop_ids,
-            prefill_chunk=MAX_STEP_TOKENS,
-            **limits,
-        )
+        wanted = engines.GenerateOptions(stop_tokens=stop_ids, **options)
+        results = engines.generate(session, prompts, wanted)
         recorder.write(directory / "recording.bin")
-        plain = [Result(list(map(int, r.token_ids)), r.finish_reason, r.stop_id) for r in results]
-        made[name, request] = Run(directory, prompts, options, stop_ids, plain, recorder.steps)
+        made[name, request] = Run(directory, prompts, options, stop_ids, results, recorder.steps)
         return made[name, request]
 
     return make
@@ -109,12 +102,12 @@ def test_the_same_steps_and_the_same_tokens(
     streamed: list[list[int]] = [[] for _ in run.prompts]
     results = session.generate(
         run.prompts,
-        stop_ids=run.stop_ids,
+        stop_tokens=run.stop_ids,
         on_token=lambda row, token: streamed[row].append(token),
         **run.options,
     )
     assert results == run.results
-    assert streamed == [result.token_ids for result in results]
+    assert streamed == [result.tokens for result in results]
 
 
 def test_the_recordings_hold_what_they_are_for(recorded) -> None:
@@ -122,8 +115,8 @@ def test_the_recordings_hold_what_they_are_for(recorded) -> None:
     runs = {request: recorded("tiny-qwen2.5", request) for request in REQUESTS}
     assert {32, 6, 1} <= {width for _, width, _ in runs["ragged"].steps}
     assert {64, 128} <= {span for _, _, span in runs["one"].steps}
-    assert runs["full"].results[0].finish_reason == "capacity"
-    reasons = {result.finish_reason for run in runs.values() for result in run.results}
+    assert runs["full"].results[0].reason == "capacity"
+    reasons = {result.reason for run in runs.values() for result in run.results}
     assert {"capacity", "length"} <= reasons
 
 
@@ -143,7 +136,7 @@ def test_a_recorded_run_is_clean_under(sanitizer: str, recorded, tmp_path: Path)
     )
     assert done.returncode == 0, done.stderr
     rows = [[int(word) for word in line.split()[1:]] for line in done.stdout.splitlines()]
-    assert rows == [result.token_ids for result in run.results]
+    assert rows == [result.tokens for result in run.results]
 
 
 @pytest.mark.parametrize(
@@ -158,4 +151,4 @@ def test_another_run_is_noticed(library: Library, recorded, change, complaint: s
     run = recorded("tiny-qwen2.5", "ragged")
     session = library.load(run.directory).session(max_batch=3)
     with pytest.raises(Error, match=complaint):
-        session.generate(change(run.prompts), stop_ids=run.stop_ids, **run.options)
+        session.generate(change(run.prompts), stop_tokens=run.stop_ids, **run.options)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qwenport.exporter import MANIFEST, describe_graph, sha256, write_json
+from qwenport.contract import MANIFEST
+from qwenport.exporter import describe_graph, sha256, write_json
 
 DOMAIN = "defects"  # of model-local functions that a defect brings along
 INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL

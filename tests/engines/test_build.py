@@ -11,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenport import engines, exporter
-from qwenport.engines.targets import FLAVOURS, RTX_GPUS, parse_gpus
+from qwenport.contract import DTYPES, GPUS
+from qwenport.engines.targets import FLAVOURS, parse_gpus
 
 RTX = FLAVOURS["tensorrt-rtx"]
+RTX_GPUS = GPUS["tensorrt-rtx"]
 
 
 @given(
-    st.lists(st.sampled_from(RTX_GPUS), min_size=1, unique=True), st.sampled_from(exporter.DTYPES)
+    st.lists(st.sampled_from(RTX_GPUS), min_size=1, unique=True), st.sampled_from(sorted(DTYPES))
 )
 def test_gpu_lists_are_taken_as_written_unless_a_gpu_lacks_the_dtype(gpus, dtype):
     text = ",".join(gpu.upper() for gpu in gpus)
@@ -43,7 +45,7 @@ def test_gpus_that_cannot_be_served_are_named(text, complaint):
         parse_gpus(text, RTX, "fp16")
 
 
-@pytest.mark.parametrize("dtype", exporter.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_an_engine_directory_says_what_it_holds(engine_of, package_of, dtype):
     engine, package = engine_of(dtype), package_of(dtype)
     manifest = json.loads((engine.path / "qwenport.json").read_text())

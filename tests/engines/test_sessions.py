@@ -207,6 +207,36 @@ def test_sessions_refuse_more_than_their_target_has(package_of, engine_of):
             engines.TensorRTSession(engine, device="cpu", tensorrt=runtime, **extra)
 
 
+def test_what_is_no_number_and_no_list_is_named(package_of, session):
+    path = package_of("fp32").path
+    for options in ({"capacity": "x"}, {"max_batch": "2"}, {"max_batch": None}, {"capacity": 2.5}):
+        with pytest.raises(engines.SessionError, match=r"(rows|slots) must be an integer"):
+            engines.open_session(path, **options)
+    for device in ("gpu", ["cpu"], None):
+        with pytest.raises(engines.SessionError, match="device must be one of cpu, cuda, found"):
+            engines.open_session(path, device=device)
+    session.reset()
+    for tokens in (None, 5, b"ab", "ab", {1: 2}, iter([[1]])):
+        with pytest.raises(engines.SessionError, match="must be a list"):
+            session.prefill(tokens)
+        with pytest.raises(engines.SessionError, match="must be a list"):
+            session.decode(tokens)
+    with pytest.raises(engines.SessionError, match="more than 64 bits"):
+        session.prefill([[2**70]])
+    assert not session.lengths.any()
+
+
+def test_a_text_that_begins_late_ends_where_the_positions_end(package_of):
+    session = engines.open_session(package_of("fp32").path)
+    session.reset(first_position=session.max_positions - 12)
+    assert session.free_slots.tolist() == [12]
+    (result,) = engines.generate(session, [[1, 2, 3, 4]], engines.GenerateOptions(30, append=True))
+    assert (result.reason, len(result.tokens)) == ("capacity", 9)
+    session.reset(first_position=session.max_positions - 12)
+    with pytest.raises(engines.CapacityError, match="the session has room for 12"):
+        engines.generate(session, [[1] * 13], engines.GenerateOptions(append=True))
+
+
 def test_an_engine_without_a_gpu_is_one_clear_line(engine_of):
     if torch.cuda.is_available():
         pytest.fail("this test is for machines without a GPU")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from checkpoints import (
     transformers_config,
     write_checkpoint,
 )
+from oddities import Tensors
+from opened import UNTIED
 from packaged import Exported
 from transformers import LlamaForCausalLM, Qwen2MoeForCausalLM
 
@@ -93,3 +97,27 @@ def out(tmp_path: Path) -> Path:
     """A place for a package, in an empty folder of its own."""
     (tmp_path / "out").mkdir()
     return tmp_path / "out" / "package"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "checkpoint", UNTIED, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "checkpoint", UNTIED, dtype=torch.bfloat16, shards=3)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a checkpoint of a family after a change to its tensors."""
+
+    def make(
+        family: str = "llama", change: Callable[[Tensors], Tensors] = dict, **changes: Any
+    ) -> Path:
+        raw = mini(family, **{"torch_dtype": "bfloat16", **changes})
+        tensors = random_tensors(tensor_shapes(raw), torch.bfloat16)
+        return write_checkpoint(tmp_path / "checkpoint", raw, change(tensors))
+
+    return make

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import pytest
-from checkpoints import MINI, meta_model, mini, transformers_config
+from checkpoints import MINI, has_no_window, meta_model, mini, transformers_config
 from hypothesis import given
 from hypothesis import strategies as st
 from test_config import assert_means_the_same
@@ -33,10 +33,6 @@ OF_TOOLS: dict[str, Any] = {
 }
 
 
-# By code that the families share and a family's own model does not call; test_windows.py shows that nothing changes.
-READ_FOR_OTHERS = {"llama": {"sliding_window"}}
-
-
 @EVERY
 def test_whatever_transformers_reads_is_classified(
     family: str, monkeypatch: pytest.MonkeyPatch
@@ -51,7 +47,11 @@ def test_whatever_transformers_reads_is_classified(
 
     monkeypatch.setattr(config, "Keys", Noted)
     parse_config(mini(family))
-    known = made[0].taken | NEUTRAL | ONLY.keys() | READ_FOR_OTHERS.get(family, set())
+    known = made[0].taken | NEUTRAL | ONLY.keys()
+    if has_no_window(
+        family
+    ):  # shared code reads the key; test_windows.py shows that it changes nothing
+        known |= {"sliding_window"}
     assert keys_read(family) - known == set()
 
 

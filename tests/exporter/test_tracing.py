@@ -15,13 +15,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import nn
 from torch.nn import functional
 
 from qwenport.exporter import TracingError, emission, tracing
 from qwenport.exporter.decoder import Experts, tensor_scatter
 from qwenport.exporter.families import MoEConfig
-from qwenport.plugins import moe_experts, moe_router, rotary_embedding
+from qwenport.plugins import moe_router, rotary_embedding
+from qwenport.plugins.operator import operators
 
 F32, I64, BOOL = torch.float32, torch.int64, torch.bool
 EXAMPLE_SIZES = {"b": 2, "s": 3, "t": 5, "c": 7, "n": 4}
@@ -250,7 +252,7 @@ def onnx_model(case: Case) -> ir.Model:
     inputs = [
         ir.Value(
             name=f"input_{number}",
-            type=ir.TensorType(emission.IR_DTYPES[dtype]),
+            type=ir.TensorType(from_torch_dtype(dtype)),
             shape=ir.Shape(shape),
         )
         for number, (dtype, shape) in enumerate(case.inputs)
@@ -268,11 +270,7 @@ def onnx_model(case: Case) -> ir.Model:
         opset_imports={"": 24, "qwenport": 1},
         name="mini",
     )
-    functions = [
-        rotary_embedding.function_body(24),
-        moe_router.function_body(24, moe_router.TOP_K),
-        moe_experts.function_body(24),
-    ]
+    functions = [operator.function_body(24) for operator in operators()]
     return ir.Model(graph, ir_version=11, functions=functions)
 
 
@@ -466,37 +464,3 @@ def test_a_module_stamped_twice_has_no_name_twice() -> None:
     names = [output.name for node in builder.nodes for output in node.outputs]
     assert len(names) == len(set(names)) == 3 * 3
     assert len(builder.initializers) == 2 * 2
-
-
-# --- the cache update
-
-OPERATOR = torch.ops.qwenport.tensor_scatter.default
-
-
-@given(
-    batch=st.integers(1, 3),
-    room=st.integers(0, 5),
-    seq=st.integers(1, 4),
-    seed=st.integers(0, 99),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-)
-def test_a_cache_update_writes_its_slots_and_no_other(
-    batch: int, room: int, seq: int, seed: int, dtype: torch.dtype
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    past = torch.randn(batch, 2, room + seq, 4, generator=generator).to(dtype)
-    update = torch.randn(batch, 2, seq, 4, generator=generator).to(dtype)
-    first = torch.randint(0, room + 1, (batch,), generator=generator)
-    expected, before = past.float().numpy().copy(), past.clone()
-    for row, slot in enumerate(first.tolist()):
-        expected[row, :, slot : slot + seq] = update[row].float().numpy()
-    present = tensor_scatter(past, update, first)
-    assert present.dtype == dtype
-    np.testing.assert_array_equal(present.float().numpy(), expected)
-    assert torch.equal(past, before), "the operator must not write into its input"
-
-
-def test_the_cache_update_is_a_well_formed_torch_operator() -> None:
-    arguments = (torch.randn(2, 2, 7, 4), torch.randn(2, 2, 3, 4), torch.tensor([0, 4]))
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(OPERATOR, arguments, test_utils=checks)

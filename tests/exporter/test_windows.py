@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import mini, write_checkpoint
+from checkpoints import MINI, has_no_window, mini, write_checkpoint
 
 from qwenport.engines import open_session
 from qwenport.exporter import ConfigError, export, load_package, parse_config
@@ -58,10 +58,11 @@ def test_a_window_that_holds_the_positions_asked_for_is_exported(
     assert validate(package.path, checkpoint, budget="quick").passed
 
 
-def test_a_window_in_a_llama_changes_nothing(tmp_path: Path) -> None:
-    """transformers' LlamaModel does not know the key: it is named as unread."""
-    with_window = made(tmp_path / "a", "llama", sliding_window=4)
-    without = made(tmp_path / "b", "llama")
+@pytest.mark.parametrize("family", filter(has_no_window, MINI))
+def test_a_window_in_a_family_without_windows_changes_nothing(family: str, tmp_path: Path) -> None:
+    """transformers' model does not know the key: it is named as unread."""
+    with_window = made(tmp_path / "a", family, sliding_window=4)
+    without = made(tmp_path / "b", family)
     right = theirs(without, 32)
     assert torch.equal(theirs(with_window, 32), right)
     package = export(with_window, tmp_path / "package")

@@ -41,8 +41,8 @@ request = json.loads(sys.argv[3])
 for graphs in (0, 1):
     session = engine.session(max_batch=2, cuda_graphs=graphs)
     rows = [request["prompt_ids"], request["prompt_ids"][:3]]
-    results = session.generate(rows, stop_ids=request["stop_ids"], max_new_tokens=40)
-    print(json.dumps([result.token_ids for result in results]))
+    results = session.generate(rows, stop_tokens=request["stop_ids"], max_new_tokens=40)
+    print(json.dumps([result.tokens for result in results]))
 """
 STEPS = """
 session = engine.session()

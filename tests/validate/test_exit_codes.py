@@ -18,7 +18,8 @@ from defects.tools import seed
 
 import qwenport.validate
 from qwenport import cli
-from qwenport.exporter import MANIFEST, export, sha256
+from qwenport.contract import MANIFEST
+from qwenport.exporter import export, sha256
 from qwenport.validate import Validation
 from qwenport.validate import report as reports
 

@@ -17,7 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qwenport.exporter import COMPANIONS, MANIFEST, PackageError, export, sha256
+from qwenport.contract import MANIFEST
+from qwenport.exporter import COMPANIONS, PackageError, export, sha256
 from qwenport.exporter.safetensors_file import read_safetensors_header
 from qwenport.validate import ValidationError
 from qwenport.validate import identity as judged

@@ -15,8 +15,8 @@ from defects.tools import seed
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
+from qwenport.contract import MANIFEST
 from qwenport.exporter import (
-    MANIFEST,
     as_json,
     export,
     load_package,

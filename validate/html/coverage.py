@@ -1,4 +1,4 @@
-"""What was judged, of what the target allows: the rows of a table."""
+"""What was judged of what the target allows: the rows of a table."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from qwenport.validate.html.words import counted, ranges, runs
 
-SHOWN = 8  # parts of a list that are shown; all of them where the reader asks
+SHOWN = 8  # parts of a list that are shown; all of them if the reader expands it
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing of which some was judged.
+    """One quantity, judged in part or in full.
 
     Attributes:
-        name, note: what it is.
-        judged: how much of it, or which.
-        every: the whole list, where `judged` is only its beginning.
-        allowed: what the target allows; empty where there is no limit.
+        name, note: the quantity.
+        judged: how much of it was judged, or which part.
+        every: the whole list, if `judged` is only its beginning.
+        allowed: the target's limit; empty if there is none.
     """
 
     name: str
@@ -111,7 +111,7 @@ def is_empty(coverage: dict[str, Any] | None) -> bool:
 
 
 def without_tokens(experts: Iterable[dict[str, Any]]) -> list[tuple[int, str]]:
-    """(layer, its experts that received no token), of layers that have such."""
+    """(layer, its experts that received no token), for layers that have such experts."""
     return [
         (layer["layer"], ", ".join(ranges(runs(layer["without_tokens"]))))
         for layer in experts

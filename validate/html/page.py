@@ -1,4 +1,4 @@
-"""The page of a report: its verdict with what it is about, its scenarios in sections, its templates."""
+"""A report's page: the verdict and its subject, the scenarios in sections, the templates."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from qwenport.contract import ENGINE, NETWORK, PACKAGE
 from qwenport.validate import identity, rows
 from qwenport.validate.html import coverage, plots, rounding, svg, words
 
 TEMPLATE_NAME = "report.html.j2"
-COLUMNS = 6  # scenarios side by side, as many as a sheet of paper has room for
-LISTED = 4  # failed scenarios that are named beside the verdict; the others where the reader asks
+COLUMNS = 6  # scenarios side by side, as many as fit on a sheet of paper
+LISTED = 4  # failed scenarios named next to the verdict; the others if the reader expands the list
 
 METRICS = (
     ("positions", "positions", "judged"),
@@ -47,20 +48,20 @@ INTERVALS = {
     "top1_clear": "top1_interval",
 }
 JUDGED_AS = {
-    "package": "the package's graph",
-    "tensorrt-network": "the network that TensorRT's parser reads from the package",
-    "engine": "the engine",
+    PACKAGE: "the package's graph",
+    NETWORK: "the network that TensorRT's parser reads from the package",
+    ENGINE: "the engine",
 }
 REFERENCE_MODES = {"whole": "loaded whole", "streamed": "one layer in memory at a time"}
 
 
 @dataclass(frozen=True)
 class Section:
-    """Scenarios that are read together.
+    """Scenarios that belong together.
 
     Attributes:
-        names: of the scenarios; None for those that no other section has.
-        prefix: of the names of more.
+        names: the scenarios' names; None for those in no other section.
+        prefix: name prefix of further scenarios.
     """
 
     title: str
@@ -69,7 +70,7 @@ class Section:
     prefix: str | None = None
 
     def has(self, name: str) -> bool:
-        """Whether a scenario is named here."""
+        """Whether the section contains a scenario."""
         named = self.names is not None and name in self.names
         return named or (self.prefix is not None and name.startswith(self.prefix))
 
@@ -100,12 +101,12 @@ SECTIONS = (
 
 
 def render(report: dict[str, Any]) -> str:
-    """The page for a report's JSON object of schema version 3.
+    """Render the page for a report's JSON object, schema version 3.
 
     Args:
-        report: as in report.json; numbers that are not finite are the strings "NaN", "Infinity", "-Infinity".
+        report: as in report.json; non-finite numbers are the strings "NaN", "Infinity", "-Infinity".
     """
-    # A target may raise an error with anything in it, and a path may hold bytes that are no text.
+    # A target's error may contain anything, and a path may contain bytes that are not text.
     shown: dict[str, Any] = words.visible(report)
     scenarios = shown["scenarios"]
     return _template().render(
@@ -154,7 +155,7 @@ def _template() -> Template:
 
 
 def _sections(scenarios: Sequence[dict[str, Any]]) -> list[tuple[Section, str, list[Any]]]:
-    """(section, its tally, its scenarios), of sections that have some."""
+    """(section, its tally, its scenarios), for non-empty sections."""
     found = []
     for section in SECTIONS:
         members = [s for s in scenarios if _section_of(s["name"]) is section]
@@ -177,7 +178,7 @@ def tally(scenarios: Sequence[dict[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`kind` is "holds", "qualified" (it holds, but less was asked), "fails" or "open"."""
+    """`kind` is "holds", "qualified" (holds, but less was judged), "fails" or "open"."""
 
     kind: str
     headline: str
@@ -186,7 +187,7 @@ class Verdict:
 
 
 def verdict_of(report: dict[str, Any]) -> Verdict:
-    """The verdict in words; whatever it is, with what was judged."""
+    """The verdict in words, always with what was judged."""
     told = tally(report["scenarios"])
     judged = report["verdict"].rpartition("; judged: ")[2]
     count, layers = report["layers_judged"], report["layers"]

@@ -33,11 +33,11 @@ SERIES = ("accumulated", "local", "own")
 LAYERS_HEIGHT, POSITIONS_HEIGHT, HISTOGRAM_HEIGHT, BAND_HEIGHT = 280.0, 130.0, 190.0, 44.0
 MOST_BINS = 36
 LEAST_BAR = 0.6  # percent
-NAMED = 4  # values that are not finite and are named one by one in a caption
+NAMED = 4  # non-finite values that a caption names one by one
 
 
 def layers(rows: Sequence[dict[str, Any]], fault: dict[str, Any] | None) -> Plot | None:
-    """Error by layer: one line a series."""
+    """Error by layer: one line per series."""
     if not rows:
         return None
     names = [row["name"] for row in rows]
@@ -51,7 +51,7 @@ def layers(rows: Sequence[dict[str, Any]], fault: dict[str, Any] | None) -> Plot
     for series in reversed(SERIES):  # the first one lies on top
         heights = [scale.y(value) for value in values[series]]
         points = list(zip(xs, heights, strict=True))
-        # Nothing leads to a zero on this scale, nor to a NaN.
+        # No line leads to a zero on this scale, nor to a NaN.
         drawn = [0 < value < math.inf for value in values[series]]
         parts.append(joined(points, drawn, LAYERS_HEIGHT, series))
         parts.append(dots(points, LAYERS_HEIGHT, "broken", [*map(is_broken, values[series])]))
@@ -60,7 +60,7 @@ def layers(rows: Sequence[dict[str, Any]], fault: dict[str, Any] | None) -> Plot
             for point, name, value in zip(points, names, values[series], strict=True)
             if not is_broken(value)
         ]
-    # "embedding" is wider than a number: what would collide with it gets no label.
+    # "embedding" is wider than a number: labels that would collide with it are left out.
     offset = int(names[0] == "embedding")
     labelled = [i + offset for i in round_ticks(len(names) - offset)]
     if offset:
@@ -88,7 +88,7 @@ def layers(rows: Sequence[dict[str, Any]], fault: dict[str, Any] | None) -> Plot
 
 
 def positions(scenarios: Sequence[dict[str, Any]]) -> list[Plot]:
-    """Error by position: one plot a scenario, all on one scale."""
+    """Error by position: one plot per scenario, all on the same scale."""
     found = [
         (s, [float(v) for v in s["by_position"]["rel_l2"]], _rel_l2_bound(s))
         for s in scenarios
@@ -130,7 +130,7 @@ def _rel_l2_bound(scenario: dict[str, Any]) -> list[float]:
 
 
 def divergences(scenarios: Sequence[dict[str, Any]]) -> Plot | None:
-    """How many positions of all scenarios have which KL divergence."""
+    """Histogram of the KL divergence at all scenarios' positions."""
     lists = [s["by_position"]["kl"] for s in scenarios if s["by_position"] is not None]
     values = [float(v) for each in lists for v in each]
     if not values:
@@ -138,7 +138,7 @@ def divergences(scenarios: Sequence[dict[str, Any]]) -> Plot | None:
     positive = [v for v in values if 0 < v < math.inf]
     broken = sum(map(is_broken, values))
     zeros = len(values) - len(positive) - broken
-    # Room for labels of four digits at the narrowest.
+    # Room for four-digit labels at the narrowest width.
     left, right = 16.0, 82.0 if broken else 100.0
     columns = [(0.0, 8.0, zeros, f"exactly 0: {zeros:,}")]
     labels = [(4.0, "0")]
@@ -147,7 +147,7 @@ def divergences(scenarios: Sequence[dict[str, Any]]) -> Plot | None:
         labels.append((95.5, "NaN, ∞"))
     if positive:
         low, high = decades_of(positive)
-        # Whole fractions or multiples of a decade, so that bins end where the labels are.
+        # Whole fractions or multiples of a decade, so that bin edges coincide with labels.
         width = next((w for w in (0.25, 0.5, 1.0) if (high - low) / w <= MOST_BINS), None)
         width = width or float(math.ceil((high - low) / MOST_BINS))
         bins = math.ceil((high - low) / width)
@@ -199,7 +199,7 @@ def bands(routing: Sequence[dict[str, Any]]) -> Plot | None:
         parts.append(text(100, top + 16, said, anchor="end"))
         parts.append(bar(0, 100, top + 32, 8, said, "track"))
         if differing > 0:
-            # One choice among many is still seen.
+            # A single choice among many stays visible.
             parts.append(bar(0, max(share, LEAST_BAR), top + 32, 8, said))
     choices = sum(band["choices"] for band in routing)
     differing = choices - sum(band["agreeing"] for band in routing)
@@ -211,7 +211,7 @@ def bands(routing: Sequence[dict[str, Any]]) -> Plot | None:
 
 
 def median(values: Sequence[float]) -> float:
-    """The lower one of two; NaN counts as the largest."""
+    """The lower of two middle values; NaN counts as the largest."""
     return sorted(values, key=rank)[(len(values) - 1) // 2]
 
 
@@ -220,7 +220,7 @@ def short(text: str) -> str:
 
 
 def broken_in_words(named: Iterable[tuple[str, float]]) -> list[str]:
-    """A sentence that names the values that are not finite, or nothing."""
+    """A sentence that names the non-finite values, or nothing."""
     found = [f"{name} ({figure(v)})" for name, v in named if is_broken(v)]
     if not found:
         return []

@@ -34,16 +34,16 @@ TITLES = {
 }
 SERIES = ("first", "second")  # quantiles
 HEIGHT = 200.0
-CROWDED = 24  # whole layers, of which more need a plot of full width
-WORST = 12  # operators that are listed by themselves
+CROWDED = 24  # more whole layers than this need a full-width plot
+WORST = 12  # operators listed individually
 
 
 @dataclass(frozen=True)
 class Place:
-    """An operator and the number that is furthest off there; None where it has none.
+    """An operator and its worst number; None if it has none.
 
     Attributes:
-        excess: the lower end of the ratio in units of its bound; above 1 it is too much.
+        excess: the lower end of the ratio in units of its bound; above 1 it fails.
         kind: "relative" or "systematic".
         spread: as in report.json.
     """
@@ -61,13 +61,13 @@ def place_of(error: dict[str, Any]) -> str:
 
 
 def worst(errors: Sequence[dict[str, Any]]) -> list[Place]:
-    """The operators that are furthest beyond their bound, or nearest to it."""
+    """The operators furthest beyond their bound, or nearest to it."""
     inside = [_place(error) for error in errors if error["operator"] != WHOLE_LAYER]
     return sorted(inside, key=lambda place: -place.excess)[:WORST]
 
 
 def quantiles(errors: Sequence[dict[str, Any]]) -> list[str]:
-    """The quantiles that the plots show, one a series."""
+    """The quantiles that the plots show, one per series."""
     for error in errors:
         if error["relative"]:
             return [figure(spread["quantile"]) for spread in error["relative"][: len(SERIES)]]
@@ -75,12 +75,12 @@ def quantiles(errors: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def is_crowded(errors: Sequence[dict[str, Any]]) -> bool:
-    """Whether the plots have so many layers that their marks are drawn smaller."""
+    """Whether the plots have so many layers that marks must be smaller."""
     return sum(error["operator"] == WHOLE_LAYER for error in errors) > CROWDED
 
 
 def plots(errors: Sequence[dict[str, Any]]) -> list[Plot]:
-    """The ratios of whole layers and of what is behind them, one plot a kind of error."""
+    """The ratios of whole layers and of what follows them, one plot per kind of error."""
     whole = [each for each in errors if each["operator"] == WHOLE_LAYER or each["layer"] is None]
     return [_plot(kind, whole) for kind in BOUNDS] if whole else []
 
@@ -156,7 +156,7 @@ def _label(error: dict[str, Any]) -> str:
 
 
 def _labelled(errors: Sequence[dict[str, Any]]) -> list[int]:
-    """Places that get a label: round ones, and the end where there is room."""
+    """Places that get a label: round numbers, and the end if there is room."""
     ticks = list(round_ticks(len(errors)))
     last = len(errors) - 1
     if len(ticks) > 1 and last not in ticks:

@@ -1,4 +1,4 @@
-"""Parts of a plot. Plots are as wide as the page lets them be, so x is in percent; y is in pixels from the top."""
+"""Parts of a plot. Plots are as wide as the page allows, so x is in percent; y is in pixels from the top."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-EDGE = 22.0  # of a log axis's own lines for zeros, below, and for what is not finite, above
-INSET = 2.0  # percent left free beside the first and the last point
+EDGE = 22.0  # height of a log axis's extra lines for zeros, below, and for non-finite values, above
+INSET = 2.0  # percent left free next to the first and the last point
 
 _CIRCLE = "M-4.2 0a4.2 4.2 0 1 0 8.4 0a4.2 4.2 0 1 0-8.4 0z"
 _SQUARE = "M-3.7-3.7h7.4v7.4h-7.4z"
 _DIAMOND = "M0-5 5 0 0 5-5 0z"
 _RING = "M-6 0a6 6 0 1 0 12 0a6 6 0 1 0-12 0z"
 
-# Lines are told apart by their marks and dashes, not by colour alone.
+# Lines differ in their marks and dashes, not in colour alone.
 MARKS = {
     "accumulated": _CIRCLE,
     "local": _SQUARE,
@@ -31,7 +31,7 @@ Point = tuple[float, float]  # percent of the width, pixels from the top
 
 @dataclass(frozen=True)
 class Plot:
-    """`words` say what the picture shows, to those who do not see it as well."""
+    """`words` describe the picture, also for those who cannot see it."""
 
     key: str
     title: str
@@ -41,9 +41,9 @@ class Plot:
 
 @dataclass(frozen=True)
 class LogScale:
-    """Value -> height. Zeros get a line of their own below the decades, what is not finite one above them."""
+    """Value -> height. Zeros get their own line below the decades, non-finite values one above them."""
 
-    decades: tuple[int, int] | None  # exponents; None where no value is positive and finite
+    decades: tuple[int, int] | None  # exponents; None if no value is positive and finite
     zeros: bool
     broken: bool
     height: float
@@ -72,7 +72,7 @@ class LogScale:
         return bottom - (exponent - low) / (high - low) * (bottom - top)
 
     def grid(self) -> list[Markup]:
-        """Lines across, with their labels."""
+        """Horizontal lines with their labels."""
         lines = []
         if self.decades:
             low, high = self.decades
@@ -95,7 +95,7 @@ def decades_of(positive: Sequence[float]) -> tuple[int, int]:
 
 
 def spread(count: int) -> list[float]:
-    """Places of `count` points, in percent."""
+    """Positions of `count` points, in percent."""
     if count == 1:
         return [50.0]
     return [INSET + (100 - 2 * INSET) * i / (count - 1) for i in range(count)]
@@ -141,7 +141,7 @@ def text(x: float, y: float, text: str, *, anchor: str = "middle") -> Markup:
 
 
 def gridline(y: float, label: str) -> list[Markup]:
-    """A line across, its label left of the plot."""
+    """A horizontal line, its label left of the plot."""
     return [
         across(y, "grid"),
         Markup('<text x="-8" y="{:.1f}" dy="4" text-anchor="end">{}</text>').format(y, label),
@@ -153,12 +153,12 @@ def across(y: float, kind: str) -> Markup:
 
 
 def rule(x: float) -> Markup:
-    """An upright line, where a fault starts."""
+    """A vertical line where a fault starts."""
     return Markup('<line x1="{:.2f}%" x2="{:.2f}%" y1="0" y2="100%" class="fault"/>').format(x, x)
 
 
 def whisker(x: float, y: float, end: float, series: str) -> Markup:
-    """An upright line from a mark to the end of its interval."""
+    """A vertical line from a mark to the end of its interval."""
     return Markup(
         '<line x1="{:.2f}%" x2="{:.2f}%" y1="{:.1f}" y2="{:.1f}" class="whisker {}"/>'
     ).format(x, x, y, end, series)
@@ -174,14 +174,14 @@ def bar(
 
 
 def mark(x: float, y: float, kind: str, tip: str) -> Markup:
-    """A mark that keeps its shape however wide the plot becomes; `tip` shows when it is pointed at."""
+    """A mark that keeps its shape at any plot width; `tip` is its tooltip."""
     return Markup(
         '<svg x="{:.2f}%" y="{:.1f}" class="mark {}"><title>{}</title><path d="{}"/></svg>'
     ).format(x, y, kind, tip, MARKS[kind])
 
 
 def joined(points: Sequence[Point], drawn: Sequence[bool], height: float, series: str) -> Markup:
-    """A line through the points that are drawn, broken where one is not."""
+    """A line through the drawn points, interrupted at the others."""
     steps, pen = [], "M"
     for (x, y), present in zip(points, drawn, strict=True):
         if present:
@@ -191,7 +191,7 @@ def joined(points: Sequence[Point], drawn: Sequence[bool], height: float, series
 
 
 def dots(points: Sequence[Point], height: float, kind: str, drawn: Sequence[bool]) -> Markup:
-    """Thousands of points in one path: lines without a length, of which only the ends are seen."""
+    """Thousands of points in one path: zero-length lines of which only the caps are visible."""
     steps = [
         f"M{x:.2f} {y:.1f}h0" for (x, y), present in zip(points, drawn, strict=True) if present
     ]
@@ -199,7 +199,7 @@ def dots(points: Sequence[Point], height: float, kind: str, drawn: Sequence[bool
 
 
 def _stretched(path: str, height: float, kind: str) -> Markup:
-    """A path whose x is in percent, as wide as the plot; its strokes are not stretched."""
+    """A path whose x is in percent, as wide as the plot; its strokes keep their width."""
     if not path:
         return Markup("")
     return Markup(

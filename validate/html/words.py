@@ -1,4 +1,4 @@
-"""Numbers and texts of a report as its page shows them."""
+"""Formats a report's numbers and texts for its page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def visible(value: Any) -> Any:
-    """The same, with characters that cannot be seen written as escapes; \\u202e would reorder a path."""
+    """The same value with invisible characters escaped; \\u202e would reorder a path."""
     if isinstance(value, dict):
         return {visible(key): visible(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -22,7 +22,7 @@ def visible(value: Any) -> Any:
 
 
 def figure(value: float | str | None, digits: int = 3) -> str:
-    """A number to be read; a dash where there is none."""
+    """A readable number; a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, int):
@@ -47,7 +47,7 @@ def margin(band: dict[str, Any]) -> str:
 
 
 def runs(values: Iterable[int]) -> list[tuple[int, int]]:
-    """Numbers as (first, last) of those that follow each other."""
+    """Numbers as (first, last) pairs of consecutive runs."""
     found: list[tuple[int, int]] = []
     for value in sorted(values):
         if found and value <= found[-1][1] + 1:

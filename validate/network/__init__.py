@@ -1,7 +1,7 @@
-"""What TensorRT understood, evaluated without a GPU.
+"""The network that TensorRT's parser produces, evaluated without a GPU.
 
-TensorRT's own parser makes a network of the lowered model, exactly as `build` would have it. That network is walked
-layer by layer, and evaluated in torch on the CPU.
+TensorRT's own parser makes a network from the lowered model, exactly as in `build`. That network is walked layer by
+layer and evaluated in torch on the CPU.
 """
 
 from qwenport.validate.network.interpreter import Interpreter, Program

@@ -1,7 +1,7 @@
 """The constants of TensorRT's network against the package's initializers, byte for byte.
 
-The interpreter takes bf16 values from the model by name, since TensorRT's Python shows none; whether TensorRT holds
-those same bytes is asked here. A constant that lies where the initializer is mapped is the initializer itself.
+The interpreter takes bf16 values from the model by name, since TensorRT's Python API does not expose them; whether
+TensorRT holds the same bytes is checked here. A constant at the address of the mapped initializer is the initializer.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from qwenport.contract import DTYPES
 from qwenport.engines.lowering import folded
 from qwenport.exporter import CHUNK_BYTES, Package
-from qwenport.validate.network.parse import TORCH, ParsedNetwork, WeightFiles
+from qwenport.validate.network.parse import TORCH, ParsedNetwork, WeightFiles, floating_types
 from qwenport.validate.report import Check, ScenarioResult
 from qwenport.validate.rope_check import TABLES, read_tables
 
 NAME = "constants"
 SUMMARY = "Every weight in TensorRT's network, byte for byte, against the package's"
-MAX_ELEMENTS = 64  # of a floating-point constant that is no weight: scalars of functions, epsilons
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MAX_ELEMENTS = 64  # of a floating-point constant that is not a weight: function scalars, epsilons
 
 Bytes = NDArray[np.uint8]
 _Wanted = tuple[torch.dtype, tuple[int, ...], Bytes]
@@ -38,7 +38,7 @@ _Wanted = tuple[torch.dtype, tuple[int, ...], Bytes]
 
 @dataclass(frozen=True)
 class _Constant:
-    """One constant layer; `data` is None where TensorRT's Python does not show it."""
+    """One constant layer; `data` is None if TensorRT's Python API does not expose it."""
 
     dtype: torch.dtype | None
     shape: tuple[int, ...]
@@ -49,18 +49,18 @@ class _Constant:
 def check_constants(parsed: ParsedNetwork, package: Package, exact: bool) -> ScenarioResult:
     """Compare every floating-point constant of a package's network with the package's initializers.
 
-    Rope tables are compared as lowering folds them: cast to the model's dtype. What is not an initializer
+    Rope tables are compared as lowering folds them: cast to the model's dtype. Constants that are not initializers
     must have at most 64 elements.
 
     Args:
         parsed: the network of `package`.
-        package: what it was parsed from.
-        exact: it was parsed for exact arithmetic: the interpreter replaces the folded tables by those in fp32, so
-            that those are compared with what it will compute with; TensorRT's own stay in the model's dtype.
+        package: the package it was parsed from.
+        exact: it was parsed for exact arithmetic: the interpreter replaces the folded tables by the fp32 ones that it
+            will compute with, so those are compared; TensorRT's own stay in the model's dtype.
     """
     begun = time.perf_counter()
     weights = dict(_initializers(package, parsed.files))
-    wanted = weights | _tables(package, DTYPES[package.dtype])
+    wanted = weights | _tables(package, DTYPES[package.dtype].torch)
     layers = list(_constants(parsed))
     found = dict(layers)
     missing = [name for name in wanted if name not in found]
@@ -105,7 +105,7 @@ def _none(metric: str, names: list[str]) -> Check:
 
 
 def _initializers(package: Package, files: WeightFiles) -> Iterator[tuple[str, _Wanted]]:
-    """Name -> (dtype, shape, bytes) of every floating-point initializer of model.onnx but the rope tables."""
+    """Name -> (dtype, shape, bytes) of every floating-point initializer of model.onnx except the rope tables."""
     for name, value in package.read_model().graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.dtype not in TORCH or name in TABLES:
@@ -118,7 +118,7 @@ def _initializers(package: Package, files: WeightFiles) -> Iterator[tuple[str, _
 
 
 def _tables(package: Package, dtype: torch.dtype) -> dict[str, _Wanted]:
-    """The rope tables in a dtype, by the names that lowering gives them."""
+    """The rope tables in a dtype, under the names that lowering gives them."""
     return {
         folded(name): (
             dtype,
@@ -132,11 +132,7 @@ def _tables(package: Package, dtype: torch.dtype) -> dict[str, _Wanted]:
 def _constants(parsed: ParsedNetwork) -> Iterator[tuple[str, _Constant]]:
     """Every floating-point constant of the network by its layer's name."""
     trt = parsed.trt
-    types = {
-        trt.DataType.FLOAT: torch.float32,
-        trt.DataType.HALF: torch.float16,
-        trt.DataType.BF16: torch.bfloat16,
-    }
+    types = floating_types(trt)
     for layer, kind in parsed.layers():
         if kind != "CONSTANT":
             continue
@@ -148,14 +144,14 @@ def _constants(parsed: ParsedNetwork) -> Iterator[tuple[str, _Constant]]:
             flat = weights.reshape(-1)
             dtype, data = torch.from_numpy(flat[:0]).dtype, flat.view(np.uint8)
         else:
-            continue  # integers and truth values
+            continue  # integers and booleans
         yield layer.name, _Constant(dtype, tuple(layer.shape), int(weights.size), data)
 
 
 def _computed_with(
     parsed: ParsedNetwork, wanted: dict[str, _Wanted], tables: dict[str, _Wanted]
 ) -> Iterator[str]:
-    """Names whose values in the interpreter are others than the package's."""
+    """Names whose values in the interpreter differ from the package's."""
     for name, (dtype, shape, data) in {**wanted, **tables}.items():
         values = parsed.constants.get(name)
         if (
@@ -170,7 +166,7 @@ def _equal(found: Bytes, wanted: Bytes) -> bool:
     if found.nbytes != wanted.nbytes:
         return False
     if found.ctypes.data == wanted.ctypes.data:
-        return True  # one memory
+        return True  # the same memory
     return all(
         np.array_equal(found[start : start + CHUNK_BYTES], wanted[start : start + CHUNK_BYTES])
         for start in range(0, found.nbytes, CHUNK_BYTES)
@@ -178,11 +174,11 @@ def _equal(found: Bytes, wanted: Bytes) -> bool:
 
 
 def _bytes_of(trt: Any, weights: Any) -> Bytes | None:
-    """The memory of a trt.Weights that NumPy has no type for, None where this build does not let us find it.
+    """The memory of a trt.Weights that NumPy has no type for; None if this build does not let us find it.
 
-    Python is shown its type and size alone. The object behind it is nvinfer1::Weights: type, address, count. It is read
-    through /proc/self/mem, where a wrong address is an error and not a crash, and only if the same reading of a
-    Weights made here gives the address that it was made of.
+    Python sees only its type and size. The object behind it is nvinfer1::Weights: type, address, count. It is read
+    through /proc/self/mem, where a wrong address is an error and not a crash, and only if the same method, applied to a
+    Weights made here, returns the address that it was made from.
     """
     if not _layout_is_known(trt):
         return None

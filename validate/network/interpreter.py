@@ -1,8 +1,8 @@
 """Evaluates tensors of a parsed network, in the types that TensorRT declares or exactly.
 
-Strongly typed, as the engine will be: every layer's result is rounded to its declared type and no further, sums and
+Strongly typed, as the engine will be: every layer's result is rounded to its declared type and no further; sums and
 products inside a layer are fp32. With `exact` the model's dtype stands for fp32 and nothing is rounded to it, which
-asks whether the network means the right thing, whatever its precision; a Cast to yet another type still rounds.
+checks the network's meaning, whatever its precision; a Cast to any other type still rounds.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
+from qwenport import contract
 from qwenport.validate.errors import NetworkError
 from qwenport.validate.network.layers import KINDS, Compute, Context, inputs_of, refuse
-from qwenport.validate.network.parse import ParsedNetwork, WeightFiles
+from qwenport.validate.network.parse import ParsedNetwork, WeightFiles, floating_types
 
-HALF = (torch.bfloat16, torch.float16)
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HALF = tuple(dtype.torch for dtype in contract.HALF)
 
 
 @dataclass(frozen=True)
 class _Output:
-    """What TensorRT states of a tensor: its name, its type as stored here, its sizes (-1: any)."""
+    """What TensorRT declares for a tensor: its name, its type as stored here, its sizes (-1: any)."""
 
     name: str
     dtype: torch.dtype
@@ -36,9 +36,9 @@ class _Step:
     """One layer, ready to run.
 
     Attributes:
-        static: it depends on constants only.
+        static: it depends only on constants.
         updates: it changes its first input in place.
-        dead: tensors that nothing after it needs.
+        dead: tensors not needed after it.
     """
 
     name: str
@@ -52,25 +52,23 @@ class _Step:
 
 
 class Interpreter:
-    """The layers of a network by the tensors that they make."""
+    """A network's layers, indexed by the tensors that they produce."""
 
     def __init__(self, parsed: ParsedNetwork, *, exact: bool = False) -> None:
-        """Look at every layer once.
+        """Read every layer once.
 
         Args:
             parsed: the network.
-            exact: compute in fp32 where it declares the model's dtype; both half types, if it has none.
+            exact: compute in fp32 where it declares the model's dtype; for both half types, if it has none.
 
         Raises:
-            NetworkError: a layer kind that is not known here.
+            NetworkError: a layer is of a kind not known here.
         """
         self.parsed, self.exact = parsed, exact
-        widened = HALF if parsed.dtype is None else (TYPES[parsed.dtype],)
+        widened = HALF if parsed.dtype is None else (contract.DTYPES[parsed.dtype].torch,)
         half = {dtype: torch.float32 if exact and dtype in widened else dtype for dtype in HALF}
         self._types = {
-            parsed.trt.DataType.FLOAT: torch.float32,
-            parsed.trt.DataType.HALF: half[torch.float16],
-            parsed.trt.DataType.BF16: half[torch.bfloat16],
+            **{ours: half.get(dtype, dtype) for ours, dtype in floating_types(parsed.trt).items()},
             parsed.trt.DataType.INT32: torch.int32,
             parsed.trt.DataType.INT64: torch.int64,
             parsed.trt.DataType.BOOL: torch.bool,
@@ -86,11 +84,11 @@ class Interpreter:
         )
 
     def has(self, name: str) -> bool:
-        """Whether a layer makes a tensor of that name."""
+        """Whether a layer produces a tensor of that name."""
         return name in self._makers
 
     def used(self) -> set[str]:
-        """The tensors that an output of the network depends on, without its inputs."""
+        """The tensors that the network's outputs depend on, without its inputs."""
         network = self.parsed.network
         pending = [network.get_output(index).name for index in range(network.num_outputs)]
         found: set[str] = set()
@@ -109,14 +107,14 @@ class Interpreter:
         return self._types[tensor.dtype]
 
     def program(self, known: Collection[str], wanted: Sequence[str]) -> Program:
-        """What has to be computed to get from some tensors to others.
+        """The program that computes some tensors from others.
 
         Args:
             known: names of tensors that will be given.
             wanted: names of tensors to compute.
 
         Raises:
-            NetworkError: a tensor that nobody makes, or a layer that uses something not honoured here.
+            NetworkError: no layer produces a tensor, or a layer uses something not supported here.
         """
         steps: list[_Step] = []
         static: set[str] = set()
@@ -171,12 +169,14 @@ class Interpreter:
             try:
                 values = torch.tensor(weights.numpy() if hasattr(weights, "numpy") else weights)
             except (TypeError, RuntimeError):
-                raise refuse(layer, "a bf16 constant that is no initializer of the model") from None
+                raise refuse(
+                    layer, "a bf16 constant that is not an initializer of the model"
+                ) from None
         return values.reshape(output.shape).to(output.dtype)
 
 
 def _without_hazards(steps: list[_Step], wanted: Sequence[str]) -> list[_Step]:
-    """A tensor that others want as well is copied before it is changed in place."""
+    """Copy a tensor that is also used elsewhere before it is changed in place."""
     readers = Counter([name for step in steps for name in step.inputs if name] + list(wanted))
 
     def copying(step: _Step) -> _Step:
@@ -192,7 +192,7 @@ def _without_hazards(steps: list[_Step], wanted: Sequence[str]) -> list[_Step]:
 
 
 def _with_deaths(steps: list[_Step], kept: set[str]) -> list[_Step]:
-    """Say at each step which tensors it was the last to need."""
+    """Mark at each step the tensors that it is the last to need."""
     seen, result = set(kept), []
     for step in reversed(steps):
         names = {n for n in step.inputs if n is not None} | {o.name for o in step.outputs}
@@ -202,7 +202,7 @@ def _with_deaths(steps: list[_Step], kept: set[str]) -> list[_Step]:
 
 
 class Program:
-    """A sequence of layers. What depends on constants only is computed once and kept until `release`."""
+    """A sequence of layers. What depends only on constants is computed once and kept until `release`."""
 
     def __init__(
         self,
@@ -215,16 +215,16 @@ class Program:
         self._static: dict[str, torch.Tensor] = {}
         self._widened: dict[str, torch.Tensor] = {}
         self._folded: set[int] = set()
-        self._shapes: dict[str, torch.Size] = {}  # the last that was checked, of each output
+        self._shapes: dict[str, torch.Size] = {}  # the last checked shape of each output
 
     def run(self, known: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Compute the wanted tensors.
 
         Args:
-            known: name -> tensor, all that the program was made for.
+            known: name -> tensor, all those that the program was made for.
 
         Raises:
-            NetworkError: a result has another type or shape than TensorRT states, or indices out of range.
+            NetworkError: a result's type or shape differs from TensorRT's declaration, or indices are out of range.
         """
         values = dict(known)
         with torch.inference_mode():
@@ -278,7 +278,7 @@ class Program:
             )
 
     def release(self) -> None:
-        """Forget everything that can be computed again, weights and what was made of them."""
+        """Drop everything that can be computed again: weights and what was computed from them."""
         self._static.clear()
         self._widened.clear()
         self._folded.clear()

@@ -1,8 +1,8 @@
-"""What each kind of TensorRT layer computes, in torch. The table is closed: what is not in it is an error.
+"""What each kind of TensorRT layer computes, in torch. The table is closed: a kind that is not in it is an error.
 
-A reader takes a layer and returns a function of the layer's inputs (tensors; None where an input is absent). It
-reads every parameter that changes the result, and raises for a value it does not honour. Floating-point arithmetic
-is done in fp32: `interpreter` widens what goes in and rounds what comes out to the layer's declared type.
+A reader takes a layer and returns a function of the layer's inputs (tensors; None for an absent input). It reads
+every parameter that changes the result, and raises for a value it does not support. Floating-point arithmetic is
+done in fp32: `interpreter` widens the inputs and rounds the outputs to the layer's declared type.
 Source: the class documentation of TensorRT 10 and TensorRT-RTX 1.7.
 """
 
@@ -18,16 +18,16 @@ from qwenport.validate.errors import NetworkError
 
 Compute = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
 
-SCORES_AT_ONCE = 1 << 25  # numbers of an attention's scores in memory at once: 128 MB
+SCORES_AT_ONCE = 1 << 25  # attention scores in memory at once: 128 MB
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a reader may ask.
+    """What a reader may use.
 
     Attributes:
         trt: TensorRT's module.
-        round: rounds an intermediate as the layer's type does.
+        round: rounds an intermediate to the layer's type.
         rounds: whether that changes anything.
     """
 
@@ -40,7 +40,7 @@ class Context:
 class Kind:
     """A layer kind: its interface in TensorRT's module, its reader, and whether it only moves values.
 
-    What moves values takes and gives them as they are stored; the rest is given fp32 for bf16 and fp16.
+    Kinds that move values work on their stored type; the others get fp32 for bf16 and fp16.
     """
 
     interface: str
@@ -49,7 +49,7 @@ class Kind:
 
 
 def refuse(layer: Any, what: str) -> NetworkError:
-    """The error for a layer that uses something not honoured here."""
+    """The error for a layer that uses something not supported here."""
     return NetworkError(f"layer {layer.name}: {what} is not something that can be evaluated here")
 
 
@@ -64,12 +64,12 @@ def axes_of(mask: int) -> tuple[int, ...]:
 
 
 def _given(layer: Any, index: int) -> bool:
-    """Whether a parameter comes as an input; its attribute must not be asked for then."""
+    """Whether a parameter comes as an input; then its attribute must not be read."""
     return layer.num_inputs > index and layer.get_input(index) is not None
 
 
 def _dims(layer: Any, attribute: str, index: int) -> list[int] | None:
-    """Sizes given as an attribute; None where input `index` has them, or where there are none at all."""
+    """Sizes given as an attribute; None if input `index` has them, or if there are none at all."""
     if _given(layer, index):
         return None
     try:
@@ -210,7 +210,7 @@ def _matrix_multiply(context: Context, layer: Any) -> Compute:
             for x, side in zip((a, b), sides, strict=True)
         )
         if b.ndim == a.ndim == 3 and len(b) == 1:
-            b = b[0]  # one matrix for all rows: torch then makes one product of them
+            b = b[0]  # one matrix for all rows: torch then runs one matmul
         return a @ b
 
     return compute
@@ -311,7 +311,7 @@ def _topk(context: Context, layer: Any) -> Compute:
         x: torch.Tensor, count: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         k = fixed if count is None else int(count)
-        # stable: among equals the lowest index, as ONNX says; torch.topk promises nothing
+        # stable: among equals the lowest index first, as ONNX requires; torch.topk guarantees nothing
         values, indices = torch.sort(x, dim=axes[0], descending=largest, stable=True)
         return values.narrow(axes[0], 0, k), indices.narrow(axes[0], 0, k)
 
@@ -359,7 +359,7 @@ def _cumulative(context: Context, layer: Any) -> Compute:
         along = int(axis)
         y = x.flip(along) if reverse else x
         total = torch.cumsum(y, along, dtype=x.dtype)
-        if exclusive:  # what comes before, not the sum without the slot: 1e10 + 1 - 1e10 is 0
+        if exclusive:  # the sum before the slot, not the sum minus the slot: 1e10 + 1 - 1e10 is 0
             first = torch.zeros_like(y.narrow(along, 0, min(1, y.shape[along])))
             total = torch.cat([first, total.narrow(along, 0, max(0, y.shape[along] - 1))], along)
         return total.flip(along) if reverse else total
@@ -378,7 +378,7 @@ def _rotary(context: Context, layer: Any) -> Compute:
     ) -> torch.Tensor:
         size = part or x.shape[-1]
         if position_ids is not None:
-            # not by indexing: a negative position is outside, and no row from the end
+            # not by indexing: a negative position is out of range, not a row from the end
             cos, sin = (torch.embedding(table, position_ids) for table in (cos, sin))
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # one for all heads
         turned, rest = x[..., :size], x[..., size:]
@@ -407,7 +407,7 @@ def _kv_cache_update(context: Context, layer: Any) -> Compute:
     def compute(
         cache: torch.Tensor, update: torch.Tensor, write_indices: torch.Tensor
     ) -> torch.Tensor:
-        # in place; a slot outside the cache is dropped without a word, as in an engine
+        # in place; a slot outside the cache is dropped silently, as in an engine
         capacity, count = cache.shape[2], update.shape[2]
         for row, first in enumerate(_listed(write_indices)):
             begin, end = max(first, 0), min(first + count, capacity)
@@ -439,13 +439,13 @@ def _attention(context: Context, layer: Any) -> Compute:
             and mask.dtype == torch.bool
             and not context.rounds
         ):
-            # without an intermediate to be rounded the whole is one function, and torch's is faster
+            # without an intermediate to round, the whole is one function, and torch's is faster
             return torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, scale=1.0, enable_gqa=True
             )
         batch, heads, queries, size = q.shape
         kv_heads, keys = k.shape[1], k.shape[2]
-        # a group of query heads shares a head of keys and values: their queries stand below one another
+        # a group of query heads shares one key and value head: their queries are stacked
         group = heads // kv_heads
         grouped = q.reshape(batch, kv_heads, group, queries, size)
         columns = k.transpose(-1, -2)
@@ -508,5 +508,5 @@ KINDS = {
 
 
 def inputs_of(layer: Any) -> Sequence[Any]:
-    """The layer's input tensors, None where one is absent."""
+    """The layer's input tensors; None for an absent one."""
     return [layer.get_input(index) for index in range(layer.num_inputs)]

@@ -1,6 +1,6 @@
-"""A lowered ONNX model -> TensorRT's network, its weights left where they are.
+"""A lowered ONNX model -> TensorRT's network, with the weights left in place.
 
-The parser is given addresses in memory-mapped files, so parsing a model of any size reads none of its weights.
+The parser gets addresses in memory-mapped files, so parsing a model of any size reads none of its weights.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from qwenport.contract import BF16, DTYPES, FP16, FP32
 from qwenport.engines import FLAVOURS, LoweringError
 from qwenport.engines.lowering import check_graph, check_network, folded, for_tensorrt
 from qwenport.engines.targets import load_tensorrt
@@ -22,16 +23,20 @@ from qwenport.exporter import Package
 from qwenport.validate.errors import NetworkError
 from qwenport.validate.rope_check import TABLES, read_tables
 
-FLAVOUR = "tensorrt-rtx"  # the one that can be installed anywhere; both share the parser's sources
-TORCH = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-}
+FLAVOUR = "tensorrt-rtx"  # the one that installs anywhere; both share the parser's sources
+
+
+def floating_types(trt: Any) -> dict[Any, torch.dtype]:
+    """TensorRT's floating-point types -> torch's."""
+    types = trt.DataType
+    return {types.FLOAT: FP32.torch, types.HALF: FP16.torch, types.BF16: BF16.torch}
+
+
+TORCH = {dtype.ir: dtype.torch for dtype in DTYPES.values()}
 
 
 class WeightFiles:
-    """Memory-mapped files below a folder, whose pages can be given back."""
+    """Memory-mapped files below a folder, whose pages can be released."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -49,7 +54,7 @@ class WeightFiles:
         return self._maps[name][1][start : start + length]
 
     def release(self) -> None:
-        """Give the memory of all pages read so far back; the next use reads them again."""
+        """Release the memory of all pages read so far; the next use reads them again."""
         for mapped, _ in self._maps.values():
             mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -61,10 +66,10 @@ class ParsedNetwork:
     Attributes:
         trt: the module it comes from.
         network: the INetworkDefinition.
-        dtype: the model's, "bf16", "fp16" or "fp32"; None where it is not known.
-        constants: initializer name -> its tensor, in the model's dtype, for those of floating point.
-        files: where large ones lie.
-        owners: what must live as long as the network.
+        dtype: the model's, "bf16", "fp16" or "fp32"; None if unknown.
+        constants: name -> tensor of every floating-point initializer, in the model's dtype.
+        files: the files that hold the large ones.
+        owners: objects that must live as long as the network.
         complaints: what `build` would refuse in it.
     """
 
@@ -79,7 +84,7 @@ class ParsedNetwork:
     def layers(self) -> Iterator[tuple[Any, str]]:
         """Every layer and the name of its kind.
 
-        The kind is read here: once a layer is cast to its interface, `type` may be a parameter of its own.
+        The kind is read here: once a layer is cast to its interface, `type` may be one of its own parameters.
         """
         for index in range(self.network.num_layers):
             layer = self.network.get_layer(index)
@@ -90,12 +95,12 @@ def parse_package(package: Package, capacity: int) -> ParsedNetwork:
     """Lower a package as `build` does and let TensorRT parse it.
 
     Args:
-        package: what to parse.
+        package: the package to parse.
         capacity: cache slots of the network.
 
     Raises:
         MissingExtraError: tensorrt-rtx is not installed.
-        NetworkError: TensorRT's parser refuses the model; its own words.
+        NetworkError: TensorRT's parser refuses the model; the message is the parser's.
     """
     model = for_tensorrt(
         package.read_model(),
@@ -111,7 +116,7 @@ def parse_package(package: Package, capacity: int) -> ParsedNetwork:
 
 
 def with_exact_tables(parsed: ParsedNetwork, package: Package) -> ParsedNetwork:
-    """The same network with the rope tables, which lowering rounds to the model's dtype, as they were before.
+    """The same network with unrounded rope tables (lowering rounds them to the model's dtype).
 
     Raises:
         NetworkError: the package's graph has no such tables.
@@ -135,7 +140,7 @@ def _complaints(check: Callable[..., None], *arguments: Any) -> tuple[str, ...]:
 
 
 def parse_model(model: ir.Model, folder: Path, dtype: str | None = None) -> ParsedNetwork:
-    """Let TensorRT parse a lowered model of `dtype` whose external data lies below `folder`.
+    """Let TensorRT parse a lowered model of `dtype` whose external data is below `folder`.
 
     Raises:
         MissingExtraError, NetworkError: see `parse_package`.

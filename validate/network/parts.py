@@ -1,4 +1,4 @@
-"""A parsed network in parts: the network is whole, its weights are read and dropped a decoder layer at a time."""
+"""A parsed network in parts: the network is whole; its weights are read and dropped one decoder layer at a time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from qwenport import contract
+from qwenport.contract import INPUT_IDS, is_past, present
 from qwenport.validate.network.interpreter import Interpreter, Program
 from qwenport.validate.network.session import as_numpy, caches_of, share
 from qwenport.validate.sites import LOGITS, hidden_states
@@ -18,10 +20,10 @@ class NetworkParts:
     """`streaming.Parts` of TensorRT's network of a package."""
 
     def __init__(self, interpreter: Interpreter, layers: int, all_layers: int) -> None:
-        """Take a network apart.
+        """Split a network into parts.
 
         Args:
-            interpreter: of the network.
+            interpreter: the network's interpreter.
             layers: how many decoder layers to run before the final norm.
             all_layers: how many the network has.
         """
@@ -29,7 +31,7 @@ class NetworkParts:
         self._interpreter = interpreter
         self._hidden = hidden_states(all_layers)
         self._last = self._hidden[-1]
-        self._steps = [n for n in interpreter.inputs if not n.startswith("past_key_values.")]
+        self._steps = [n for n in interpreter.inputs if not is_past(n)]
 
     @contextmanager
     def _program(self, given: Sequence[str], wanted: Sequence[str]) -> Iterator[Program]:
@@ -52,12 +54,12 @@ class NetworkParts:
         """See `Parts.layer`."""
         entry, end = self._hidden[index : index + 2]
         caches = [caches_of(self._interpreter, size.max_batch, index) for size in sizes]
-        presents = [f"present.{index}.{part}" for part in ("key", "value")]
-        pasts = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
+        presents = [present(cache) for cache in contract.caches(index)]
+        pasts = [contract.past(cache) for cache in contract.caches(index)]
         with self._program([entry, *pasts], [end, *presents, *observe]) as program:
 
             def run(number: int, feeds: Feeds, hidden: torch.Tensor) -> tuple[Any, dict[str, Any]]:
-                rows = len(feeds["input_ids"])
+                rows = len(feeds[INPUT_IDS])
                 past = {name: memory[:rows] for name, memory in caches[number].items()}
                 made = program.run({**_tensors(feeds), entry: hidden, **past})
                 share(past, made)

@@ -1,4 +1,4 @@
-"""A session over an interpreted network: the same steps as on an engine, its cache updated in place."""
+"""A session over an interpreted network: the same steps as on an engine, with the cache updated in place."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwenport.contract import INPUT_IDS, caches, is_past, past, present_of
 from qwenport.engines import MAX_STEP_LOGITS, MAX_STEP_TOKENS, CachedSession, SessionError
 from qwenport.engines.memory import untouched_zeros
 from qwenport.engines.session import Float32, Int64
@@ -29,13 +30,13 @@ class NetworkSession(CachedSession):
         max_positions: int,
         observe: Sequence[str] = (),
     ) -> None:
-        """Allocate the cache, of as many slots as the network was parsed for.
+        """Allocate the cache, with as many slots as the network was parsed for.
 
         Args:
-            interpreter: of the parsed network.
-            config: the model's.
+            interpreter: the parsed network's interpreter.
+            config: the model's config.
             max_batch: rows.
-            capacity: slots a row that may be used, as an engine's session takes it.
+            capacity: usable slots per row, as for an engine's session.
             max_positions: rows of the rope tables.
             observe: tensors of the network that each step leaves in `observed`.
 
@@ -56,12 +57,12 @@ class NetworkSession(CachedSession):
                 raise SessionError(f"the network has no tensor {name} that could be observed")
         self._cache = caches_of(interpreter, max_batch)
         self._observe = tuple(observe)
-        presents = (name.replace("past_key_values.", "present.") for name in self._cache)
+        presents = map(present_of, self._cache)
         wanted = (LOGITS, *presents, *self._observe)
         self._program = interpreter.program(interpreter.inputs, wanted)
 
     def _step(self, feeds: dict[str, Int64]) -> Float32:
-        rows = len(feeds["input_ids"])
+        rows = len(feeds[INPUT_IDS])
         known = {name: torch.from_numpy(array.copy()) for name, array in feeds.items()}
         caches = {name: memory[:rows] for name, memory in self._cache.items()}
         made = self._program.run({**known, **caches})
@@ -74,14 +75,14 @@ class NetworkSession(CachedSession):
 def caches_of(
     interpreter: Interpreter, rows: int, layer: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Zeroed memory of `rows` rows for every cache that the network has as an input, or for one layer's."""
+    """Zeroed memory of `rows` rows for every cache input of the network, or for one layer's."""
     network = interpreter.parsed.network
-    prefix = "past_key_values." if layer is None else f"past_key_values.{layer}."
+    wanted = None if layer is None else {past(cache) for cache in caches(layer)}
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     return {
         tensor.name: _zeros((rows, *tuple(tensor.shape)[1:]), interpreter.type_of(tensor))
         for tensor in inputs
-        if tensor.name.startswith(prefix)
+        if is_past(tensor.name) and (wanted is None or tensor.name in wanted)
     }
 
 
@@ -91,9 +92,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def share(caches: dict[str, torch.Tensor], made: dict[str, torch.Tensor]) -> None:
-    """Let `present` be `past`: in an engine they are one memory, whoever wrote it."""
-    for past, memory in caches.items():
-        present = made[past.replace("past_key_values.", "present.")]
+    """Let `present` be `past`: in an engine they are the same memory, whichever layer wrote it."""
+    for name, memory in caches.items():
+        present = made[present_of(name)]
         if present.data_ptr() != memory.data_ptr():
             memory.copy_(present)
 

@@ -1,4 +1,4 @@
-"""The oracle that targets are compared with: transformers' own model, whole in memory or a layer at a time."""
+"""The oracle that targets are compared with: transformers' own model, whole in memory or one layer at a time."""
 
 from qwenport.validate.reference.layers import OpenLayer
 from qwenport.validate.reference.oracle import Reference

@@ -26,7 +26,7 @@ class MergedAdapter:
         """Read its settings and names.
 
         Raises:
-            ValidationError: it cannot be read.
+            ValidationError: the adapter cannot be read.
         """
         self._file = path / WEIGHTS
         with reported(path / CONFIG, "not the settings of an adapter"):

@@ -1,7 +1,7 @@
-"""The files of a checkpoint that the oracle reads: config.json and the safetensors files, and no other.
+"""The files of a checkpoint that the oracle reads: config.json and the safetensors files, and no others.
 
 transformers' from_pretrained looks for more: an adapter_config.json (and applies the adapter if peft is installed),
-a generation_config.json, other weights. It is shown a directory that has none of these.
+a generation_config.json, other weights. It gets a directory that has none of these.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qwenport.wording import cut, one_line
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DECODER, HEAD = "model.", "lm_head."  # what transformers' names begin with
+DECODER, HEAD = "model.", "lm_head."  # prefixes of transformers' names
 BUFFERS = ".rotary_emb.inv_freq"  # older releases saved them; transformers computes them
 
 
@@ -32,7 +32,7 @@ def weight_files(path: Path) -> list[Path]:
     """The checkpoint's safetensors files: model.safetensors, or what the index names if there is one.
 
     Raises:
-        ValidationError: the index cannot be read, or names what is no safetensors file below `path`.
+        ValidationError: the index cannot be read, or names something that is not a safetensors file below `path`.
     """
     index = path / INDEX
     if not index.is_file():
@@ -55,7 +55,7 @@ def known_name(name: str, prefix: str) -> str:
 
 
 def key_mapping(prefix: str) -> dict[str, str] | None:
-    """The same for `from_pretrained`. Names without any prefix it understands by itself."""
+    """The same for `from_pretrained`, which understands names without any prefix itself."""
     if prefix in (DECODER, ""):
         return None
     outer = "|".join(map(re.escape, sorted(_outer(prefix), key=len, reverse=True)))
@@ -63,13 +63,13 @@ def key_mapping(prefix: str) -> dict[str, str] | None:
 
 
 def _outer(prefix: str) -> list[str]:
-    """Whatever the model's own prefix may be, given its decoder's: all of it, or parts from the front."""
+    """The possible prefixes of the model, given its decoder's: all of it, or leading parts."""
     parts = prefix.split(".")[:-1]
     return ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts) + 1)]
 
 
 def tensor_files(path: Path) -> Iterator[tuple[str, Path, tuple[int, ...]]]:
-    """(name, file, shape) of every tensor; of one that is in several shards, the one that the index names.
+    """(name, file, shape) of every tensor; for one in several shards, the shard that the index names.
 
     Raises:
         ValidationError: see `weight_files` and `opened`.
@@ -80,16 +80,16 @@ def tensor_files(path: Path) -> Iterator[tuple[str, Path, tuple[int, ...]]]:
             indexed = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
     for file in weight_files(path):
         with opened(file) as content:
-            for name in content.keys():  # noqa: SIM118  it is no dict
+            for name in content.keys():  # noqa: SIM118  not a dict
                 if indexed is None or path / str(indexed.get(name)) == file:
                     yield name, file, tuple(content.get_slice(name).get_shape())
 
 
 def opened(file: Path) -> Any:
-    """safetensors' handle of a file, for torch; a context manager.
+    """A safetensors handle for a file, for torch; a context manager.
 
     Raises:
-        ValidationError: it is missing or damaged.
+        ValidationError: the file is missing or damaged.
     """
     try:
         return safe_open(file, framework="pt")
@@ -100,9 +100,9 @@ def opened(file: Path) -> Any:
 
 @contextlib.contextmanager
 def visible_to_transformers(path: Path) -> Iterator[Path]:
-    """A temporary directory with links to the checkpoint's config.json and weights, and nothing beside them.
+    """A temporary directory with links to the checkpoint's config.json and weights, and nothing else.
 
-    Weights that transformers has memory-mapped stay valid when the directory is gone.
+    Weights that transformers has memory-mapped stay valid after the directory is removed.
 
     Raises:
         ValidationError: there is no config.json, or see `weight_files`.
@@ -122,7 +122,7 @@ def visible_to_transformers(path: Path) -> Iterator[Path]:
 
 
 def _is_inside(name: object) -> bool:
-    """Whether a shard's name in an index is one: a safetensors file below the checkpoint directory."""
+    """Whether a shard name in an index is valid: a safetensors file below the checkpoint directory."""
     if not isinstance(name, str) or not name.endswith(".safetensors"):
         return False
     parts = PurePosixPath(name)

@@ -1,7 +1,7 @@
-"""Forward hooks on transformers' decoder layers: how one sees, or changes, what happens inside them.
+"""Forward hooks on transformers' decoder layers, to observe or change what happens inside them.
 
-An `Attach` is asked before a layer runs a text, and returns the hooks that are to be there for that run only. Both
-runners ask it, so what is observed does not depend on where the weights are.
+An `Attach` is called before a layer runs a text, and returns the hooks for that run only. Both runners call it, so
+observations do not depend on where the weights are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Attach = Callable[[int, int, Any], list[Any]]  # (text, layer index, layer) -> h
 
 @contextlib.contextmanager
 def attached(attach: Attach, text: int, layers: Iterable[tuple[int, Any]]) -> Iterator[None]:
-    """Have the hooks of `text` on `layers`, pairs of index and module, for as long as the context lasts."""
+    """Keep the hooks of `text` on `layers`, pairs of index and module, while the context lasts."""
     with contextlib.ExitStack() as stack:
         for index, layer in layers:
             for handle in attach(text, index, layer):
@@ -33,7 +33,7 @@ def attached(attach: Attach, text: int, layers: Iterable[tuple[int, Any]]) -> It
 
 
 def together(*attaches: Attach) -> Attach:
-    """All of them, in this order."""
+    """Combine several, in this order."""
     return lambda text, index, layer: [
         handle for attach in attaches for handle in attach(text, index, layer)
     ]
@@ -45,7 +45,7 @@ def counting(tick: Callable[[], None]) -> Attach:
 
 
 def recording_states(found: Sequence[list[Float32]]) -> Attach:
-    """Append to found[text] what enters layer 0 and what leaves each layer, fp32 [S, hidden]."""
+    """Append to found[text] the input of layer 0 and the output of each layer, fp32 [S, hidden]."""
 
     def attach(text: int, index: int, layer: Any) -> list[Any]:
         def before(module: Any, inputs: Any) -> None:
@@ -61,7 +61,7 @@ def recording_states(found: Sequence[list[Float32]]) -> Attach:
 
 
 def recording_routes(found: Sequence[dict[int, tuple[Float32, Int64]]]) -> Attach:
-    """Put into found[text], for each sparse layer, router logits fp32 [S, E] and chosen experts int64 [S, k]."""
+    """Store in found[text], for each sparse layer, router logits fp32 [S, E] and chosen experts int64 [S, k]."""
 
     def attach(text: int, index: int, layer: Any) -> list[Any]:
         def after(module: Any, inputs: Any, outputs: Any) -> None:
@@ -74,9 +74,9 @@ def recording_routes(found: Sequence[dict[int, tuple[Float32, Int64]]]) -> Attac
 
 
 def replaying(choices: Sequence[Choices | None], taken: Callable[[int], None]) -> Attach:
-    """Send tokens where choices[text] says, if the router's own choice was hardly better.
+    """Send tokens to the experts in choices[text], if the router's own choice was hardly better.
 
-    `taken` is told how many tokens were sent elsewhere.
+    `taken` is called with the number of tokens sent elsewhere.
     """
 
     def attach(text: int, index: int, layer: Any) -> list[Any]:
@@ -88,7 +88,7 @@ def replaying(choices: Sequence[Choices | None], taken: Callable[[int], None]) -
         def after(module: Any, inputs: Any, outputs: Any) -> Any:
             logits, _, chosen = outputs
             if experts.shape != chosen.shape:
-                return outputs  # another number of experts is no near-tie
+                return outputs  # another number of experts is not a near-tie
             everyone = torch.zeros_like(logits, dtype=torch.bool)
             own, other = everyone.scatter(1, chosen, True), everyone.scatter(1, experts, True)
             lost = logits.masked_fill(~(own & ~other), -torch.inf).amax(1)
@@ -99,8 +99,8 @@ def replaying(choices: Sequence[Choices | None], taken: Callable[[int], None]) -
                 return outputs
             taken(int(near.sum()))
             chosen = torch.where(near[:, None], experts, chosen)
-            # As the routers of Qwen2-MoE and Qwen3-MoE do it, for all rows at once as there: a row that keeps
-            # its experts keeps its weights to the last bit.
+            # As in the routers of Qwen2-MoE and Qwen3-MoE, for all rows at once as there: a row that keeps its
+            # experts keeps its weights to the last bit.
             weights = torch.softmax(logits, dtype=torch.float, dim=-1).gather(1, chosen)
             if module.norm_topk_prob:
                 weights /= weights.sum(dim=-1, keepdim=True)

@@ -1,7 +1,7 @@
-"""Single decoder layers of transformers: what the model's forward calls them with, and runs over long texts.
+"""transformers' decoder layers one at a time: the arguments of the model's forward, and runs over long texts.
 
-A layer's arguments (mask, positions, cos and sin) come from transformers' own model forward, which is run with
-stand-ins for its layers; they note their arguments and compute nothing.
+A layer's arguments (mask, positions, cos and sin) come from transformers' own model forward, which runs with
+stand-ins for its layers; they record their arguments and compute nothing.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from qwenport.validate.text import Choices
 
 Float32 = NDArray[np.float32]
 
-# (module, choices of the piece) -> the context that the piece is run in
+# (module, choices of the piece) -> the context in which the piece runs
 Agreeing = Callable[[Any, Choices | None], contextlib.AbstractContextManager[None]]
 
 
 class LayerCalls:
-    """transformers' model forward up to its layers: what each would be called with."""
+    """transformers' model forward up to its layers: the arguments of each layer."""
 
     def __init__(self, model: Any, rotary: Any) -> None:
         """Take over a base model on the meta device, such as a Qwen2Model.
 
         Args:
-            model: its layers and final norm are exchanged for stand-ins.
-            rotary: its rotary module in place of the one on the meta device.
+            model: the model; its layers and final norm are replaced by stand-ins.
+            rotary: a rotary module to replace the one on the meta device.
         """
         self._stand_in = _StandIn()
         self._model = model
@@ -54,9 +54,9 @@ class LayerCalls:
         """The keyword arguments of each layer.
 
         Args:
-            hidden: what the layers run on, [1, S, hidden]; its dtype and length count, its values do not.
-            first_position: of hidden[0, 0].
-            cache: the keys and values that came before, which the mask includes.
+            hidden: the layers' input, [1, S, hidden]; only its dtype and length matter, not its values.
+            first_position: position of hidden[0, 0].
+            cache: the earlier keys and values, which the mask includes.
             attention: the implementation that the mask is for.
         """
         self._stand_in.calls = []
@@ -72,7 +72,7 @@ class LayerCalls:
 
 
 class _StandIn(torch.nn.Module):
-    """Notes what a decoder layer is called with."""
+    """Records the arguments of a decoder layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,17 +84,17 @@ class _StandIn(torch.nn.Module):
 
 
 def call_layer(module: Any, hidden: torch.Tensor, arguments: Any, attention: str) -> torch.Tensor:
-    """A decoder layer's output, [1, S, hidden], with what `LayerCalls` gives for the same attention."""
+    """A decoder layer's output, [1, S, hidden], given the arguments from `LayerCalls` for the same attention."""
     with attending(module.self_attn.config, attention), torch.inference_mode():
         result: torch.Tensor = module(hidden, **arguments)
     return result
 
 
 class OpenLayer:
-    """A decoder layer whose weights are in memory, as `Reference.opened_layer` gives it.
+    """A decoder layer whose weights are in memory, as returned by `Reference.opened_layer`.
 
     Attributes:
-        module: transformers' own, for hooks. Unless streamed it is the model's own in fp32: do not change it.
+        module: transformers' own, for hooks. Unless streamed, it is the model's own in fp32: do not change it.
     """
 
     def __init__(
@@ -115,22 +115,22 @@ class OpenLayer:
         queries_at_once: int = 512,
         choices: Choices | None = None,
     ) -> Float32:
-        """The layer on given hidden states, with transformers' cache between pieces of `queries_at_once` tokens.
+        """Run the layer on given hidden states, with transformers' cache between pieces of `queries_at_once` tokens.
 
-        The scores of one piece are in memory, [heads, queries_at_once, S], and the keys and values of all.
+        In memory are the scores of one piece, [heads, queries_at_once, S], and the keys and values of all pieces.
 
         Args:
-            hidden: fp32 [S, hidden]; what it runs on, rounded to the layer's dtype.
-            first_position: of hidden[0].
+            hidden: the input, fp32 [S, hidden]; it is rounded to the layer's dtype.
+            first_position: position of hidden[0].
             attention: "eager" or "sdpa".
-            queries_at_once: tokens of a piece.
+            queries_at_once: tokens per piece.
             choices: experts of this layer to take over in near-ties.
 
         Returns:
-            What leaves the layer, fp32 [S, hidden].
+            The layer's output, fp32 [S, hidden].
 
         Raises:
-            ValidationError: there are no such hidden states, positions, pieces or attention.
+            ValidationError: invalid hidden states, positions, pieces or attention.
         """
         check_attention(attention)
         size = self._calls.config.hidden_size
@@ -154,7 +154,7 @@ class OpenLayer:
         queries_at_once: int,
         choices: Choices | None = None,
     ) -> torch.Tensor:
-        """As `run`, unchecked: [S, hidden] to [S, hidden], both in the layer's dtype."""
+        """As `run`, without checks: [S, hidden] to [S, hidden], both in the layer's dtype."""
         cache = self._cache()
         made = []
         for start in range(0, len(hidden), queries_at_once):
@@ -171,8 +171,8 @@ class OpenLayer:
     def _cache(self) -> DynamicCache:
         """transformers' cache for this layer alone.
 
-        The mask is made to the length of the first layer that has full attention; so this layer's part of the cache
-        stands for all.
+        The mask has the length of the first layer with full attention, so this layer's part of the cache stands for
+        all layers.
         """
         cache = DynamicCache(config=self._calls.config)
         cache.layers = [cache.layers[self._index]] * len(cache.layers)
@@ -181,7 +181,7 @@ class OpenLayer:
     def _choices(
         self, choices: Choices | None, start: int, stop: int, total: int
     ) -> Choices | None:
-        """Those of one piece; those of another text are left out."""
+        """The choices for one piece; None if they belong to another text."""
         if choices is None or self._index not in choices.experts:
             return None
         experts = choices.experts[self._index]

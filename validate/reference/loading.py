@@ -1,4 +1,4 @@
-"""transformers' config and rotary module, as the target was asked to be; the same for both runners."""
+"""transformers' config and rotary module, set up as the target was exported; the same for both runners."""
 
 from __future__ import annotations
 
@@ -11,17 +11,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qwenport.contract import DTYPES, FP64
 from qwenport.validate.errors import ValidationError
 
-TORCH_DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
+KNOWN = {**DTYPES, FP64.name: FP64}
 ATTENTIONS = ("eager", "sdpa")
 
-# Plain arithmetic, one operation after the other; what transformers would choose differs between machines.
+# Plain arithmetic, one operation after another; transformers' own choice differs between machines.
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
@@ -29,17 +25,17 @@ def torch_dtype(name: str) -> torch.dtype:
     """The dtype that "fp32", "bf16", "fp16" or "fp64" names.
 
     Raises:
-        ValidationError: none of these.
+        ValidationError: another name.
     """
-    if name not in TORCH_DTYPES:
+    if name not in KNOWN:
         raise ValidationError(
-            f"the reference does not compute in {name!r}; it does in {', '.join(TORCH_DTYPES)}"
+            f"the reference does not compute in {name!r}; it does in {', '.join(KNOWN)}"
         )
-    return TORCH_DTYPES[name]
+    return KNOWN[name].torch
 
 
 def check_attention(name: str) -> None:
-    """Refuse what is neither "eager" nor "sdpa" with a ValidationError."""
+    """Raise a ValidationError for a name other than "eager" or "sdpa"."""
     if name not in ATTENTIONS:
         raise ValidationError(
             f"the reference has no attention {name!r}; it has {', '.join(ATTENTIONS)}"
@@ -48,7 +44,7 @@ def check_attention(name: str) -> None:
 
 @contextlib.contextmanager
 def attending(config: Any, attention: str) -> Iterator[None]:
-    """Have modules of `config` use one of transformers' attention implementations for a while."""
+    """Make modules of `config` use one of transformers' attention implementations while the context lasts."""
     before = config._attn_implementation
     config._attn_implementation = attention
     try:
@@ -63,7 +59,7 @@ def read_config(path: Path, rope_scaling: str | None) -> Any:
     if rope_scaling is not None:
         kind, _, factor = rope_scaling.partition(":")
         settings = {**config.rope_parameters, "rope_type": kind, "factor": float(factor)}
-        if kind == "yarn":  # as Qwen's model card writes it
+        if kind == "yarn":  # as in Qwen's model cards
             settings["original_max_position_embeddings"] = config.max_position_embeddings
         config.rope_parameters = settings
     return config
@@ -77,7 +73,7 @@ def model_without_weights(config: Any) -> Any:
 
 
 def pin_rope(rotary: Any, length: int) -> None:
-    """Use transformers' frequencies for texts of `length` tokens, whatever is computed.
+    """Fix transformers' frequencies to those for texts of `length` tokens.
 
     Source: transformers modeling_rope_utils.dynamic_rope_update, which acts on "dynamic" and
     "longrope" in `rope_type` at every forward, and on no other value.
@@ -89,10 +85,10 @@ def pin_rope(rotary: Any, length: int) -> None:
 
 
 def keep_layers(model: Any, count: int | None) -> None:
-    """Cut a model to its first `count` decoder layers; None keeps all.
+    """Truncate a model to its first `count` decoder layers; None keeps all.
 
     Raises:
-        ValidationError: it has not that many.
+        ValidationError: it does not have that many.
     """
     layers = model.model.layers
     if count is None:

@@ -1,8 +1,8 @@
-"""The oracle: transformers' own model, in fp32, from the checkpoint itself. Nothing of ours computes here.
+"""The oracle: transformers' own model, in fp32, from the checkpoint itself. None of our code computes here.
 
-Two things are arranged so that the question is the one the target answers: the rope settings that the
-export was asked for are put in the config, and where transformers would change frequencies with the length
-of the text (dynamic, longrope) they are pinned to the length that the target's tables were made for.
+Two settings make the oracle answer the same question as the target: the rope settings requested at export are put
+into the config, and where transformers would change frequencies with the length of the text (dynamic, longrope),
+they are pinned to the length that the target's tables were made for.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qwenport.contract import Progress, no_progress
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.failures import reported
 from qwenport.validate.quiet import quiet_transformers
@@ -45,27 +46,25 @@ from qwenport.validate.target import Target
 from qwenport.validate.text import Choices, Text
 from qwenport.wording import one_line
 
-ROWS_AT_ONCE = 8192  # of the vocabulary's matrix
+ROWS_AT_ONCE = 8192  # of the vocabulary matrix
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
-Progress = Callable[[str, int, int], None]  # (what is computed, layers of texts done, of how many)
-
 
 class Reference:
-    """transformers' model of a checkpoint, in fp32 or as asked, as the target was asked to be.
+    """transformers' model of a checkpoint, in fp32 or a requested dtype, set up as the target was exported.
 
     Every method that takes a dtype takes "fp32", "bf16", "fp16" or "fp64", and raises ValidationError for another.
-    Weights are in that dtype; rope frequencies are computed in fp32 always, and so are, in transformers' code, the
+    Weights are in that dtype; rope frequencies are always computed in fp32, and so are, in transformers' code, the
     normalisations and softmaxes.
 
     Attributes:
-        vocab_size: logits a position.
-        num_layers: decoder layers that are used.
-        weights_note: what the weights are, for a reviewer.
-        routed: whether tokens go to experts, of which rounding may choose another.
-        replayed: choices of experts taken over so far, in all calls together.
+        vocab_size: logits per position.
+        num_layers: number of decoder layers used.
+        weights_note: a description of the weights, for a reviewer.
+        routed: whether tokens go to experts, whose choice rounding may change.
+        replayed: number of expert choices taken over so far, in all calls together.
     """
 
     def __init__(
@@ -75,20 +74,20 @@ class Reference:
         *,
         layers: int | None = None,
         streamed: bool = False,
-        progress: Progress = lambda what, done, total: None,
+        progress: Progress = no_progress,
     ) -> None:
-        """Load the checkpoint, or only look at its files if it is to be streamed.
+        """Load the checkpoint, or only inspect its files if it is streamed.
 
         Args:
-            target: whose dtype, rope settings and rope length apply.
+            target: the target, whose dtype, rope settings and rope length apply.
             checkpoint_path: the checkpoint directory that the target was made from (see `check_source`).
             layers: use the first `layers` decoder layers, then final norm and head; None uses all.
             streamed: hold the weights of one layer at a time, for models larger than memory. The results are
-                the same to the last bit; each call reads all weights once, `greedy` once a new token.
+                the same to the last bit; each call reads all weights once, `greedy` once per new token.
             progress: called after each layer of each text.
 
         Raises:
-            ValidationError: transformers does not load the checkpoint whole, or there are not that many layers.
+            ValidationError: transformers does not load the whole checkpoint, or there are not that many layers.
                 It is one line of at most 300 characters, whatever transformers, torch or safetensors raised.
         """
         self.vocab_size = target.config.vocab_size
@@ -122,17 +121,17 @@ class Reference:
         """Run each text in one piece and without a cache.
 
         Args:
-            dtype: what the model computes in.
-            choices: for each text, experts to take over in near-ties. Their weights are what the router's
-                probabilities give them; `replayed` counts them.
-            attention: which of transformers' implementations is used: "eager", plain operators one after the other,
+            dtype: the dtype that the model computes in.
+            choices: for each text, experts to take over in near-ties. Their weights follow from the router's
+                probabilities; `replayed` counts them.
+            attention: which of transformers' implementations to use: "eager", plain operators one after another,
                 or "sdpa", torch's scaled_dot_product_attention.
 
         Returns:
             For each text the logits of its `positions`, fp32 [len(positions), vocab].
 
         Raises:
-            ValidationError: a text that the model cannot run, or another attention.
+            ValidationError: the model cannot run a text, or an unknown attention.
         """
         states = self._forward("logits", texts, dtype, choices, attention)
         wanted = [state[:, list(text.positions)] for text, state in zip(texts, states, strict=True)]
@@ -147,10 +146,9 @@ class Reference:
         choices: Sequence[Choices | None] | None = None,
         attention: str = "eager",
     ) -> list[list[Float32]]:
-        """For each text what leaves the embedding and then each decoder layer: num_layers + 1 arrays.
+        """For each text the output of the embedding and then of each decoder layer: num_layers + 1 arrays.
 
-        Each is fp32 [len(tokens), hidden]; the final norm has not been applied to any. Arguments and errors as in
-        `logits`.
+        Each is fp32 [len(tokens), hidden]; the final norm is not applied to any. Arguments and errors as in `logits`.
         """
         found: list[list[Float32]] = [[] for _ in texts]
         self._forward("hidden states", texts, dtype, choices, attention, recording_states(found))
@@ -163,10 +161,10 @@ class Reference:
         choices: Sequence[Choices | None] | None = None,
         attention: str = "eager",
     ) -> list[dict[int, tuple[Float32, Int64]]]:
-        """What the routers of each text say, and whom they choose. Arguments and errors as in `logits`.
+        """The routers' logits and choices for each text. Arguments and errors as in `logits`.
 
         Returns:
-            For each text: sparse layer -> (router logits fp32 [len(tokens), E], its own choice, before anything
+            For each text: sparse layer -> (router logits fp32 [len(tokens), E], its own choice, before any choice
             is taken over, int64 [len(tokens), k]).
         """
         found: list[dict[int, tuple[Float32, Int64]]] = [{} for _ in texts]
@@ -194,20 +192,20 @@ class Reference:
         return self._greedy[key]
 
     def own_rounding(self, tokens: Sequence[int], pieces: int = 8) -> float:
-        """How far transformers' fp32 logits are off by rounding alone: the larger of two distances.
+        """The error of transformers' fp32 logits from rounding alone: the larger of two distances.
 
         One is between its logits through its cache in pieces and in one piece. The other is between those in one piece
-        and what it computes in fp64: where a few channels dwarf the rest, sums lose what the first does not show.
+        and its logits in fp64: if a few channels dwarf the rest, sums lose precision that the first does not show.
 
         Args:
-            pieces: the number of pieces, all equally long but for the last; fewer if there are fewer tokens. Pieces
+            pieces: the number of pieces, equally long except for the last; fewer if there are fewer tokens. Pieces
                 of more than 8 tokens may round exactly as the whole text does, and then nothing is measured.
 
         Returns:
             rel-L2 over the logits of the last half of the tokens.
 
         Raises:
-            ValidationError: what the model cannot run, or less than two pieces.
+            ValidationError: the model cannot run the tokens, or there are fewer than two pieces.
         """
         text = Text(tuple(tokens), tuple(range(len(tokens) // 2, len(tokens))))
         _check_texts([text], self.vocab_size)
@@ -235,7 +233,7 @@ class Reference:
             right = norm(wanted[2])
         with self._model.head("fp32") as head, torch.inference_mode():
             whole, cached = (head(rows)[0] for rows in wanted[:2])
-            # a large vocabulary in fp64 would be gigabytes: some of its rows at a time
+            # a large vocabulary in fp64 would take gigabytes: only some of its rows at a time
             parts = [right[0] @ rows.double().T for rows in head.weight.split(ROWS_AT_ONCE)]
         size = torch.linalg.norm(whole.double())
         differences = (cached - whole).double(), whole.double() - torch.cat(parts, dim=1)
@@ -247,8 +245,8 @@ class Reference:
         Later layers are not run, and not read if streamed.
 
         Returns:
-            "embedding", the index of the decoder layer that makes it of finite hidden states, "final norm and lm_head"
-            (of all tokens and of the logits at `text.positions`), or None if all is finite.
+            "embedding", the index of the decoder layer that produces it from finite hidden states, "final norm and
+            lm_head" (for all tokens and the logits at `text.positions`), or None if everything is finite.
 
         Raises:
             ValidationError: as in `logits`.
@@ -284,13 +282,13 @@ class Reference:
         queries_at_once: int = 512,
         choices: Choices | None = None,
     ) -> Float32:
-        """Decoder layer `index` on given hidden states, fp32 [S, hidden] to [S, hidden]; see `OpenLayer.run`."""
+        """Run decoder layer `index` on given hidden states, fp32 [S, hidden] to [S, hidden]; see `OpenLayer.run`."""
         with self.opened_layer(index, dtype) as layer:
             return layer.run(hidden, first_position, attention, queries_at_once, choices)
 
     @contextlib.contextmanager
     def opened_layer(self, index: int, dtype: str) -> Iterator[OpenLayer]:
-        """Decoder layer `index` in `dtype`, to be run on as many hidden states as one likes (`OpenLayer.run`).
+        """Decoder layer `index` in `dtype`, to run on any number of hidden states (`OpenLayer.run`).
 
         Raises:
             ValidationError: no such layer or dtype.
@@ -304,7 +302,7 @@ class Reference:
 
     @contextlib.contextmanager
     def layer(self, index: int, dtype: str) -> Iterator[Any]:
-        """transformers' decoder layer `index` with its weights in `dtype`, for the time of the context.
+        """transformers' decoder layer `index` with its weights in `dtype`, while the context lasts.
 
         In fp32, unless streamed, it is the model's own: do not change it.
         """
@@ -316,7 +314,7 @@ class Reference:
 
     @contextlib.contextmanager
     def agreeing(self, module: Any, index: int, choices: Choices | None) -> Iterator[None]:
-        """Have decoder layer `index`, as `layer` gives it, take over choices in near-ties for a while."""
+        """Make decoder layer `index`, from `layer`, take over choices in near-ties while the context lasts."""
         with attached(self._replaying([choices]), 0, [(index, module)]):
             yield
 
@@ -342,16 +340,16 @@ class Reference:
     def position_embeddings(
         self, positions: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a decoder layer is given for positions int64 [1, S]: cos and sin, [1, S, head_dim] in `dtype`."""
+        """A decoder layer's arguments for positions int64 [1, S]: cos and sin, [1, S, head_dim] in `dtype`."""
         with torch.no_grad():
             cos, sin = self._model.rotary(torch.zeros(1, dtype=dtype), positions)
         return cos, sin
 
     def rope_tables(self, start: int, stop: int) -> tuple[Float32, Float32, Float32]:
-        """What transformers' rotary module gives for positions start..stop-1.
+        """The output of transformers' rotary module for positions start..stop-1.
 
         Returns:
-            (cos, sin, angles), fp32 [stop - start, head_dim / 2]; cos and sin with their scaling. The
+            (cos, sin, angles), fp32 [stop - start, head_dim / 2]; cos and sin include their scaling. The
             module repeats each frequency for the second half of a head; one half is returned.
         """
         positions = torch.arange(start, stop)[None]
@@ -373,7 +371,7 @@ class Reference:
         check_attention(attention)
         _check_texts(texts, self.vocab_size)
         replay = self._replaying([None for _ in texts] if choices is None else choices)
-        # first what records: it is to see the router's own choice
+        # recording hooks first: they must see the router's own choice
         attach = together(*attaches, replay, self._counting(what, len(texts)))
         return self._model.forward(texts, dtype, attach, attention)
 
@@ -387,7 +385,7 @@ class Reference:
         return counting(self._counter(what, texts))
 
     def _counter(self, what: str, texts: int) -> Callable[[], None]:
-        """What is to be called after each layer of each text."""
+        """The callback for after each layer of each text."""
         done = itertools.count(1)
         total = texts * self.num_layers
         return lambda: self._progress(what, next(done), total)

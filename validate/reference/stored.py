@@ -1,7 +1,7 @@
-"""Weights straight from a checkpoint's safetensors files into transformers' modules, a module at a time.
+"""Loads weights from a checkpoint's safetensors files directly into transformers' modules, one module at a time.
 
-The files are memory-mapped, and what was read of one counts as this process's memory until it is closed. So none
-stays open longer than a module needs it, or longer than OPEN_BYTES.
+The files are memory-mapped, and the pages read count as this process's memory until the file is closed. So none
+stays open longer than a module needs it, or beyond OPEN_BYTES read.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from qwenport.validate.reference.files import (
 )
 from qwenport.wording import cut
 
-# transformers' stacks of experts -> the projections of one expert that lie in them, one below the other
+# transformers' stacks of experts -> the projections of one expert that are stacked in them
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-OPEN_BYTES = 1 << 28  # read of files before they are closed, and opened anew
-ROWS_AT_ONCE = 4096  # of a matrix: of the widest published head, 134 MB
+OPEN_BYTES = 1 << 28  # bytes read from files before they are closed and reopened
+ROWS_AT_ONCE = 4096  # of a matrix: 134 MB for the widest published head
 
 Index = EllipsisType | tuple[int, slice]
 
@@ -47,10 +47,10 @@ class StoredWeights:
         """Read the names and shapes.
 
         Args:
-            path: one model.safetensors, or shards and their index.
-            rounded_to: round every tensor to this dtype before it is cast; None leaves them.
-            prefix: what the files put before the decoder's tensors in place of "model.".
-            adapter: what to add to the tensors.
+            path: directory with one model.safetensors, or shards and their index.
+            rounded_to: round every tensor to this dtype before it is cast; None leaves them unchanged.
+            prefix: the files' prefix of the decoder's tensors in place of "model.".
+            adapter: the adapter to add to the tensors.
 
         Raises:
             ValidationError: a file is missing or damaged.
@@ -68,10 +68,10 @@ class StoredWeights:
             self._stored_names[name], self._files[name], self._shapes[name] = stored, file, shape
 
     def check(self, prefix: str, module: torch.nn.Module) -> None:
-        """Hold the tensors whose names start with `prefix` against what `module` has.
+        """Compare the tensors whose names start with `prefix` with the parameters of `module`.
 
         Raises:
-            ValidationError: one is missing, has another shape, or is not used.
+            ValidationError: a tensor is missing, has another shape, or is unused.
         """
         used = set()
         for name, parameter in module.state_dict().items():
@@ -97,7 +97,7 @@ class StoredWeights:
     def loaded(
         self, prefix: str, module: torch.nn.Module, dtype: torch.dtype
     ) -> Iterator[torch.nn.Module]:
-        """Give `module`, which is on the meta device, the tensors under `prefix` in `dtype` for a while.
+        """Give `module`, on the meta device, the tensors under `prefix` in `dtype` while the context lasts.
 
         Raises:
             ValidationError: see `check`.
@@ -114,7 +114,7 @@ class StoredWeights:
                 for name, parameter in module.state_dict().items()
             }
         module.load_state_dict(weights, assign=True, strict=True)
-        del weights  # the module's they are, and go with it
+        del weights  # the module owns them now
         try:
             yield module
         finally:
@@ -125,7 +125,7 @@ class StoredWeights:
         with opened(self._files[name]) as content:
             table = content.get_slice(self._stored_names[name])
             wanted = np.unique(np.asarray(indices, dtype=np.int64))
-            # a run of neighbours is one read
+            # consecutive rows are one read
             runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
             stored = torch.cat([table[int(run[0]) : int(run[-1]) + 1] for run in runs])
             found = stored[torch.from_numpy(np.searchsorted(wanted, indices))]
@@ -162,7 +162,7 @@ class _Reader(contextlib.AbstractContextManager["_Reader"]):
         self._bytes = 0
 
     def rows(self, file: Path, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop-1 as they lie in the file, which stays open while the tensor is kept."""
+        """Rows start..stop-1 as stored in the file, which stays open while the tensor is kept."""
         if self._bytes > OPEN_BYTES:
             self.close()
         if file not in self._open:
@@ -181,7 +181,7 @@ class _Reader(contextlib.AbstractContextManager["_Reader"]):
 
 
 def parts_of(name: str, shape: Sequence[int], stored: Container[str]) -> list[tuple[str, Index]]:
-    """The stored tensors that a parameter consists of, and where in it each lies."""
+    """The stored tensors that make up a parameter, and the place of each in it."""
     prefix, _, kind = name.rpartition(".")
     if name in stored or kind not in STACKS:
         return [(name, ...)]

@@ -25,12 +25,12 @@ FINAL_NORM = "model.norm."
 
 
 class StreamedModel:
-    """transformers' model without weights, which its modules get when they run.
+    """transformers' model without weights; each module gets its weights when it runs.
 
     Attributes:
         num_layers: decoder layers.
         rotary: transformers' rotary module.
-        calls: what the layers are called with.
+        calls: the layers' arguments.
     """
 
     def __init__(
@@ -42,16 +42,16 @@ class StreamedModel:
         prefix: str = DECODER,
         adapter: MergedAdapter | None = None,
     ) -> None:
-        """Look at the checkpoint's names and shapes; no weight is read.
+        """Read the checkpoint's names and shapes; no weight is read.
 
         Args:
-            rounded_to: round all weights to this dtype before anything else; None leaves them.
+            rounded_to: round all weights to this dtype before anything else; None leaves them unchanged.
             layers: see `keep_layers`.
-            prefix: what the files put before the decoder's tensors in place of "model.".
-            adapter: what is added to the weights before they are rounded.
+            prefix: the files' prefix of the decoder's tensors in place of "model.".
+            adapter: the adapter that is added to the weights before they are rounded.
 
         Raises:
-            ValidationError: a file is damaged, a tensor is missing, misshapen or not used, or there are not that
+            ValidationError: a file is damaged, a tensor is missing, misshapen or unused, or there are not that
                 many layers.
         """
         with reported(path, "its weights cannot be read"):
@@ -69,20 +69,20 @@ class StreamedModel:
         self._layers = list(model.model.layers)
         self._final_norm, self._head = model.model.norm, model.lm_head
         self.num_layers = len(self._layers)
-        # Without the meta device: a rotary module computes its frequencies when it is made.
+        # Not on the meta device: a rotary module computes its frequencies when it is constructed.
         self.rotary = type(model.model.rotary_emb)(config=model.config)
         self.calls = LayerCalls(model.model, self.rotary)
 
     def forward(
         self, texts: Sequence[Text], dtype: str, attach: Attach, attention: str
     ) -> list[torch.Tensor]:
-        """What leaves the final norm: for each text a tensor [1, len(tokens), hidden] in `dtype`."""
+        """The final norm's output: for each text a tensor [1, len(tokens), hidden] in `dtype`."""
         return self._pass(texts, dtype, attach, attention, None)
 
     def greedy(
         self, tokens: Sequence[int], count: int, attach: Attach
     ) -> tuple[list[int], torch.Tensor]:
-        """`count` passes through transformers' cache, the first with all of `tokens`, then a token each.
+        """`count` passes through transformers' cache, the first with all of `tokens`, then one token each.
 
         Returns:
             (new tokens, the logits fp32 [count, vocab] they were chosen from).
@@ -104,7 +104,7 @@ class StreamedModel:
         return self._stored.rows(f"{EMBEDDING}weight", tokens, torch_dtype(dtype))
 
     def layer(self, index: int, dtype: str) -> AbstractContextManager[Any]:
-        """The decoder layer, with weights for the time of the context."""
+        """The decoder layer, with weights while the context lasts."""
         return self._loaded(_layer_prefix(index), self._layers[index], dtype)
 
     def final_norm(self, dtype: str) -> AbstractContextManager[Any]:

@@ -38,16 +38,16 @@ from qwenport.validate.reference.stored import parts_of
 from qwenport.validate.text import Text
 from qwenport.wording import cut, one_line
 
-ALIGNMENT = 64  # bytes, of what torch allocates on the CPU
+ALIGNMENT = 64  # bytes, of torch's CPU allocations
 
 
 class WholeModel:
-    """transformers' model in fp32; a copy in another dtype is made when it is first asked for, and kept.
+    """transformers' model in fp32; a copy in another dtype is made on first use and kept.
 
     Attributes:
         num_layers: decoder layers.
         rotary: transformers' rotary module.
-        calls: what the layers are called with.
+        calls: the layers' arguments.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class WholeModel:
         """Load the checkpoint with transformers' loader.
 
         Args:
-            rounded_to: round all weights to this dtype, and go on with them in fp32; None leaves them.
+            rounded_to: round all weights to this dtype, then keep them in fp32; None leaves them unchanged.
             layers: see `keep_layers`.
-            prefix: what the files put before the decoder's tensors in place of "model.".
-            adapter: what is added to the weights before they are rounded.
+            prefix: the files' prefix of the decoder's tensors in place of "model.".
+            adapter: the adapter that is added to the weights before they are rounded.
 
         Raises:
-            ValidationError: transformers does not load the checkpoint whole, or it has not that many layers.
+            ValidationError: transformers does not load the whole checkpoint, or it does not have that many layers.
         """
         with reported(path / CONFIG, "transformers makes no model of it"):
             skeleton = model_without_weights(copy.deepcopy(config))
@@ -87,7 +87,7 @@ class WholeModel:
     def forward(
         self, texts: Sequence[Text], dtype: str, attach: Attach, attention: str
     ) -> list[torch.Tensor]:
-        """What leaves the final norm: for each text a tensor [1, len(tokens), hidden] in `dtype`."""
+        """The final norm's output: for each text a tensor [1, len(tokens), hidden] in `dtype`."""
         model = self._in(dtype).model
         results = []
         for number, text in enumerate(texts):
@@ -106,7 +106,7 @@ class WholeModel:
         self, tokens: Sequence[int], count: int, attach: Attach
     ) -> tuple[list[int], torch.Tensor]:
         """`generate`, without a stop token: (new tokens, the logits fp32 [count, vocab] they were chosen from)."""
-        # On the model too: generate() fills what a request leaves open from there.
+        # On the model too: generate() takes from there what a request leaves open.
         settings = GenerationConfig(
             do_sample=False, num_beams=1, max_new_tokens=count, use_cache=True, pad_token_id=0
         )
@@ -131,7 +131,7 @@ class WholeModel:
 
     @contextlib.contextmanager
     def layer(self, index: int, dtype: str) -> Iterator[Any]:
-        """The decoder layer: the model's own in fp32, else a copy for the time of the context."""
+        """The decoder layer: the model's own in fp32, else a copy while the context lasts."""
         yield _converted(self._model.model.layers[index], dtype)
 
     @contextlib.contextmanager
@@ -182,7 +182,7 @@ def _load(path: Path, config: Any, prefix: str) -> Any:
             key_mapping=key_mapping(prefix),
             **EAGER,
         )
-    # transformers only warns of these, and goes on with random weights.
+    # transformers only warns about these and continues with random weights.
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
             first = sorted(map(str, info[problem]))[0]
@@ -196,10 +196,10 @@ def _load(path: Path, config: Any, prefix: str) -> Any:
 
 
 def _align(model: torch.nn.Module) -> None:
-    """Copy parameters that do not lie as torch's own memory does.
+    """Copy parameters that are not aligned as torch's own allocations are.
 
-    Those of an fp32 checkpoint still lie in the mapped file, wherever its header ends, and the matrix product of a
-    single token rounds otherwise there. Logits are not to depend on the length of a header.
+    Those of an fp32 checkpoint are still in the mapped file, wherever its header ends, and the matmul of a single token
+    rounds differently there. Logits must not depend on the length of a header.
     """
     for parameter in model.parameters():
         if parameter.data_ptr() % ALIGNMENT:
@@ -218,7 +218,7 @@ def _merge(model: torch.nn.Module, path: Path, prefix: str, adapter: MergedAdapt
 
 
 def _round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Round every parameter to `dtype`, keep it in fp32. Buffers (rope frequencies) stay exact."""
+    """Round every parameter to `dtype`, but keep it in fp32. Buffers (rope frequencies) stay exact."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))

@@ -1,4 +1,11 @@
-# What the runtime is compiled with: CUDA, TensorRT's headers, nlohmann/json. What is missing is named.
+# What the runtime is compiled with: Python's contract, CUDA, TensorRT's headers, nlohmann/json. What is missing is named.
+
+find_file(QWENPORT_CONTRACT contract.cmake NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH NO_CACHE
+  PATHS ${CMAKE_CURRENT_SOURCE_DIR}/../.. ${CMAKE_CURRENT_SOURCE_DIR}/../../qwenport)
+if(NOT QWENPORT_CONTRACT)
+  message(FATAL_ERROR "qwenport/contract.cmake was not found: compile in a whole checkout or in an installed package")
+endif()
+include(${QWENPORT_CONTRACT})
 
 find_package(CUDAToolkit 12.5 QUIET)
 if(NOT CUDAToolkit_FOUND)

@@ -1,4 +1,4 @@
-// The public Engine and Session: a thin skin over Model and SessionCore. Engine::load is with TensorRT.
+// The public Engine and Session: a thin layer over Model and SessionCore. Engine::load is in tensorrt/.
 #include "backend.hpp"
 #include "generation.hpp"
 #include "qwenport/qwenport.hpp"

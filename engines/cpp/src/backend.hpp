@@ -1,9 +1,9 @@
-// What a session needs of a machine, as two small interfaces: memory and a stream (Device); bindings,
-// shapes and a step (Executor). CUDA and TensorRT implement them in src/tensorrt; the tests bring a
-// stand-in without a GPU. A Model is an engine that makes them.
+// What a session needs from a machine, as two small interfaces: memory and a stream (Device); bindings,
+// shapes and a step (Executor). CUDA and TensorRT implement them in src/tensorrt; the tests provide a
+// stand-in that needs no GPU. A Model is an engine that creates them.
 //
-// All work of one Device happens in order on its one stream. Copies are asynchronous: host memory given
-// to one must be from allocate_pinned and stay as it is until synchronize.
+// All work of a Device runs in order on its one stream. Copies are asynchronous: their host memory must
+// come from allocate_pinned and stay unchanged until synchronize.
 #pragma once
 
 #include <array>
@@ -18,7 +18,7 @@
 
 namespace qwenport::detail {
 
-/// Work recorded once, to be replayed on the stream it was recorded on.
+/// Work captured once, to be replayed on the stream it was captured on.
 class Graph {
  public:
   Graph() = default;
@@ -35,7 +35,7 @@ class Device {
   Device& operator=(const Device&) = delete;
   virtual ~Device() = default;
 
-  /// Device memory, all zero bytes, aligned to 256.
+  /// Device memory, zeroed, aligned to 256 bytes.
   virtual void* allocate(std::size_t bytes) = 0;
   virtual void release(void* memory) noexcept = 0;
   /// Page-locked host memory.
@@ -44,11 +44,11 @@ class Device {
 
   virtual void copy_to_device(void* device, const void* pinned, std::size_t bytes) = 0;
   virtual void copy_to_host(void* pinned, const void* device, std::size_t bytes) = 0;
-  /// Wait for everything on the stream.
+  /// Wait for all work on the stream.
   virtual void synchronize() = 0;
 
-  /// Record what `work` puts on the stream, without running it. If work throws, nothing was recorded and
-  /// the stream is as before.
+  /// Capture the work that `work` puts on the stream, without running it. If it throws, nothing is
+  /// captured and the stream is unchanged.
   virtual std::unique_ptr<Graph> capture(const std::function<void()>& work) = 0;
 };
 
@@ -58,7 +58,7 @@ struct Shape {
   std::array<std::int64_t, 4> sizes{};
 };
 
-/// One way through the network: addresses and shapes that stay until set again.
+/// One execution context of the network: its addresses and shapes stay until set again.
 class Executor {
  public:
   Executor() = default;
@@ -82,7 +82,7 @@ class Model {
 
   [[nodiscard]] const Manifest& manifest() const noexcept { return manifest_; }
   [[nodiscard]] virtual std::unique_ptr<Device> make_device() const = 0;
-  /// Device memory that an executor works in. Executors that never run at the same time may share it.
+  /// Device memory that an executor uses as workspace. Executors that never run concurrently may share it.
   [[nodiscard]] virtual std::size_t workspace_bytes() const = 0;
   [[nodiscard]] virtual std::unique_ptr<Executor> make_executor(Device& device, void* workspace) const = 0;
 

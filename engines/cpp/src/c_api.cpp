@@ -1,4 +1,4 @@
-// The C API over the C++ one. No exception leaves a function; its text stays with the calling thread.
+// The C API on top of the C++ API. No exception leaves a function; its message is stored per thread.
 #include "qwenport/qwenport.h"
 
 #include <algorithm>
@@ -45,7 +45,7 @@ static_assert(static_cast<int>(qwenport::FinishReason::capacity) == QWENPORT_FIN
 static_assert(static_cast<int>(qwenport::FinishReason::cancelled) == QWENPORT_FINISH_CANCELLED);
 static_assert(qwenport::idle == QWENPORT_IDLE);
 
-/// What this thread was told last. Cut to a fixed size, so that keeping it cannot fail.
+/// This thread's last error message. Cut to a fixed size, so that storing it cannot fail.
 thread_local char last_error[1024] = "";
 
 int keep(ErrorCode code, const char* text) noexcept {

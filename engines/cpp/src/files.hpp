@@ -1,4 +1,4 @@
-// Files of an engine directory, mapped into memory and held against the manifest.
+// Files of an engine directory, memory-mapped and checked against the manifest.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 
 namespace qwenport::detail {
 
-/// A file's bytes, read-only, as long as this lives.
+/// A file's bytes, read-only, valid as long as this object lives.
 class MappedFile {
  public:
   /// \throws Error bad_engine: the file cannot be read.
@@ -25,7 +25,7 @@ class MappedFile {
   std::size_t size_ = 0;
 };
 
-/// Hold a file's size and SHA-256 against its record. \throws Error bad_engine.
+/// Check a file's size and SHA-256 against its record. \throws Error bad_engine.
 void check_file(const FileRecord& record, const std::string& directory, const MappedFile& file);
 
 }  // namespace qwenport::detail

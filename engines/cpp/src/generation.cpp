@@ -13,7 +13,7 @@ std::size_t free_slots(const SessionCore& session, const GenerateOptions& option
   return static_cast<std::size_t>(session.capacity() - (options.append ? session.length(row) : 0));
 }
 
-/// One row of the batch: its sampler, what it has seen and what it still may do.
+/// One row of the batch: its sampler, the tokens it has seen and what it may still generate.
 class Row {
  public:
   Row(int index, TokenView given, const SamplingParams& params, const GenerateOptions& options,
@@ -47,7 +47,7 @@ class Row {
     if (on_token) on_token(index_, token);
   }
 
-  /// What the row has of prompt, new tokens and stop token beyond the first `fed`.
+  /// The row's prompt, new tokens and stop token, without the first `fed`.
   [[nodiscard]] std::vector<Token> beyond(std::size_t fed) const {
     std::vector<Token> rest(seen_.begin() + static_cast<std::ptrdiff_t>(fed), seen_.end());
     if (result.reason == FinishReason::stop) rest.push_back(result.stop_token);

@@ -1,6 +1,6 @@
-// Generating with a session: the twin of engines/generation.py.
+// Generating with a session: the counterpart of engines/generation.py.
 //
-// A step computes the logits that follow the token it is given, so the last token that a row draws, be it a
+// A step computes the logits that follow the token it is given, so the last token that a row draws, even a
 // stop token, is never fed back: a cache of `capacity` slots allows capacity - p + 1 new tokens after p.
 #pragma once
 

@@ -1,5 +1,8 @@
 #include "manifest.hpp"
 
+#include "contract.hpp"
+
+#include <algorithm>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
@@ -11,13 +14,13 @@ namespace {
 using nlohmann::json;
 
 constexpr std::int64_t max_int = 0x7fffffff;
-constexpr std::uint64_t max_row_bytes = std::uint64_t{1} << 42U;  // 4 TiB: anything above is damage
+constexpr std::uint64_t max_row_bytes = std::uint64_t{1} << 42U;  // 4 TiB: a larger value is damage
 
 [[noreturn]] void fail(const std::string& where, const std::string& message) {
   throw Error(ErrorCode::bad_engine, where + ": " + message);
 }
 
-/// A value of the document, and the way to it for messages.
+/// A value in the document, and the path to it for messages.
 class Node {
  public:
   Node(const json& value, std::string path, const std::string& where)
@@ -88,7 +91,7 @@ FileRecord file_record(const Node& files, const std::string& name) {
   return file;
 }
 
-/// A binding's dtype and its shape as one text: "float [batch,2,512,32]".
+/// A binding's dtype and shape as one string: "float [batch,2,512,32]".
 std::string signature(const Node& binding) {
   std::string text = binding.at("dtype").text() + " [";
   const Node shape = binding.at("shape");
@@ -111,6 +114,13 @@ std::map<std::string, std::string> signatures(const Node& bindings) {
   return found;
 }
 
+/// nullptr if there is no such dtype.
+const contract::Dtype* find_dtype(const std::string& name) {
+  const auto* const found = std::find_if(std::begin(contract::dtypes), std::end(contract::dtypes),
+                                         [&](const contract::Dtype& dtype) { return dtype.name == name; });
+  return found == std::end(contract::dtypes) ? nullptr : found;
+}
+
 void read_sizes(const Node& root, Manifest& manifest) {
   EngineInfo& info = manifest.info;
   const Node model = root.at("model");
@@ -120,10 +130,13 @@ void read_sizes(const Node& root, Manifest& manifest) {
   info.capacity = root.at("max_seq_len").positive();
   info.max_batch = root.at("max_batch").positive();
   info.dtype = root.at("dtype").text();
-  const std::map<std::string, int> bytes{{"fp32", 4}, {"fp16", 2}, {"bf16", 2}};
-  const auto found = bytes.find(info.dtype);
-  if (found == bytes.end()) root.at("dtype").wrong("fp32, fp16 or bf16");
-  manifest.element_bytes = found->second;
+  const contract::Dtype* const dtype = find_dtype(info.dtype);
+  if (dtype == nullptr) {
+    std::string names;
+    for (const contract::Dtype& each : contract::dtypes) names += std::string(" ") + each.name;
+    root.at("dtype").wrong("one of" + names);
+  }
+  manifest.element_bytes = dtype->itemsize;
   // Below, sizes are products of these; none may overflow.
   const auto limit = static_cast<long double>(max_row_bytes);
   if (static_cast<long double>(manifest.kv_heads) * info.capacity * manifest.head_dim *
@@ -132,25 +145,23 @@ void read_sizes(const Node& root, Manifest& manifest) {
     root.at("model").wrong("of a size that any machine has");
   }
   const Node profile = root.at("profile");
-  const Node widest = profile.at("input_ids").at("max");
+  const Node widest = profile.at(contract::input_ids).at("max");
   info.max_step_tokens = widest.at(1).positive();
   if (widest.at(std::size_t{0}).positive() != info.max_batch) widest.wrong("of max_batch rows");
   if (info.max_step_tokens > info.capacity) widest.wrong("within max_seq_len");
 }
 
 void read_bindings(const Node& root, Manifest& manifest) {
-  const std::map<std::string, std::string> element{
-      {"fp32", "float"}, {"fp16", "float16"}, {"bf16", "bfloat16"}};
-  const std::string cache = element.at(manifest.info.dtype) + " [batch," + std::to_string(manifest.kv_heads) +
-                            "," + std::to_string(manifest.info.capacity) + "," +
-                            std::to_string(manifest.head_dim) + "]";
-  std::map<std::string, std::string> inputs{{"input_ids", "int64 [batch,seq]"},
-                                            {"position_ids", "int64 [batch,seq]"},
-                                            {"write_indices", "int64 [batch]"},
-                                            {"key_positions", "int64 [span]"},
-                                            {"logits_indices", "int64 [batch,n]"}};
+  const std::string cache = std::string(find_dtype(manifest.info.dtype)->binding) + " [batch," +
+                            std::to_string(manifest.kv_heads) + "," + std::to_string(manifest.info.capacity) +
+                            "," + std::to_string(manifest.head_dim) + "]";
+  std::map<std::string, std::string> inputs{{contract::input_ids, "int64 [batch,seq]"},
+                                            {contract::position_ids, "int64 [batch,seq]"},
+                                            {contract::write_indices, "int64 [batch]"},
+                                            {contract::key_positions, "int64 [span]"},
+                                            {contract::logits_indices, "int64 [batch,n]"}};
   std::map<std::string, std::string> outputs{
-      {"logits", "float [batch,n," + std::to_string(manifest.info.vocab_size) + "]"}};
+      {contract::logits, "float [batch,n," + std::to_string(manifest.info.vocab_size) + "]"}};
   const Node aliases = root.at("aliases");
   for (const std::string& present : aliases.keys()) {
     const std::string past = aliases.at(present).text();
@@ -171,8 +182,8 @@ void read_bindings(const Node& root, Manifest& manifest) {
 void read_target(const Node& root, Manifest& manifest) {
   EngineInfo& info = manifest.info;
   info.flavour = root.at("flavour").text();
-  if (info.flavour != "tensorrt" && info.flavour != "tensorrt-rtx") {
-    root.at("flavour").wrong("tensorrt or tensorrt-rtx");
+  if (info.flavour != contract::tensorrt && info.flavour != contract::tensorrt_rtx) {
+    root.at("flavour").wrong(std::string(contract::tensorrt) + " or " + contract::tensorrt_rtx);
   }
   info.tensorrt_version = root.at("tensorrt_version").text();
   const Node gpus = root.at("gpus");
@@ -186,20 +197,21 @@ Manifest parse_manifest(std::string_view text, const std::string& where) {
   const json document = json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
   if (document.is_discarded()) fail(where, "not a manifest: not JSON");
   const Node root(document, "", where);
-  if (root.at("format").text() != "qwenport-engine") {
-    fail(where, "holds a " + root.at("format").text() + ", expected a qwenport-engine");
+  if (root.at("format").text() != contract::engine_format) {
+    fail(where, "holds a " + root.at("format").text() + ", expected a " + contract::engine_format);
   }
   const int version = root.at("format_version").positive();
-  if (version != manifest_format_version) {
-    fail(where, "qwenport-engine format version " + std::to_string(version) + ", this runtime reads " +
-                    std::to_string(manifest_format_version) + "; build the engine again");
+  if (version != contract::engine_version) {
+    fail(where, std::string(contract::engine_format) + " format version " + std::to_string(version) +
+                    ", this runtime reads " + std::to_string(contract::engine_version) +
+                    "; build the engine again");
   }
   Manifest manifest;
   read_sizes(root, manifest);
   read_bindings(root, manifest);
   read_target(root, manifest);
   const Node files = root.at("files");
-  manifest.plan = file_record(files, "engine.plan");
+  manifest.plan = file_record(files, contract::plan_name);
   if (root.has("plugins")) {
     const Node plugins = root.at("plugins");
     for (std::size_t i = 0; i < plugins.size(); ++i) {
@@ -213,9 +225,11 @@ Manifest parse_manifest(std::string_view text, const std::string& where) {
 }
 
 Manifest read_manifest(const std::string& directory) {
-  const std::string path = directory + "/qwenport.json";
+  const std::string path = directory + "/" + contract::manifest_name;
   std::ifstream file(path, std::ios::binary);
-  if (!file) throw Error(ErrorCode::bad_engine, directory + ": no qwenport.json; not an engine directory");
+  if (!file)
+    throw Error(ErrorCode::bad_engine,
+                directory + ": no " + contract::manifest_name + "; not an engine directory");
   const std::string text{std::istreambuf_iterator<char>(file), {}};
   return parse_manifest(text, path);
 }

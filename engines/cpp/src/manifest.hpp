@@ -1,4 +1,4 @@
-// qwenport.json of an engine directory: parsed, and every field that the runtime relies on checked.
+// An engine directory's qwenport.json: parsed, with every field that the runtime relies on checked.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,7 @@
 
 namespace qwenport::detail {
 
-constexpr int manifest_format_version = 2;
-
-/// A file beside the manifest.
+/// A file next to the manifest.
 struct FileRecord {
   std::string name;
   std::uint64_t bytes = 0;
@@ -31,16 +29,16 @@ struct Manifest {
   EngineInfo info;
   int kv_heads = 0;
   int head_dim = 0;
-  int element_bytes = 0;  ///< of the cache
+  int element_bytes = 0;  ///< of a cache element
   FileRecord plan;
   std::vector<FileRecord> plugins;
   std::vector<CacheBinding> caches;  ///< ordered by the names of their outputs
 
-  /// Of one cache binding: the bytes of one slot of one head.
+  /// Bytes of one slot of one head in a cache binding.
   [[nodiscard]] std::size_t slot_bytes() const noexcept {
     return static_cast<std::size_t>(head_dim) * static_cast<std::size_t>(element_bytes);
   }
-  /// Of one cache binding: the bytes of one row, [kv_heads, capacity, head_dim].
+  /// Bytes of one row of a cache binding, [kv_heads, capacity, head_dim].
   [[nodiscard]] std::size_t row_bytes() const noexcept {
     return static_cast<std::size_t>(kv_heads) * static_cast<std::size_t>(info.capacity) * slot_bytes();
   }

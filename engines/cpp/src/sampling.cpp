@@ -1,8 +1,10 @@
 #include "sampling.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cfloat>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -18,8 +20,10 @@ constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
 
 double in_range(const char* name, double value, double low, double high) {
   if (value < low || value > high || std::isnan(value)) {
-    throw Error(ErrorCode::invalid_argument, std::string(name) + " is " + std::to_string(value) +
-                                                 ", outside its range; see GenerateOptions");
+    std::array<char, 32> text{};
+    std::snprintf(text.data(), text.size(), "%.9g", value);
+    throw Error(ErrorCode::invalid_argument,
+                std::string(name) + " is " + text.data() + ", outside its range; see GenerateOptions");
   }
   return value;
 }
@@ -63,13 +67,13 @@ double horner(double r, std::index_sequence<N...> /*the terms after the first*/)
 /// Below -708, exp is defined to be 0; for this value portable_exp computes 0.
 constexpr double exp_argument(double x) noexcept { return x < -708.0 ? -709.0 : x; }
 
-/// exp(x) with the same bits everywhere, of what exp_argument gives for x <= 0: see portable_exp in
-/// engines/sampling.py. Without branches, so that a loop over it is vectorised.
+/// exp(x) with the same bits everywhere, for exp_argument's result with x <= 0: see portable_exp in
+/// engines/sampling.py. Free of branches, so that a loop over it is vectorised.
 inline double portable_exp(double x) noexcept {
   constexpr double log2e = 0x1.71547652b82fep+0;
   constexpr double ln2_hi = 0x1.62e42feep-1;
   constexpr double ln2_lo = 0x1.a39ef35793c76p-33;
-  constexpr double to_integer = 0x1.8p52;  // adding and taking away rounds half to even
+  constexpr double to_integer = 0x1.8p52;  // adding and subtracting it rounds half to even
   const double shifted = x * log2e + to_integer;
   const double k = shifted - to_integer;
   const double r = (x - k * ln2_hi) - k * ln2_lo;
@@ -84,7 +88,7 @@ inline double portable_exp(double x) noexcept {
 
 /// The highest score. \throws Error sampling: it is not finite, or there is a NaN.
 float checked_max(const float* scores, std::size_t count, const char* what) {
-  // As integers whose order is that of the floats: that loop is vectorised, one over floats is not.
+  // As integers that sort like the floats: that loop is vectorised, one over floats is not.
   constexpr std::uint32_t sign = 0x80000000;
   const auto negative = [](std::uint32_t bits) { return bits >= sign ? ~sign : 0U; };
   std::int32_t top = std::numeric_limits<std::int32_t>::min();
@@ -109,7 +113,7 @@ float checked_max(const float* scores, std::size_t count, const char* what) {
   return highest;
 }
 
-/// The lowest id whose score is `top`, which is one of them.
+/// The lowest id whose score is `top`, which must occur.
 Token first_of(const float* scores, std::size_t count, float top) {
   constexpr std::size_t block = 256;
   std::size_t i = 0;
@@ -197,7 +201,7 @@ void Sampler::penalise(const float* logits, const std::vector<Token>& seen) {
 void Sampler::keep_top_k() {
   const auto k = static_cast<std::uint64_t>(params_.top_k);
   if (k == 0 || k >= vocab_) return;
-  // The k-th highest: of at most 2k candidates at a time, whose lower half can be forgotten.
+  // The k-th highest: keep at most 2k candidates at a time and drop their lower half.
   const auto kth = static_cast<std::ptrdiff_t>(k - 1);
   float threshold = minus_infinity;
   highest_.clear();
@@ -215,7 +219,7 @@ void Sampler::keep_top_k() {
   for (float& score : scores_) score = score < threshold ? minus_infinity : score;
 }
 
-/// Fill kept_ and weights_ from scores_, whose highest is `top`. Returns how many there are.
+/// Fill kept_ and weights_ from scores_, whose highest is `top`. Returns their number.
 std::size_t Sampler::weigh(float top) {
   std::size_t count = 0;
   for (std::size_t i = 0; i < vocab_; ++i) {
@@ -227,8 +231,8 @@ std::size_t Sampler::weigh(float top) {
   return count;
 }
 
-/// Drop the least likely tokens whose cumulative probability is at most 1 - top_p: first the tail, whose
-/// members cannot reach half of it together, unsorted; then the rest, by ascending score.
+/// Drop the least likely tokens whose cumulative probability is at most 1 - top_p: first, unsorted, the tail,
+/// which cannot reach half of it in total; then the rest, by ascending score.
 void Sampler::keep_top_p(float top) {
   if (params_.top_p == 1) return;
   const std::size_t count = weigh(top);

@@ -1,8 +1,8 @@
 // Choosing the next token from a row of logits, with the bits of the Python sampler.
 //
 // engines/sampling.py is the specification, down to the order of operations: transformers' processors
-// (repetition penalty, temperature, top-k, top-p), then one draw of xoshiro256**. It holds only where
-// nothing contracts a product and a sum into an FMA: this file is compiled with -ffp-contract=off.
+// (repetition penalty, temperature, top-k, top-p), then one draw of xoshiro256**. It holds only if no
+// product and sum are contracted into an FMA: this file is compiled with -ffp-contract=off.
 #pragma once
 
 #include <array>
@@ -36,16 +36,16 @@ class Random {
   std::array<std::uint64_t, 4> state_{};
 };
 
-/// The token choice of one row of one request. Its memory is allocated on construction.
+/// Token sampling for one row of one request. Its memory is allocated on construction.
 class Sampler {
  public:
   Sampler(const SamplingParams& params, std::uint64_t seed, std::uint64_t row, int vocab_size);
 
   /// The next token.
-  /// \param logits fp32 [vocab_size]. \param seen what the penalty applies to.
+  /// \param logits fp32 [vocab_size]. \param seen the tokens that the penalty applies to.
   /// \throws Error sampling: NaN, +inf, all -inf.
   Token sample(const float* logits, const std::vector<Token>& seen);
-  /// The sum of the weights that the last token was drawn from: all their bits are in it, for the tests.
+  /// The sum of the weights that the last token was drawn from: it depends on all their bits, for the tests.
   [[nodiscard]] double total_weight() const noexcept { return total_; }
 
  private:

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <string>
 
+#include "contract.hpp"
+
 namespace qwenport::detail {
 namespace {
 
@@ -44,7 +46,7 @@ SessionCore::SessionCore(std::shared_ptr<const Model> model, const SessionOption
       capacity_(checked_capacity(manifest().info, options)),
       max_step_tokens_(std::min(manifest().info.max_step_tokens, capacity_)),
       // TensorRT-RTX compiles better kernels while it runs; a graph would keep the first ones.
-      cuda_graphs_(options.cuda_graphs && manifest().info.flavour == "tensorrt") {
+      cuda_graphs_(options.cuda_graphs && manifest().info.flavour == contract::tensorrt) {
   const auto rows = static_cast<std::size_t>(options.max_batch);
   const auto width = static_cast<std::size_t>(max_step_tokens_);
   const auto slots = static_cast<std::size_t>(capacity_);
@@ -63,13 +65,13 @@ SessionCore::SessionCore(std::shared_ptr<const Model> model, const SessionOption
   workspace_ = device_memory(model_->workspace_bytes());
   logits_ = device_memory(logits_bytes);
   host_logits_ = pinned_memory(logits_bytes);
-  input_ids_ = make_input("input_ids", rows * width);
-  position_ids_ = make_input("position_ids", rows * width);
-  write_indices_ = make_input("write_indices", rows);
-  logits_indices_ = make_input("logits_indices", rows);
+  input_ids_ = make_input(contract::input_ids, rows * width);
+  position_ids_ = make_input(contract::position_ids, rows * width);
+  write_indices_ = make_input(contract::write_indices, rows);
+  logits_indices_ = make_input(contract::logits_indices, rows);
 
-  // Positions of the cache's slots never change: a step only says how many of them it looks at.
-  Input positions = make_input("key_positions", slots);
+  // The positions of the cache's slots never change: a step only sets how many of them it attends to.
+  Input positions = make_input(contract::key_positions, slots);
   for (std::size_t i = 0; i < slots; ++i) positions.values()[i] = static_cast<std::int64_t>(i);
   device_->copy_to_device(positions.device.get(), positions.pinned.get(), slots * int64_bytes);
   device_->synchronize();
@@ -84,8 +86,8 @@ std::unique_ptr<Executor> SessionCore::make_executor() {
   for (const Input* input : {&input_ids_, &position_ids_, &write_indices_, &logits_indices_}) {
     executor->bind(input->name, input->device.get());
   }
-  executor->bind("key_positions", key_positions_.get());
-  executor->bind("logits", logits_.get());
+  executor->bind(contract::key_positions, key_positions_.get());
+  executor->bind(contract::logits, logits_.get());
   for (std::size_t i = 0; i < caches_.size(); ++i) {  // past and present are the same memory
     executor->bind(manifest().caches[i].past, caches_[i].get());
     executor->bind(manifest().caches[i].present, caches_[i].get());
@@ -115,7 +117,7 @@ void SessionCore::check(const TokenView* rows, std::size_t count) const {
       throw Error(ErrorCode::invalid_argument,
                   "row " + std::to_string(b) + " has a token id outside the vocabulary of " + text(vocab));
     }
-    // TensorRT ignores cache writes past the end, so nothing but this check would say so.
+    // TensorRT ignores cache writes past the end, so only this check reports them.
     if (row.size > static_cast<std::size_t>(capacity_ - length(b))) {
       throw Error(ErrorCode::capacity, "row " + std::to_string(b) + " holds " + text(length(b)) +
                                            " tokens and is given " + std::to_string(row.size) +
@@ -143,7 +145,7 @@ Logits SessionCore::prefill(const TokenView* rows, std::size_t count) {
       last_start = std::max<std::int64_t>(last_start, std::min(length(b), capacity_ - 1));
     }
     if (longest == 0) break;
-    // Padding, too, needs slots: one step is as wide as the fullest row has room for.
+    // Padding needs slots too: one step is only as wide as the fullest row has room for.
     const std::int64_t width = std::min({longest, capacity_ - last_start, std::int64_t{max_step_tokens_}});
     bool whole = first;  // every row that has tokens ends in this step
     for (std::size_t b = 0; b < count; ++b) {
@@ -168,7 +170,7 @@ Logits SessionCore::prefill(const TokenView* rows, std::size_t count) {
           manifest().info.vocab_size};
 }
 
-/// Run the step whose tokens lie in input_ids_: fill in the rest, issue it and wait for its logits.
+/// Run the step whose tokens are in input_ids_: fill in the rest, issue it and wait for its logits.
 void SessionCore::run_step(std::int64_t rows, std::int64_t width, bool whole,
                            const std::vector<char>& wanted) {
   std::int64_t end = 0;
@@ -183,7 +185,7 @@ void SessionCore::run_step(std::int64_t rows, std::int64_t width, bool whole,
   const std::int64_t rounded = (end + span_multiple - 1) / span_multiple * span_multiple;
   const std::int64_t span = std::min<std::int64_t>(rounded, capacity_);
   const StepShape step{rows, width, span};
-  failed_ = true;  // until the step has come to its end
+  failed_ = true;  // until the step has finished
   const bool by_graph = width == 1 && whole && cuda_graphs_ && issue_by_graph(step);
   if (!by_graph) {
     if (!(step == executor_shape_)) set_shapes(*executor_, step);
@@ -194,9 +196,9 @@ void SessionCore::run_step(std::int64_t rows, std::int64_t width, bool whole,
   failed_ = false;
 }
 
-/// Issue a single-token step by its bucket. False if the device refuses what that needs (memory for one
-/// more execution context, a capture): the session goes on without graphs, beginning with this step, which
-/// writes what it may have written already to the same places.
+/// Issue a single-token step through its bucket. False if the device refuses what that needs (memory for
+/// another execution context, a capture): the session continues without graphs, from this step on, which
+/// writes again to the same places what it may already have written.
 bool SessionCore::issue_by_graph(const StepShape& step) {
   try {
     Bucket& decode = bucket(step);
@@ -211,7 +213,7 @@ bool SessionCore::issue_by_graph(const StepShape& step) {
     }
     decode.executor = make_executor();
     set_shapes(*decode.executor, step);
-    issue(*decode.executor, step, nullptr);  // TensorRT wants one run before a capture
+    issue(*decode.executor, step, nullptr);  // TensorRT requires one run before a capture
     return true;
   } catch (const Error& error) {
     if (error.code() != ErrorCode::device) throw;
@@ -223,17 +225,17 @@ bool SessionCore::issue_by_graph(const StepShape& step) {
 }
 
 void SessionCore::set_shapes(Executor& executor, const StepShape& step) const {
-  executor.shape("input_ids", {2, {step.rows, step.width}});
-  executor.shape("position_ids", {2, {step.rows, step.width}});
-  executor.shape("write_indices", {1, {step.rows}});
-  executor.shape("key_positions", {1, {step.span}});
-  executor.shape("logits_indices", {2, {step.rows, 1}});
+  executor.shape(contract::input_ids, {2, {step.rows, step.width}});
+  executor.shape(contract::position_ids, {2, {step.rows, step.width}});
+  executor.shape(contract::write_indices, {1, {step.rows}});
+  executor.shape(contract::key_positions, {1, {step.span}});
+  executor.shape(contract::logits_indices, {2, {step.rows, 1}});
   const Shape cache{4, {step.rows, manifest().kv_heads, manifest().info.capacity, manifest().head_dim}};
   for (const CacheBinding& binding : manifest().caches) executor.shape(binding.past, cache);
 }
 
-/// Put a step on the stream: inputs to the device, the network, logits to the host (of all rows, or of
-/// those wanted: the others' are still to be read).
+/// Enqueue a step: inputs to the device, the network, logits to the host (of all rows, or only of the wanted
+/// ones: the others' have yet to be read).
 void SessionCore::issue(Executor& executor, const StepShape& step, const std::vector<char>* wanted) {
   const auto count = static_cast<std::size_t>(step.rows);
   const std::size_t tokens = count * static_cast<std::size_t>(step.width);
@@ -255,7 +257,7 @@ void SessionCore::issue(Executor& executor, const StepShape& step, const std::ve
   }
 }
 
-/// The bucket of a shape; a new one, in place of the one unused for longest if there are many.
+/// The bucket of a shape; a new one replaces the least recently used if there are too many.
 SessionCore::Bucket& SessionCore::bucket(const StepShape& step) {
   auto found =
       std::find_if(buckets_.begin(), buckets_.end(), [&step](const Bucket& b) { return b.shape == step; });

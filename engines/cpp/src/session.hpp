@@ -1,8 +1,8 @@
 // The bookkeeping of a session: padding, positions, cache slots, active span, capacity, CUDA graphs.
 //
-// The C++ twin of CachedSession and TensorRTSession in engines/. Rows are right-padded: a pad token's
-// key and value land in slots that no query attends to before a real token overwrites them. A row with
-// nothing to do in a step is all padding; if it is full, it replays its last token into its own slot.
+// The C++ counterpart of CachedSession and TensorRTSession in engines/. Rows are right-padded: a pad token's
+// key and value land in slots that no query attends to before a real token overwrites them. A row that is
+// idle in a step is all padding; if it is full, it replays its last token into its own slot.
 #pragma once
 
 #include <cstddef>
@@ -18,16 +18,16 @@ namespace qwenport::detail {
 
 /// The active part of the cache is rounded up to this many slots, so that steps share shapes.
 constexpr int span_multiple = 64;
-/// CUDA graphs that a session keeps; the one unused for longest makes room.
+/// CUDA graphs that a session keeps; the least recently used is evicted.
 constexpr std::size_t max_graphs = 8;
 
-/// Tokens that somebody else owns.
+/// A non-owning view of tokens.
 struct TokenView {
   const Token* data = nullptr;
   std::size_t size = 0;
 };
 
-/// Memory of a Device, released with its owner.
+/// Device memory, released with its owner.
 using Memory = std::unique_ptr<void, std::function<void(void*)>>;
 
 class SessionCore {
@@ -37,7 +37,7 @@ class SessionCore {
   SessionCore(std::shared_ptr<const Model> model, const SessionOptions& options);
 
   Logits prefill(const TokenView* rows, std::size_t count);
-  /// One token a row; `idle` leaves a row alone.
+  /// One token per row; `idle` leaves a row alone.
   Logits decode(const Token* tokens, std::size_t count);
   void reset();
   void truncate(int length, int row);
@@ -46,7 +46,7 @@ class SessionCore {
   [[nodiscard]] int max_batch() const noexcept { return static_cast<int>(held_.size()); }
   [[nodiscard]] int capacity() const noexcept { return capacity_; }
   [[nodiscard]] const Manifest& manifest() const noexcept { return model_->manifest(); }
-  /// Tokens a row that one step takes.
+  /// Tokens per row that one step takes.
   [[nodiscard]] int max_step_tokens() const noexcept { return max_step_tokens_; }
   [[nodiscard]] bool cuda_graphs() const noexcept { return cuda_graphs_; }
 
@@ -54,14 +54,14 @@ class SessionCore {
   void restore(const std::vector<std::byte>& snapshot);
 
  private:
-  /// An int64 input of a step: filled in pinned memory, copied to where it is bound.
+  /// An int64 input of a step: filled in pinned memory, copied to its bound address.
   struct Input {
     const char* name = nullptr;
     Memory pinned;
     Memory device;
     [[nodiscard]] std::int64_t* values() const noexcept { return static_cast<std::int64_t*>(pinned.get()); }
   };
-  /// The sizes that tell two steps apart.
+  /// The sizes that distinguish two steps.
   struct StepShape {
     std::int64_t rows = 0;
     std::int64_t width = 0;
@@ -70,7 +70,7 @@ class SessionCore {
       return rows == other.rows && width == other.width && span == other.span;
     }
   };
-  /// A single-token step of one shape: an executor of its own, and its graph once it has run.
+  /// A single-token step of one shape: its own executor, and its graph once captured.
   struct Bucket {
     StepShape shape;
     std::uint64_t last_use = 0;
@@ -102,7 +102,7 @@ class SessionCore {
   bool failed_ = false;
   std::uint64_t steps_ = 0;
   Rows held_;                        // the tokens whose keys and values are in the cache
-  std::vector<char> present_;        // of the last call's logits
+  std::vector<char> present_;        // for the last call's logits
   std::vector<TokenView> views_;     // scratch of decode
   std::vector<std::size_t> done_;    // scratch of prefill
   std::vector<std::int64_t> taken_;  // scratch of prefill

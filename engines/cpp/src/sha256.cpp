@@ -38,7 +38,7 @@ bool has_sha_extensions() {
 
 #ifdef __x86_64__
 
-/// Blocks in hardware: four rounds a turn, their four message words made from the sixteen before.
+/// Blocks in hardware: four rounds per turn, their four message words computed from the previous sixteen.
 __attribute__((target("sha,sse4.1"))) void hardware_blocks(std::array<std::uint32_t, 8>& state,
                                                            const std::uint8_t* data, std::size_t blocks) {
   const auto lane = [&state](std::size_t i) { return static_cast<int>(state[i]); };

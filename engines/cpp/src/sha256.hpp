@@ -1,4 +1,4 @@
-// SHA-256 (FIPS 180-4), to hold files against what a manifest records.
+// SHA-256 (FIPS 180-4), to check files against a manifest.
 #pragma once
 
 #include <array>
@@ -10,7 +10,7 @@ namespace qwenport::detail {
 
 class Sha256 {
  public:
-  /// \param hardware use the processor's SHA extensions, if it has any.
+  /// \param hardware use the processor's SHA extensions, if available.
   explicit Sha256(bool hardware = true);
   void update(const void* data, std::size_t bytes);
   /// 64 lower-case hexadecimal digits. Ends the computation.

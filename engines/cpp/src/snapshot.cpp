@@ -15,7 +15,7 @@ constexpr std::size_t word = sizeof(std::uint64_t);
 constexpr std::uint64_t snapshot_version = 1;
 constexpr char magic[] = "QWENPORT";
 
-/// Finds damage, not forgery: every word changes every later state.
+/// Detects damage, not forgery: every word changes all later states.
 std::uint64_t checksum(const std::byte* data, std::size_t bytes) {
   std::uint64_t state = bytes;
   while (bytes != 0) {
@@ -139,7 +139,7 @@ void SessionCore::restore(const std::vector<std::byte>& snapshot) {
   if (needed != left) refuse("damaged");
 
   const Memory bounce = pinned_memory(longest_slice(rows));
-  failed_ = true;  // until all of it is there
+  failed_ = true;  // until all of it is restored
   for_each_used_slice(rows, [&](std::byte* device, std::size_t bytes) {
     take(bounce.get(), bytes);
     device_->copy_to_device(device, bounce.get(), bytes);

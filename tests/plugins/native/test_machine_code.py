@@ -62,15 +62,15 @@ def test_every_kernel_is_there_and_keeps_its_numbers_in_registers(code: Code, gp
 
 @every_gpu
 def test_16_bit_products_run_on_tensor_cores(code: Code, gpu: str) -> None:
-    for lines in kernels(code(gpu), "by_warps"):
+    for lines in kernels(code(gpu), "4sm80"):
         assert sum("HMMA.16816.F32" in line for line in lines) == 64  # a step's
-    for lines in kernels(code(gpu), "by_warpgroups"):
+    for lines in kernels(code(gpu), "4sm90"):
         assert any("HGMMA" in line for line in lines) == (gpu == "sm_90a")
 
 
 def test_products_on_hopper_follow_each_other_without_waiting(code: Code) -> None:
-    """And neither operand is transposed; registers go from the warps that copy to those that multiply."""
-    for lines in kernels(code("sm_90a"), "by_warpgroups"):
+    """And neither operand is transposed; registers go from producer warps to consumer warps."""
+    for lines in kernels(code("sm_90a"), "4sm90"):
         steps = [line.split()[0] for line in lines if re.search(r"HGMMA|WARPGROUP", line)]
         products = [line for line in lines if "HGMMA" in line]
         assert steps == [

@@ -27,7 +27,7 @@ inline Barrier read(const std::uint64_t& barrier) {
   }
   return now;
 }
-inline void begin(std::uint64_t& barrier, int arrivals) {
+inline void init(std::uint64_t& barrier, int arrivals) {
   const auto count = static_cast<std::uint16_t>(arrivals);
   const Barrier begun{count, count, 0};
   std::memcpy(&barrier, &begun, sizeof begun);
@@ -49,7 +49,7 @@ inline void arrive(std::uint64_t& barrier) {
   std::memcpy(&barrier, &now, sizeof now);
   ++current->progress;
 }
-inline void wait_for(std::uint64_t& barrier, unsigned round) {
+inline void wait_barrier(std::uint64_t& barrier, unsigned round) {
   for (;;) {
     const Barrier now = read(barrier);
     if ((now.round & 1U) != (round & 1U)) return;  // a GPU tells odd from even rounds only
@@ -57,12 +57,12 @@ inline void wait_for(std::uint64_t& barrier, unsigned round) {
   }
 }
 
-inline void fence_shared() { current->running->shared_fenced = true; }
-inline void fence() {
+inline void fence_async_proxy() { current->running->shared_fenced = true; }
+inline void fence_accumulators() {
   exchange(0);  // all lanes of a warp, as all of these
   current->running->sums_fenced = true;
 }
-inline void commit() {
+inline void commit_group() {
   exchange(0);
   ++current->running->group;
 }
@@ -153,7 +153,7 @@ void multiply_accumulate(float (&c)[rows_of_b / 8][4], std::uint64_t a, std::uin
 }
 
 template <int Left>
-void wait(float (& /*c*/)[rows_of_b / 8][4]) {
+void wait_group(float (& /*c*/)[rows_of_b / 8][4]) {
   Fibre& fibre = *current->running;
   exchange(0);
   const auto over = [&](unsigned group) { return group + Left < fibre.group; };

@@ -1,5 +1,5 @@
-/* Qwenport's runtime for C, and for languages that bind to C. The twin of qwenport.hpp: same objects, same
- * rules, same thread-safety contract; what is an exception there is a returned number here.
+/* Qwenport's runtime for C, and for languages that bind to C. The counterpart of qwenport.hpp: same objects,
+ * same rules, same thread-safety contract; an exception there is a returned error code here.
  *
  *     #include <qwenport/qwenport.h>
  *     #include <stdio.h>
@@ -23,7 +23,7 @@
  *       qwenport_engine_free(engine);
  *     }
  *
- * Every function that returns int returns 0, or an error code and leaves a text for qwenport_last_error.
+ * Every function that returns int returns 0, or an error code with a message in qwenport_last_error.
  * No argument may be NULL unless said so. The free functions accept NULL. Free sessions and engines before
  * main returns.
  */
@@ -42,7 +42,7 @@ extern "C" {
 /** A token id that leaves its row alone in qwenport_session_decode. */
 #define QWENPORT_IDLE (-1)
 
-/** What went wrong; qwenport.hpp's ErrorCode says more. */
+/** Error codes; see ErrorCode in qwenport.hpp. */
 enum {
   QWENPORT_INVALID_ARGUMENT = 1,
   QWENPORT_BAD_ENGINE = 2,
@@ -59,7 +59,7 @@ enum {
 /** Why a row ended. */
 enum {
   QWENPORT_FINISH_STOP = 0,
-  QWENPORT_FINISH_LENGTH = 1,
+  QWENPORT_FINISH_LENGTH = 1, /**< max_new_tokens; also if the cache is full at the same time */
   QWENPORT_FINISH_CAPACITY = 2,
   QWENPORT_FINISH_CANCELLED = 3
 };
@@ -68,12 +68,12 @@ typedef struct qwenport_engine qwenport_engine;
 typedef struct qwenport_session qwenport_session;
 typedef struct qwenport_cancellation qwenport_cancellation;
 
-/** What the manifest of an engine says. The texts live as long as the engine. */
+/** Facts from an engine's manifest. The strings live as long as the engine. */
 typedef struct {
   int vocab_size;
-  int capacity;        /**< cache slots a row */
+  int capacity;        /**< cache slots per row */
   int max_batch;       /**< rows */
-  int max_step_tokens; /**< tokens a row and step */
+  int max_step_tokens; /**< tokens per row and step */
   const char* dtype;
   const char* flavour;
   const char* tensorrt_version;
@@ -83,12 +83,12 @@ typedef struct {
 
 typedef struct {
   int max_batch;   /**< rows */
-  int capacity;    /**< slots a row that may be used; 0 is the engine's */
-  int cuda_graphs; /**< 1: replay single-token steps as CUDA graphs; nothing on TensorRT-RTX */
+  int capacity;    /**< usable slots per row; 0 means the engine's capacity */
+  int cuda_graphs; /**< 1: replay single-token steps as CUDA graphs; no effect on TensorRT-RTX */
 } qwenport_session_options;
 
 typedef struct {
-  int max_new_tokens;         /**< also the columns of the tokens that qwenport_generate writes */
+  int max_new_tokens;         /**< also the number of columns of qwenport_generate's tokens */
   const int64_t* stop_tokens; /**< may be NULL if stop_token_count is 0 */
   size_t stop_token_count;
   double temperature; /**< 0 is greedy */
@@ -96,7 +96,7 @@ typedef struct {
   double top_p;       /**< 1 keeps all */
   double repetition_penalty;
   uint64_t seed;
-  int append; /**< 1: go on after the tokens that the rows hold; 0: reset the session */
+  int append; /**< 1: continue after the tokens that the rows hold; 0: reset the session */
   const qwenport_cancellation* cancellation; /**< may be NULL */
 } qwenport_generate_options;
 
@@ -109,36 +109,39 @@ typedef struct {
   size_t pending;
 } qwenport_generated;
 
-/** Called for each new token. Must not throw, longjmp, or use the session; may request cancellation. */
+/** Called for each new token, with the `user` that qwenport_generate was given. Must not throw, longjmp or use
+ *  the session; may request cancellation. */
 typedef void (*qwenport_on_token)(void* user, int row, int64_t token);
 
-/** The text of this thread's last error: one line, says what to do. Valid until its next call. */
+/** This thread's last error message: one line that says what to do. Valid until the thread's next call. */
 QWENPORT_EXPORT const char* qwenport_last_error(void);
 
 /** Load an engine directory onto a GPU (a CUDA device number). */
 QWENPORT_EXPORT int qwenport_engine_load(const char* directory, int gpu, qwenport_engine** engine);
-/** Sessions of it stay valid. */
+/** Free the handle. Sessions of the engine stay valid. */
 QWENPORT_EXPORT void qwenport_engine_free(qwenport_engine* engine);
 QWENPORT_EXPORT qwenport_engine_info qwenport_engine_get_info(const qwenport_engine* engine);
 
 QWENPORT_EXPORT qwenport_session_options qwenport_session_defaults(void);
-/** options may be NULL: the defaults. */
+/** options may be NULL for the defaults. */
 QWENPORT_EXPORT int qwenport_session_create(const qwenport_engine* engine,
                                             const qwenport_session_options* options,
                                             qwenport_session** session);
 QWENPORT_EXPORT void qwenport_session_free(qwenport_session* session);
 
-/** Append sizes[b] tokens rows[b] to row b; rows may be empty.
- *  logits[b] becomes the fp32 [vocab_size] after its last token, or NULL; valid until the next call. */
+/** Append sizes[b] tokens rows[b] to row b; if sizes[b] is 0, rows[b] is not read and may be NULL.
+ *  logits[b] becomes the fp32 [vocab_size] after its last token, or NULL for a row that was given none; valid
+ *  until the next call. */
 QWENPORT_EXPORT int qwenport_session_prefill(qwenport_session* session, const int64_t* const* rows,
                                              const size_t* sizes, size_t count, const float** logits);
-/** Append one token a row, or none (QWENPORT_IDLE). logits as above. */
+/** Append one token per row, or none (QWENPORT_IDLE). logits as for prefill. */
 QWENPORT_EXPORT int qwenport_session_decode(qwenport_session* session, const int64_t* tokens, size_t count,
                                             const float** logits);
 
 QWENPORT_EXPORT qwenport_generate_options qwenport_generate_defaults(void);
 /** Reset (unless append), prefill `count` prompts and decode until all have ended.
- *  options and on_token may be NULL. tokens is int64 [count, max_new_tokens], results [count]. */
+ *  options (for the defaults), on_token and user may be NULL. No prompt may be empty. tokens is int64 [count,
+ *  max_new_tokens]; of row b the first results[b].count are written. results is [count]. */
 QWENPORT_EXPORT int qwenport_generate(qwenport_session* session, const int64_t* const* prompts,
                                       const size_t* sizes, size_t count,
                                       const qwenport_generate_options* options, qwenport_on_token on_token,
@@ -154,16 +157,16 @@ QWENPORT_EXPORT int qwenport_session_capacity(const qwenport_session* session);
 /** 1 or 0: whether single-token steps are replayed as CUDA graphs. */
 QWENPORT_EXPORT int qwenport_session_cuda_graphs(const qwenport_session* session);
 
-/** The cache's content, to be freed by qwenport_snapshot_free. */
+/** The cache's content; free it with qwenport_snapshot_free. */
 QWENPORT_EXPORT int qwenport_session_save(const qwenport_session* session, void** snapshot, size_t* bytes);
 QWENPORT_EXPORT int qwenport_session_restore(qwenport_session* session, const void* snapshot, size_t bytes);
 QWENPORT_EXPORT void qwenport_snapshot_free(void* snapshot);
 
-/** Returns NULL if there is no memory. */
+/** Returns NULL if out of memory. */
 QWENPORT_EXPORT qwenport_cancellation* qwenport_cancellation_create(void);
-/** From any thread. */
+/** May be called from any thread. */
 QWENPORT_EXPORT void qwenport_cancellation_request(qwenport_cancellation* cancellation);
-/** Not while a generation looks at it. */
+/** Must not be called while a generation uses it. */
 QWENPORT_EXPORT void qwenport_cancellation_free(qwenport_cancellation* cancellation);
 
 #ifdef __cplusplus

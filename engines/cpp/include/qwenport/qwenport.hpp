@@ -1,6 +1,6 @@
-// Qwenport's C++ runtime: an engine directory that `qwenport build` wrote, inside your program.
+// Qwenport's C++ runtime: runs an engine directory written by `qwenport build` inside your program.
 //
-// A whole program (link qwenport::runtime; examples/cpp/minimal is this one with its CMakeLists.txt):
+// A complete program (link qwenport::runtime; examples/cpp/minimal is this one with its CMakeLists.txt):
 //
 //     #include <qwenport/qwenport.hpp>
 //
@@ -22,11 +22,11 @@
 //     }
 //
 // Threads. An Engine never changes after load: copy it and use it from any number of threads. A Session
-// belongs to one thread at a time; two sessions, also of one engine, may run at the same time on two
-// threads. Cancellation::request is the one call that any thread may make while a session works.
+// belongs to one thread at a time; two sessions, even of one engine, may run concurrently on two
+// threads. Cancellation::request is the only call that any thread may make while a session works.
 //
-// Destroy sessions and engines before main returns: CUDA ends with the process, in an order that a global or
-// static object cannot rely on. A call makes its GPU current and, at its end, what was current before.
+// Destroy sessions and engines before main returns: CUDA shuts down with the process, in an order that a
+// global or static object cannot rely on. A call makes its GPU current and restores the previous one when it ends.
 #ifndef QWENPORT_QWENPORT_HPP
 #define QWENPORT_QWENPORT_HPP
 
@@ -49,22 +49,22 @@ using Token = std::int64_t;
 /// In decode_batch: leave this row alone.
 constexpr Token idle = -1;
 
-/// What went wrong. The C API has the same numbers.
+/// Error codes. The C API has the same numbers.
 enum class ErrorCode : int {
   invalid_argument = 1,  ///< a value outside its range: a token id, a sampling parameter, too many rows
-  bad_engine = 2,        ///< the directory is no engine, is damaged, or was changed
+  bad_engine = 2,        ///< the directory is not an engine, is damaged, or was changed
   missing_library = 3,   ///< TensorRT, the CUDA driver or the plugin library cannot be loaded
   wrong_gpu = 4,         ///< no GPU, or one that the engine was not built for
   wrong_version = 5,     ///< the engine was built by another TensorRT release or flavour
   capacity = 6,          ///< a row would pass the cache's capacity; nothing was written
   sampling = 7,          ///< no token can be chosen from the logits (NaN, +inf, all -inf)
-  bad_snapshot = 8,      ///< restore: not a snapshot, a damaged one, or one of another engine
+  bad_snapshot = 8,      ///< restore: not a snapshot, damaged, or from another engine
   device = 9,            ///< CUDA or TensorRT failed; the session is unusable, the message says why
-  internal = 10,         ///< a defect of this library
+  internal = 10,         ///< a bug in Qwenport: please report it
 };
 
-/// What this library throws. The text is one line and says what to do. Besides it, std::bad_alloc and
-/// what a callback throws pass through.
+/// The exception that this library throws. Its message is one line and says what to do. Apart from it, only
+/// std::bad_alloc and a callback's own exceptions pass through.
 class QWENPORT_EXPORT Error : public std::runtime_error {
  public:
   Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
@@ -74,17 +74,17 @@ class QWENPORT_EXPORT Error : public std::runtime_error {
   ErrorCode code_;
 };
 
-/// What the manifest of an engine says.
+/// Facts from an engine's manifest.
 struct EngineInfo {
   int vocab_size = 0;
-  int capacity = 0;                     ///< cache slots a row
+  int capacity = 0;                     ///< cache slots per row
   int max_batch = 0;                    ///< rows
-  int max_step_tokens = 0;              ///< tokens a row and step; longer prompts run in several steps
+  int max_step_tokens = 0;              ///< tokens per row and step; longer prompts run in several steps
   std::string dtype;                    ///< of weights and cache: "fp32", "fp16" or "bf16"
   std::string flavour;                  ///< "tensorrt" or "tensorrt-rtx"
-  std::string tensorrt_version;         ///< that built it
-  std::vector<std::string> gpus;        ///< it was built for: "sm90", ...
-  std::size_t cache_bytes_per_row = 0;  ///< device memory a session takes for each row
+  std::string tensorrt_version;         ///< the version that built it
+  std::vector<std::string> gpus;        ///< the GPUs it was built for: "sm90", ...
+  std::size_t cache_bytes_per_row = 0;  ///< device memory that a session needs per row
 };
 
 namespace detail {
@@ -97,9 +97,9 @@ class QWENPORT_EXPORT Engine {
  public:
   /// Load an engine directory (engine.plan and qwenport.json) onto a GPU.
   ///
-  /// The plan is held against the manifest's SHA-256, the GPU, TensorRT's flavour and version against
-  /// what it was built for.
-  /// \param directory what `qwenport build` wrote.
+  /// The plan is checked against the manifest's SHA-256; the GPU and TensorRT's flavour and version against
+  /// those it was built for.
+  /// \param directory an engine directory written by `qwenport build`.
   /// \param gpu CUDA device number.
   /// \throws Error bad_engine, missing_library, wrong_gpu, wrong_version, device.
   static Engine load(const std::string& directory, int gpu = 0);
@@ -115,22 +115,22 @@ class QWENPORT_EXPORT Engine {
 
 struct SessionOptions {
   int max_batch = 1;  ///< rows; at most the engine's
-  /// Cache slots a row that may be used, at most the engine's; 0 is the engine's. The memory is the
+  /// Usable cache slots per row, at most the engine's; 0 means the engine's. The memory is the
   /// engine's capacity either way: TensorRT fixes it.
   int capacity = 0;
-  /// Replay single-token steps as CUDA graphs. Each shape (rows, and the span of the cache in 64 slots) has
-  /// one, made in its first two steps: some milliseconds, and an execution context's memory. Nothing on
-  /// TensorRT-RTX, which compiles better kernels while it runs: a graph would keep the first ones.
+  /// Replay single-token steps as CUDA graphs. Each shape (rows, and the cache span in units of 64 slots) has
+  /// one, captured in its first two steps: it costs a few milliseconds and an execution context's memory. No
+  /// effect on TensorRT-RTX, which compiles better kernels while it runs: a graph would keep the first ones.
   bool cuda_graphs = true;
 };
 
-/// Logits of a call: a view of host memory, valid until the session's next call.
+/// The logits of a call: a view of host memory, valid until the session's next call.
 class Logits {
  public:
   Logits(const float* data, const char* present, int rows, int vocab_size)
       : data_(data), present_(present), rows_(rows), vocab_size_(vocab_size) {}
 
-  /// The fp32 [vocab_size] logits after row's last token; nullptr for a row that was given none.
+  /// The fp32 [vocab_size] logits after the row's last token; nullptr for a row that was given no token.
   /// \throws Error invalid_argument: no such row.
   [[nodiscard]] const float* row(int row) const {
     if (row < 0 || row >= rows_) throw Error(ErrorCode::invalid_argument, "no such row of logits");
@@ -146,7 +146,7 @@ class Logits {
   int vocab_size_;
 };
 
-/// Ends a generation from another thread. Stays requested: use a new one for each request.
+/// Ends a generation from another thread. It stays requested: use a new one for each request.
 class Cancellation {
  public:
   void request() noexcept { requested_.store(true, std::memory_order_relaxed); }
@@ -156,25 +156,25 @@ class Cancellation {
   std::atomic<bool> requested_{false};
 };
 
-/// How tokens are chosen and when to stop. The values mean what they mean to transformers' generate;
-/// the same logits and seed give the token that `qwenport generate` gives, bit for bit.
+/// How tokens are chosen and when to stop. The values mean the same as in transformers' generate; the same
+/// logits and seed give the same token as `qwenport generate`, bit for bit.
 struct GenerateOptions {
   int max_new_tokens = 256;        ///< at least 1; a stop token is not counted
   std::vector<Token> stop_tokens;  ///< end of sequence, end of turn; may be empty
   double temperature = 0;          ///< 0 is greedy
-  std::int64_t top_k = 0;          ///< keep the k highest and their ties; 0 keeps all
+  std::int64_t top_k = 0;          ///< keep the k highest and ties with the k-th; 0 keeps all
   double top_p = 1;                ///< nucleus, in [0, 1]; 1 keeps all
   double repetition_penalty = 1;   ///< over this prompt and the new tokens; 1 is off
   std::uint64_t seed = 0;          ///< row b draws from the stream (seed, b)
-  /// Go on after the tokens that the rows hold, instead of resetting the session. To go on from a
-  /// generation, begin the prompt with what it left in Generated::pending.
+  /// Continue after the tokens that the rows hold, instead of resetting the session. To continue a
+  /// generation, start the prompt with its Generated::pending.
   bool append = false;
-  const Cancellation* cancellation = nullptr;  ///< looked at before every step
+  const Cancellation* cancellation = nullptr;  ///< checked before every step
 };
 
 enum class FinishReason : int {
   stop = 0,       ///< a stop token was drawn
-  length = 1,     ///< max_new_tokens
+  length = 1,     ///< max_new_tokens; also if the cache is full at the same time
   capacity = 2,   ///< the row's cache is full
   cancelled = 3,  ///< Cancellation::request
 };
@@ -183,21 +183,21 @@ enum class FinishReason : int {
 struct Generated {
   std::vector<Token> tokens;  ///< without the stop token
   FinishReason reason = FinishReason::length;
-  Token stop_token = -1;  ///< the one that was drawn, if reason is stop
-  /// What the cache does not hold of prompt, tokens and stop token: the one drawn last, and after a
-  /// cancellation that came early the rest of the prompt.
+  Token stop_token = -1;  ///< the stop token that was drawn, if reason is stop
+  /// The tokens among prompt, new tokens and stop token that the cache does not hold: the last one drawn,
+  /// and after an early cancellation the rest of the prompt.
   std::vector<Token> pending;
 };
 
-/// Called for each new token right after it was drawn. Must not use the session. What it throws ends the
-/// generation.
+/// Called for each new token right after it is drawn. Must not use the session. An exception from it ends
+/// the generation.
 using OnToken = std::function<void(int row, Token token)>;
 
 /// An engine with a KV cache of max_batch rows, fed token by token. For one thread at a time.
 ///
-/// Caches, workspace and a step's buffers are allocated on construction; only making a CUDA graph takes
-/// memory later. After an Error of code device a session can only be destroyed; after any other it is as
-/// before the call, except that generate leaves what it has run so far.
+/// Caches, workspace and step buffers are allocated on construction; only capturing a CUDA graph takes
+/// memory later. After an Error with code device a session can only be destroyed; after any other it is as
+/// before the call, except that generate keeps what it has run so far.
 class QWENPORT_EXPORT Session {
  public:
   /// \throws Error invalid_argument (more rows or slots than the engine has), device (out of memory).
@@ -208,24 +208,24 @@ class QWENPORT_EXPORT Session {
   Session& operator=(const Session&) = delete;
   ~Session();
 
-  /// Append tokens to row 0; again to continue. Returns the logits after the last one.
+  /// Append tokens to row 0; call again to continue. Returns the logits after the last one.
   /// \throws Error invalid_argument, capacity: nothing was written.
   Logits prefill(const std::vector<Token>& tokens);
-  /// Append rows[b] to row b. Rows may differ in length and may be empty. A step is no wider than the room
-  /// in the fullest row, given tokens or not: truncate a row that has ended before others get long prompts.
+  /// Append rows[b] to row b. Rows may differ in length and may be empty. A step is no wider than the free
+  /// space in the fullest row, even if idle: truncate a row that has ended before others get long prompts.
   Logits prefill_batch(const std::vector<std::vector<Token>>& rows);
   /// Append one token to row 0.
   Logits decode(Token token);
-  /// Append one token a row; `idle` leaves a row alone.
+  /// Append one token per row; `idle` leaves a row alone.
   Logits decode_batch(const std::vector<Token>& tokens);
 
   /// Reset (unless options.append), prefill the prompt and decode until it ends.
-  /// \throws Error invalid_argument, capacity (no room for the prompt): nothing was run;
+  /// \throws Error invalid_argument, capacity (no room for the prompt): nothing has run;
   ///   sampling.
   Generated generate(const std::vector<Token>& prompt, const GenerateOptions& options = {},
                      const OnToken& on_token = nullptr);
-  /// The same for several prompts at once, one a row; a row that ends idles while the others go on. What a
-  /// row gets does not depend on the others.
+  /// The same for several prompts at once, one per row; a row that ends idles while the others continue. A
+  /// row's result does not depend on the others.
   std::vector<Generated> generate_batch(const std::vector<std::vector<Token>>& prompts,
                                         const GenerateOptions& options = {},
                                         const OnToken& on_token = nullptr);
@@ -238,13 +238,13 @@ class QWENPORT_EXPORT Session {
   [[nodiscard]] std::vector<int> lengths() const;
   [[nodiscard]] int max_batch() const noexcept;
   [[nodiscard]] int capacity() const noexcept;
-  /// Whether single-token steps are replayed as CUDA graphs; false, too, once the device refused one.
+  /// Whether single-token steps are replayed as CUDA graphs; also false once the device has refused one.
   [[nodiscard]] bool cuda_graphs() const noexcept;
 
-  /// The cache's content (only the slots in use), to be restored into a session of the same engine with
-  /// as many rows, in this process or another.
+  /// The cache's content (only the used slots), which can be restored into a session of the same engine with
+  /// the same number of rows, in this process or another.
   [[nodiscard]] std::vector<std::byte> save() const;
-  /// \throws Error bad_snapshot, capacity: the session is as before.
+  /// \throws Error bad_snapshot, capacity: the session is unchanged.
   void restore(const std::vector<std::byte>& snapshot);
 
  private:

@@ -40,7 +40,7 @@ Function driver_function(const char* name) {
 
 void check_cuda(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // it is told here; the next call starts clean
+  cudaGetLastError();  // reported here; the next call starts clean
   throw Error(ErrorCode::device, std::string(call) + ": " + cudaGetErrorString(status));
 }
 
@@ -150,14 +150,14 @@ void CudaDevice::synchronize() {
 
 std::unique_ptr<Graph> CudaDevice::capture(const std::function<void()>& work) {
   const CurrentGpu current(gpu_);
-  // thread-local: what other threads do with CUDA meanwhile is their own affair
+  // thread-local: other threads may use CUDA freely meanwhile
   check_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
   cudaGraph_t recorded = nullptr;
   try {
     work();
   } catch (...) {
     if (cudaStreamEndCapture(stream_, &recorded) == cudaSuccess) cudaGraphDestroy(recorded);
-    cudaGetLastError();  // a capture that something made invalid ends with an error of its own
+    cudaGetLastError();  // an invalidated capture ends with its own error
     throw;
   }
   check_cuda(cudaStreamEndCapture(stream_, &recorded), "cudaStreamEndCapture");

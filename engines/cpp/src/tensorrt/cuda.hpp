@@ -14,12 +14,12 @@ namespace qwenport::detail {
 void check_cuda(cudaError_t status, const char* call);
 
 /// The architecture of a GPU, "sm90".
-/// \param needed what an engine was built for, for the message.
+/// \param needed the architectures that an engine was built for, for the message.
 /// \throws Error missing_library (no driver), wrong_gpu (no such GPU).
 std::string gpu_architecture(int gpu, const std::string& needed);
 
-/// A GPU by its number and its primary context, which is the one that the CUDA runtime works in. The context
-/// stays until the process ends, as it does for any user of the CUDA runtime.
+/// A GPU by its number and its primary context, the one that the CUDA runtime uses. The context
+/// stays until the process ends, as for any user of the CUDA runtime.
 class Gpu {
  public:
   /// \throws Error device.
@@ -34,8 +34,8 @@ class Gpu {
   PFN_cuCtxPopCurrent_v4000 pop_ = nullptr;
 };
 
-/// Makes a GPU the calling thread's current one, and at its end what was current before, which may be
-/// nothing (cudaSetDevice would have to make a context on GPU 0 to go back to).
+/// Makes a GPU current for the calling thread, and finally restores what was current before, which may be
+/// nothing (cudaSetDevice would have to create a context on GPU 0 to return to).
 class CurrentGpu {
  public:
   explicit CurrentGpu(const Gpu& gpu) noexcept

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <mutex>
 
+#include "contract.hpp"
 #include "qwenport/qwenport.hpp"
 
 namespace qwenport::detail {
@@ -15,12 +16,12 @@ namespace qwenport::detail {
 #ifndef TRT_MAJOR_RTX
 #error "configured for TensorRT-RTX, but these are TensorRT's headers"
 #endif
-const char* const tensorrt_flavour = "tensorrt-rtx";
+const char* const tensorrt_flavour = contract::tensorrt_rtx;
 #else
 #ifdef TRT_MAJOR_RTX
 #error "configured for TensorRT, but these are TensorRT-RTX's headers"
 #endif
-const char* const tensorrt_flavour = "tensorrt";
+const char* const tensorrt_flavour = contract::tensorrt;
 #endif
 
 namespace {
@@ -33,8 +34,8 @@ constexpr const char* library_stem = "libnvinfer.so.";
 
 std::string library_name() { return library_stem + std::to_string(NV_TENSORRT_MAJOR); }
 
-/// Keeps the latest complaints, as many as fit: what a plugin says, and what TensorRT then says of it. TensorRT holds on
-/// to the first logger of a process, so this one never ends.
+/// Keeps the latest messages, as many as fit: a plugin's own, and what TensorRT then says about it. TensorRT
+/// keeps using the first logger of a process, so this one is never destroyed.
 class Logger final : public nvinfer1::ILogger {
  public:
   void log(Severity severity, const char* message) noexcept override {
@@ -97,7 +98,7 @@ TensorRTLibrary::TensorRTLibrary() {
 }
 
 const TensorRTLibrary& TensorRTLibrary::get() {
-  static const TensorRTLibrary one;  // a constructor that throws is tried again by the next call
+  static const TensorRTLibrary one;  // if the constructor throws, the next call tries again
   return one;
 }
 

@@ -1,8 +1,8 @@
-// TensorRT or TensorRT-RTX, loaded when the first engine is, so that a program starts without it and a
+// TensorRT or TensorRT-RTX, loaded with the first engine, so that a program starts without it and a
 // missing library is an error message.
 //
 // The classes of the headers are used through their virtual tables, so the headers and the library must
-// be of one flavour and one major version: with others a call lands in another function.
+// be of the same flavour and major version: otherwise a call lands in another function.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -17,7 +17,7 @@ extern const char* const tensorrt_flavour;
 
 class TensorRTLibrary {
  public:
-  /// The one of this process. \throws Error missing_library, wrong_version.
+  /// This process's instance. \throws Error missing_library, wrong_version.
   static const TensorRTLibrary& get();
 
   /// "10.14.1.48"
@@ -32,7 +32,7 @@ class TensorRTLibrary {
   std::string version_;
 };
 
-/// What TensorRT said since the last call, as " (its text)"; empty if nothing.
+/// TensorRT's messages since the last call, as " (message)"; empty if there are none.
 std::string tensorrt_complaint();
 
 }  // namespace qwenport::detail

@@ -1,31 +1,30 @@
-// The grouped product of 16-bit numbers on tensor cores: what its two kinds have in common.
+// Grouped GEMM of 16-bit numbers on tensor cores: the common part of the SM80 and SM90 kernels.
 //
-// A block stays on its multiprocessor and goes through its items. A step of an item brings 128
-// bytes of each of its rows of a and of B to shared memory; while its products are made, later steps are on their way,
-// those of the next item too.
+// Both are persistent: a block takes work tiles from a static schedule. A k tile is 128 bytes of each row of A and B; while
+// one is multiplied the next ones are loaded, also across work tiles.
 #pragma once
 
-#include "grouped_product.cuh"
+#include "grouped_gemm.cuh"
 
 namespace qwenport::cuda {
 
-constexpr int tensor_depth = 64;  // numbers of a row in a step: 8 pieces of 16 bytes
+constexpr int tensor_tile_k = 64;  // numbers of a row in a k tile: 8 pieces of 16 bytes
 
-/// The item that is a block's in a round of all blocks. Rounds go forwards and backwards: an expert's last tile, which has
-/// fewer rows, would else fall to the same blocks each time.
-__device__ inline int index_in(int round) {
+/// The persistent tile scheduler: a block's work tile in a wave of all blocks. Waves alternate in direction: otherwise an
+/// expert's last tile, which has fewer rows, would fall to the same blocks each time.
+__device__ inline int work_tile_in_wave(int wave) {
   const auto blocks = static_cast<int>(gridDim.x);
   const auto block = static_cast<int>(blockIdx.x);
-  return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+  return wave * blocks + (wave % 2 == 0 ? block : blocks - 1 - block);
 }
 
-/// Where piece `piece` of a row lies: turned by the row, so that the 8 rows of a matrix lie in 8 banks.
-__device__ inline int place_of(int row, int piece) { return row * 8 + (piece ^ (row & 7)); }
+/// The position of a row's piece `piece` in a stage: XOR-swizzled by row, so that eight rows hit distinct banks.
+__device__ inline int swizzled(int row, int piece) { return row * 8 + (piece ^ (row & 7)); }
 
-/// Sizes of an item and of what a warp has of it. With Swiglu a column of the result takes two rows of B: those of a warp are
+/// Sizes of a work tile and of a warp's part of it. With Swiglu a column of the result takes two rows of B: those of a warp are
 /// gate rows, then the up rows of the same columns, so that a thread has both.
 template <int Rows, int RowsOfB, int WarpRows, int WarpRowsOfB>
-struct Tile {
+struct TileShape {
   static constexpr int rows = Rows;  ///< of the result
   static constexpr int rows_of_b = RowsOfB;
   static constexpr int warp_rows = WarpRows;
@@ -35,11 +34,11 @@ struct Tile {
   template <bool Swiglu>
   static constexpr int columns = Swiglu ? RowsOfB / 2 : RowsOfB;
 
-  /// A warp's sums: its rows by 16, its columns by 8, in the layout of mma's m16n8.
-  using Sums = float[WarpRows / 16][WarpRowsOfB / 8][4];
+  /// A warp's accumulators: its rows by 16, its columns by 8, in the layout of mma's m16n8.
+  using Accumulators = float[WarpRows / 16][WarpRowsOfB / 8][4];
 };
 
-/// Lane 4 g + t gives its words i of 4 and gets, of the lanes 4 g + i, their words t.
+/// A 4x4 transpose: lane 4 g + t gives its word i of 4 to lane 4 g + i and gets that lane's word t.
 __device__ inline void transpose_in_quads(std::uint32_t (&words)[4]) {
   const bool high = threadIdx.x % 4 >= 2;
   const std::uint32_t a = __shfl_xor_sync(all_lanes, high ? words[0] : words[2], 2);
@@ -57,20 +56,20 @@ __device__ inline void transpose_in_quads(std::uint32_t (&words)[4]) {
   words[3] = odd ? words[3] : d;
 }
 
-/// What a warp has of an item goes to the result, 16 bytes a lane.
-/// \param row, row_of_b the warp's first ones in the item.
-template <typename Tile, bool Swiglu, typename T>
-__device__ void store_item(const GroupedArguments<T>& g, const Item& item, const typename Tile::Sums& sums,
-                           int row, int row_of_b) {
-  constexpr int blocks = Tile::warp_rows_of_b / 8 / (Swiglu ? 2 : 1);  // of 8 columns
+/// A warp's epilogue: SwiGLU if requested, conversion, and 16-byte stores per lane.
+/// \param row, row_of_b the warp's first rows in the work tile.
+template <typename TileShape, bool Swiglu, typename T>
+__device__ void epilogue(const GroupedArguments<T>& g, const WorkTile& work_tile,
+                         const typename TileShape::Accumulators& accumulators, int row, int row_of_b) {
+  constexpr int blocks = TileShape::warp_rows_of_b / 8 / (Swiglu ? 2 : 1);  // of 8 columns
   static_assert(blocks % 4 == 0);
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
-  const int first_column = item.column + row_of_b / (Swiglu ? 2 : 1) + lane % 4 * 8;
+  const int first_column = work_tile.column + row_of_b / (Swiglu ? 2 : 1) + lane % 4 * 8;
 #pragma unroll
-  for (int m = 0; m < Tile::warp_rows / 16; ++m) {
+  for (int m = 0; m < TileShape::warp_rows / 16; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int place = item.begin + row + m * 16 + half * 8 + lane / 4;
+      const int place = work_tile.begin + row + m * 16 + half * 8 + lane / 4;
 #pragma unroll
       for (int n = 0; n < blocks; n += 4) {
         std::uint32_t words[4];
@@ -79,15 +78,15 @@ __device__ void store_item(const GroupedArguments<T>& g, const Item& item, const
           Vector<T, 2> two;
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            const float value = sums[m][n + i][half * 2 + j];
-            const float up = sums[m][n + i + (Swiglu ? blocks : 0)][half * 2 + j];
+            const float value = accumulators[m][n + i][half * 2 + j];
+            const float up = accumulators[m][n + i + (Swiglu ? blocks : 0)][half * 2 + j];
             two.values[j] = from_float<T>(Swiglu ? swiglu(value, up) : value);
           }
           memcpy(&words[i], &two, sizeof two);
         }
         transpose_in_quads(words);
         const int column = first_column + n * 8;
-        if (place < item.end && column < g.columns) {
+        if (place < work_tile.end && column < g.columns) {
           Packed<T, 8> eight;
           eight.words = {words[0], words[1], words[2], words[3]};
           store(g.out + static_cast<std::int64_t>(place) * g.columns + column, eight.unpacked());

@@ -1,7 +1,7 @@
 """package -> engine directory: lower, parse, check, build, all or nothing.
 
 engine.plan     the TensorRT plan
-libqwenport_plugins.so, if the engine uses the CUDA plugins
+libqwenport_plugins.so   the CUDA plugins, if the engine uses them
 qwenport.json   the manifest: bindings, profile, GPUs, TensorRT flavour and version, hashes
 config.json, tokenizer and generation files, as in the package
 """
@@ -15,15 +15,31 @@ from pathlib import Path
 from typing import Any
 
 from qwenport import __version__
-from qwenport.engines.engine import FORMAT_VERSION, PLAN, Engine
+from qwenport.contract import (
+    CAPACITY,
+    ENGINE_FORMAT,
+    ENGINE_VERSION,
+    INPUT_IDS,
+    KEY_POSITIONS,
+    LOGITS_INDICES,
+    MANIFEST,
+    MODEL,
+    PLAN,
+    POSITION_IDS,
+    WRITE_INDICES,
+    Progress,
+    caches,
+    no_progress,
+    past,
+    present,
+)
+from qwenport.engines.engine import Engine
 from qwenport.engines.errors import BuildError
 from qwenport.engines.lowering import check_graph, for_tensorrt, plugin_layers
-from qwenport.engines.plan import Progress, build_plan
+from qwenport.engines.plan import build_plan
 from qwenport.engines.plugin_library import check_library, register_for_build
 from qwenport.engines.targets import flavour_of, load_tensorrt, parse_gpus
 from qwenport.exporter import (
-    ENGINE_FORMAT,
-    MANIFEST,
     Package,
     as_json,
     atomic_directory,
@@ -35,9 +51,10 @@ from qwenport.exporter import (
 )
 from qwenport.plugins.compiled import LIBRARY
 
-# One step of a session: longer prompts are prefilled in pieces, so that activations stay bounded.
 MAX_STEP_TOKENS = 2048
-MAX_STEP_LOGITS = 64  # positions whose logits one step returns; generation needs one
+"""Tokens per row in one session step: longer prompts are prefilled in chunks, so that activations stay bounded."""
+MAX_STEP_LOGITS = 64
+"""Positions per row whose logits one step returns; generation needs one."""
 TYPICAL_SPAN = 1024  # the span that the builder tunes decoding for
 
 
@@ -51,26 +68,27 @@ def build(
     max_batch: int | None = None,
     plugins: Path | str | None = None,
     force_clean: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
     note: Callable[[str], None] = lambda text: None,
 ) -> Engine:
     """Build the engine of a package.
 
     Args:
-        package_path: what `export` wrote.
+        package_path: a package written by `export`.
         engine_path: directory to create; must not exist.
-        target: "tensorrt-rtx" (builds anywhere) or "tensorrt" (on the GPU it is for).
+        target: "tensorrt-rtx" (builds anywhere) or "tensorrt" (builds on the GPU it is for).
         gpus: "sm86,sm89"; see `parse_gpus` for the default.
         max_seq_len: cache slots, at most (and by default) the package's.
-        max_batch: rows, at most (and by default) the package's.
-        plugins: library of the CUDA plugins, to be used and copied; without it the custom operators are
+        max_batch: batch rows, at most (and by default) the package's.
+        plugins: library of the CUDA plugins to use and copy; without it the custom operators are
             computed from their function bodies.
-        force_clean: remove scratch directories of builds for the same place, even if they may still run.
+        force_clean: remove scratch directories of builds for the same path, even of builds that may still run.
         progress: called with (what, done, total).
-        note: called with what the user should know meanwhile.
+        note: called with messages for the user.
 
     Raises:
-        PackageError, MissingExtraError, PluginError, LoweringError, BuildError: nothing is left at engine_path.
+        PackageError, MissingExtraError, PluginError, LoweringError, BuildError: the build failed; nothing is left
+            at engine_path.
     """
     engine_path = Path(engine_path)
     flavour = flavour_of(target)
@@ -103,7 +121,7 @@ def build(
         copy_companions(package.path, scratch)
         manifest = {
             "format": ENGINE_FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": ENGINE_VERSION,
             "qwenport_version": __version__,
             "flavour": flavour.name,
             "tensorrt_version": trt.__version__,
@@ -116,9 +134,9 @@ def build(
             "profile": profile,
             "bindings": _with_capacity(package.manifest["bindings"], capacity),
             "aliases": {
-                f"present.{layer}.{part}": f"past_key_values.{layer}.{part}"
+                present(cache): past(cache)
                 for layer in range(package.config.num_hidden_layers)
-                for part in ("key", "value")
+                for cache in caches(layer)
             },
             "layers": built["layers"],
             "plugins": [LIBRARY] if plugins is not None else [],
@@ -147,12 +165,12 @@ def _limit(what: str, asked: int | None, most: int) -> int:
     if asked is None:
         return most
     if not 1 <= asked <= most:
-        raise BuildError(f"{what} {asked} is outside 1..{most}, what the package was exported for")
+        raise BuildError(f"{what} {asked}: the package was exported for 1 to {most}")
     return asked
 
 
 def profile_shapes(package: Package, capacity: int, batch: int) -> dict[str, dict[str, list[int]]]:
-    """One dynamic profile, tuned for decoding one token: input name -> its min, opt and max shape."""
+    """One dynamic profile, tuned for single-token decoding: input name -> its min, opt and max shape."""
     config = package.config
     tokens = min(MAX_STEP_TOKENS, capacity)
     heads, head_dim = config.num_key_value_heads, config.head_dim
@@ -161,25 +179,23 @@ def profile_shapes(package: Package, capacity: int, batch: int) -> dict[str, dic
         return {"min": list(least), "opt": opt, "max": most}
 
     profile = {
-        "input_ids": shapes(1, 1, opt=[1, 1], most=[batch, tokens]),
-        "position_ids": shapes(1, 1, opt=[1, 1], most=[batch, tokens]),
-        "write_indices": shapes(1, opt=[1], most=[batch]),
-        "key_positions": shapes(1, opt=[min(TYPICAL_SPAN, capacity)], most=[capacity]),
-        "logits_indices": shapes(1, 1, opt=[1, 1], most=[batch, min(MAX_STEP_LOGITS, tokens)]),
+        INPUT_IDS: shapes(1, 1, opt=[1, 1], most=[batch, tokens]),
+        POSITION_IDS: shapes(1, 1, opt=[1, 1], most=[batch, tokens]),
+        WRITE_INDICES: shapes(1, opt=[1], most=[batch]),
+        KEY_POSITIONS: shapes(1, opt=[min(TYPICAL_SPAN, capacity)], most=[capacity]),
+        LOGITS_INDICES: shapes(1, 1, opt=[1, 1], most=[batch, min(MAX_STEP_LOGITS, tokens)]),
     }
     cache = [heads, capacity, head_dim]
     for layer in range(config.num_hidden_layers):
-        for part in ("key", "value"):
-            profile[f"past_key_values.{layer}.{part}"] = shapes(
-                1, *cache, opt=[1, *cache], most=[batch, *cache]
-            )
+        for name in caches(layer):
+            profile[past(name)] = shapes(1, *cache, opt=[1, *cache], most=[batch, *cache])
     return profile
 
 
 def _with_capacity(bindings: dict[str, Any], capacity: int) -> dict[str, Any]:
     return {
         side: [
-            {**b, "shape": [capacity if size == "capacity" else size for size in b["shape"]]}
+            {**b, "shape": [capacity if size == CAPACITY else size for size in b["shape"]]}
             for b in values
         ]
         for side, values in bindings.items()
@@ -189,10 +205,10 @@ def _with_capacity(bindings: dict[str, Any], capacity: int) -> dict[str, Any]:
 def write_lowered(
     package: Package, folder: Path, capacity: int, *, plugins: bool
 ) -> tuple[Path, dict[str, int]]:
-    """Write the lowered model where the parser finds the weights: beside a link to them.
+    """Write the lowered model where the parser finds the weights: next to a link to them.
 
     Returns:
-        The model's file, and how often it uses each plugin.
+        The model's file, and the number of uses of each plugin.
     """
     import onnx_ir as ir
 
@@ -208,6 +224,6 @@ def write_lowered(
         check_graph(model)
     folder.mkdir()
     os.symlink(os.path.abspath(package.path / "weights"), folder / "weights")
-    path = folder / "model.onnx"
+    path = folder / MODEL
     ir.save(model, path)
     return path, plugin_layers(model)

@@ -1,0 +1,230 @@
+"""Names and constants shared by every package, the command line and the C++ sources. Imports only the standard library.
+
+The C++ runtime and the CUDA plugins get the part that they need as a header: `python contract.py` prints it, and
+contract.cmake writes it into their build folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+# --- dtypes
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """A floating-point type and its names.
+
+    Attributes:
+        name: our name, on the command line and in manifests.
+        torch_name: in torch, and in config.json.
+        safetensors: in a safetensors header.
+        onnx: in ONNX's enumeration; in lower case, a binding's dtype.
+        itemsize: bytes.
+    """
+
+    name: str
+    torch_name: str
+    safetensors: str
+    onnx: str
+    itemsize: int
+
+    @property
+    def schema(self) -> str:
+        """The name of a tensor of the dtype in an ONNX schema."""
+        return f"tensor({self.onnx.lower()})"
+
+    @property
+    def binding(self) -> str:
+        """The name of the dtype in a manifest's bindings."""
+        return self.onnx.lower()
+
+    @property
+    def torch(self) -> torch.dtype:
+        """The torch dtype."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.torch_name)
+        return dtype
+
+    @property
+    def ir(self) -> ir.DataType:
+        """The onnx_ir dtype."""
+        import onnx_ir as ir
+
+        return ir.DataType[self.onnx]
+
+
+BF16 = Dtype("bf16", "bfloat16", "BF16", "BFLOAT16", 2)
+FP16 = Dtype("fp16", "float16", "F16", "FLOAT16", 2)
+FP32 = Dtype("fp32", "float32", "F32", "FLOAT", 4)
+FP64 = Dtype("fp64", "float64", "F64", "DOUBLE", 8)  # the oracle's arithmetic; no package has it
+
+DTYPES = {dtype.name: dtype for dtype in (BF16, FP16, FP32)}
+"""The dtypes that a package may have, by name."""
+BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES.values()}
+BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in DTYPES.values()}
+HALF = (BF16, FP16)
+
+# --- bindings of a graph
+
+INPUT_IDS, POSITION_IDS = "input_ids", "position_ids"
+WRITE_INDICES, KEY_POSITIONS, LOGITS_INDICES = "write_indices", "key_positions", "logits_indices"
+LOGITS = "logits"
+CAPACITY = "capacity"
+"""The cache axis whose size engines fix."""
+_PAST, _PRESENT = "past_key_values.", "present."
+_PARTS = ("key", "value")
+
+
+def caches(layer: int) -> tuple[str, str]:
+    """The names of a layer's two caches, without the prefix for before or after the step."""
+    return f"{layer}.{_PARTS[0]}", f"{layer}.{_PARTS[1]}"
+
+
+def past(cache: str) -> str:
+    """The input binding of a cache: past("3.key") is "past_key_values.3.key"."""
+    return _PAST + cache
+
+
+def present(cache: str) -> str:
+    """The output binding of a cache, which shares the input's memory."""
+    return _PRESENT + cache
+
+
+def is_past(name: str) -> bool:
+    """Whether a binding is a cache input."""
+    return name.startswith(_PAST)
+
+
+def is_present(name: str) -> bool:
+    """Whether a binding is a cache output."""
+    return name.startswith(_PRESENT)
+
+
+def present_of(name: str) -> str:
+    """The output that shares an input's memory."""
+    return _PRESENT + name.removeprefix(_PAST)
+
+
+def past_of(name: str) -> str:
+    """The input that shares an output's memory."""
+    return _PAST + name.removeprefix(_PRESENT)
+
+
+# --- directories
+
+MANIFEST = "qwenport.json"
+PACKAGE_FORMAT, PACKAGE_VERSION = "qwenport-package", 3
+ENGINE_FORMAT, ENGINE_VERSION = "qwenport-engine", 2
+MODEL, ROPE, PLAN = "model.onnx", "rope.safetensors", "engine.plan"
+COS_TABLE, SIN_TABLE = "rope.cos", "rope.sin"
+
+# --- choices
+
+WEIGHT_MODES = LINK, COPY, PACK = ("link", "copy", "pack")
+ADAPTERS = IGNORE, MERGE = ("ignore", "merge")
+DEFAULT_MAX_BATCH = 8
+"""Batch rows that a package is exported for by default."""
+TARGETS = TENSORRT_RTX, TENSORRT = ("tensorrt-rtx", "tensorrt")
+PACKAGE, NETWORK, ENGINE = "package", "tensorrt-network", "engine"
+"""What `validate` judges: a package in onnxruntime, the network that TensorRT's parser reads from it, or an engine."""
+BUDGETS = QUICK, STANDARD, THOROUGH = ("quick", "standard", "thorough")
+
+# --- operators
+
+DOMAIN, DOMAIN_VERSION = "qwenport", 1
+"""The custom operators' domain in a graph; one version covers all operators."""
+ROTARY_EMBEDDING, MOE_ROUTER, MOE_EXPERTS = "RotaryEmbedding", "MoERouter", "MoEExperts"
+PLUGIN_NAMESPACE, PLUGIN_VERSION = "qwenport", "1"
+ROTARY_EMBEDDING_QK = "RotaryEmbeddingQK"
+"""The plugin for two RotaryEmbedding nodes. The other operators' plugins have the operators' names."""
+MOST_EXPERTS, MOST_CHOSEN = 512, 16
+"""Limits of the kernels: experts per layer, and experts per token."""
+GPUS = {
+    TENSORRT_RTX: ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+    TENSORRT: ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "sm121"),
+    "plugins": ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120"),
+}
+"""The architectures that each target has code for."""
+OLDEST_PLUGIN_GPU = 80
+
+# --- progress
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, units done, units in all)."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Ignore progress."""
+
+
+# --- C++
+
+FOR_CPP = {
+    "manifest_name": MANIFEST,
+    "plan_name": PLAN,
+    "engine_format": ENGINE_FORMAT,
+    "engine_version": ENGINE_VERSION,
+    "plugin_namespace": PLUGIN_NAMESPACE,
+    "plugin_version": PLUGIN_VERSION,
+    "rotary_embedding_qk": ROTARY_EMBEDDING_QK,
+    "moe_router": MOE_ROUTER,
+    "moe_experts": MOE_EXPERTS,
+    "most_experts": MOST_EXPERTS,
+    "most_chosen": MOST_CHOSEN,
+    "input_ids": INPUT_IDS,
+    "position_ids": POSITION_IDS,
+    "write_indices": WRITE_INDICES,
+    "key_positions": KEY_POSITIONS,
+    "logits_indices": LOGITS_INDICES,
+    "logits": LOGITS,
+    "tensorrt": TENSORRT,
+    "tensorrt_rtx": TENSORRT_RTX,
+    "oldest_plugin_gpu": OLDEST_PLUGIN_GPU,
+    "plugin_gpus": ";".join(gpu.removeprefix("sm") for gpu in GPUS["plugins"]),
+}
+
+
+def header() -> str:
+    """The header for C++ and CUDA."""
+    lines = [
+        f"constexpr int {name} = {value};"
+        if isinstance(value, int)
+        else f'constexpr char {name}[] = "{value}";'
+        for name, value in FOR_CPP.items()
+    ]
+    dtypes = ", ".join(
+        f'{{"{dtype.name}", "{dtype.binding}", {dtype.itemsize}}}' for dtype in DTYPES.values()
+    )
+    return "\n".join(
+        [
+            "// Generated from qwenport/contract.py.",
+            "#pragma once",
+            "",
+            "namespace qwenport::contract {",
+            "",
+            *lines,
+            "",
+            "/// The names of a dtype of weights and cache, and of a binding of it.",
+            "struct Dtype {",
+            "  const char* name;",
+            "  const char* binding;",
+            "  int itemsize;",
+            "};",
+            f"constexpr Dtype dtypes[] = {{{dtypes}}};",
+            "",
+            "}  // namespace qwenport::contract",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(header(), end="")
