@@ -238,11 +238,14 @@ def _exit_on_signals(is_process: bool) -> Iterator[None]:
 
 
 def _raise_again(lost: sys.UnraisableHookArgs) -> None:
-    """Raise Ctrl-C again if it came in an object's finalizer, where Python drops every exception."""
+    """Raise Ctrl-C again if it came in an object's finalizer, where Python drops every exception.
+
+    A signal that came just before it was set to be ignored is ignored; Python reports that as an OSError.
+    """
     if issubclass(lost.exc_type, KeyboardInterrupt):
         main = threading.main_thread().ident
         threading.Timer(0.01, lambda: signal.pthread_kill(main or 0, signal.SIGINT)).start()
-    else:
+    elif not (issubclass(lost.exc_type, OSError) and "ignored due to race" in str(lost.exc_value)):
         sys.__unraisablehook__(lost)
 
 

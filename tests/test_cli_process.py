@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import pytest
@@ -202,6 +203,18 @@ def test_ctrl_c_behind_the_last_word_is_too_late(
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) in ((0, ""), (cli.EXIT_INTERRUPTED, "error: interrupted\n"))
+
+
+def test_a_signal_that_comes_just_before_it_is_ignored_says_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's words for it, as an error that nobody can catch; any other such error is shown."""
+    shown: list[object] = []
+    monkeypatch.setattr(sys, "__unraisablehook__", shown.append)
+    for text in ("Signal 2 ignored due to race condition", "another"):
+        lost = SimpleNamespace(exc_type=OSError, exc_value=OSError(text))
+        cli._raise_again(lost)  # type: ignore[arg-type]
+    assert shown == [lost] and capsys.readouterr().err == ""
 
 
 def test_ctrl_c_in_a_finaliser_is_not_lost(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, TypeVar
 
 import click
@@ -67,13 +68,21 @@ def whole_or_interrupted(target: Path) -> Iterator[None]:
     """Ignore Ctrl-C once this process has published `target`: the command has succeeded."""
     from qwenport.exporter import published
 
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if not published(target):
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield
-    except KeyboardInterrupt:
-        if not published(target):
-            raise
-    if published(target) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # only a successful exit is left
+    finally:
+        # after success only the end of the process is left
+        signal.signal(signal.SIGINT, signal.SIG_IGN if published(target) else before)
 
 
 def note(text: str | None, quiet: bool) -> None:

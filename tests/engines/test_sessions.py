@@ -123,6 +123,19 @@ def test_rows_and_tokens_that_do_not_exist_are_refused(session, tokens, complain
     assert not session.lengths.any()
 
 
+def test_what_is_saved_is_restored(session):
+    session.reset()
+    session.prefill([[5, 6, 7], [8, 9]])
+    snapshot = session.save()
+    expected = session.decode([10, 11])
+    session.reset()
+    session.prefill([[20] * 9] * ROWS)
+    session.restore(snapshot)
+    assert session.lengths.tolist() == [3, 2, 0]
+    assert session.save() == snapshot
+    np.testing.assert_array_equal(session.decode([10, 11]), expected)
+
+
 def test_past_and_present_are_one_memory_of_the_expected_size(session, package_of):
     config = package_of("bf16").config
     addresses = session.cache_addresses()
