@@ -20,6 +20,7 @@ from qwenport.exporter.errors import (
     PackageError,
     TracingError,
 )
+from qwenport.exporter.first_call import settle
 from qwenport.exporter.json_file import read_json
 from qwenport.exporter.manifest import (
     BINDINGS,
@@ -86,6 +87,7 @@ __all__ = [
     "read_json",
     "read_manifest",
     "rope_tables",
+    "settle",
     "sha256",
     "stacked_shape",
     "stop_ids",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenport.contract import ENGINE, NETWORK, STANDARD, THOROUGH, Progress, no_progress
+from qwenport.exporter import settle
 from qwenport.validate import rows
 from qwenport.validate.budget import Plan, find_budget, make_plan
 from qwenport.validate.candidate import Candidate, Refused
@@ -131,6 +132,7 @@ class Validation:
         Raises:
             ValidationError: the request cannot be met.
         """
+        settle()
         self.target, self.checkpoint, self.options = target, checkpoint, options
         self.layers, self.streamed = _extent(target, options)
         self.prompts = make_prompts(checkpoint, target.config.vocab_size, options.prompts)

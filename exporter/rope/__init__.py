@@ -14,6 +14,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from qwenport.exporter.errors import ConfigError
+from qwenport.exporter.first_call import settle
 from qwenport.exporter.keys import short
 from qwenport.exporter.rope.rope import Rope, Settings, number
 
@@ -149,6 +150,7 @@ def rope_tables(
     """
     import torch
 
+    settle()
     positions = torch.arange(start, length if stop is None else stop, dtype=torch.float32)
     angles = positions[:, None] * rope.inverse_frequencies(length)
     scaling = rope.attention_scaling()
