@@ -24,6 +24,7 @@ from qwenport.engines.generation import (
 from qwenport.engines.onnxruntime_session import OnnxRuntimeSession, start_onnxruntime
 from qwenport.engines.open import open_session
 from qwenport.engines.sampling import Sampler, SamplingError, SamplingParams, SamplingParamsError
+from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.session import CachedSession, Session, Step
 from qwenport.engines.targets import FLAVOURS, FP16_ONLY
 from qwenport.engines.tensorrt_session import TensorRTSession
@@ -51,6 +52,7 @@ __all__ = [
     "SamplingError",
     "SamplingParams",
     "SamplingParamsError",
+    "SavedSession",
     "Session",
     "SessionError",
     "SnapshotError",

@@ -14,7 +14,8 @@ from qwenport.contract import DTYPES, INPUT_IDS, LOGITS, MANIFEST, caches, past,
 from qwenport.engines.errors import SessionError
 from qwenport.engines.lowering import for_onnxruntime
 from qwenport.engines.memory import untouched_zeros
-from qwenport.engines.session import Bytes, CachedSession, Float32, Int64, whole
+from qwenport.engines.saved_session import SavedSession
+from qwenport.engines.session import Bytes, Float32, Int64, whole
 from qwenport.exporter import Package, damaged, sha256
 
 # Attention scores take heads x tokens x span numbers, so a long prompt runs in chunks.
@@ -30,7 +31,7 @@ class _Memory:
     address: int
 
 
-class OnnxRuntimeSession(CachedSession):
+class OnnxRuntimeSession(SavedSession):
     """`Session` over a package.
 
     On the CPU everything is computed in fp32 whatever the package's dtype; on CUDA in the package's.

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from qwenport.engines.engine import load_engine
 from qwenport.engines.onnxruntime_session import OnnxRuntimeSession
-from qwenport.engines.session import CachedSession
+from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.tensorrt_session import TensorRTSession
 from qwenport.exporter import kind_of, load_package
 
 
 def open_session(
     target: Path | str, *, max_batch: int = 1, capacity: int | None = None, device: str = "cpu"
-) -> CachedSession:
+) -> SavedSession:
     """Open a session on a package or an engine directory.
 
     Args:

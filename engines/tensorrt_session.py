@@ -15,11 +15,12 @@ from qwenport.engines.engine import Engine
 from qwenport.engines.errors import EngineError, SessionError
 from qwenport.engines.memory import read_slots, write_slots
 from qwenport.engines.plugin_library import register_for_run
-from qwenport.engines.session import Bytes, CachedSession, Float32, Int64, whole
+from qwenport.engines.saved_session import SavedSession
+from qwenport.engines.session import Bytes, Float32, Int64, whole
 from qwenport.engines.targets import FLAVOURS, load_tensorrt
 
 
-class TensorRTSession(CachedSession):
+class TensorRTSession(SavedSession):
     """`Session` over an engine directory."""
 
     def __init__(

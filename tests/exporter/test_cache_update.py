@@ -1,4 +1,4 @@
-"""The torch operator of the KV cache update, held against NumPy."""
+"""The torch operator of the KV cache update, compared with NumPy."""
 
 from __future__ import annotations
 
