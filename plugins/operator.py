@@ -16,8 +16,6 @@ from typing import Any, Protocol
 import onnx
 import onnx_ir as ir
 
-from qwenport.contract import DOMAIN
-
 
 class Emitter(Protocol):
     """The interface that `Operator.emit` uses to write the nodes for one call."""
@@ -67,10 +65,6 @@ class Operator:
         import torch  # not to run an engine
 
         return getattr(torch.ops.qwenport, self.torch_name).default
-
-    def nodes(self, model: ir.Model) -> list[ir.Node]:
-        """The operator's nodes in a graph."""
-        return [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, self.name)]
 
 
 @cache

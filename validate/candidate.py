@@ -206,10 +206,6 @@ class Candidate:
             return NetworkParts(self._interpreter, self._layers, target.config.num_hidden_layers)
         return PackageParts(target.package, self._layers)
 
-    def release(self) -> None:
-        """Release the weights of a loaded package."""
-        self._loaded = None
-
 
 def open_candidate(
     path: Path,
