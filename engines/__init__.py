@@ -1,6 +1,6 @@
 """package -> engine -> session. Lowering per target, the builder, and the sessions that run either."""
 
-from qwenport.engines.builder import MAX_STEP_LOGITS, MAX_STEP_TOKENS, build
+from qwenport.engines.builder import build
 from qwenport.engines.engine import Engine, load_engine
 from qwenport.engines.errors import (
     BuildError,
@@ -27,6 +27,7 @@ from qwenport.engines.sampling import Sampler, SamplingError, SamplingParams, Sa
 from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.session import CachedSession, Session, Step
 from qwenport.engines.targets import FLAVOURS, FP16_ONLY
+from qwenport.engines.tensorrt_builder import MAX_STEP_LOGITS, MAX_STEP_TOKENS
 from qwenport.engines.tensorrt_session import TensorRTSession
 
 __all__ = [

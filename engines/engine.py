@@ -7,27 +7,48 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from qwenport.contract import DTYPES, ENGINE_FORMAT, ENGINE_VERSION, MANIFEST, PLAN
+from qwenport.contract import (
+    COS_TABLE,
+    DTYPES,
+    ENGINE_FORMAT,
+    ENGINE_VERSION,
+    ENGINE_WEIGHTS,
+    FP32,
+    MANIFEST,
+    MODEL,
+    ONNXRUNTIME,
+    PLAN,
+    SIN_TABLE,
+    TARGETS,
+)
 from qwenport.engines.errors import EngineError
 from qwenport.exporter import (
     BINDINGS,
     FILES,
     SOURCE,
+    CheckpointError,
     Each,
     PackageError,
     check_files,
     check_listed,
     check_shape,
+    check_weight_files,
     damaged,
     read_manifest,
+    read_safetensors_header,
 )
 
 SHAPE = {
     "qwenport_version": str,
     "flavour": str,
-    "tensorrt_version": str,
+    "runtime_version": str,
     "gpus": [str],
-    "model": {"num_key_value_heads": int, "head_dim": int, "vocab_size": int},
+    "model": {
+        "num_hidden_layers": int,
+        "num_key_value_heads": int,
+        "head_dim": int,
+        "vocab_size": int,
+    },
     "dtype": str,
     "max_seq_len": int,
     "max_batch": int,
@@ -38,9 +59,11 @@ SHAPE = {
     "layers": int,
     "plugins": [str],
     "plugin_layers": Each(int),
-    "package": {"source": SOURCE, "weight_bytes": int, "max_seq_len": int},
+    "package": {"source": SOURCE, "dtype": str, "weight_bytes": int, "max_seq_len": int},
     "files": FILES,
 }
+WEIGHTS_SHAPE = {"bytes": int, "files": Each({"bytes": int, "header_sha256": str})}
+"""Shape of `weights` in the manifest of an onnxruntime engine."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +79,26 @@ class Engine:
     manifest: dict[str, Any]
 
     @property
+    def flavour(self) -> str:
+        """The target that it was built for."""
+        flavour: str = self.manifest["flavour"]
+        return flavour
+
+    @property
     def plan(self) -> Path:
         """The serialized TensorRT engine."""
         return self.path / PLAN
 
+    @property
+    def model(self) -> Path:
+        """The ONNX file of an onnxruntime engine."""
+        return self.path / MODEL
+
 
 def load_engine(path: Path | str) -> Engine:
     """Open an engine directory and check its files against its manifest.
+
+    The weight file of an onnxruntime engine is checked by size and header hash; its values are not read.
 
     Raises:
         EngineError: no such directory, not an engine, another format version, or a changed file.
@@ -74,15 +110,46 @@ def load_engine(path: Path | str) -> Engine:
         manifest = read_manifest(path, ENGINE_FORMAT, ENGINE_VERSION, "build the engine again")
         with damaged(path / MANIFEST):
             check_shape(manifest, SHAPE)
-            if manifest["dtype"] not in DTYPES:
-                raise ValueError(f"dtype is {manifest['dtype']!r}")
-            check_listed(path, list(manifest["files"]), (PLAN,))
+            if manifest["flavour"] not in TARGETS:
+                raise ValueError(f"flavour is {manifest['flavour']!r}")
+            for dtype in (manifest["dtype"], manifest["package"]["dtype"]):
+                if dtype not in DTYPES:
+                    raise ValueError(f"dtype is {dtype!r}")
+            if manifest["flavour"] == ONNXRUNTIME:
+                _check_onnxruntime(path, manifest)
+            else:
+                check_listed(path, list(manifest["files"]), (PLAN,))
+                if not manifest["gpus"]:
+                    raise ValueError("gpus is empty")
             check_files(path, manifest["files"])
             for name in manifest["plugins"]:
                 if name not in manifest["files"]:
                     raise EngineError(
                         f"{path / MANIFEST}: the plugins {name} are not among its files"
                     )
-    except PackageError as error:
+    except (CheckpointError, PackageError) as error:
         raise EngineError(str(error)) from error
     return Engine(path, manifest)
+
+
+def _check_onnxruntime(path: Path, manifest: dict[str, Any]) -> None:
+    """Check what only an onnxruntime engine's manifest has, and its weight files.
+
+    Raises:
+        ValueError, PackageError, CheckpointError: as `load_engine` turns them into an EngineError.
+    """
+    if "weights" not in manifest:
+        raise ValueError("the manifest lacks weights")
+    check_shape(manifest["weights"], WEIGHTS_SHAPE, "the manifest.weights")
+    if manifest["dtype"] != FP32.name or manifest["gpus"] or manifest["plugins"]:
+        raise ValueError(f"an engine for {ONNXRUNTIME} is in fp32, without GPUs and plugins")
+    weights = manifest["weights"]["files"]
+    check_listed(path, [*manifest["files"], *weights], (MODEL, ENGINE_WEIGHTS))
+    check_weight_files(path, weights)
+    rows = {
+        entry.shape[:1]
+        for entry in read_safetensors_header(path / ENGINE_WEIGHTS)[1]
+        if entry.name in (COS_TABLE, SIN_TABLE)
+    }
+    if rows != {(manifest["max_seq_len"],)}:
+        raise ValueError(f"max_seq_len is {manifest['max_seq_len']}, and the rope tables differ")

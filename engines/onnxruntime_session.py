@@ -1,4 +1,4 @@
-"""A package run by onnxruntime, with the KV cache's past and present in the same memory."""
+"""A package or an engine run by onnxruntime, with the KV cache's past and present in the same memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ from typing import Any
 import numpy as np
 
 from qwenport import import_extra
-from qwenport.contract import DTYPES, INPUT_IDS, LOGITS, MANIFEST, caches, past, present
-from qwenport.engines.errors import SessionError
+from qwenport.contract import (
+    CAPACITY,
+    DTYPES,
+    FP32,
+    INPUT_IDS,
+    LOGITS,
+    MANIFEST,
+    OLDEST_ONNXRUNTIME,
+    ONNXRUNTIME,
+    caches,
+    is_past,
+    past,
+    present,
+)
+from qwenport.engines.engine import Engine
+from qwenport.engines.errors import EngineError, SessionError
 from qwenport.engines.lowering import for_onnxruntime
 from qwenport.engines.memory import untouched_zeros
 from qwenport.engines.saved_session import SavedSession
@@ -32,16 +46,17 @@ class _Memory:
 
 
 class OnnxRuntimeSession(SavedSession):
-    """`Session` over a package.
+    """`Session` over a package, or over an engine for onnxruntime.
 
-    On the CPU everything is computed in fp32 whatever the package's dtype; on CUDA in the package's.
+    On the CPU everything is computed in fp32 whatever the package's dtype; on CUDA in the package's. An engine holds
+    the graph and the weights that a package is lowered to for the CPU, so it loads in less time and runs only there.
     The cache is allocated once, zeroed, and bound as past and as present: TensorScatter then writes the
     new slots in place.
     """
 
     def __init__(
         self,
-        package: Package,
+        source: Package | Engine,
         *,
         max_batch: int = 1,
         capacity: int | None = None,
@@ -50,58 +65,59 @@ class OnnxRuntimeSession(SavedSession):
         observe: Sequence[str] = (),
         loaded: Any = None,
     ) -> None:
-        """Load the package.
+        """Load the model.
 
         Args:
-            package: the package to run.
-            max_batch: rows, at most the package's.
-            capacity: cache slots per row, at most the package's max_seq_len (the default).
-            device: "cpu" or "cuda".
+            source: the package or engine to run.
+            max_batch: rows, at most the source's.
+            capacity: cache slots per row, at most the source's max_seq_len (the default).
+            device: "cpu", or for a package "cuda".
             threads: CPU threads per operator; by default onnxruntime's own choice.
-            observe: values of the package's graph that each step leaves in `observed`.
+            observe: values of a package's graph that each step leaves in `observed`.
             loaded: the onnxruntime session that `beside` shares.
 
         Raises:
             MissingExtraError: onnxruntime is not installed.
-            SessionError: more rows or slots than the package has, the device is not available, or the
+            EngineError: an engine that is not for onnxruntime, or whose graph is not what its manifest says.
+            SessionError: more rows or slots than the source has, the device is not available, or the
                 graph has no such value to observe.
         """
         max_batch = whole(max_batch, "rows")
-        capacity = package.max_seq_len if capacity is None else whole(capacity, "slots")
+        manifest = source.manifest
+        model, longest = manifest["model"], manifest["max_seq_len"]
+        kind = "engine" if isinstance(source, Engine) else "package"
+        capacity = longest if capacity is None else whole(capacity, "slots")
         if device not in list(PROVIDERS):
             raise SessionError(
                 f"device must be one of {', '.join(PROVIDERS)}, found {device!r:.60}"
             )
-        if capacity > package.max_seq_len:
+        if capacity > longest:
+            raise SessionError(f"capacity {capacity} is beyond the {kind}'s max_seq_len {longest}")
+        if max_batch > manifest["max_batch"]:
             raise SessionError(
-                f"capacity {capacity} is beyond the package's max_seq_len {package.max_seq_len}"
+                f"{max_batch} rows, but the {kind} was made for {manifest['max_batch']}"
             )
-        if max_batch > package.max_batch:
-            raise SessionError(
-                f"{max_batch} rows, but the package was made for {package.max_batch}"
-            )
-        config = package.config
         super().__init__(
             max_batch=max_batch,
             capacity=capacity,
-            vocab_size=config.vocab_size,
+            vocab_size=model["vocab_size"],
             max_step_tokens=MAX_STEP_TOKENS,
             max_step_logits=MAX_STEP_TOKENS,
-            max_positions=package.max_seq_len,
+            max_positions=longest,
         )
-        self._ort = import_extra("onnxruntime", "cpu", "run packages")
+        self._ort = import_extra("onnxruntime", "cpu", f"run this {kind}")
         self.device = device
-        self._package, self._observe = package, tuple(observe)
-        self._dtype = "fp32" if device == "cpu" else package.dtype
-        self._session = self._load(package, threads) if loaded is None else loaded
+        self._source, self._observe = source, tuple(observe)
+        self._dtype = FP32.name if device == "cpu" else manifest["dtype"]
+        self._session = self._load(threads) if loaded is None else loaded
         # zeros, not uninitialised memory: a masked slot is still multiplied, and 0 x NaN is NaN
         dtype = DTYPES[self._dtype]
         bits = np.dtype(f"u{dtype.itemsize}")  # NumPy has no bf16, and zero has the same bits
-        shape = (max_batch, config.num_key_value_heads, capacity, config.head_dim)
+        shape = (max_batch, model["num_key_value_heads"], capacity, model["head_dim"])
         self._element = int(dtype.ir)
         self._cache: dict[str, _Memory] = {
             cache: self._allocate(shape, bits)
-            for layer in range(config.num_hidden_layers)
+            for layer in range(model["num_hidden_layers"])
             for cache in caches(layer)
         }
         self._row_shape = list(shape[1:])
@@ -116,10 +132,10 @@ class OnnxRuntimeSession(SavedSession):
             capacity: as in the constructor.
 
         Raises:
-            SessionError: more rows or slots than the package has.
+            SessionError: more rows or slots than the source has.
         """
         return OnnxRuntimeSession(
-            self._package,
+            self._source,
             max_batch=max_batch,
             capacity=capacity,
             device=self.device,
@@ -128,7 +144,7 @@ class OnnxRuntimeSession(SavedSession):
         )
 
     def _identity(self) -> str:
-        return f"{sha256(self._package.path / MANIFEST)} {self._dtype}"
+        return f"{sha256(self._source.path / MANIFEST)} {self._dtype}"
 
     def _cache_names(self) -> Sequence[str]:
         return tuple(self._cache)
@@ -147,13 +163,26 @@ class OnnxRuntimeSession(SavedSession):
         owner = self._cache[name].owner
         return owner if self.device == "cpu" else owner.numpy()
 
-    def _load(self, package: Package, threads: int | None) -> Any:
+    def _load(self, threads: int | None) -> Any:
+        source = self._source
+        if isinstance(source, Engine):
+            return self._load_engine(source, threads)
+        model = source.read_model()
+        with damaged(source.model):
+            return self._load_package(model, source, threads)
 
-        model = package.read_model()
-        with damaged(package.model):
-            return self._start(model, package, threads)
+    def _load_engine(self, engine: Engine, threads: int | None) -> Any:
+        if engine.flavour != ONNXRUNTIME:
+            raise EngineError(f"{engine.path}: built for {engine.flavour}, not for {ONNXRUNTIME}")
+        if self.device != "cpu":
+            raise SessionError(f"{engine.path}: an engine for {ONNXRUNTIME} runs on the CPU only")
+        if self._observe:
+            raise SessionError(f"{engine.path}: values of an engine cannot be observed")
+        session = _start(str(engine.model), engine.path, "cpu", threads)
+        check_bindings(engine, session)
+        return session
 
-    def _start(self, model: Any, package: Package, threads: int | None) -> Any:
+    def _load_package(self, model: Any, package: Package, threads: int | None) -> Any:
         values = {value.name: value for node in model.graph for value in node.outputs}
         for name in self._observe:
             if name not in values:
@@ -213,11 +242,21 @@ def start_onnxruntime(
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        SessionError: the device is not available, or onnxruntime does not load the model.
+        SessionError: onnxruntime is too old or does not load the model, or the device is not available.
     """
     import onnx_ir as ir
 
+    return _start(ir.to_proto(model).SerializeToString(), folder, device, threads)
+
+
+def _start(model: bytes | str, folder: Path, device: str, threads: int | None) -> Any:
+    """As `start_onnxruntime`, for a serialized model or the path of one."""
     ort = import_extra("onnxruntime", "cpu", "run packages")
+    if [*map(int, ort.__version__.split(".")[:2])] < [*map(int, OLDEST_ONNXRUNTIME.split("."))]:
+        raise SessionError(
+            f"onnxruntime here is {ort.__version__}; {OLDEST_ONNXRUNTIME} or newer is needed "
+            f"(pip install 'onnxruntime>={OLDEST_ONNXRUNTIME}')"
+        )
     provider = PROVIDERS[device]
     if provider not in ort.get_available_providers():
         raise SessionError(
@@ -234,9 +273,37 @@ def start_onnxruntime(
         "optimization.constant_folding_max_output_size_in_bytes": str(1 << 62),
     }.items():
         options.add_session_config_entry(key, value)
-    proto = ir.to_proto(model)
     try:
-        return ort.InferenceSession(proto.SerializeToString(), options, providers=[provider])
+        return ort.InferenceSession(model, options, providers=[provider])
     except Exception as error:  # onnxruntime's exceptions have no base class
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SessionError(f"{folder}: onnxruntime does not load it: {said}") from error
+
+
+def check_bindings(engine: Engine, session: Any) -> None:
+    """Compare the inputs and outputs of a loaded engine with its manifest.
+
+    Raises:
+        EngineError: they differ.
+    """
+    for side, values in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+        found = [
+            {
+                "name": value.name,
+                "dtype": value.type.removeprefix("tensor(").removesuffix(")"),
+                "shape": value.shape,
+            }
+            for value in values
+        ]
+        if found != engine.manifest["bindings"][side]:
+            raise EngineError(f"{engine.model}: its {side} are not those in {MANIFEST}")
+    model = engine.manifest["model"]
+    cache = ["batch", model["num_key_value_heads"], CAPACITY, model["head_dim"]]
+    stated = {
+        **{past(name): cache for n in range(model["num_hidden_layers"]) for name in caches(n)},
+        LOGITS: ["batch", "n", model["vocab_size"]],
+    }
+    bindings = engine.manifest["bindings"]
+    shapes = {b["name"]: b["shape"] for b in (*bindings["inputs"], *bindings["outputs"])}
+    if {name: shapes[name] for name in shapes if is_past(name) or name == LOGITS} != stated:
+        raise EngineError(f"{engine.path / MANIFEST}: its model does not have its bindings' shapes")

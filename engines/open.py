@@ -1,9 +1,10 @@
-"""One function to run either artefact: a package on onnxruntime, an engine on TensorRT."""
+"""One function to run either artefact: a package on onnxruntime, an engine on what it was built for."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from qwenport.contract import ONNXRUNTIME
 from qwenport.engines.engine import load_engine
 from qwenport.engines.onnxruntime_session import OnnxRuntimeSession
 from qwenport.engines.saved_session import SavedSession
@@ -20,7 +21,7 @@ def open_session(
         target: a directory written by `export` or `build`.
         max_batch: rows.
         capacity: cache slots per row; the target's max_seq_len by default.
-        device: where a package runs, "cpu" or "cuda". Engines run on their GPU.
+        device: where a package runs, "cpu" or "cuda". Engines run where they were built for.
 
     Raises:
         PackageError, EngineError: the directory does not match its manifest, or cannot run here.
@@ -29,7 +30,10 @@ def open_session(
     """
     target = Path(target)
     if kind_of(target) == "engine":
-        return TensorRTSession(load_engine(target), max_batch=max_batch, capacity=capacity)
+        engine = load_engine(target)
+        if engine.flavour == ONNXRUNTIME:
+            return OnnxRuntimeSession(engine, max_batch=max_batch, capacity=capacity)
+        return TensorRTSession(engine, max_batch=max_batch, capacity=capacity)
     package = load_package(target)
     package.check_graph()
     return OnnxRuntimeSession(package, max_batch=max_batch, capacity=capacity, device=device)

@@ -173,7 +173,7 @@ def check_version(engine: Engine, version: str) -> None:
     Raises:
         EngineError: the versions differ.
     """
-    built = engine.manifest["tensorrt_version"]
+    built = engine.manifest["runtime_version"]
     if built != version:
         raise EngineError(
             f"{engine.path}: built by {engine.manifest['flavour']} {built}, installed is {version}; "

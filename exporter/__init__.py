@@ -12,7 +12,7 @@ from qwenport.exporter.checkpoint import (
 )
 from qwenport.exporter.companions import COMPANIONS, check_companions, copy_companions, stop_ids
 from qwenport.exporter.config import ModelConfig, parse_config, read_config_json
-from qwenport.exporter.directory import atomic_directory, published, sha256
+from qwenport.exporter.directory import atomic_directory, published, require_space, sha256
 from qwenport.exporter.errors import (
     CheckpointError,
     ConfigError,
@@ -32,6 +32,7 @@ from qwenport.exporter.manifest import (
     check_files,
     check_listed,
     check_shape,
+    check_weight_files,
     damaged,
     kind_of,
     read_manifest,
@@ -45,7 +46,14 @@ from qwenport.exporter.package import (
     load_package,
 )
 from qwenport.exporter.rope import Rope, rope_tables
-from qwenport.exporter.safetensors_file import CHUNK_BYTES, TensorEntry
+from qwenport.exporter.safetensors_file import (
+    CHUNK_BYTES,
+    TensorEntry,
+    chunks,
+    plan_safetensors,
+    read_safetensors_header,
+    safetensors_header,
+)
 
 __all__ = [
     "BINDINGS",
@@ -72,6 +80,8 @@ __all__ = [
     "check_files",
     "check_listed",
     "check_shape",
+    "check_weight_files",
+    "chunks",
     "copy_companions",
     "damaged",
     "describe_graph",
@@ -82,11 +92,15 @@ __all__ = [
     "load_package",
     "open_checkpoint",
     "parse_config",
+    "plan_safetensors",
     "published",
     "read_config_json",
     "read_json",
     "read_manifest",
+    "read_safetensors_header",
+    "require_space",
     "rope_tables",
+    "safetensors_header",
     "settle",
     "sha256",
     "stacked_shape",

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from qwenport.exporter.errors import ExportError
+from qwenport.wording import size
 
 try:
     import fcntl
@@ -73,6 +74,13 @@ def atomic_directory(
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises ExportError: the disk of `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ExportError(f"not enough disk space: {size(needed)} needed, {size(free)} free")
 
 
 def published(target: Path) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qwenport.contract import COS_TABLE, MANIFEST, ROPE, SIN_TABLE
 from qwenport.exporter.config import ModelConfig
+from qwenport.exporter.directory import require_space
 from qwenport.exporter.errors import PackageError
 from qwenport.exporter.rope import ROWS_AT_ONCE, rope_tables
 from qwenport.exporter.safetensors_file import (
@@ -27,8 +28,6 @@ def rope_entries(config: ModelConfig, length: int) -> dict[str, TensorEntry]:
 def write_tables(config: ModelConfig, folder: Path, length: int) -> None:
     """Write the tables of `length` positions, some rows in memory at a time."""
     import torch
-
-    from qwenport.exporter.weights import require_space
 
     entries = rope_entries(config, length)
     require_space(folder, sum(entry.length for entry in entries.values()))

@@ -167,15 +167,16 @@ def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
 
 
 def plan_safetensors(
-    file: str, dtype: str, shapes: dict[str, tuple[int, ...]]
+    file: str, dtype: str, shapes: dict[str, tuple[int, ...]], *, alignment: int = 8
 ) -> dict[str, TensorEntry]:
-    """Lay out tensors of one dtype in a safetensors file of that name."""
+    """Lay out tensors of one dtype in a safetensors file of that name; the first lies at a multiple of `alignment`."""
     sizes = dict.fromkeys(shapes, BY_SAFETENSORS[dtype].itemsize)
     for name, shape in shapes.items():
         for size in shape:
             sizes[name] *= size
     header = safetensors_header(
-        [TensorEntry(name, file, dtype, shape, 0, sizes[name]) for name, shape in shapes.items()]
+        [TensorEntry(name, file, dtype, shape, 0, sizes[name]) for name, shape in shapes.items()],
+        alignment=alignment,
     )
     offset, entries = len(header), {}
     for name, shape in shapes.items():
@@ -184,8 +185,13 @@ def plan_safetensors(
     return entries
 
 
-def safetensors_header(entries: Iterable[TensorEntry]) -> bytes:
-    """The 8-byte length and JSON header of a file with these tensors in this order."""
+def safetensors_header(entries: Iterable[TensorEntry], *, alignment: int = 8) -> bytes:
+    """The 8-byte length and JSON header of a file with these tensors in this order.
+
+    Args:
+        entries: the tensors.
+        alignment: bytes to which the header, and so the first tensor, is aligned; a multiple of 8.
+    """
     header, begin = {}, 0
     for entry in entries:
         end = begin + entry.length
@@ -196,12 +202,12 @@ def safetensors_header(entries: Iterable[TensorEntry]) -> bytes:
         }
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts 8-byte aligned
+    text += b" " * (-(8 + len(text)) % alignment)
     return len(text).to_bytes(8, "little") + text
 
 
 def chunks(path: Path, entry: TensorEntry) -> Iterator[bytes]:
-    """The bytes of a tensor of the checkpoint directory `path`, CHUNK_BYTES at a time."""
+    """The bytes of a tensor of the directory `path`, CHUNK_BYTES at a time."""
     with (path / entry.file).open("rb") as stream:
         stream.seek(entry.offset)
         for start in range(0, entry.length, CHUNK_BYTES):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 
 from qwenport.contract import BY_SAFETENSORS, COPY, DTYPES, PACK, Progress
 from qwenport.exporter.checkpoint import Checkpoint, expert_stacks, stacked_shape
+from qwenport.exporter.directory import require_space
 from qwenport.exporter.errors import ExportError
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
@@ -27,7 +27,6 @@ from qwenport.exporter.safetensors_file import (
     plan_safetensors,
     safetensors_header,
 )
-from qwenport.wording import size
 
 FOLDER = "weights"
 CONVERTED = "model.safetensors"  # all tensors
@@ -205,13 +204,6 @@ def _reflink(source: Path, target: Path) -> bool:
             pass
     target.unlink()
     return False
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Raises ExportError: the disk of `folder` has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ExportError(f"not enough disk space: {size(needed)} needed, {size(free)} free")
 
 
 def _copy(source: Path, target: Path) -> Iterable[int]:

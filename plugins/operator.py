@@ -62,7 +62,7 @@ class Operator:
     @property
     def torch(self) -> Any:
         """The torch operator."""
-        import torch  # not to run an engine
+        import torch  # here, since sessions of engines need none
 
         return getattr(torch.ops.qwenport, self.torch_name).default
 

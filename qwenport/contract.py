@@ -69,6 +69,7 @@ FP64 = Dtype("fp64", "float64", "F64", "DOUBLE", 8)  # the oracle's arithmetic; 
 DTYPES = {dtype.name: dtype for dtype in (BF16, FP16, FP32)}
 """The dtypes that a package may have, by name."""
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES.values()}
+BY_ONNX = {dtype.onnx: dtype for dtype in DTYPES.values()}
 BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in DTYPES.values()}
 HALF = (BF16, FP16)
 
@@ -122,8 +123,10 @@ def past_of(name: str) -> str:
 
 MANIFEST = "qwenport.json"
 PACKAGE_FORMAT, PACKAGE_VERSION = "qwenport-package", 3
-ENGINE_FORMAT, ENGINE_VERSION = "qwenport-engine", 2
+ENGINE_FORMAT, ENGINE_VERSION = "qwenport-engine", 3
 MODEL, ROPE, PLAN = "model.onnx", "rope.safetensors", "engine.plan"
+ENGINE_WEIGHTS = "weights.safetensors"
+"""The weights and rope tables of an onnxruntime engine, which its model.onnx refers to."""
 COS_TABLE, SIN_TABLE = "rope.cos", "rope.sin"
 
 # --- choices
@@ -132,7 +135,12 @@ WEIGHT_MODES = LINK, COPY, PACK = ("link", "copy", "pack")
 ADAPTERS = IGNORE, MERGE = ("ignore", "merge")
 DEFAULT_MAX_BATCH = 8
 """Batch rows that a package is exported for by default."""
-TARGETS = TENSORRT_RTX, TENSORRT = ("tensorrt-rtx", "tensorrt")
+TARGETS = ONNXRUNTIME, TENSORRT_RTX, TENSORRT = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+"""What `build` makes engines for."""
+OLDEST_ONNXRUNTIME = "1.26"
+"""The first release that has TensorScatter-24."""
+OLDEST_ONNXRUNTIME_API = int(OLDEST_ONNXRUNTIME.partition(".")[2])
+"""The same as the number that C programs pass to `GetApi`."""
 PACKAGE, NETWORK, ENGINE = "package", "tensorrt-network", "engine"
 """What `validate` judges: a package in onnxruntime, the network that TensorRT's parser reads from it, or an engine."""
 BUDGETS = QUICK, STANDARD, THOROUGH = ("quick", "standard", "thorough")
@@ -170,6 +178,9 @@ def no_progress(what: str, done: int, total: int) -> None:
 FOR_CPP = {
     "manifest_name": MANIFEST,
     "plan_name": PLAN,
+    "model_name": MODEL,
+    "weights_name": ENGINE_WEIGHTS,
+    "oldest_onnxruntime_api": OLDEST_ONNXRUNTIME_API,
     "engine_format": ENGINE_FORMAT,
     "engine_version": ENGINE_VERSION,
     "plugin_namespace": PLUGIN_NAMESPACE,

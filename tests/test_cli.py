@@ -213,6 +213,51 @@ def test_inspect_engine_shows_its_gpus_ranges_and_bytes(engine: Path, run: Run) 
     assert "1..8 x 2 x 256 x 32" in run("inspect", engine).out
 
 
+@pytest.fixture(scope="module")
+def cpu_engine(package: Path) -> Path:
+    """Its engine for onnxruntime."""
+    path = package.parent / "tiny.cpu-engine"
+    options = ["--target", "onnxruntime", "--max-seq-len", "256", "--quiet", "--json"]
+    assert cli.main(["build", str(package), str(path), *options]) == 0
+    return path
+
+
+def test_build_for_onnxruntime_says_what_runs_it_and_what_it_holds(
+    package: Path, tmp_path: Path, run: Run
+) -> None:
+    result = run("build", package, tmp_path / "engine", "--target", "onnxruntime")
+    assert (result.code, result.err) == (0, "")
+    assert "onnxruntime 1.26 or newer on the CPU; fp32, 512 positions, batch 8" in result.out
+    report = run("build", package, tmp_path / "again", "--target", "onnxruntime", "--json").json
+    assert (report["flavour"], report["runtime_version"]) == ("onnxruntime", "1.26")
+    assert report["gpus"] == [] and "plan_bytes" not in report
+    assert 1.9 < report["engine_weight_bytes"] / report["weight_bytes"] < 2.1
+
+
+def test_inspect_of_an_engine_for_onnxruntime_shows_memory_and_no_gpus(
+    cpu_engine: Path, run: Run
+) -> None:
+    facts = run("inspect", cpu_engine, "--json").json
+    assert facts["kind"] == "engine" and facts["dtype"] == "fp32" and "gpus" not in facts
+    assert facts["graph"]["bytes"] == (cpu_engine / "model.onnx").stat().st_size
+    cache = facts["kv_cache"]["bytes_per_text"]
+    assert cache == 256 * facts["kv_cache"]["bytes_per_token"]
+    assert facts["memory_bytes"] == facts["weights"]["bytes"] + cache
+    out = run("inspect", cpu_engine).out
+    assert "GPUs" not in out and "plugins" not in out
+    assert "by onnxruntime 1.26 or newer on the CPU" in out and "memory" in out
+    assert "1..8 x 2 x 1..256 x 32" in out
+
+
+def test_generate_writes_the_same_from_a_package_and_its_engine(
+    package: Path, cpu_engine: Path, run: Run
+) -> None:
+    options = ["--prompt", "The moon", "--max-new-tokens", 24, "--json"]
+    options += ["--temperature", 0.8, "--seed", 3]
+    first, second = (run("generate", path, *options).json for path in (package, cpu_engine))
+    assert first["token_ids"] == second["token_ids"] and len(first["token_ids"]) == 24
+
+
 # validate
 
 

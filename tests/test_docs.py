@@ -104,6 +104,7 @@ def test_the_page_of_manifests_has_every_key_and_no_other(tmp_path: Path):
         export(tiny, tmp_path / "dense", rope_scaling="yarn:4"),
         export(sparse, tmp_path / "sparse", dtype="fp32"),
     ]
+    on_cpu = build(tmp_path / "sparse", tmp_path / "on-cpu", target="onnxruntime")
     engine = build(
         tmp_path / "sparse",
         tmp_path / "engine",
@@ -132,8 +133,11 @@ def test_the_page_of_manifests_has_every_key_and_no_other(tmp_path: Path):
         [json.loads((package.path / "qwenport.json").read_text()) for package in packages],
         "Packages",
     )
-    manifest = json.loads((engine.path / "qwenport.json").read_text())
-    manifest["source"] = manifest["package"]["source"]
-    manifest["package"]["source"] = None  # the page describes it once
-    manifest["plugin_layers"] = {"a plugin": 1}  # plugins are compiled elsewhere
-    check([manifest], "Engines")
+    manifests = []
+    for path in (engine.path, on_cpu.path):
+        manifest = json.loads((path / "qwenport.json").read_text())
+        manifest["source"] = manifest["package"]["source"]
+        manifest["package"]["source"] = None  # the page describes it once
+        manifest["plugin_layers"] = {"a plugin": 1}  # plugins are compiled elsewhere
+        manifests.append(manifest)
+    check(manifests, "Engines")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -31,6 +33,7 @@ def machine(
             for name, purpose, install in doctor.PACKAGES
         ),
         onnxruntime_providers=providers,
+        onnxruntime_library=None,
         cuda_driver="13.0" if gpu else None,
         gpus=(Gpu("A GPU", gpu, 24 << 30),) if gpu else (),
         nvcc=nvcc,
@@ -43,7 +46,7 @@ def judged(facts: Facts) -> dict[str, Target]:
 
 def test_laptop_runs_onnxruntime_and_builds_but_does_not_run_tensorrt_rtx() -> None:
     verdict = judged(machine("onnxruntime", "tensorrt-rtx", providers=CPU_PROVIDERS))
-    assert verdict["onnxruntime (CPU)"].runs
+    assert verdict["onnxruntime"].runs
     assert not verdict["onnxruntime (CUDA)"].runs
     assert verdict["tensorrt-rtx"].builds
     assert not verdict["tensorrt-rtx"].runs
@@ -137,7 +140,26 @@ def test_onnxruntime_that_cannot_load_counts_as_no_provider(
 
     monkeypatch.setattr(doctor.importlib, "import_module", refuse)
     facts = replace(machine("onnxruntime"), onnxruntime_providers=doctor._onnxruntime_providers())
-    assert not judged(facts)["onnxruntime (CPU)"].runs
+    assert not judged(facts)["onnxruntime"].runs
+
+
+def test_onnxruntime_builds_everywhere_and_runs_where_it_is_installed() -> None:
+    bare, installed = judged(machine()), judged(machine("onnxruntime", providers=CPU_PROVIDERS))
+    assert bare["onnxruntime"].builds and not bare["onnxruntime"].runs
+    assert dict(bare["onnxruntime"].missing) == {"onnxruntime": doctor.CPU}
+    assert installed["onnxruntime"].builds and installed["onnxruntime"].runs
+
+
+def test_the_library_for_cpp_is_the_one_in_the_environment() -> None:
+    path = doctor.collect().onnxruntime_library
+    assert path is not None and Path(path).is_file()
+    library = ctypes.CDLL(path)
+    assert library.OrtGetApiBase
+
+
+def test_without_onnxruntime_there_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert doctor._onnxruntime_library() is None
 
 
 def test_this_machine_can_be_described() -> None:

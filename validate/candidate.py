@@ -102,7 +102,7 @@ class Candidate:
 
     @property
     def can_be_observed(self) -> bool:
-        """Whether its inner values can be observed. An engine's are inside its plan."""
+        """Whether its inner values can be observed. An engine is judged as it is, by its logits."""
         return self._target.judged_as != ENGINE
 
     def uses(self, name: str) -> bool:
@@ -167,7 +167,7 @@ class Candidate:
             raise Refused(f"{type(error).__name__}: {error}") from error
 
     def _whole(self, max_batch: int, capacity: int, observe: Sequence[str]) -> CachedSession:
-        target, package = self._target, self._target.package
+        target, source = self._target, self._target.for_onnxruntime
         if self._interpreter is not None:
             from qwenport.validate.network import NetworkSession
 
@@ -179,20 +179,18 @@ class Candidate:
                 max_positions=target.capacity,
                 observe=observe,
             )
-        if package is None:
+        if source is None:
             return open_session(target.path, max_batch=max_batch, capacity=capacity)
         if observe:
             return OnnxRuntimeSession(
-                package,
+                source,
                 max_batch=max_batch,
                 capacity=capacity,
                 device=target.device,
                 observe=observe,
             )
         if self._loaded is None:
-            self._loaded = OnnxRuntimeSession(
-                package, max_batch=1, capacity=1, device=target.device
-            )
+            self._loaded = OnnxRuntimeSession(source, max_batch=1, capacity=1, device=target.device)
         return self._loaded.beside(max_batch=max_batch, capacity=capacity)
 
     def parts(self) -> Parts:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from qwenport import __version__
 from qwenport.contract import (
+    BY_ONNX,
     BY_SAFETENSORS,
     DTYPES,
     ENGINE,
+    MODEL,
     WEIGHT_MODES,
     Progress,
     is_past,
@@ -43,8 +45,8 @@ SUMMARIES = {
     GRAPH: "model.onnx, node for node, against what this version of the exporter writes",
     FILES: "Companion files, the manifest and paths against the checkpoint, the graph and the directory",
 }
+LOWERED = "it is lowered from the package's, which `validate` compares"
 IN_THE_PLAN = "it is inside the engine's plan, which only its logits show"
-_BY_ONNX = {dtype.onnx: dtype.name for dtype in DTYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,33 @@ def check_identity(
 def _engine(target: Target, checkpoint: Checkpoint, progress: Progress) -> Identity:
     from qwenport.validate.weights_identity import hash_checkpoint
 
+    if target.for_onnxruntime is not None:
+        return _onnxruntime_engine(target, checkpoint, progress)
     begun = time.perf_counter()
     files = _row(FILES, begun, (_companions(target.path, checkpoint.path),))
     rows = (_row(WEIGHTS, begun, reason=IN_THE_PLAN), _row(GRAPH, begun, reason=IN_THE_PLAN), files)
     return Identity(rows, hash_checkpoint(checkpoint, progress), True)
+
+
+def _onnxruntime_engine(target: Target, checkpoint: Checkpoint, progress: Progress) -> Identity:
+    from qwenport.validate.model_file import check_places, read_model
+    from qwenport.validate.weights_identity import compare_engine_weights
+
+    begun = time.perf_counter()
+    model = read_model(target.path / MODEL)
+    check_places(model, target.path)
+    outside = _outside(model, target.path)
+    dtype = DTYPES[target.dtype]
+    compared = compare_engine_weights(model, target.path, checkpoint, dtype, progress)
+    weights = _row(WEIGHTS, begun, compared.checks)
+    begun = time.perf_counter()
+    checks = (
+        _companions(target.path, checkpoint.path),
+        _count("paths that leave the engine", outside),
+    )
+    files = _row(FILES, begun, checks)
+    rows = (weights, _row(GRAPH, begun, reason=LOWERED), files)
+    return Identity(rows, compared.sha256, not outside)
 
 
 def _package(package: Package, checkpoint: Checkpoint, progress: Progress) -> Identity:
@@ -209,7 +234,7 @@ def _manifest_errors(package: Package, model: onnx.ModelProto, checkpoint: Check
     }
     for what, found in types.items():
         names = sorted(ir.DataType(number).name for number in found)
-        if [_BY_ONNX.get(name) for name in names] != [dtype]:
+        if [BY_ONNX[name].name if name in BY_ONNX else None for name in names] != [dtype]:
             errors.append(f"dtype: {dtype} in the manifest, {what}: {', '.join(names) or 'none'}")
     for name in TABLES:
         rows = list(tables[name].dims)[:1] if name in tables else []

@@ -1,10 +1,12 @@
-"""Every row of a package's rope tables against transformers' rotary module: all positions, no model run.
+"""Every row of rope tables, a package's or an onnxruntime engine's, against transformers' rotary module: all positions,
+no model run.
 
 A check cannot fill a cache of 131,072 slots, but it can compare the last row of cos and sin.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from qwenport.validate.report import Check
 from qwenport.validate.thresholds import ROPE_ABSOLUTE, ROPE_RELATIVE_TO_ANGLE
 
 if TYPE_CHECKING:
+    from qwenport.engines import Engine
     from qwenport.validate.reference import Reference
 
 ROWS_AT_ONCE = 8192
@@ -24,24 +27,25 @@ TABLES = (COS_TABLE, SIN_TABLE)
 Float32 = NDArray[np.float32]
 
 
-def read_tables(package: Package) -> tuple[Float32, Float32]:
+def read_tables(source: Package | Engine) -> tuple[Float32, Float32]:
     """(cos, sin) as stored for model.onnx, memory-mapped; fp32 [rows, head_dim / 2].
 
     Raises:
         KeyError: the graph has no such initializer.
     """
+    import onnx_ir as ir
 
-    initializers = package.read_model().graph.initializers
+    initializers = ir.load(source.model).graph.initializers
     tables = []
     for name in TABLES:
         tensor = initializers[name].const_value
         if tensor is None:
             raise KeyError(name)
-        tables.append(_values(tensor, package))
+        tables.append(_values(tensor, source.path))
     return tables[0], tables[1]
 
 
-def _values(tensor: Any, package: Package) -> Float32:
+def _values(tensor: Any, folder: Path) -> Float32:
     """The tensor's values. onnx-ir itself refuses to read a hard-linked file."""
     import onnx_ir as ir
 
@@ -49,23 +53,24 @@ def _values(tensor: Any, package: Package) -> Float32:
         inline: Float32 = tensor.numpy()
         return inline
     shape = tensor.shape.numpy()
-    file = package.path / tensor.location
+    file = folder / tensor.location
     return np.memmap(file, dtype="<f4", mode="r", offset=tensor.offset or 0, shape=shape)
 
 
 def check_tables(
-    package: Package, reference: Reference, rows_at_once: int = ROWS_AT_ONCE
+    source: Package | Engine, reference: Reference, rows_at_once: int = ROWS_AT_ONCE
 ) -> tuple[Check, ...]:
-    """Compare the tables' length with the package's, and every value with transformers'.
+    """Compare the tables' length with the manifest's, and every value with transformers'.
 
     The error is in units of what rounding explains: ROPE_ABSOLUTE plus ROPE_RELATIVE_TO_ANGLE times the
     angle, since an angle of 100,000 radians in fp32 is itself only accurate to 0.01. It must not exceed 1.
     """
     try:
-        cos, sin = read_tables(package)
+        cos, sin = read_tables(source)
     except KeyError as error:
         return (Check(f"table {error.args[0]}", 0, "==", 1, "absent from the graph"),)
-    length, half = package.max_seq_len, package.config.head_dim // 2
+    manifest = source.manifest
+    length, half = manifest["max_seq_len"], manifest["model"]["head_dim"] // 2
     shapes = [
         Check(f"{what} of {name}", found, "==", wanted)
         for name, table in zip(TABLES, (cos, sin), strict=True)

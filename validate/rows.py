@@ -49,6 +49,9 @@ EMBEDDING_SUMMARY = "Every id of the vocabulary against the checkpoint's row"
 ROUTING_SUMMARY = "Each token's experts against transformers' routers"
 LAYERS_SUMMARY = "Each layer's error in the declared types, given transformers' own input"
 OPERATORS_SUMMARY = "Each operator's error in the declared types, given its input"
+IN_THE_ENGINE = (
+    "it is inside the engine; its logits show it, and `validate` judges it in the package"
+)
 IN_THE_PLAN = "it is inside the engine's plan; its logits show it"
 END_TO_END = 128  # positions at which logits are compared in half precision
 # What a runtime raises for a piece of a model is the target's failure; anything else is our bug.
@@ -89,6 +92,10 @@ def leave_out(counter: Counter, target: Target, layers: int, streamed: bool) -> 
         )
 
 
+def _not_observed(engine: Target) -> str:
+    return IN_THE_PLAN if engine.for_onnxruntime is None else IN_THE_ENGINE
+
+
 @dataclass(frozen=True)
 class Structure:
     """The pieces of a target, judged alone."""
@@ -101,15 +108,16 @@ class Structure:
 
     def results(self) -> list[ScenarioResult]:
         """The rope tables, and the embedding of every id."""
-        if self.target.package is None:
-            return [
-                ScenarioResult(name, summary, "not run", reason=IN_THE_PLAN)
-                for name, summary in ((ROPE_TABLES, TABLES_SUMMARY), (EMBEDDING, EMBEDDING_SUMMARY))
-            ]
+        hidden = _not_observed(self.target)
+        source = self.target.package or self.target.for_onnxruntime
+        embedding = ScenarioResult(EMBEDDING, EMBEDDING_SUMMARY, "not run", reason=hidden)
+        if source is None:
+            tables = ScenarioResult(ROPE_TABLES, TABLES_SUMMARY, "not run", reason=hidden)
+            return [tables, embedding]
         started = time.monotonic()
-        checks = check_tables(self.target.package, self.oracle.reference)
+        checks = check_tables(source, self.oracle.reference)
         tables = _row(ROPE_TABLES, TABLES_SUMMARY, checks, started)
-        return [tables, self._embedding()]
+        return [tables, embedding if self.target.package is None else self._embedding()]
 
     def _embedding(self) -> ScenarioResult:
         from qwenport.validate.pieces import check_embedding
@@ -185,7 +193,7 @@ def routing(
     if target.config.moe is None:
         return []
     if not investigation.can_observe:
-        return [ScenarioResult(ROUTING, ROUTING_SUMMARY, "not run", reason=IN_THE_PLAN)]
+        return [ScenarioResult(ROUTING, ROUTING_SUMMARY, "not run", reason=_not_observed(target))]
     if observation is None:
         why = "the target fails, or its graph has no routers, where they are looked at"
         return [ScenarioResult(ROUTING, ROUTING_SUMMARY, "failed", reason=why)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qwenport.contract import ENGINE, MANIFEST, NETWORK, PACKAGE
+from qwenport.contract import ENGINE, MANIFEST, NETWORK, ONNXRUNTIME, PACKAGE
 from qwenport.exporter import (
     ConfigError,
     ModelConfig,
@@ -20,6 +20,9 @@ from qwenport.exporter import (
 )
 from qwenport.validate.errors import ValidationError
 
+if TYPE_CHECKING:
+    from qwenport.engines import Engine
+
 
 @dataclass(frozen=True)
 class Target:
@@ -28,7 +31,8 @@ class Target:
     Attributes:
         path: the directory.
         judged_as: "package" (run by onnxruntime), "tensorrt-network" (of a package) or "engine".
-        dtype: dtype of the weights: "bf16", "fp16" or "fp32".
+        dtype: dtype of the package's weights: "bf16", "fp16" or "fp32". An onnxruntime engine has their values in
+            fp32.
         compute_dtype: the dtype in which scenarios are judged: onnxruntime on the CPU always computes in fp32, and a
             network's arithmetic is judged exactly.
         rounds: whether the rounding of the types that a network declares is judged as well.
@@ -40,6 +44,7 @@ class Target:
         rope_scaling: "KIND:FACTOR" that the export added to the checkpoint's config, or None.
         source: the checkpoint it was made from: dtype, config_sha256, files with header_sha256.
         package: the package itself; None for an engine.
+        engine: the engine itself; None for a package.
     """
 
     path: Path
@@ -55,6 +60,16 @@ class Target:
     rope_scaling: str | None
     source: dict[str, Any]
     package: Package | None
+    engine: Engine | None
+
+    @property
+    def for_onnxruntime(self) -> Package | Engine | None:
+        """What onnxruntime runs; None for what TensorRT runs or parses."""
+        if self.judged_as == NETWORK:
+            return None
+        if self.engine is not None and self.engine.flavour != ONNXRUNTIME:
+            return None
+        return self.package or self.engine
 
     @property
     def merged(self) -> bool:
@@ -82,7 +97,7 @@ def open_target(
     Args:
         path: a package or an engine directory.
         judged_as: "tensorrt-network" to judge the network that TensorRT's parser makes from a package; by default a
-            package is run by onnxruntime and an engine by TensorRT.
+            package is run by onnxruntime and an engine by what it was built for.
         exact: judge a network's arithmetic only, not the rounding of the types it declares.
         device: "cpu" or "cuda", where a package would run.
 
@@ -120,21 +135,23 @@ def open_target(
         rope_scaling=package.manifest["rope_scaling"],
         source=package.manifest["source"],
         package=package,
+        engine=None,
     )
 
 
 def _engine(path: Path) -> Target:
     from qwenport.engines import load_engine
 
-    manifest = load_engine(path).manifest
+    engine = load_engine(path)
+    manifest, on_cpu = engine.manifest, engine.flavour == ONNXRUNTIME
     try:
         return Target(
             path=path,
             judged_as=ENGINE,
-            dtype=manifest["dtype"],
+            dtype=manifest["package"]["dtype"],
             compute_dtype=manifest["dtype"],
             rounds=False,
-            device="cuda",
+            device="cpu" if on_cpu else "cuda",
             config=parse_config(
                 read_config_json(path), manifest["rope_scaling"], manifest["max_seq_len"]
             ),
@@ -144,6 +161,7 @@ def _engine(path: Path) -> Target:
             rope_scaling=manifest["rope_scaling"],
             source=manifest["package"]["source"],
             package=None,
+            engine=engine,
         )
     except (KeyError, ConfigError) as error:
         raise ValidationError(f"{path}: not an engine that can be judged ({error})") from error

@@ -237,7 +237,7 @@ class Validation:
             max_positions=target.capacity,
             max_step_tokens=geometry.max_step_tokens,
             streamed=self.streamed,
-            one_cache=target.judged_as == ENGINE,
+            one_cache=target.judged_as == ENGINE and target.for_onnxruntime is None,
         )
 
     def _bench(self, candidate: Candidate, plan: Plan, oracle: Oracle) -> Bench:
@@ -327,7 +327,7 @@ class Validation:
             script=self.script,
             routing=() if investigation is None else investigation.bands,
             replayed=0 if self._judge is None else self._judge.replayed,
-            environment=describe_environment(target.judged_as in (NETWORK, ENGINE), target.merged),
+            environment=describe_environment(target.for_onnxruntime is None, target.merged),
             hashes=target.hashes(),
             weights_sha256=self.weights_sha256,
         )
@@ -356,7 +356,8 @@ def _extent(target: Target, options: Options) -> tuple[int, bool]:
         raise ValidationError("fewer layers are for streamed validation")
     if streamed and (target.judged_as == ENGINE or target.device != "cpu"):
         if options.streamed or options.layers:
-            raise ValidationError(f"{target.path}: only what runs on the CPU can be streamed")
+            what = "packages" if target.device == "cpu" else "what runs on the CPU"
+            raise ValidationError(f"{target.path}: only {what} can be streamed")
         streamed = False
     return layers, streamed
 

@@ -1,4 +1,4 @@
-"""Compares every weight of a package with the checkpoint's, byte for byte, at the speed of the disk.
+"""Compares every weight of a package or an onnxruntime engine with the checkpoint's, at the speed of the disk.
 
 What model.onnx points at is compared, whatever the manifest says: location, offset, length, dtype and shape. Files that
 share an inode are read once, for their hash. Memory holds two chunks of CHUNK_BYTES per thread.
@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import TypeVar
@@ -23,7 +23,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from qwenport.contract import BY_SAFETENSORS, DTYPES, Progress
+from qwenport.contract import BY_SAFETENSORS, DTYPES, Dtype, Progress
 from qwenport.exporter import (
     CHUNK_BYTES,
     Adapter,
@@ -70,7 +70,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Elements from `start` of one of an initializer's source tensors; `before` elements precede that tensor."""
+    """Elements from `start` of one of an initializer's source tensors; `before` elements precede that tensor.
+
+    They have the dtype `dtype` and were rounded to the dtype `rounded` on the way.
+    """
 
     name: str
     read: Read
@@ -79,12 +82,13 @@ class _Chunk:
     before: int
     start: int
     count: int
+    rounded: str
 
 
 def compare_weights(
     model: onnx.ModelProto, package: Path, checkpoint: Checkpoint, progress: Progress
 ) -> Comparison:
-    """Compare every weight of a package with the checkpoint.
+    """Compare every weight of a package with the checkpoint, byte for byte.
 
     Args:
         model: the package's model.onnx.
@@ -92,24 +96,89 @@ def compare_weights(
         checkpoint: the checkpoint that the package claims as its source.
         progress: called with (what, bytes done, bytes in all), from any thread but one at a time.
     """
+    sources = _sources(checkpoint)
+    found, hashes = _compare(model, package, checkpoint, sources, None, progress)
+    known = {*sources, *TABLES}
+    others = [tensor for tensor in model.graph.initializer if tensor.name not in known]
+    foreign = [tensor for tensor in (*others, *inner_tensors(model)) if _is_large(tensor)]
+    return Comparison((*found, _foreign(model, foreign)), hashes)
+
+
+def compare_engine_weights(
+    model: onnx.ModelProto, engine: Path, checkpoint: Checkpoint, dtype: Dtype, progress: Progress
+) -> Comparison:
+    """Compare every weight of an onnxruntime engine with the checkpoint: the package's values, widened to fp32.
+
+    Args:
+        model: the engine's model.onnx.
+        engine: its directory. Locations outside it are not read: such tensors count as differing.
+        checkpoint: the checkpoint that the engine claims as its source.
+        dtype: the dtype of the package between the two, which values were rounded to.
+        progress: as for `compare_weights`.
+    """
+    sources = _sources(checkpoint)
+    sources |= _single_experts(model, sources)
+    found, hashes = _compare(model, engine, checkpoint, sources, dtype, progress)
+    known = {*sources, *TABLES}
+    foreign = [
+        tensor
+        for tensor in (*model.graph.initializer, *inner_tensors(model))
+        if tensor.name not in known and is_floating(tensor.data_type) and _is_large(tensor)
+    ]
+    return Comparison((*found, _foreign(model, foreign)), hashes)
+
+
+def _single_experts(
+    model: onnx.ModelProto, sources: dict[str, list[TensorEntry]]
+) -> dict[str, list[TensorEntry]]:
+    """The matrices that the lowering cuts a stack of experts into, "STACK.0", "STACK.1": what each must equal."""
+    cut: dict[str, list[onnx.TensorProto]] = {}
+    for tensor in model.graph.initializer:
+        stack, _, index = tensor.name.rpartition(".")
+        if tensor.name not in sources and stack in sources and index.isdigit():
+            cut.setdefault(stack, []).append(tensor)
+    singles: dict[str, list[TensorEntry]] = {}
+    for stack, tensors in cut.items():
+        parts = sources[stack]
+        if len(parts) == 1:
+            (whole,) = parts
+            length = whole.length // len(tensors)
+            shape = tuple(tensors[0].dims)
+            parts = [
+                replace(whole, shape=shape, offset=whole.offset + n * length, length=length)
+                for n in range(len(tensors))
+            ]
+        if len(parts) == len(tensors):
+            singles |= {f"{stack}.{n}": [part] for n, part in enumerate(parts)}
+    return singles
+
+
+def _compare(
+    model: onnx.ModelProto,
+    package: Path,
+    checkpoint: Checkpoint,
+    sources: dict[str, list[TensorEntry]],
+    through: Dtype | None,
+    progress: Progress,
+) -> tuple[tuple[Check, ...], dict[str, str]]:
+    """(the checks, the hashes); `through` is a dtype that values were rounded to on their way, if there is one."""
     hashes, same = _hash_files(package, checkpoint, progress)
     paths = {file.name: file.path for file in checkpoint.files}
     wrong: dict[str, str] = {}
     chunks: list[_Chunk] = []
-    sources = _sources(checkpoint)
     sizes = {name: sum(math.prod(part.shape) for part in parts) for name, parts in sources.items()}
     for tensor in model.graph.initializer:
         if tensor.name not in sources:
             continue
         parts = sources[tensor.name]
         try:
-            read = _open(tensor, package, stacked_shape(checkpoint, tensor.name, parts))
+            read = _open(tensor, package, _shape_of(checkpoint, tensor.name, parts))
         except ValueError as error:
             wrong.setdefault(tensor.name, str(error))
             continue
         adapted = checkpoint.adapter is not None and tensor.name in checkpoint.adapter.matrices
         if adapted or not _is_same_place(tensor, parts, same):
-            chunks += _chunks(tensor, read, parts)
+            chunks += _chunks(tensor, read, parts, through)
 
     meter = _Meter("comparing weights", sum(_source_bytes(chunk) for chunk in chunks), progress)
 
@@ -124,7 +193,12 @@ def compare_weights(
     for name, count in counts.items():
         if count:
             wrong.setdefault(name, f"{count} of {sizes[name]} values differ")
-    return Comparison((_differ(model, wrong), *_usage(model, checkpoint, sources)), hashes)
+    return (_differ(model, wrong), _usage(model, checkpoint, sources)), hashes
+
+
+def _shape_of(checkpoint: Checkpoint, name: str, parts: list[TensorEntry]) -> tuple[int, ...]:
+    is_cut = len(parts) == 1 and name.rpartition(".")[2].isdigit()  # see _single_experts
+    return parts[0].shape if is_cut else stacked_shape(checkpoint, name, parts)
 
 
 def _sources(checkpoint: Checkpoint) -> dict[str, list[TensorEntry]]:
@@ -143,21 +217,22 @@ def _differ(model: onnx.ModelProto, wrong: dict[str, str]) -> Check:
 
 def _usage(
     model: onnx.ModelProto, checkpoint: Checkpoint, sources: dict[str, list[TensorEntry]]
-) -> Iterator[Check]:
+) -> Check:
     used = used_values(model.graph)
     counts = Counter(tensor.name for tensor in model.graph.initializer)
     in_use = {part.name for name in counts if name in used for part in sources.get(name, ())}
     unused = [name for name in checkpoint.tensors if name not in in_use]
     where = f"first without use: {unused[0]}" if unused else None
     total = len(checkpoint.tensors)
-    yield Check("tensors of the checkpoint in use", total - len(unused), "==", total, where)
-    known = {*sources, *TABLES}
-    others = [tensor for tensor in model.graph.initializer if tensor.name not in known]
-    foreign = [tensor for tensor in (*others, *inner_tensors(model)) if _is_large(tensor)]
+    return Check("tensors of the checkpoint in use", total - len(unused), "==", total, where)
+
+
+def _foreign(model: onnx.ModelProto, foreign: list[onnx.TensorProto]) -> Check:
+    counts = Counter(tensor.name for tensor in model.graph.initializer)
     twice = [name for name in counts if counts[name] > 1]
     names = [tensor.name or "without a name" for tensor in foreign] + twice
     where = f"first: {names[0]}" if names else None
-    yield Check("tensors that the checkpoint does not have", len(names), "==", 0, where)
+    return Check("tensors that the checkpoint does not have", len(names), "==", 0, where)
 
 
 def _is_large(tensor: onnx.TensorProto) -> bool:
@@ -211,14 +286,17 @@ def _is_same_place(
     )
 
 
-def _chunks(tensor: onnx.TensorProto, read: Read, parts: list[TensorEntry]) -> Iterator[_Chunk]:
+def _chunks(
+    tensor: onnx.TensorProto, read: Read, parts: list[TensorEntry], through: Dtype | None
+) -> Iterator[_Chunk]:
     before, dtype = 0, _NAMES[tensor.data_type]
+    rounded = dtype if through is None else through.safetensors
     for part in parts:
         elements = math.prod(part.shape)
         step = CHUNK_BYTES // BY_SAFETENSORS[part.dtype].itemsize
         for start in range(0, elements, step):
             count = min(step, elements - start)
-            yield _Chunk(tensor.name, read, dtype, part, before, start, count)
+            yield _Chunk(tensor.name, read, dtype, part, before, start, count, rounded)
         before += elements
 
 
@@ -231,10 +309,11 @@ def _differing(chunk: _Chunk, file: Path, adapter: Adapter | None) -> int:
     size = BY_SAFETENSORS[chunk.part.dtype].itemsize
     wanted = _read(file, chunk.part.offset + chunk.start * size, chunk.count * size)
     adapted = adapter is not None and chunk.part.name in adapter.matrices
-    if chunk.dtype != chunk.part.dtype or adapted:
+    if {chunk.dtype, chunk.rounded} != {chunk.part.dtype} or adapted:
         values = torch.from_numpy(wanted).view(BY_SAFETENSORS[chunk.part.dtype].torch)
         if adapter is not None and adapted:
             values = values.double() + adapter.added(chunk.part, chunk.start, chunk.count)
+        values = values.to(BY_SAFETENSORS[chunk.rounded].torch)
         wanted = values.to(BY_SAFETENSORS[chunk.dtype].torch).view(torch.uint8).numpy()
     size = BY_SAFETENSORS[chunk.dtype].itemsize
     found = chunk.read((chunk.before + chunk.start) * size, chunk.count * size)

@@ -6,25 +6,38 @@ A pass changes one thing, is one class with one `call`, and has its own test.
 from qwenport.engines.lowering.attention import DecomposeAttention
 from qwenport.engines.lowering.capacity import StaticCapacity
 from qwenport.engines.lowering.checks import check_graph, check_network
+from qwenport.engines.lowering.constants import DropCasts, FoldConstants
 from qwenport.engines.lowering.experts import SplitExperts
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
-from qwenport.engines.lowering.rope_tables import FoldRopeTables, folded
-from qwenport.engines.lowering.targets import for_onnxruntime, for_tensorrt
+from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables, folded
+from qwenport.engines.lowering.stored import ALIGNMENT, StoredWeight, StoreInFloat32
+from qwenport.engines.lowering.targets import (
+    for_onnxruntime,
+    for_onnxruntime_engine,
+    for_tensorrt,
+)
 from qwenport.engines.lowering.use_plugins import UsePlugins, plugin_layers
 
 __all__ = [
+    "ALIGNMENT",
     "ComputeInFloat32",
+    "CutRopeTables",
     "DecomposeAttention",
+    "DropCasts",
+    "FoldConstants",
     "FoldRopeTables",
     "FuseTransposedMatMul",
     "SplitExperts",
     "StaticCapacity",
+    "StoreInFloat32",
+    "StoredWeight",
     "UsePlugins",
     "check_graph",
     "check_network",
     "folded",
     "for_onnxruntime",
+    "for_onnxruntime_engine",
     "for_tensorrt",
     "plugin_layers",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from qwenport.contract import ROTARY_EMBEDDING
+from qwenport.contract import COS_TABLE, FP32, ROTARY_EMBEDDING, SIN_TABLE
 
 
 def folded(name: str) -> str:
@@ -61,3 +61,30 @@ class FoldRopeTables(InPlacePass):
             shape=ir.Shape(rows.shape),
             const_value=tensor,
         )
+
+
+class CutRopeTables(InPlacePass):
+    """Keep the first `rows` rows of the stored fp32 tables; nothing is read or written."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Change `model` in place."""
+        for name in (COS_TABLE, SIN_TABLE):
+            value = model.graph.initializers[name]
+            table = value.const_value
+            assert isinstance(table, ir.ExternalTensor)
+            _, columns = table.shape.numpy()
+            value.shape = ir.Shape((self.rows, columns))
+            value.const_value = ir.ExternalTensor(
+                table.location,
+                table.offset,
+                self.rows * columns * FP32.itemsize,
+                table.dtype,
+                shape=ir.Shape((self.rows, columns)),
+                name=name,
+                base_dir=table.base_dir,
+            )
+        return PassResult(model, True)

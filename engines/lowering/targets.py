@@ -7,10 +7,12 @@ from onnx_ir.passes import Sequential
 
 from qwenport.engines.lowering.attention import DecomposeAttention
 from qwenport.engines.lowering.capacity import StaticCapacity
+from qwenport.engines.lowering.constants import DropCasts, FoldConstants
 from qwenport.engines.lowering.experts import SplitExperts
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
-from qwenport.engines.lowering.rope_tables import FoldRopeTables
+from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables
+from qwenport.engines.lowering.stored import StoredWeight, StoreInFloat32
 from qwenport.engines.lowering.use_plugins import UsePlugins
 
 
@@ -20,6 +22,36 @@ def for_onnxruntime(model: ir.Model, *, on_cpu: bool) -> ir.Model:
         passes = (SplitExperts(), ComputeInFloat32(), FuseTransposedMatMul())
         return Sequential(*passes)(model).model
     return model
+
+
+def for_onnxruntime_engine(
+    model: ir.Model, *, positions: int, file: str
+) -> tuple[ir.Model, tuple[StoredWeight, ...]]:
+    """Lower a package's graph to one that onnxruntime's CPU provider runs as it is, in fp32. Changes `model`.
+
+    Args:
+        model: the package's graph.
+        positions: rows that the rope tables keep.
+        file: name of the weight file, which the graph refers to and the caller writes.
+
+    Returns:
+        The graph, and what the file must hold.
+    """
+    from onnx_ir.passes.common import InlinePass, RemoveUnusedOpsetsPass
+
+    stored = StoreInFloat32(file)
+    passes = (
+        SplitExperts(),
+        InlinePass(),
+        CutRopeTables(positions),
+        stored,
+        ComputeInFloat32(),
+        FuseTransposedMatMul(),
+        FoldConstants(),
+        DropCasts(),
+        RemoveUnusedOpsetsPass(),
+    )
+    return Sequential(*passes)(model).model, stored.weights
 
 
 def for_tensorrt(

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import click
 
 from qwenport import QwenportError
+from qwenport.contract import ONNXRUNTIME
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -99,6 +100,14 @@ def print_json(data: dict[str, Any]) -> None:
 def bytes_of(directory: Path) -> int:
     """Total size of all files under a directory in bytes; hard links count like any other file."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def runtime_of(manifest: dict[str, Any]) -> str:
+    """What runs an engine, in words: "tensorrt-rtx 1.7.1.116 for sm86, sm89"."""
+    runtime = f"{manifest['flavour']} {manifest['runtime_version']}"
+    if manifest["flavour"] == ONNXRUNTIME:
+        return f"{runtime} or newer on the CPU"
+    return f"{runtime} for {', '.join(manifest['gpus'])}"
 
 
 def runnable_kind(target: Path) -> Literal["package", "engine"]:

@@ -8,8 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qwenport.contract import TARGETS, is_past, is_present
+from qwenport.contract import TENSORRT, TENSORRT_RTX, is_past, is_present
 
+GPU_TARGETS = (TENSORRT_RTX, TENSORRT)
 NUMBERS = ("in all", "a layer", "memory", "context")
 
 
@@ -20,7 +21,8 @@ def show(facts: dict[str, Any]) -> None:
         console.print(_bindings(facts["bindings"], facts.get("profile", {})))
     if "operators" in facts:
         console.print(_operators(facts["operators"]))
-    console.print(_gpus(facts))
+    if "gpus" in facts:
+        console.print(_gpus(facts))
 
 
 def _table(title: str, *headings: str) -> Table:
@@ -68,14 +70,14 @@ def _gpus(facts: dict[str, Any]) -> Table:
     what = "the engine" if facts["kind"] == "engine" else "the weights"
     table = _table(
         f"GPUs, and the context of one text that fits {usable} of their memory beside {what}",
-        *("", "--gpu", "memory", *TARGETS, "context"),
+        *("", "--gpu", "memory", *GPU_TARGETS, "context"),
     )
     for gpu in facts["gpus"]:
         table.add_row(
             gpu["name"],
             gpu["architecture"],
             f"{gpu['memory_bytes'] / 2**30:.0f} GiB",
-            *("yes" if target in gpu["targets"] else "-" for target in TARGETS),
+            *("yes" if target in gpu["targets"] else "-" for target in GPU_TARGETS),
             "all" if gpu["fits"] else str(gpu["max_context"] or "none"),
         )
     return table

@@ -16,10 +16,11 @@ from qwenport.commands._common import (
     output_options,
     print_json,
     runnable_kind,
+    runtime_of,
     whole_or_interrupted,
 )
 from qwenport.commands._progress import progress_bar
-from qwenport.contract import TARGETS
+from qwenport.contract import ONNXRUNTIME, TARGETS
 from qwenport.wording import size
 
 if TYPE_CHECKING:
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
     "--target",
     type=click.Choice(TARGETS),
     required=True,
-    help="tensorrt-rtx builds anywhere, without a GPU; tensorrt builds on the GPU that the engine is for.",
+    help="onnxruntime runs on any CPU; tensorrt-rtx builds anywhere, for GPUs; tensorrt builds on the GPU that the "
+    "engine is for.",
 )
 @click.option(
     "--gpu",
     "gpus",
     metavar="sm86,sm89",
-    help="Architectures that the engine should run on, comma-separated.",
+    help="Architectures that a TensorRT engine should run on, comma-separated.",
     show_default="tensorrt-rtx: all that can run the model; tensorrt: the local GPU",
 )
 @click.option(
@@ -64,13 +66,15 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Build the TensorRT engine of PACKAGE, which `qwenport export` wrote.
+    """Build an engine of PACKAGE, which `qwenport export` wrote.
 
-    ENGINE_DIR is created and must not exist. It holds the plan, a manifest and the tokenizer; what
-    TensorRT would drop or misread in the graph fails the build and is named.
+    ENGINE_DIR is created and must not exist. It holds TensorRT's plan, or for onnxruntime a graph and
+    fp32 weights that load as they are; a manifest; and the tokenizer. What TensorRT would drop or misread in
+    the graph fails the build and is named.
 
     \b
     Examples:
+      qwenport build qwen.package qwen.engine --target onnxruntime
       qwenport build qwen.package qwen.engine --target tensorrt-rtx
       qwenport build qwen.package qwen.engine --target tensorrt-rtx --gpu sm86,sm89,sm120
       qwenport build qwen.package small.engine --target tensorrt --max-seq-len 4096 --max-batch 1
@@ -99,19 +103,30 @@ def command(
             print_json(report)
             return
         click.echo(
-            f"{engine_dir}: {report['flavour']} {report['tensorrt_version']} for "
-            f"{', '.join(report['gpus'])}; {report['dtype']}, {report['max_seq_len']} positions, "
-            f"batch {report['max_batch']}\n"
-            f"plan: {size(report['plan_bytes'])} from {size(report['weight_bytes'])} of weights, "
-            f"{report['network_layers']} layers, built in {report['seconds']:.1f} s"
+            f"{engine_dir}: {runtime_of(engine.manifest)}; {report['dtype']}, "
+            f"{report['max_seq_len']} positions, batch {report['max_batch']}\n"
+            + _contents(report)
+            + f", built in {report['seconds']:.1f} s"
         )
+
+
+def _contents(report: dict[str, Any]) -> str:
+    if "plan_bytes" in report:
+        return (
+            f"plan: {size(report['plan_bytes'])} from {size(report['weight_bytes'])} of weights, "
+            f"{report['network_layers']} layers"
+        )
+    return (
+        f"weights: {size(report['engine_weight_bytes'])} from {size(report['weight_bytes'])}, "
+        f"graph of {report['network_layers']} nodes"
+    )
 
 
 def _report(engine: Engine, seconds: float) -> dict[str, Any]:
     manifest = engine.manifest
     same = (
         "flavour",
-        "tensorrt_version",
+        "runtime_version",
         "gpus",
         "dtype",
         "max_seq_len",
@@ -121,7 +136,11 @@ def _report(engine: Engine, seconds: float) -> dict[str, Any]:
     return {
         "engine": str(engine.path),
         **{key: manifest[key] for key in same},
-        "plan_bytes": engine.plan.stat().st_size,
+        **(
+            {"engine_weight_bytes": manifest["weights"]["bytes"]}
+            if engine.flavour == ONNXRUNTIME
+            else {"plan_bytes": engine.plan.stat().st_size}
+        ),
         "weight_bytes": manifest["package"]["weight_bytes"],
         "network_layers": manifest["layers"],
         "seconds": round(seconds, 3),

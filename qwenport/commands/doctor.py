@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import importlib.util
 import json
 import platform
 import re
@@ -16,10 +17,12 @@ import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 
 import click
 
 from qwenport import __version__
+from qwenport.contract import ONNXRUNTIME
 
 CUDA_TOOLKIT = "/usr/local/cuda/bin"
 
@@ -52,6 +55,7 @@ class Facts:
     platform: str
     packages: tuple[Package, ...]
     onnxruntime_providers: tuple[str, ...]
+    onnxruntime_library: str | None
     cuda_driver: str | None
     gpus: tuple[Gpu, ...]
     nvcc: str | None
@@ -107,6 +111,7 @@ def collect() -> Facts:
             Package(name, _version(name), purpose, install) for name, purpose, install in PACKAGES
         ),
         onnxruntime_providers=_onnxruntime_providers(),
+        onnxruntime_library=_onnxruntime_library(),
         cuda_driver=driver,
         gpus=gpus,
         nvcc=_nvcc_version(),
@@ -135,7 +140,7 @@ def targets(facts: Facts) -> tuple[Target, ...]:
     no_rtx_gpu, no_tensorrt_gpu = unserved("tensorrt-rtx"), unserved("tensorrt")
     whole = tensorrt and not no_tensorrt_gpu
     return (
-        Target("onnxruntime (CPU)", None, cpu, () if cpu else (("onnxruntime", CPU),)),
+        Target(ONNXRUNTIME, True, cpu, () if cpu else (("onnxruntime", CPU),)),
         Target(
             "onnxruntime (CUDA)",
             None,
@@ -211,6 +216,15 @@ def _onnxruntime_providers() -> tuple[str, ...]:
         return ()
 
 
+def _onnxruntime_library() -> str | None:
+    """The path of the shared library in the installed onnxruntime, which C and C++ programs load."""
+    spec = importlib.util.find_spec("onnxruntime")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted((Path(folder) / "capi").glob("libonnxruntime.so.*")):
+            return str(file)
+    return None
+
+
 def _nvcc_version() -> str | None:
     """Version of nvcc on the PATH or in the toolkit's usual location."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=CUDA_TOOLKIT)
@@ -275,6 +289,8 @@ def _print(facts: Facts, judged: tuple[Target, ...]) -> None:
 
     if facts.onnxruntime_providers:
         click.echo("onnxruntime providers: " + ", ".join(facts.onnxruntime_providers))
+    if facts.onnxruntime_library:
+        click.echo(f"onnxruntime library, for C++: {facts.onnxruntime_library}")
     for index, gpu in enumerate(facts.gpus):
         click.echo(
             f"GPU {index}: {gpu.name}, compute capability {gpu.compute_capability}, "

@@ -14,6 +14,7 @@ import click
 from qwenport import QwenportError
 from qwenport.commands._common import PATH, note, output_options, print_json, runnable_kind
 from qwenport.commands._progress import progress_bar
+from qwenport.contract import ONNXRUNTIME
 
 if TYPE_CHECKING:
     from qwenport.commands._text import Tokenizer
@@ -77,7 +78,7 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Continue a text with TARGET, a package (on onnxruntime) or an engine directory (on its GPU).
+    """Continue a text with TARGET, a package (on onnxruntime) or an engine directory (on what it was built for).
 
     The new text goes to stdout as it is generated, a line about speed to stderr. Generation ends at the
     model's end-of-text token, after --max-new-tokens, or at the end of the context.
@@ -135,7 +136,7 @@ def _text_of(prompt: str) -> str:
 def _prepare(
     target: Path, kind: str, prompt: str, chat: bool, max_new_tokens: int
 ) -> tuple[Tokenizer, list[int], list[int], Session]:
-    """Load what generation needs, with a package's cache no larger than that."""
+    """Load what generation needs, with onnxruntime's cache no larger than that."""
     from qwenport.commands._text import Tokenizer
     from qwenport.engines import load_engine, open_session
     from qwenport.exporter import load_package, stop_ids
@@ -145,7 +146,7 @@ def _prepare(
     # first, so that an error in it is reported before the model is loaded
     stops = stop_ids(target, vocabulary)
     session: Session | None = None
-    if kind == "engine":  # its cache has a fixed size
+    if opened.manifest.get("flavour", ONNXRUNTIME) != ONNXRUNTIME:  # its cache has a fixed size
         session = open_session(target)
     longest: int = opened.manifest["max_seq_len"]
     tokenizer = Tokenizer(target)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwenport.commands._common import PATH, note, print_json
+from qwenport.commands._common import PATH, note, print_json, runtime_of
 from qwenport.commands._gpus import USABLE, fits
-from qwenport.contract import DTYPES
+from qwenport.contract import DTYPES, ONNXRUNTIME
 from qwenport.wording import size
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 def command(target: Path, brief: bool, quiet: bool, as_json: bool) -> None:
     """Show what TARGET holds: a checkpoint, a package or an engine directory.
 
-    The model, its bindings and operators, the bytes of its weights and of its KV cache, and which
-    GPUs have the memory for them. Files are first checked against the manifest; no GPU is needed.
+    The model, its bindings and operators, the bytes of its weights and of its KV cache, and (unless it is
+    an engine for onnxruntime) which GPUs have the memory for them. Files are first checked against the
+    manifest; no GPU is needed.
 
     \b
     Examples:
@@ -110,11 +111,28 @@ def engine(path: Path) -> dict[str, Any]:
     opened = load_engine(path)
     manifest = opened.manifest
     config = parse_config(read_config_json(path), manifest["rope_scaling"], manifest["max_seq_len"])
-    plan_bytes = opened.plan.stat().st_size
-    same = ("dtype", "max_seq_len", "max_batch", "qwenport_version", "flavour", "tensorrt_version")
-    return {
+    same = ("dtype", "max_seq_len", "max_batch", "qwenport_version", "flavour", "runtime_version")
+    facts = {
         "model": dataclasses.asdict(config),
         **{key: manifest[key] for key in same},
+        "runtime": runtime_of(manifest),
+        "notes": [],
+        "bindings": manifest["bindings"],
+        "profile": manifest["profile"],
+    }
+    if opened.flavour == ONNXRUNTIME:
+        weight_bytes = manifest["weights"]["bytes"]
+        kv = kv_cache(config, manifest["dtype"], manifest["max_seq_len"])
+        return {
+            **facts,
+            "weights": {"bytes": weight_bytes},
+            "graph": {"bytes": opened.model.stat().st_size, "nodes": manifest["layers"]},
+            "kv_cache": kv,
+            "memory_bytes": weight_bytes + kv["bytes_per_text"],
+        }
+    plan_bytes = opened.plan.stat().st_size
+    return {
+        **facts,
         "architectures": manifest["gpus"],
         "weights": {"bytes": manifest["package"]["weight_bytes"]},
         "plan": {"bytes": plan_bytes, "layers": manifest["layers"]},
@@ -122,9 +140,6 @@ def engine(path: Path) -> dict[str, Any]:
             "libraries": {name: manifest["files"][name]["sha256"] for name in manifest["plugins"]},
             "layers": manifest["plugin_layers"],
         },
-        "notes": [],
-        "bindings": manifest["bindings"],
-        "profile": manifest["profile"],
         **memory(config, manifest["dtype"], manifest["max_seq_len"], plan_bytes, manifest),
     }
 
@@ -162,9 +177,9 @@ def memory(
 
     An engine runs with its own TensorRT on the GPUs it was built for, and its cache has a fixed size.
     """
-    per_token = config.kv_bytes_per_token(DTYPES[dtype].itemsize)
+    kv = kv_cache(config, dtype, max_seq_len)
     gpus = []
-    for fit in fits(resident, per_token, max_seq_len):
+    for fit in fits(resident, kv["bytes_per_token"], max_seq_len):
         context, targets = fit.context, targets_of(fit.gpu.architecture, dtype)
         if engine_manifest is not None:
             if fit.gpu.architecture not in engine_manifest["gpus"]:
@@ -181,10 +196,16 @@ def memory(
             }
         )
     return {
-        "kv_cache": {"bytes_per_token": per_token, "bytes_per_text": per_token * max_seq_len},
+        "kv_cache": kv,
         "usable_gpu_memory": USABLE,
         "gpus": gpus,
     }
+
+
+def kv_cache(config: ModelConfig, dtype: str, max_seq_len: int) -> dict[str, int]:
+    """Bytes of the KV cache, per token and for one text as long as possible."""
+    per_token = config.kv_bytes_per_token(DTYPES[dtype].itemsize)
+    return {"bytes_per_token": per_token, "bytes_per_text": per_token * max_seq_len}
 
 
 def targets_of(architecture: str, dtype: str) -> list[str]:
@@ -229,14 +250,20 @@ def headline(facts: dict[str, Any]) -> list[str]:
     if "plan" in facts:
         lines.append(
             f"engine    {size(facts['plan']['bytes'])}, {facts['plan']['layers']} layers, by "
-            f"{facts['flavour']} {facts['tensorrt_version']} for {', '.join(facts['architectures'])}"
+            f"{facts['runtime']}"
         )
         used = [f"{name} x {count}" for name, count in facts["plugins"]["layers"].items()]
         lines.append(
             f"plugins   {', '.join(used) or 'none; operators by their definitions in ONNX'}"
         )
+    if "graph" in facts:
+        lines.append(f"engine    graph of {facts['graph']['nodes']} nodes, by {facts['runtime']}")
     lines.append(
         f"KV cache  {size(kv['bytes_per_token'])} per token, "
         f"{size(kv['bytes_per_text'])} per text of {facts['max_seq_len']}"
     )
+    if "memory_bytes" in facts:
+        lines.append(
+            f"memory    {size(facts['memory_bytes'])} for the weights and the cache of one text"
+        )
     return lines

@@ -31,7 +31,7 @@ EXIT_NO_PARITY = 1
     "judged_as",
     type=click.Choice([NETWORK]),
     help="Judge what TensorRT's parser makes of a package, layer by layer, without a GPU.",
-    show_default="onnxruntime runs a package, TensorRT an engine",
+    show_default="onnxruntime runs a package, and an engine what it was built for",
 )
 @click.option(
     "--exact",

@@ -37,7 +37,7 @@ def stand_in(engine: engines.Engine, package: exporter.Package) -> Any:
         def __init__(self, severity: int) -> None:
             del severity
 
-    version = engine.manifest["tensorrt_version"]
+    version = engine.manifest["runtime_version"]
     return SimpleNamespace(Runtime=Runtime, Logger=Logger, __version__=version)
 
 

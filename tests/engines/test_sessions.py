@@ -34,10 +34,14 @@ def oracle() -> Callable[[list[int]], np.ndarray]:
     return logits
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "tensorrt"])
-def session(request, package_of, engine_of) -> CachedSession:
+@pytest.fixture(scope="module", params=["onnxruntime", "onnxruntime engine", "tensorrt"])
+def session(request, package_of, engine_of, tmp_path_factory) -> CachedSession:
     if request.param == "onnxruntime":
         return engines.OnnxRuntimeSession(package_of("bf16"), max_batch=ROWS, capacity=CAPACITY)
+    if request.param == "onnxruntime engine":
+        folder = tmp_path_factory.mktemp("sessions") / "engine"
+        built = engines.build(package_of("bf16").path, folder, target="onnxruntime")
+        return engines.OnnxRuntimeSession(built, max_batch=ROWS, capacity=CAPACITY)
     engine = engine_of("fp32")
     return engines.TensorRTSession(
         engine,

@@ -1,0 +1,122 @@
+"""The onnxruntime part of `build`: the lowered graph and its weights in fp32, ready to load.
+
+model.onnx            the graph, without functions, casts of weights or constants to compute
+weights.safetensors   weights and rope tables; model.onnx refers to them by offset
+
+Weights are always written, also those of an fp32 package: the engine has one file with other places and shorter rope
+tables, and it must stay whole when the package is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwenport.contract import (
+    BY_ONNX,
+    ENGINE_WEIGHTS,
+    FP32,
+    MODEL,
+    OLDEST_ONNXRUNTIME,
+    ONNXRUNTIME,
+    Progress,
+)
+from qwenport.engines.errors import BuildError
+from qwenport.engines.lowering import ALIGNMENT, StoredWeight, for_onnxruntime_engine
+from qwenport.engines.onnxruntime_session import MAX_STEP_TOKENS
+from qwenport.engines.request import Filled, Request
+from qwenport.exporter import (
+    PackageError,
+    TensorEntry,
+    chunks,
+    damaged,
+    describe_graph,
+    read_safetensors_header,
+    require_space,
+    safetensors_header,
+)
+
+
+def check_for_onnxruntime(request: Request) -> None:
+    """Refuse options that mean nothing on a CPU.
+
+    Raises:
+        BuildError: GPUs or plugins are asked for.
+    """
+    for option, value in (("--gpu", request.gpus), ("--plugins", request.plugins)):
+        if value is not None:
+            raise BuildError(f"{option} is for TensorRT; target {ONNXRUNTIME} runs on CPUs")
+
+
+def fill_for_onnxruntime(request: Request, folder: Path, progress: Progress) -> Filled:
+    """Write the graph and the weights into `folder`, one chunk of weights in memory at a time.
+
+    Args:
+        request: the package and the limits.
+        folder: the engine's directory.
+        progress: called with the bytes of the weight file.
+
+    Raises:
+        ExportError: the disk is too small.
+        PackageError, LoweringError: the package's graph cannot be lowered.
+    """
+    import onnx_ir as ir
+
+    package = request.package
+    with damaged(package.model):
+        model, weights = for_onnxruntime_engine(
+            package.read_model(), positions=request.capacity, file=ENGINE_WEIGHTS
+        )
+    _write_weights(package.path, folder / ENGINE_WEIGHTS, weights, progress)
+    ir.save(model, folder / MODEL)
+    file, entries = read_safetensors_header(folder / ENGINE_WEIGHTS)
+    return Filled(
+        runtime_version=OLDEST_ONNXRUNTIME,
+        gpus=(),
+        dtype=FP32.name,
+        layers=len(model.graph),
+        profile=request.profile(MAX_STEP_TOKENS, MAX_STEP_TOKENS, fixed_cache=False),
+        bindings=describe_graph(model)["bindings"],
+        weights={
+            "bytes": sum(entry.length for entry in entries),
+            "files": {
+                ENGINE_WEIGHTS: {"bytes": file.size, "header_sha256": file.header_sha256},
+            },
+        },
+    )
+
+
+def _write_weights(
+    package: Path, file: Path, weights: Sequence[StoredWeight], progress: Progress
+) -> None:
+    """Write the file. Every chunk is converted on its own: bf16, fp16 and fp32 are all exact in fp32.
+
+    Raises:
+        ExportError: the disk is too small.
+        PackageError: a file of the package is shorter than its graph says.
+    """
+    import torch
+
+    total, done = sum(weight.entry.length for weight in weights), 0
+    require_space(file.parent, total)
+    with file.open("xb") as writer:
+        writer.write(safetensors_header([w.entry for w in weights], alignment=ALIGNMENT))
+        for weight in weights:
+            source, written = weight.source, 0
+            dtype = BY_ONNX[source.dtype.name].torch
+            stored = TensorEntry(
+                weight.entry.name,
+                str(source.location),
+                source.dtype.name,
+                weight.entry.shape,
+                source.offset or 0,
+                source.nbytes,
+            )
+            for chunk in chunks(package, stored):
+                values = torch.frombuffer(bytearray(chunk), dtype=dtype).to(FP32.torch)
+                writer.write(values.view(torch.uint8).numpy().data)
+                written += values.nbytes
+                progress("writing weights in fp32", done + written, total)
+            if written != weight.entry.length:
+                raise PackageError(f"{package / source.location}: shorter than {MODEL} says")
+            done += written

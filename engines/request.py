@@ -1,0 +1,102 @@
+"""What the builders of all targets are given, and what they give back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwenport.contract import (
+    INPUT_IDS,
+    KEY_POSITIONS,
+    LOGITS_INDICES,
+    POSITION_IDS,
+    WRITE_INDICES,
+    caches,
+    past,
+)
+from qwenport.exporter import Package
+
+TYPICAL_SPAN = 1024  # the span that a builder tunes decoding for
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request to `build`.
+
+    Attributes:
+        package: the package to build from.
+        target: one of TARGETS.
+        capacity: cache slots per row.
+        batch: rows.
+        gpus: architectures, as on the command line.
+        plugins: library of the CUDA plugins to use.
+    """
+
+    package: Package
+    target: str
+    capacity: int
+    batch: int
+    gpus: str | None
+    plugins: Path | None
+
+    def profile(
+        self, max_tokens: int, max_logits: int, *, fixed_cache: bool
+    ) -> dict[str, dict[str, list[int]]]:
+        """One dynamic profile, tuned for single-token decoding: input name -> its min, opt and max shape.
+
+        Args:
+            max_tokens: tokens per row in one step, if the cache is as long.
+            max_logits: positions per row whose logits one step returns.
+            fixed_cache: whether the cache always has `capacity` slots, rather than at most.
+        """
+        config, capacity, batch = self.package.config, self.capacity, self.batch
+        tokens = min(max_tokens, capacity)
+
+        def shapes(*least: int, opt: list[int], most: list[int]) -> dict[str, list[int]]:
+            return {"min": list(least), "opt": opt, "max": most}
+
+        profile = {
+            INPUT_IDS: shapes(1, 1, opt=[1, 1], most=[batch, tokens]),
+            POSITION_IDS: shapes(1, 1, opt=[1, 1], most=[batch, tokens]),
+            WRITE_INDICES: shapes(1, opt=[1], most=[batch]),
+            KEY_POSITIONS: shapes(1, opt=[min(TYPICAL_SPAN, capacity)], most=[capacity]),
+            LOGITS_INDICES: shapes(1, 1, opt=[1, 1], most=[batch, min(max_logits, tokens)]),
+        }
+        heads, head_dim = config.num_key_value_heads, config.head_dim
+        cache = [heads, capacity, head_dim]
+        smallest = cache if fixed_cache else [heads, 1, head_dim]
+        for layer in range(config.num_hidden_layers):
+            for name in caches(layer):
+                profile[past(name)] = shapes(1, *smallest, opt=[1, *cache], most=[batch, *cache])
+        return profile
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What a target's builder says of the files that it wrote.
+
+    Attributes:
+        runtime_version: the release that runs the engine, as in the manifest.
+        gpus: the architectures that it was built for.
+        dtype: of weights, activations and cache.
+        layers: layers of the network, or nodes of the graph.
+        profile: input name -> its min, opt and max shape.
+        bindings: as for the manifest.
+        plugins: names of the plugin libraries among the files.
+        plugin_layers: plugin -> the number of its uses.
+        weights: the manifest's entry for weight files, whose data are not hashed; None if there are none.
+        hashes: file -> its SHA-256, where it is known already.
+    """
+
+    runtime_version: str
+    gpus: tuple[str, ...]
+    dtype: str
+    layers: int
+    profile: dict[str, dict[str, list[int]]]
+    bindings: dict[str, Any]
+    plugins: tuple[str, ...] = ()
+    plugin_layers: Mapping[str, int] = field(default_factory=dict)
+    weights: dict[str, Any] | None = None
+    hashes: Mapping[str, str] = field(default_factory=dict)
