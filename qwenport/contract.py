@@ -196,6 +196,8 @@ FOR_CPP = {
     "key_positions": KEY_POSITIONS,
     "logits_indices": LOGITS_INDICES,
     "logits": LOGITS,
+    "capacity_axis": CAPACITY,
+    "onnxruntime": ONNXRUNTIME,
     "tensorrt": TENSORRT,
     "tensorrt_rtx": TENSORRT_RTX,
     "oldest_plugin_gpu": OLDEST_PLUGIN_GPU,

@@ -16,10 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BUILDS = ROOT / "build" / "cpp"
 MANY_TOKENS_ONLY = "-DQWENPORT_MANY_TOKENS_ONLY=ON"
+ONNXRUNTIME_ONLY = "-DQWENPORT_TENSORRT=OFF"
 OPTIMISED, CHECKED = "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS=-O1"
 # name -> what is built, and how
 SETTINGS = {
     "release": ("tests/cpp", OPTIMISED),
+    "onnxruntime": ("engines/cpp", OPTIMISED, ONNXRUNTIME_ONLY),
+    "onnxruntime-static": ("engines/cpp", OPTIMISED, ONNXRUNTIME_ONLY, "-DBUILD_SHARED_LIBS=OFF"),
     "static": ("engines/cpp", OPTIMISED, "-DBUILD_SHARED_LIBS=OFF"),
     "address": ("tests/cpp", "-DSANITIZE=address,undefined", CHECKED),
     "thread": ("tests/cpp", "-DSANITIZE=thread", CHECKED),

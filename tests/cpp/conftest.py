@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,16 @@ def release() -> Path:
 def library(release: Path) -> Library:
     """The runtime on the stand-in."""
     return Library(release / "libqwenport_stand_in.so")
+
+
+@pytest.fixture(scope="session")
+def onnxruntime_library() -> Path:
+    """The library in the wheel of the Python environment."""
+    spec = importlib.util.find_spec("onnxruntime")
+    assert spec is not None
+    assert spec.origin is not None
+    (found,) = (Path(spec.origin).parent / "capi").glob("libonnxruntime.so.*")
+    return found
 
 
 @pytest.fixture(scope="session")

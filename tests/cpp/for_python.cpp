@@ -65,7 +65,7 @@ QWENPORT_EXPORT int test_manifest(const char* text, std::size_t bytes, const cha
                                   char* message) {
   return guarded(message, [&] {
     const Manifest manifest = qwenport::detail::parse_manifest({text, bytes}, "here/qwenport.json");
-    if (*flavour != 0) qwenport::detail::check_flavour(manifest, "here", flavour);
+    if (*flavour != 0) qwenport::detail::check_flavour(manifest, "here", {flavour});
     if (*version != 0) qwenport::detail::check_version(manifest, "here", version);
     if (*gpu != 0) qwenport::detail::check_gpu(manifest, "here", gpu);
     const auto& info = manifest.info;
@@ -75,7 +75,7 @@ QWENPORT_EXPORT int test_manifest(const char* text, std::size_t bytes, const cha
                                   info.max_step_tokens,
                                   static_cast<std::int64_t>(manifest.caches.size()),
                                   static_cast<std::int64_t>(info.cache_bytes_per_row),
-                                  static_cast<std::int64_t>(manifest.plan.bytes)};
+                                  static_cast<std::int64_t>(manifest.model.bytes)};
     std::memcpy(numbers, found, sizeof found);
   });
 }
@@ -85,7 +85,7 @@ QWENPORT_EXPORT int test_files(const char* directory, char* message) {
   return guarded(message, [&] {
     const Manifest manifest = qwenport::detail::read_manifest(directory);
     std::vector<qwenport::detail::FileRecord> files = manifest.plugins;
-    files.push_back(manifest.plan);
+    files.push_back(manifest.model);
     for (const auto& file : files) {
       qwenport::detail::check_file(file, directory,
                                    qwenport::detail::MappedFile(std::string(directory) + "/" + file.name));

@@ -9,8 +9,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   try {
     const auto manifest =
         qwenport::detail::parse_manifest({reinterpret_cast<const char*>(data), size}, "fuzz");
-    const bool sane = manifest.row_bytes() > 0 && manifest.info.max_step_tokens <= manifest.info.capacity &&
-                      manifest.caches.size() % 2 == 0 && manifest.plan.sha256.size() == 64;
+    const bool sane = manifest.row_bytes(manifest.info.capacity) > 0 &&
+                      manifest.info.max_step_tokens <= manifest.info.capacity &&
+                      manifest.caches.size() % 2 == 0 && manifest.model.sha256.size() == 64;
     if (!sane) std::abort();
   } catch (const qwenport::Error& error) {
     if (error.code() != qwenport::ErrorCode::bad_engine) std::abort();

@@ -37,9 +37,19 @@ class Error(Exception):
 class EngineInfo(c.Structure):
     _fields_ = [
         *((name, c.c_int) for name in ("vocab_size", "capacity", "max_batch", "max_step_tokens")),
-        *((name, c.c_char_p) for name in ("dtype", "flavour", "tensorrt_version", "gpus")),
+        *((name, c.c_char_p) for name in ("dtype", "flavour", "runtime_version", "gpus")),
         ("cache_bytes_per_row", c.c_size_t),
     ]
+
+
+class EngineOptions(c.Structure):
+    _fields_ = [
+        *((name, c.c_int) for name in ("gpu", "threads", "load")),
+        ("onnxruntime", c.c_char_p),
+    ]
+
+
+LOAD_MODES = {"fast_steps": 0, "fast_start": 1}
 
 
 class SessionOptions(c.Structure):
@@ -79,6 +89,7 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.c = c.CDLL(str(path))
         self.c.qwenport_last_error.restype = c.c_char_p
+        self.c.qwenport_engine_defaults.restype = EngineOptions
         self.c.qwenport_engine_get_info.restype = EngineInfo
         self.c.qwenport_session_defaults.restype = SessionOptions
         self.c.qwenport_generate_defaults.restype = GenerateOptions
@@ -91,9 +102,21 @@ class Library:
         if code:
             raise Error(code, self.c.qwenport_last_error().decode())
 
-    def load(self, directory: Path, gpu: int = 0) -> Engine:
+    def load(
+        self,
+        directory: Path,
+        *,
+        threads: int = 0,
+        load: str | int = "fast_steps",
+        onnxruntime: Path | None = None,
+    ) -> Engine:
+        given = self.c.qwenport_engine_defaults()
+        given.threads, given.load = threads, LOAD_MODES.get(load, load)  # type: ignore[call-overload]
+        given.onnxruntime = str(onnxruntime).encode() if onnxruntime else None
         engine = c.c_void_p()
-        self.check(self.c.qwenport_engine_load(str(directory).encode(), gpu, c.byref(engine)))
+        self.check(
+            self.c.qwenport_engine_load(str(directory).encode(), c.byref(given), c.byref(engine))
+        )
         return Engine(self, engine)
 
 

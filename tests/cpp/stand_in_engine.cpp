@@ -6,7 +6,7 @@
 
 using qwenport::detail::Manifest;
 
-qwenport::Engine qwenport::Engine::load(const std::string& directory, int /*gpu*/) {
+qwenport::Engine qwenport::Engine::load(const std::string& directory, const EngineOptions& /*options*/) {
   Manifest manifest = detail::read_manifest(directory);
   const auto shared = std::make_shared<const Manifest>(manifest);
   const std::string recording = directory + "/recording.bin";

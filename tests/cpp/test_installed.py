@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from qwenport.contract import TARGETS
 from qwenport.engines.sampling import Sampler, SamplingParams
-from qwenport.engines.targets import FLAVOURS
 
 from .builds import ROOT, built, configure, run, tensorrt_headers, tool
 from .runtime import Error, Library
@@ -100,7 +100,7 @@ def test_public_headers_stand_alone_in_cpp_and_c(installed, tmp_path: Path) -> N
     flags = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-c", f"-I{prefix}/include"]
     flags += ["-o", tmp_path / "object"]
     for header in (prefix / "include" / "qwenport").iterdir():
-        assert not re.search(r"#include [<\"](Nv|cuda)", header.read_text())
+        assert not re.search(r"#include [<\"](Nv|cuda|onnx)", header.read_text())
     (tmp_path / "one.cpp").write_text("#include <qwenport/qwenport.hpp>\n")
     run("g++", "-std=c++17", *flags, tmp_path / "one.cpp")
     comment = (prefix / "include/qwenport/qwenport.h").read_text()
@@ -110,14 +110,25 @@ def test_public_headers_stand_alone_in_cpp_and_c(installed, tmp_path: Path) -> N
     run("gcc", "-std=c99", *flags, tmp_path / "two.c")
 
 
-def test_the_library_needs_neither_tensorrt_nor_cuda_to_start() -> None:
-    library = built("release") / "runtime" / "libqwenport.so"
+@pytest.mark.parametrize("setting", ["release/runtime", "onnxruntime"])
+def test_the_library_needs_no_runtime_to_start(setting: str) -> None:
+    build, _, folder = setting.partition("/")
+    library = built(build) / folder / "libqwenport.so"
     needed = run("readelf", "--dynamic", library).stdout
-    assert not re.search(r"NEEDED.*(nvinfer|tensorrt|cuda)", needed)
+    assert not re.search(r"NEEDED.*(nvinfer|tensorrt|cuda|onnxruntime)", needed)
     names = run("nm", "--dynamic", "--defined-only", "--format=posix", library).stdout
     strong = {line.split()[0] for line in names.splitlines() if line.split()[1] in "TDBR"}
     assert strong
     assert {name for name in strong if "qwenport" not in name} == set()
+
+
+def test_without_cuda_the_library_is_small_and_needs_only_the_system_s(tmp_path: Path) -> None:
+    library = built("onnxruntime") / "libqwenport.so"
+    needed = re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "--dynamic", library).stdout)
+    allowed = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6"}
+    assert {name for name in needed if not name.startswith("ld-linux")} <= allowed
+    run("strip", "-o", tmp_path / "stripped", library)
+    assert (tmp_path / "stripped").stat().st_size < 2 << 20
 
 
 def test_the_minimal_example_prints_the_tokens(
@@ -209,8 +220,12 @@ def test_no_engine(example, kind: str, tmp_path: Path) -> None:
 @every_kind
 def test_an_engine_of_the_other_flavour(example, kind: str, engine_for) -> None:
     line = complaint(example("minimal", kind), engine_for())
-    assert "built for tensorrt-rtx, and this library was configured for tensorrt;" in line
-    assert "build the engine with --target tensorrt" in line
+    assert (
+        "built for tensorrt-rtx, and this library was configured for onnxruntime and tensorrt;"
+        in line
+    )
+    assert "build the engine with --target onnxruntime" in line
+    assert "this library with -DQWENPORT_TENSORRT=RTX" in line
 
 
 @every_kind
@@ -247,7 +262,7 @@ def test_what_is_missing_is_said_in_one_line(
     expected: str,
 ) -> None:
     """From a missing TensorRT over another release to a missing GPU, in the order in which they are met."""
-    engine = engine_for(flavour="tensorrt", tensorrt_version=version, gpus=["sm80", "sm90"])
+    engine = engine_for(flavour="tensorrt", runtime_version=version, gpus=["sm80", "sm90"])
     folder = release / "nvinfer" / libraries if libraries else None
     if libraries is None and shutil.which("ldconfig"):
         cache = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout
@@ -258,7 +273,7 @@ def test_what_is_missing_is_said_in_one_line(
 def test_tensorrt_may_lie_beside_the_library(
     installed, engine_for, release: Path, tmp_path: Path
 ) -> None:
-    engine = engine_for(flavour="tensorrt", tensorrt_version="10.98.1.48")
+    engine = engine_for(flavour="tensorrt", runtime_version="10.98.1.48")
     prefix = tmp_path / "usr"
     shutil.copytree(installed("shared"), prefix, symlinks=True)
     build, source = tmp_path / "build", ROOT / "examples" / "cpp" / "minimal"
@@ -272,7 +287,7 @@ def test_tensorrt_may_lie_beside_the_library(
 
 def test_the_real_library_answers_python_as_well(release: Path, engine_for) -> None:
     library = Library(release / "runtime" / "libqwenport.so")
-    with pytest.raises(Error, match="configured for tensorrt") as error:
+    with pytest.raises(Error, match="configured for onnxruntime and tensorrt") as error:
         library.load(engine_for())
     assert error.value.kind == "wrong version"
 
@@ -295,9 +310,15 @@ HEADERS = f"-DTENSORRT_INCLUDE_DIR={tensorrt_headers()}"
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (["-DTENSORRT_INCLUDE_DIR=/nowhere"], "The headers of tensorrt were not found"),
-        ([HEADERS, "-DQWENPORT_TENSORRT=tensorrt-rtx"], "has the headers of TensorRT. Give those of"),
-        ([HEADERS, "-DQWENPORT_TENSORRT=trt"], "it is tensorrt or tensorrt-rtx"),
+        (["-DTENSORRT_INCLUDE_DIR=/nowhere"], "The headers of TensorRT were not found"),
+        (["-DQWENPORT_TENSORRT=ON"], "or leave TensorRT out: -DQWENPORT_TENSORRT=OFF"),
+        ([HEADERS, "-DQWENPORT_TENSORRT=RTX"], "has the headers of TensorRT. Give those of"),
+        ([HEADERS, "-DQWENPORT_TENSORRT=trt"], "it is AUTO, ON (TensorRT), RTX (TensorRT-RTX) or OFF"),
+        (["-DQWENPORT_ONNXRUNTIME=yes"], "it is AUTO, ON or OFF"),
+        (
+            ["-DQWENPORT_ONNXRUNTIME=OFF", "-DQWENPORT_TENSORRT=OFF"],
+            "Neither onnxruntime nor TensorRT",
+        ),
         (
             [HEADERS, "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON"],
             "No CUDA toolkit of version 12.5 or newer was found",
@@ -317,6 +338,28 @@ def test_what_configuring_lacks_is_named(
     tmp_path: Path, settings: list[str], expected: str
 ) -> None:
     assert expected in configuring_fails(tmp_path, *settings)
+
+
+NO_CUDA = "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON"
+
+
+@pytest.mark.parametrize(
+    ("settings", "summary"),
+    [
+        ([], "TensorRT engines: no. The headers of TensorRT were not found."),
+        ([NO_CUDA], "TensorRT engines: no."),
+        (["-DQWENPORT_TENSORRT=OFF"], "TensorRT engines: no. -DQWENPORT_TENSORRT=OFF"),
+        ([HEADERS], "tensorrt engines: yes, with "),
+        ([HEADERS, "-DQWENPORT_ONNXRUNTIME=OFF"], "onnxruntime engines: no"),
+    ],
+)
+def test_configuring_says_whose_engines_will_run(
+    tmp_path: Path, settings: list[str], summary: str
+) -> None:
+    said = " ".join(run(*configure(RUNTIME, tmp_path, *settings)).stdout.split())
+    assert summary in said
+    if "-DQWENPORT_ONNXRUNTIME=OFF" not in settings:
+        assert "onnxruntime engines: yes" in said
 
 
 def test_a_static_library_asks_a_c_project_for_cpp(installed, tmp_path: Path) -> None:
@@ -357,8 +400,13 @@ def test_headers_of_rtx_are_refused_for_tensorrt(tmp_path: Path) -> None:
     headers = tmp_path / "headers"
     headers.mkdir()
     (headers / "NvInferVersion.h").write_text("#define TRT_MAJOR_RTX 1\n")
-    error = configuring_fails(tmp_path, f"-DTENSORRT_INCLUDE_DIR={headers}")
+    given = f"-DTENSORRT_INCLUDE_DIR={headers}"
+    error = configuring_fails(tmp_path, given, "-DQWENPORT_TENSORRT=ON")
     assert "has the headers of TensorRT-RTX" in error
+    for setting in ("AUTO", "RTX"):
+        asked = f"-DQWENPORT_TENSORRT={setting}"
+        said = run(*configure(RUNTIME, tmp_path / setting, given, asked)).stdout
+        assert "tensorrt-rtx engines: yes" in said
 
 
 def test_versions(tmp_path: Path, installed) -> None:
@@ -384,8 +432,9 @@ def test_versions(tmp_path: Path, installed) -> None:
 
 
 def test_flavours_are_those_of_build() -> None:
-    text = (RUNTIME / "cmake" / "dependencies.cmake").read_text()
-    assert f'MATCHES "^({"|".join(sorted(FLAVOURS))})$"' in text
+    text = (RUNTIME / "src" / "manifest.cpp").read_text()
+    (told,) = re.findall(r'at\("flavour"\)\.wrong\("(.*)"\)', text)
+    assert set(re.split(", | or ", told)) == set(TARGETS)
 
 
 def test_clang_format_changes_nothing() -> None:

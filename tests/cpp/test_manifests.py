@@ -120,17 +120,17 @@ def test_any_value_that_is_removed_or_of_another_kind_is_named(library: Library,
         assert "\n" not in text
 
 
-ANY_TEXT = {("tensorrt_version",), ("gpus", 0), ("gpus", 1)}
+ANY_TEXT = {("runtime_version",), ("gpus", 0), ("gpus", 1)}
 
 
 @pytest.mark.parametrize(
     ("path", "value", "complaint"),
     [
         (("format",), "qwenport-package", "holds a qwenport-package"),
-        (("format_version",), 3, "format version 3, this runtime reads 2; build the engine again"),
+        (("format_version",), 2, "format version 2, this runtime reads 3; build the engine again"),
         (("dtype",), "int8", "dtype is not one of bf16 fp16 fp32"),
         (("dtype",), "bf16", "bindings.inputs is not what this runtime feeds"),
-        (("flavour",), "other", "flavour is not tensorrt or tensorrt-rtx"),
+        (("flavour",), "other", "flavour is not onnxruntime, tensorrt or tensorrt-rtx"),
         (("gpus",), [], "gpus is not a list of GPU architectures"),
         (("max_seq_len",), 2**31, "max_seq_len is not a positive integer"),
         (("max_seq_len",), 161, "bindings.inputs is not what this runtime feeds"),
@@ -155,6 +155,53 @@ def test_what_is_wrong_is_said(library: Library, path, value, complaint: str) ->
     assert complaint in text
 
 
+@pytest.fixture(scope="module")
+def in_onnxruntime(library: Library) -> dict[str, Any]:
+    """The toy network's manifest as one of an onnxruntime engine."""
+    document = json.loads(toy_manifest(library))
+    for binding in (*document["bindings"]["inputs"], *document["bindings"]["outputs"]):
+        binding["shape"] = ["capacity" if size == 160 else size for size in binding["shape"]]
+    weights = {"bytes": 20, "header_sha256": "a" * 64}
+    return document | {
+        "flavour": "onnxruntime",
+        "runtime_version": "1.26",
+        "gpus": [],
+        "files": {"model.onnx": {"bytes": 3, "sha256": "b" * 64}},
+        "weights": {"bytes": 20, "files": {"weights.safetensors": weights}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        ((), None, ""),
+        (("runtime_version",), "1.26.1", ""),
+        (("runtime_version",), "1", "runtime_version is not a release such as 1.26"),
+        (("runtime_version",), "1.x", "runtime_version is not a release such as 1.26"),
+        (("runtime_version",), "1.26rc", "runtime_version is not a release such as 1.26"),
+        (("gpus",), ["sm90"], "gpus is not empty: onnxruntime's engines are for the CPU"),
+        (("dtype",), "fp16", "dtype is not fp32, which onnxruntime's engines compute in"),
+        (("bindings", "inputs", 5, "shape", 2), 160, "is not what this runtime feeds"),
+        (("files", "model.onnx"), ..., "no files.model.onnx"),
+        (("weights",), ..., "no weights"),
+        (("weights", "files", "weights.safetensors"), ..., "no weights.files.weights.safetensors"),
+        (
+            ("weights", "files", "weights.safetensors", "header_sha256"),
+            "x",
+            "header_sha256 is not a SHA-256",
+        ),
+        (("weights", "files", "weights.safetensors", "bytes"), -1, "is not a number of bytes"),
+    ],
+)
+def test_an_onnxruntime_manifest_is_read(
+    library: Library, in_onnxruntime: dict[str, Any], path, value, complaint: str
+) -> None:
+    document = changed(in_onnxruntime, path, value) if path else in_onnxruntime
+    error, text, _ = read(library, json.dumps(document))
+    assert error == ("bad engine" if complaint else "")
+    assert complaint in text
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format": "qwenport-engine"', "\ud800"])
 def test_what_is_no_manifest_is_refused(library: Library, text: str) -> None:
     assert read(library, text)[0] == "bad engine"
@@ -167,7 +214,7 @@ def test_another_machine_is_told_what_to_do(library: Library) -> None:
     error, message, _ = read(library, text, flavour="tensorrt-rtx")
     assert error == "wrong version"
     assert "--target tensorrt-rtx" in message
-    assert "-DQWENPORT_TENSORRT=tensorrt" in message
+    assert "-DQWENPORT_TENSORRT=ON" in message
 
     error, message, _ = read(library, text, gpu="sm120")
     assert error == "wrong gpu"

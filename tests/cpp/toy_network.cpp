@@ -113,8 +113,8 @@ std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, 
     }
   }
   std::ostringstream text;
-  text << R"({"format": "qwenport-engine", "format_version": 2, "flavour": "tensorrt",
-    "tensorrt_version": "10.14.1.48", "gpus": ["sm80", "sm90"], "dtype": "fp32",
+  text << R"({"format": "qwenport-engine", "format_version": 3, "flavour": "tensorrt",
+    "runtime_version": "10.14.1.48", "gpus": ["sm80", "sm90"], "dtype": "fp32",
     "max_seq_len": )"
        << capacity << R"(, "max_batch": )" << max_batch << R"(,
     "model": {"vocab_size": )"

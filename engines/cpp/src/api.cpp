@@ -1,4 +1,4 @@
-// The public Engine and Session: a thin layer over Model and SessionCore. Engine::load is in tensorrt/.
+// The public Engine and Session: a thin layer over Model and SessionCore. Engine::load is in load.cpp.
 #include "backend.hpp"
 #include "generation.hpp"
 #include "qwenport/qwenport.hpp"

@@ -1,6 +1,6 @@
 // What a session needs from a machine, as two small interfaces: memory and a stream (Device); bindings,
-// shapes and a step (Executor). CUDA and TensorRT implement them in src/tensorrt; the tests provide a
-// stand-in that needs no GPU. A Model is an engine that creates them.
+// shapes and a step (Executor). src/tensorrt has them for CUDA and TensorRT, src/onnxruntime for the CPU; the
+// tests provide a stand-in for a GPU. A Model is an engine that creates them.
 //
 // All work of a Device runs in order on its one stream. Copies are asynchronous: their host memory must
 // come from allocate_pinned and stay unchanged until synchronize.
@@ -34,6 +34,10 @@ class Device {
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
   virtual ~Device() = default;
+
+  /// Whether the network computes in host memory. Then one allocation serves as both kinds, nothing has to be
+  /// copied, and work is done when the call that issues it returns.
+  [[nodiscard]] virtual bool is_host() const noexcept { return false; }
 
   /// Device memory, zeroed, aligned to 256 bytes.
   virtual void* allocate(std::size_t bytes) = 0;
@@ -82,6 +86,8 @@ class Model {
 
   [[nodiscard]] const Manifest& manifest() const noexcept { return manifest_; }
   [[nodiscard]] virtual std::unique_ptr<Device> make_device() const = 0;
+  /// The slots of a cache for a session that uses `capacity` of them: more if the engine fixes its length.
+  [[nodiscard]] virtual int allocated_slots(int capacity) const = 0;
   /// Device memory that an executor uses as workspace. Executors that never run concurrently may share it.
   [[nodiscard]] virtual std::size_t workspace_bytes() const = 0;
   [[nodiscard]] virtual std::unique_ptr<Executor> make_executor(Device& device, void* workspace) const = 0;

@@ -43,6 +43,8 @@ static_assert(static_cast<int>(qwenport::FinishReason::stop) == QWENPORT_FINISH_
 static_assert(static_cast<int>(qwenport::FinishReason::length) == QWENPORT_FINISH_LENGTH);
 static_assert(static_cast<int>(qwenport::FinishReason::capacity) == QWENPORT_FINISH_CAPACITY);
 static_assert(static_cast<int>(qwenport::FinishReason::cancelled) == QWENPORT_FINISH_CANCELLED);
+static_assert(static_cast<int>(qwenport::LoadMode::fast_steps) == QWENPORT_LOAD_FAST_STEPS);
+static_assert(static_cast<int>(qwenport::LoadMode::fast_start) == QWENPORT_LOAD_FAST_START);
 static_assert(qwenport::idle == QWENPORT_IDLE);
 
 /// This thread's last error message. Cut to a fixed size, so that storing it cannot fail.
@@ -103,9 +105,21 @@ extern "C" {
 
 const char* qwenport_last_error(void) { return last_error; }
 
-int qwenport_engine_load(const char* directory, int gpu, qwenport_engine** engine) {
+qwenport_engine_options qwenport_engine_defaults(void) {
+  const qwenport::EngineOptions options;
+  return {options.gpu, options.threads, static_cast<int>(options.load), nullptr};
+}
+
+int qwenport_engine_load(const char* directory, const qwenport_engine_options* options,
+                         qwenport_engine** engine) {
   return guarded([&] {
-    qwenport::Engine loaded = qwenport::Engine::load(directory, gpu);
+    const qwenport_engine_options given = options != nullptr ? *options : qwenport_engine_defaults();
+    if (given.load != QWENPORT_LOAD_FAST_STEPS && given.load != QWENPORT_LOAD_FAST_START) {
+      throw qwenport::Error(ErrorCode::invalid_argument, "no such load mode: " + std::to_string(given.load));
+    }
+    qwenport::Engine loaded = qwenport::Engine::load(
+        directory, {given.gpu, given.threads, static_cast<qwenport::LoadMode>(given.load),
+                    given.onnxruntime != nullptr ? given.onnxruntime : ""});
     std::string gpus;
     for (const std::string& name : loaded.info().gpus) gpus += (gpus.empty() ? "" : ",") + name;
     *engine = new qwenport_engine{std::move(loaded), std::move(gpus)};
@@ -122,7 +136,7 @@ qwenport_engine_info qwenport_engine_get_info(const qwenport_engine* engine) {
           info.max_step_tokens,
           info.dtype.c_str(),
           info.flavour.c_str(),
-          info.tensorrt_version.c_str(),
+          info.runtime_version.c_str(),
           engine->gpus.c_str(),
           info.cache_bytes_per_row};
 }

@@ -5,7 +5,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <cstring>
 #include <system_error>
 
 #include "sha256.hpp"
@@ -31,19 +33,34 @@ MappedFile::~MappedFile() {
   if (data_ != nullptr) munmap(data_, size_);
 }
 
-void check_file(const FileRecord& record, const std::string& directory, const MappedFile& file) {
+namespace {
+
+/// Check a file's size, and the SHA-256 of its first bytes.
+void check_beginning(const FileRecord& record, const std::string& directory, const MappedFile& file,
+                     std::size_t hashed) {
   const std::string path = directory + "/" + record.name;
   if (file.size() != record.bytes) {
     throw Error(ErrorCode::bad_engine, path + ": " + std::to_string(file.size()) +
                                            " bytes, the manifest says " + std::to_string(record.bytes) +
                                            "; build the engine again");
   }
-  Sha256 hash;
-  hash.update(file.data(), file.size());
-  if (hash.hex() != record.sha256) {
+  if (sha256(file.data(), std::min(hashed, file.size())) != record.sha256) {
     throw Error(ErrorCode::bad_engine,
                 path + ": changed since it was built (another SHA-256); build the engine again");
   }
+}
+
+}  // namespace
+
+void check_file(const FileRecord& record, const std::string& directory, const MappedFile& file) {
+  check_beginning(record, directory, file, file.size());
+}
+
+void check_weights(const FileRecord& record, const std::string& directory, const MappedFile& file) {
+  std::uint64_t header = 0;  // its length, little endian, is before it and hashed with it
+  if (file.size() >= sizeof header) std::memcpy(&header, file.data(), sizeof header);
+  const std::uint64_t rest = file.size() - std::min<std::uint64_t>(file.size(), sizeof header);
+  check_beginning(record, directory, file, sizeof header + static_cast<std::size_t>(std::min(header, rest)));
 }
 
 }  // namespace qwenport::detail

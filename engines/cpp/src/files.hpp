@@ -28,4 +28,8 @@ class MappedFile {
 /// Check a file's size and SHA-256 against its record. \throws Error bad_engine.
 void check_file(const FileRecord& record, const std::string& directory, const MappedFile& file);
 
+/// Check the size of a safetensors file, and the SHA-256 of its header, against its record: the values are not
+/// read. \throws Error bad_engine.
+void check_weights(const FileRecord& record, const std::string& directory, const MappedFile& file);
+
 }  // namespace qwenport::detail

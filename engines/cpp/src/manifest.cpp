@@ -1,12 +1,13 @@
 #include "manifest.hpp"
 
-#include "contract.hpp"
-
 #include <algorithm>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
-#include <set>
+
+#include "contract.hpp"
+#include "sha256.hpp"
+#include "target.hpp"
 
 namespace qwenport::detail {
 namespace {
@@ -82,11 +83,12 @@ class Node {
   const std::string& where_;
 };
 
-FileRecord file_record(const Node& files, const std::string& name) {
+/// \param hash the key of the SHA-256: of the file, or of its header.
+FileRecord file_record(const Node& files, const std::string& name, const char* hash = "sha256") {
   const Node recorded = files.at(name);
-  FileRecord file{name, recorded.at("bytes").count(), recorded.at("sha256").text()};
+  FileRecord file{name, recorded.at("bytes").count(), recorded.at(hash).text()};
   if (file.sha256.size() != 64 || file.sha256.find_first_not_of("0123456789abcdef") != std::string::npos) {
-    recorded.at("sha256").wrong("a SHA-256");
+    recorded.at(hash).wrong("a SHA-256");
   }
   return file;
 }
@@ -152,9 +154,12 @@ void read_sizes(const Node& root, Manifest& manifest) {
 }
 
 void read_bindings(const Node& root, Manifest& manifest) {
+  // onnxruntime takes a cache of any length; TensorRT fixes it.
+  const std::string slots =
+      manifest.is_onnxruntime() ? contract::capacity_axis : std::to_string(manifest.info.capacity);
   const std::string cache = std::string(find_dtype(manifest.info.dtype)->binding) + " [batch," +
-                            std::to_string(manifest.kv_heads) + "," + std::to_string(manifest.info.capacity) +
-                            "," + std::to_string(manifest.head_dim) + "]";
+                            std::to_string(manifest.kv_heads) + "," + slots + "," +
+                            std::to_string(manifest.head_dim) + "]";
   std::map<std::string, std::string> inputs{{contract::input_ids, "int64 [batch,seq]"},
                                             {contract::position_ids, "int64 [batch,seq]"},
                                             {contract::write_indices, "int64 [batch]"},
@@ -182,13 +187,37 @@ void read_bindings(const Node& root, Manifest& manifest) {
 void read_target(const Node& root, Manifest& manifest) {
   EngineInfo& info = manifest.info;
   info.flavour = root.at("flavour").text();
-  if (info.flavour != contract::tensorrt && info.flavour != contract::tensorrt_rtx) {
-    root.at("flavour").wrong(std::string(contract::tensorrt) + " or " + contract::tensorrt_rtx);
+  if (!manifest.is_onnxruntime() && info.flavour != contract::tensorrt && info.flavour != contract::tensorrt_rtx) {
+    root.at("flavour").wrong(std::string(contract::onnxruntime) + ", " + contract::tensorrt + " or " +
+                             contract::tensorrt_rtx);
   }
-  info.tensorrt_version = root.at("tensorrt_version").text();
+  info.runtime_version = root.at("runtime_version").text();
   const Node gpus = root.at("gpus");
   for (std::size_t i = 0; i < gpus.size(); ++i) info.gpus.push_back(gpus.at(i).text());
-  if (info.gpus.empty()) gpus.wrong("a list of GPU architectures");
+  if (manifest.is_onnxruntime()) {
+    if (!info.gpus.empty()) gpus.wrong("empty: onnxruntime's engines are for the CPU");
+    if (info.dtype != "fp32") root.at("dtype").wrong("fp32, which onnxruntime's engines compute in");
+    if (!release_number(info.runtime_version)) root.at("runtime_version").wrong("a release such as 1.26");
+  } else if (info.gpus.empty()) {
+    gpus.wrong("a list of GPU architectures");
+  }
+}
+
+void read_files(const Node& root, Manifest& manifest) {
+  const Node files = root.at("files");
+  if (manifest.is_onnxruntime()) {
+    manifest.model = file_record(files, contract::model_name);
+    manifest.weights = file_record(root.at("weights").at("files"), contract::weights_name, "header_sha256");
+    return;
+  }
+  manifest.model = file_record(files, contract::plan_name);
+  if (!root.has("plugins")) return;
+  const Node plugins = root.at("plugins");
+  for (std::size_t i = 0; i < plugins.size(); ++i) {
+    const std::string name = plugins.at(i).text();
+    if (name.empty() || name.find('/') != std::string::npos) plugins.at(i).wrong("a file's name");
+    manifest.plugins.push_back(file_record(files, name));
+  }
 }
 
 }  // namespace
@@ -208,19 +237,12 @@ Manifest parse_manifest(std::string_view text, const std::string& where) {
   }
   Manifest manifest;
   read_sizes(root, manifest);
-  read_bindings(root, manifest);
   read_target(root, manifest);
-  const Node files = root.at("files");
-  manifest.plan = file_record(files, contract::plan_name);
-  if (root.has("plugins")) {
-    const Node plugins = root.at("plugins");
-    for (std::size_t i = 0; i < plugins.size(); ++i) {
-      const std::string name = plugins.at(i).text();
-      if (name.empty() || name.find('/') != std::string::npos) plugins.at(i).wrong("a file's name");
-      manifest.plugins.push_back(file_record(files, name));
-    }
-  }
-  manifest.info.cache_bytes_per_row = manifest.caches.size() * manifest.row_bytes();
+  read_bindings(root, manifest);
+  read_files(root, manifest);
+  // The hashes of an onnxruntime engine's files do not cover its weights: the manifest says more about them.
+  manifest.identity = manifest.is_onnxruntime() ? sha256(text.data(), text.size()) : manifest.model.sha256;
+  manifest.info.cache_bytes_per_row = manifest.caches.size() * manifest.row_bytes(manifest.info.capacity);
   return manifest;
 }
 

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "contract.hpp"
 #include "qwenport/qwenport.hpp"
 
 namespace qwenport::detail {
@@ -19,7 +20,7 @@ struct FileRecord {
   std::string sha256;  ///< 64 lower-case hexadecimal digits
 };
 
-/// A pair of bindings at one device address.
+/// A pair of bindings at one address.
 struct CacheBinding {
   std::string past;
   std::string present;
@@ -30,7 +31,9 @@ struct Manifest {
   int kv_heads = 0;
   int head_dim = 0;
   int element_bytes = 0;  ///< of a cache element
-  FileRecord plan;
+  FileRecord model;       ///< TensorRT's plan, or onnxruntime's graph
+  FileRecord weights;     ///< onnxruntime only; the SHA-256 is that of its safetensors header
+  std::string identity;   ///< 64 characters that tell this engine's snapshots from another's
   std::vector<FileRecord> plugins;
   std::vector<CacheBinding> caches;  ///< ordered by the names of their outputs
 
@@ -38,10 +41,11 @@ struct Manifest {
   [[nodiscard]] std::size_t slot_bytes() const noexcept {
     return static_cast<std::size_t>(head_dim) * static_cast<std::size_t>(element_bytes);
   }
-  /// Bytes of one row of a cache binding, [kv_heads, capacity, head_dim].
-  [[nodiscard]] std::size_t row_bytes() const noexcept {
-    return static_cast<std::size_t>(kv_heads) * static_cast<std::size_t>(info.capacity) * slot_bytes();
+  /// Bytes of one row of a cache binding, [kv_heads, slots, head_dim].
+  [[nodiscard]] std::size_t row_bytes(int slots) const noexcept {
+    return static_cast<std::size_t>(kv_heads) * static_cast<std::size_t>(slots) * slot_bytes();
   }
+  [[nodiscard]] bool is_onnxruntime() const noexcept { return info.flavour == contract::onnxruntime; }
 };
 
 /// Parse and check a manifest.

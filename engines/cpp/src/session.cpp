@@ -37,13 +37,21 @@ Memory SessionCore::pinned_memory(std::size_t bytes) {
 }
 
 SessionCore::Input SessionCore::make_input(const char* name, std::size_t count) {
+  if (device_->is_host()) return {name, pinned_memory(count * int64_bytes), {}};
   return {name, pinned_memory(count * int64_bytes), device_memory(count * int64_bytes)};
+}
+
+void SessionCore::upload(const Input& input, std::size_t count) {
+  if (input.device) {
+    device_->copy_to_device(input.device.get(), input.pinned.get(), count * int64_bytes);
+  }
 }
 
 SessionCore::SessionCore(std::shared_ptr<const Model> model, const SessionOptions& options)
     : model_(std::move(model)),
       device_(model_->make_device()),
       capacity_(checked_capacity(manifest().info, options)),
+      slots_(model_->allocated_slots(capacity_)),
       max_step_tokens_(std::min(manifest().info.max_step_tokens, capacity_)),
       // TensorRT-RTX compiles better kernels while it runs; a graph would keep the first ones.
       cuda_graphs_(options.cuda_graphs && manifest().info.flavour == contract::tensorrt) {
@@ -60,7 +68,7 @@ SessionCore::SessionCore(std::shared_ptr<const Model> model, const SessionOption
   taken_.resize(rows);
   finishing_.resize(rows);
   for (std::size_t i = 0; i < manifest().caches.size(); ++i) {
-    caches_.push_back(device_memory(rows * manifest().row_bytes()));
+    caches_.push_back(device_memory(rows * manifest().row_bytes(slots_)));
   }
   workspace_ = device_memory(model_->workspace_bytes());
   logits_ = device_memory(logits_bytes);
@@ -71,11 +79,10 @@ SessionCore::SessionCore(std::shared_ptr<const Model> model, const SessionOption
   logits_indices_ = make_input(contract::logits_indices, rows);
 
   // The positions of the cache's slots never change: a step only sets how many of them it attends to.
-  Input positions = make_input(contract::key_positions, slots);
-  for (std::size_t i = 0; i < slots; ++i) positions.values()[i] = static_cast<std::int64_t>(i);
-  device_->copy_to_device(positions.device.get(), positions.pinned.get(), slots * int64_bytes);
+  key_positions_ = make_input(contract::key_positions, slots);
+  for (std::size_t i = 0; i < slots; ++i) key_positions_.values()[i] = static_cast<std::int64_t>(i);
+  upload(key_positions_, slots);
   device_->synchronize();
-  key_positions_ = std::move(positions.device);
 
   executor_ = make_executor();
   buckets_.reserve(max_graphs);
@@ -83,10 +90,10 @@ SessionCore::SessionCore(std::shared_ptr<const Model> model, const SessionOption
 
 std::unique_ptr<Executor> SessionCore::make_executor() {
   auto executor = model_->make_executor(*device_, workspace_.get());
-  for (const Input* input : {&input_ids_, &position_ids_, &write_indices_, &logits_indices_}) {
-    executor->bind(input->name, input->device.get());
+  for (const Input* input :
+       {&input_ids_, &position_ids_, &write_indices_, &key_positions_, &logits_indices_}) {
+    executor->bind(input->name, input->address());
   }
-  executor->bind(contract::key_positions, key_positions_.get());
   executor->bind(contract::logits, logits_.get());
   for (std::size_t i = 0; i < caches_.size(); ++i) {  // past and present are the same memory
     executor->bind(manifest().caches[i].past, caches_[i].get());
@@ -137,6 +144,7 @@ Logits SessionCore::prefill(const TokenView* rows, std::size_t count) {
   check(rows, count);
   std::fill(done_.begin(), done_.end(), std::size_t{0});
   for (std::size_t b = 0; b < count; ++b) present_[b] = static_cast<char>(rows[b].size != 0);
+  bool whole = false;  // every row that has tokens ends in one step, the first
   for (bool first = true;; first = false) {
     std::int64_t longest = 0;
     std::int64_t last_start = 0;
@@ -147,7 +155,7 @@ Logits SessionCore::prefill(const TokenView* rows, std::size_t count) {
     if (longest == 0) break;
     // Padding needs slots too: one step is only as wide as the fullest row has room for.
     const std::int64_t width = std::min({longest, capacity_ - last_start, std::int64_t{max_step_tokens_}});
-    bool whole = first;  // every row that has tokens ends in this step
+    whole = first;
     for (std::size_t b = 0; b < count; ++b) {
       const auto left = static_cast<std::int64_t>(rows[b].size - done_[b]);
       taken_[b] = std::min(left, width);
@@ -166,7 +174,8 @@ Logits SessionCore::prefill(const TokenView* rows, std::size_t count) {
       done_[b] += static_cast<std::size_t>(taken_[b]);
     }
   }
-  return {static_cast<const float*>(host_logits_.get()), present_.data(), static_cast<int>(count),
+  const Memory& found = whole && device_->is_host() ? logits_ : host_logits_;
+  return {static_cast<const float*>(found.get()), present_.data(), static_cast<int>(count),
           manifest().info.vocab_size};
 }
 
@@ -230,7 +239,7 @@ void SessionCore::set_shapes(Executor& executor, const StepShape& step) const {
   executor.shape(contract::write_indices, {1, {step.rows}});
   executor.shape(contract::key_positions, {1, {step.span}});
   executor.shape(contract::logits_indices, {2, {step.rows, 1}});
-  const Shape cache{4, {step.rows, manifest().kv_heads, manifest().info.capacity, manifest().head_dim}};
+  const Shape cache{4, {step.rows, manifest().kv_heads, slots_, manifest().head_dim}};
   for (const CacheBinding& binding : manifest().caches) executor.shape(binding.past, cache);
 }
 
@@ -239,15 +248,16 @@ void SessionCore::set_shapes(Executor& executor, const StepShape& step) const {
 void SessionCore::issue(Executor& executor, const StepShape& step, const std::vector<char>* wanted) {
   const auto count = static_cast<std::size_t>(step.rows);
   const std::size_t tokens = count * static_cast<std::size_t>(step.width);
-  device_->copy_to_device(input_ids_.device.get(), input_ids_.pinned.get(), tokens * int64_bytes);
-  device_->copy_to_device(position_ids_.device.get(), position_ids_.pinned.get(), tokens * int64_bytes);
-  device_->copy_to_device(write_indices_.device.get(), write_indices_.pinned.get(), count * int64_bytes);
-  device_->copy_to_device(logits_indices_.device.get(), logits_indices_.pinned.get(), count * int64_bytes);
+  upload(input_ids_, tokens);
+  upload(position_ids_, tokens);
+  upload(write_indices_, count);
+  upload(logits_indices_, count);
   executor.enqueue();
   const auto vocab = static_cast<std::size_t>(manifest().info.vocab_size);
   const auto* device = static_cast<const float*>(logits_.get());
   auto* host = static_cast<float*>(host_logits_.get());
   if (wanted == nullptr) {
+    if (device_->is_host()) return;  // prefill returns them where they are
     device_->copy_to_host(host, device, count * vocab * sizeof(float));
     return;
   }

@@ -54,11 +54,12 @@ class SessionCore {
   void restore(const std::vector<std::byte>& snapshot);
 
  private:
-  /// An int64 input of a step: filled in pinned memory, copied to its bound address.
+  /// An int64 input of a step: filled in pinned memory, copied to its bound address unless that is the same.
   struct Input {
     const char* name = nullptr;
     Memory pinned;
-    Memory device;
+    Memory device;  // none if the device is the host
+    [[nodiscard]] void* address() const noexcept { return device ? device.get() : pinned.get(); }
     [[nodiscard]] std::int64_t* values() const noexcept { return static_cast<std::int64_t*>(pinned.get()); }
   };
   /// The sizes that distinguish two steps.
@@ -82,6 +83,7 @@ class SessionCore {
   Memory pinned_memory(std::size_t bytes);
   Input make_input(const char* name, std::size_t count);
   std::unique_ptr<Executor> make_executor();
+  void upload(const Input& input, std::size_t count);
   void check(const TokenView* rows, std::size_t count) const;
   void check_usable() const;
   void set_shapes(Executor& executor, const StepShape& step) const;
@@ -97,6 +99,7 @@ class SessionCore {
   std::shared_ptr<const Model> model_;
   std::unique_ptr<Device> device_;
   int capacity_;
+  int slots_;  // of a cache; at least the capacity
   int max_step_tokens_;
   bool cuda_graphs_;
   bool failed_ = false;
@@ -109,9 +112,9 @@ class SessionCore {
   std::vector<char> finishing_;      // scratch of prefill
   std::vector<Memory> caches_;       // one for each pair of cache bindings
   Memory workspace_;
-  Memory key_positions_;
   Memory logits_;
-  Memory host_logits_;
+  Memory host_logits_;  // where the rows' logits are gathered, unless they are read where they were computed
+  Input key_positions_;
   Input input_ids_;
   Input position_ids_;
   Input write_indices_;

@@ -153,4 +153,10 @@ std::string Sha256::hex() {
   return text;
 }
 
+std::string sha256(const void* data, std::size_t bytes) {
+  Sha256 hash;
+  hash.update(data, bytes);
+  return hash.hex();
+}
+
 }  // namespace qwenport::detail

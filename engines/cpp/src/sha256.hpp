@@ -28,4 +28,7 @@ class Sha256 {
   bool hardware_ = false;
 };
 
+/// The SHA-256 of some bytes, 64 lower-case hexadecimal digits.
+std::string sha256(const void* data, std::size_t bytes);
+
 }  // namespace qwenport::detail

@@ -1,5 +1,5 @@
 // SessionCore::save and restore. A snapshot is
-//   "QWENPORT" version:u64 plan's SHA-256:64 bytes rows:u64 (length:i64 tokens:i64[length])[rows]
+//   "QWENPORT" version:u64 engine's identity:64 bytes rows:u64 (length:i64 tokens:i64[length])[rows]
 //   the slots in use of every cache, row and head     checksum:u64 of all before it
 #include <algorithm>
 #include <cstring>
@@ -41,7 +41,7 @@ void put(std::vector<std::byte>& out, const T* values, std::size_t count) {
 struct Header {
   char magic[8];
   std::uint64_t version;
-  char plan[64];
+  char engine[64];
   std::uint64_t rows;
 };
 
@@ -50,7 +50,7 @@ struct Header {
 /// Call visit(device address, bytes) for the used slots of every cache, row and head.
 template <typename Visit>
 void SessionCore::for_each_used_slice(const Rows& rows, const Visit& visit) {
-  const std::size_t head_bytes = static_cast<std::size_t>(manifest().info.capacity) * manifest().slot_bytes();
+  const std::size_t head_bytes = static_cast<std::size_t>(slots_) * manifest().slot_bytes();
   for (const Memory& cache : caches_) {
     auto* head = static_cast<std::byte*>(cache.get());
     for (const std::vector<Token>& row : rows) {
@@ -73,7 +73,7 @@ std::vector<std::byte> SessionCore::save() {
   Header header{};
   std::memcpy(header.magic, magic, sizeof header.magic);
   header.version = snapshot_version;
-  std::memcpy(header.plan, manifest().plan.sha256.data(), sizeof header.plan);
+  std::memcpy(header.engine, manifest().identity.data(), sizeof header.engine);
   header.rows = held_.size();
   std::vector<std::byte> out;
   put(out, &header, 1);
@@ -82,11 +82,14 @@ std::vector<std::byte> SessionCore::save() {
     put(out, &length, 1);
     put(out, row.data(), row.size());
   }
-  const Memory bounce = pinned_memory(longest_slice(held_));
+  const Memory bounce = device_->is_host() ? Memory{} : pinned_memory(longest_slice(held_));
   for_each_used_slice(held_, [&](const std::byte* device, std::size_t bytes) {
-    device_->copy_to_host(bounce.get(), device, bytes);
-    device_->synchronize();
-    put(out, static_cast<const std::byte*>(bounce.get()), bytes);
+    if (bounce) {
+      device_->copy_to_host(bounce.get(), device, bytes);
+      device_->synchronize();
+      device = static_cast<const std::byte*>(bounce.get());
+    }
+    put(out, device, bytes);
   });
   const std::uint64_t sum = checksum(out.data(), out.size());
   put(out, &sum, 1);
@@ -103,7 +106,7 @@ void SessionCore::restore(const std::vector<std::byte>& snapshot) {
   std::uint64_t sum = 0;
   std::memcpy(&sum, snapshot.data() + snapshot.size() - word, word);
   if (sum != checksum(snapshot.data(), snapshot.size() - word)) refuse("damaged");
-  if (std::memcmp(header.plan, manifest().plan.sha256.data(), sizeof header.plan) != 0) {
+  if (std::memcmp(header.engine, manifest().identity.data(), sizeof header.engine) != 0) {
     refuse("of another engine");
   }
   if (header.rows != held_.size()) {
@@ -138,10 +141,11 @@ void SessionCore::restore(const std::vector<std::byte>& snapshot) {
   for_each_used_slice(rows, [&needed](const std::byte*, std::size_t bytes) { needed += bytes; });
   if (needed != left) refuse("damaged");
 
-  const Memory bounce = pinned_memory(longest_slice(rows));
+  const Memory bounce = device_->is_host() ? Memory{} : pinned_memory(longest_slice(rows));
   failed_ = true;  // until all of it is restored
   for_each_used_slice(rows, [&](std::byte* device, std::size_t bytes) {
-    take(bounce.get(), bytes);
+    take(bounce ? bounce.get() : device, bytes);
+    if (!bounce) return;
     device_->copy_to_device(device, bounce.get(), bytes);
     device_->synchronize();
   });

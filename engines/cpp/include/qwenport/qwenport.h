@@ -13,7 +13,7 @@
  *       qwenport_generate_options options = qwenport_generate_defaults();
  *       qwenport_generated result;
  *       options.max_new_tokens = 40;
- *       if (qwenport_engine_load("engine", 0, &engine) || qwenport_session_create(engine, NULL, &session) ||
+ *       if (qwenport_engine_load("engine", NULL, &engine) || qwenport_session_create(engine, NULL, &session) ||
  *           qwenport_generate(session, prompts, sizes, 1, &options, NULL, NULL, tokens, &result)) {
  *         fprintf(stderr, "error: %s\n", qwenport_last_error());
  *         return 2;
@@ -76,15 +76,26 @@ typedef struct {
   int max_step_tokens; /**< tokens per row and step */
   const char* dtype;
   const char* flavour;
-  const char* tensorrt_version;
-  const char* gpus; /**< "sm80,sm90" */
+  const char* runtime_version;
+  const char* gpus; /**< "sm80,sm90"; "" for onnxruntime */
   size_t cache_bytes_per_row;
 } qwenport_engine_info;
+
+/** How onnxruntime loads an engine; see LoadMode in qwenport.hpp. */
+enum { QWENPORT_LOAD_FAST_STEPS = 0, QWENPORT_LOAD_FAST_START = 1 };
+
+/** What does not apply to the engine's flavour is ignored. */
+typedef struct {
+  int gpu;                 /**< TensorRT: CUDA device number */
+  int threads;             /**< onnxruntime: CPU threads of a step; 0 lets onnxruntime choose */
+  int load;                /**< onnxruntime: QWENPORT_LOAD_... */
+  const char* onnxruntime; /**< the onnxruntime library; NULL: where EngineOptions in qwenport.hpp says */
+} qwenport_engine_options;
 
 typedef struct {
   int max_batch;   /**< rows */
   int capacity;    /**< usable slots per row; 0 means the engine's capacity */
-  int cuda_graphs; /**< 1: replay single-token steps as CUDA graphs; no effect on TensorRT-RTX */
+  int cuda_graphs; /**< 1: replay single-token steps as CUDA graphs; only TensorRT does */
 } qwenport_session_options;
 
 typedef struct {
@@ -116,8 +127,10 @@ typedef void (*qwenport_on_token)(void* user, int row, int64_t token);
 /** This thread's last error message: one line that says what to do. Valid until the thread's next call. */
 QWENPORT_EXPORT const char* qwenport_last_error(void);
 
-/** Load an engine directory onto a GPU (a CUDA device number). */
-QWENPORT_EXPORT int qwenport_engine_load(const char* directory, int gpu, qwenport_engine** engine);
+QWENPORT_EXPORT qwenport_engine_options qwenport_engine_defaults(void);
+/** Load an engine directory with the runtime that it was built for. options may be NULL for the defaults. */
+QWENPORT_EXPORT int qwenport_engine_load(const char* directory, const qwenport_engine_options* options,
+                                         qwenport_engine** engine);
 /** Free the handle. Sessions of the engine stay valid. */
 QWENPORT_EXPORT void qwenport_engine_free(qwenport_engine* engine);
 QWENPORT_EXPORT qwenport_engine_info qwenport_engine_get_info(const qwenport_engine* engine);

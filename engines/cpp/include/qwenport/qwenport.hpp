@@ -26,7 +26,8 @@
 // threads. Cancellation::request is the only call that any thread may make while a session works.
 //
 // Destroy sessions and engines before main returns: CUDA shuts down with the process, in an order that a
-// global or static object cannot rely on. A call makes its GPU current and restores the previous one when it ends.
+// global or static object cannot rely on. A call to a TensorRT engine makes its GPU current and restores the previous
+// one when it ends.
 #ifndef QWENPORT_QWENPORT_HPP
 #define QWENPORT_QWENPORT_HPP
 
@@ -53,13 +54,13 @@ constexpr Token idle = -1;
 enum class ErrorCode : int {
   invalid_argument = 1,  ///< a value outside its range: a token id, a sampling parameter, too many rows
   bad_engine = 2,        ///< the directory is not an engine, is damaged, or was changed
-  missing_library = 3,   ///< TensorRT, the CUDA driver or the plugin library cannot be loaded
+  missing_library = 3,   ///< onnxruntime, TensorRT, the CUDA driver or the plugin library cannot be loaded
   wrong_gpu = 4,         ///< no GPU, or one that the engine was not built for
-  wrong_version = 5,     ///< the engine was built by another TensorRT release or flavour
+  wrong_version = 5,     ///< the engine was built for another flavour, or another release of its runtime
   capacity = 6,          ///< a row would pass the cache's capacity; nothing was written
   sampling = 7,          ///< no token can be chosen from the logits (NaN, +inf, all -inf)
   bad_snapshot = 8,      ///< restore: not a snapshot, damaged, or from another engine
-  device = 9,            ///< CUDA or TensorRT failed; the session is unusable, the message says why
+  device = 9,            ///< the runtime or CUDA failed; the session is unusable, the message says why
   internal = 10,         ///< a bug in Qwenport: please report it
 };
 
@@ -77,14 +78,30 @@ class QWENPORT_EXPORT Error : public std::runtime_error {
 /// Facts from an engine's manifest.
 struct EngineInfo {
   int vocab_size = 0;
-  int capacity = 0;                     ///< cache slots per row
-  int max_batch = 0;                    ///< rows
-  int max_step_tokens = 0;              ///< tokens per row and step; longer prompts run in several steps
-  std::string dtype;                    ///< of weights and cache: "fp32", "fp16" or "bf16"
-  std::string flavour;                  ///< "tensorrt" or "tensorrt-rtx"
-  std::string tensorrt_version;         ///< the version that built it
-  std::vector<std::string> gpus;        ///< the GPUs it was built for: "sm90", ...
-  std::size_t cache_bytes_per_row = 0;  ///< device memory that a session needs per row
+  int capacity = 0;               ///< cache slots per row
+  int max_batch = 0;              ///< rows
+  int max_step_tokens = 0;        ///< tokens per row and step; longer prompts run in several steps
+  std::string dtype;              ///< of weights and cache: "fp32", "fp16" or "bf16"
+  std::string flavour;            ///< "onnxruntime", "tensorrt" or "tensorrt-rtx"
+  std::string runtime_version;    ///< the TensorRT that built it, or the oldest onnxruntime that runs it
+  std::vector<std::string> gpus;  ///< the GPUs it was built for: "sm90", ...; none for onnxruntime
+  std::size_t cache_bytes_per_row = 0;  ///< memory of a session's caches per row, at the engine's capacity
+};
+
+/// How onnxruntime loads an engine.
+enum class LoadMode : int {
+  fast_steps = 0,  ///< weights are laid out for the processor: the load takes longer, and a copy of them
+  fast_start = 1,  ///< weights are used where the file is mapped: ready sooner, steps are slower
+};
+
+/// How an engine is loaded. What does not apply to its flavour is ignored.
+struct EngineOptions {
+  int gpu = 0;                           ///< TensorRT: CUDA device number
+  int threads = 0;                       ///< onnxruntime: CPU threads of a step; 0 lets onnxruntime choose
+  LoadMode load = LoadMode::fast_steps;  ///< onnxruntime
+  /// The onnxruntime library, a path; empty: the environment's QWENPORT_ONNXRUNTIME, else libonnxruntime.so.1 beside
+  /// this library or where the loader finds it.
+  std::string onnxruntime;
 };
 
 namespace detail {
@@ -92,17 +109,16 @@ class Model;
 class SessionCore;
 }  // namespace detail
 
-/// A loaded engine: the weights on the GPU. A handle; copies share one engine.
+/// A loaded engine: the weights. A handle; copies share one engine.
 class QWENPORT_EXPORT Engine {
  public:
-  /// Load an engine directory (engine.plan and qwenport.json) onto a GPU.
+  /// Load an engine directory with the runtime that it was built for.
   ///
-  /// The plan is checked against the manifest's SHA-256; the GPU and TensorRT's flavour and version against
-  /// those it was built for.
+  /// The plan or graph is checked against the manifest's SHA-256, weights beside it by their size and header; the
+  /// runtime's flavour and version, and the GPU, against those that the engine was built for.
   /// \param directory an engine directory written by `qwenport build`.
-  /// \param gpu CUDA device number.
-  /// \throws Error bad_engine, missing_library, wrong_gpu, wrong_version, device.
-  static Engine load(const std::string& directory, int gpu = 0);
+  /// \throws Error bad_engine, missing_library, wrong_gpu, wrong_version, device, invalid_argument.
+  static Engine load(const std::string& directory, const EngineOptions& options = {});
 
   [[nodiscard]] const EngineInfo& info() const noexcept;
 
@@ -115,12 +131,13 @@ class QWENPORT_EXPORT Engine {
 
 struct SessionOptions {
   int max_batch = 1;  ///< rows; at most the engine's
-  /// Usable cache slots per row, at most the engine's; 0 means the engine's. The memory is the
-  /// engine's capacity either way: TensorRT fixes it.
+  /// Usable cache slots per row, at most the engine's; 0 means the engine's. onnxruntime allocates these; with TensorRT
+  /// the memory is the engine's capacity either way.
   int capacity = 0;
   /// Replay single-token steps as CUDA graphs. Each shape (rows, and the cache span in units of 64 slots) has
   /// one, captured in its first two steps: it costs a few milliseconds and an execution context's memory. No
-  /// effect on TensorRT-RTX, which compiles better kernels while it runs: a graph would keep the first ones.
+  /// effect on TensorRT-RTX, which compiles better kernels while it runs (a graph would keep the first ones), and on
+  /// onnxruntime.
   bool cuda_graphs = true;
 };
 

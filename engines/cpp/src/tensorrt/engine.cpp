@@ -1,13 +1,13 @@
-// Engine::load, and the Model and Executor of TensorRT.
+// The Model and Executor of TensorRT.
 #include <mutex>
 
+#include "backends.hpp"
 #include "cuda.hpp"
 #include "files.hpp"
 #include "library.hpp"
 #include "target.hpp"
 
-namespace qwenport {
-namespace detail {
+namespace qwenport::detail {
 namespace {
 
 class TensorRTExecutor final : public Executor {
@@ -68,6 +68,7 @@ class TensorRTModel final : public Model {
   [[nodiscard]] std::unique_ptr<Device> make_device() const override {
     return std::make_unique<CudaDevice>(gpu_);
   }
+  [[nodiscard]] int allocated_slots(int /*capacity*/) const override { return manifest().info.capacity; }
   [[nodiscard]] std::size_t workspace_bytes() const override {
     return static_cast<std::size_t>(workspace_bytes_);
   }
@@ -109,18 +110,15 @@ void load_plugins(const Manifest& manifest, const std::string& directory, nvinfe
 }
 
 }  // namespace
-}  // namespace detail
 
-Engine Engine::load(const std::string& directory, int gpu) {
-  using namespace detail;
-  Manifest manifest = read_manifest(directory);
-  check_flavour(manifest, directory, tensorrt_flavour);
+std::shared_ptr<const Model> load_tensorrt(Manifest manifest, const std::string& directory,
+                                           const EngineOptions& options) {
   const TensorRTLibrary& tensorrt = TensorRTLibrary::get();
   check_version(manifest, directory, tensorrt.version());
-  check_gpu(manifest, directory, gpu_architecture(gpu, gpu_list(manifest)));
-  const MappedFile plan(directory + "/" + manifest.plan.name);
-  check_file(manifest.plan, directory, plan);
-  const Gpu device(gpu);
+  check_gpu(manifest, directory, gpu_architecture(options.gpu, gpu_list(manifest)));
+  const MappedFile plan(directory + "/" + manifest.model.name);
+  check_file(manifest.model, directory, plan);
+  const Gpu device(options.gpu);
   const CurrentGpu current(device);
   std::unique_ptr<nvinfer1::IRuntime> runtime = tensorrt.make_runtime();
   load_plugins(manifest, directory, *runtime);
@@ -128,8 +126,7 @@ Engine Engine::load(const std::string& directory, int gpu) {
   if (engine == nullptr) {
     throw Error(ErrorCode::device, directory + ": TensorRT refused the plan" + tensorrt_complaint());
   }
-  return Engine(
-      std::make_shared<TensorRTModel>(std::move(manifest), device, std::move(runtime), std::move(engine)));
+  return std::make_shared<TensorRTModel>(std::move(manifest), device, std::move(runtime), std::move(engine));
 }
 
-}  // namespace qwenport
+}  // namespace qwenport::detail

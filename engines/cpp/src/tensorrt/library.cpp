@@ -16,12 +16,10 @@ namespace qwenport::detail {
 #ifndef TRT_MAJOR_RTX
 #error "configured for TensorRT-RTX, but these are TensorRT's headers"
 #endif
-const char* const tensorrt_flavour = contract::tensorrt_rtx;
 #else
 #ifdef TRT_MAJOR_RTX
 #error "configured for TensorRT, but these are TensorRT-RTX's headers"
 #endif
-const char* const tensorrt_flavour = contract::tensorrt;
 #endif
 
 namespace {
@@ -78,7 +76,8 @@ TensorRTLibrary::TensorRTLibrary() {
   if (library == nullptr) {
     const char* const reason = dlerror();  // NOLINT(concurrency-mt-unsafe): each thread has its own
     throw Error(ErrorCode::missing_library,
-                std::string(tensorrt_flavour) + " cannot be loaded: " + (reason != nullptr ? reason : "") +
+                std::string(QWENPORT_TENSORRT_FLAVOUR) +
+                    " cannot be loaded: " + (reason != nullptr ? reason : "") +
                     "; put its folder into LD_LIBRARY_PATH, or the library beside libqwenport.so");
   }
   using Number = std::int32_t (*)() noexcept;

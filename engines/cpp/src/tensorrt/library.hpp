@@ -12,9 +12,6 @@
 
 namespace qwenport::detail {
 
-/// The flavour that this library was configured for: "tensorrt" or "tensorrt-rtx".
-extern const char* const tensorrt_flavour;
-
 class TensorRTLibrary {
  public:
   /// This process's instance. \throws Error missing_library, wrong_version.
