@@ -4,6 +4,8 @@
 #include <charconv>
 #include <system_error>
 
+#include "contract.hpp"
+
 namespace qwenport::detail {
 
 std::string gpu_list(const Manifest& manifest) {
