@@ -222,6 +222,8 @@ void read_files(const Node& root, Manifest& manifest) {
 
 }  // namespace
 
+bool Manifest::is_onnxruntime() const noexcept { return info.flavour == contract::onnxruntime; }
+
 Manifest parse_manifest(std::string_view text, const std::string& where) {
   const json document = json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
   if (document.is_discarded()) fail(where, "not a manifest: not JSON");

@@ -8,7 +8,6 @@
 #include <utility>
 #include <vector>
 
-#include "contract.hpp"
 #include "qwenport/qwenport.hpp"
 
 namespace qwenport::detail {
@@ -45,7 +44,7 @@ struct Manifest {
   [[nodiscard]] std::size_t row_bytes(int slots) const noexcept {
     return static_cast<std::size_t>(kv_heads) * static_cast<std::size_t>(slots) * slot_bytes();
   }
-  [[nodiscard]] bool is_onnxruntime() const noexcept { return info.flavour == contract::onnxruntime; }
+  [[nodiscard]] bool is_onnxruntime() const noexcept;
 };
 
 /// Parse and check a manifest.
