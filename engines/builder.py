@@ -138,6 +138,7 @@ def _manifest(request: Request, filled: Filled, folder: Path) -> dict[str, Any]:
             "source": package.manifest["source"],
             "dtype": package.dtype,
             "weight_bytes": package.manifest["weights"]["bytes"],
+            "weight_mode": package.manifest["weights"]["mode"],
             "max_seq_len": package.max_seq_len,
         },
         **weights,

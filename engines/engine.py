@@ -59,7 +59,13 @@ SHAPE = {
     "layers": int,
     "plugins": [str],
     "plugin_layers": Each(int),
-    "package": {"source": SOURCE, "dtype": str, "weight_bytes": int, "max_seq_len": int},
+    "package": {
+        "source": SOURCE,
+        "dtype": str,
+        "weight_bytes": int,
+        "weight_mode": str,
+        "max_seq_len": int,
+    },
     "files": FILES,
 }
 WEIGHTS_SHAPE = {"bytes": int, "files": Each({"bytes": int, "header_sha256": str})}

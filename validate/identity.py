@@ -7,6 +7,7 @@ one whose model.onnx points outside its directory may not.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from qwenport.contract import (
     BY_SAFETENSORS,
     DTYPES,
     ENGINE,
+    ENGINE_WEIGHTS,
     MODEL,
     WEIGHT_MODES,
     Progress,
@@ -38,6 +40,7 @@ from qwenport.validate.target import Target
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir as ir
 
 WEIGHTS, GRAPH, FILES = "weights", "graph", "files"
 SUMMARIES = {
@@ -45,7 +48,6 @@ SUMMARIES = {
     GRAPH: "model.onnx, node for node, against what this version of the exporter writes",
     FILES: "Companion files, the manifest and paths against the checkpoint, the graph and the directory",
 }
-LOWERED = "it is lowered from the package's, which `validate` compares"
 IN_THE_PLAN = "it is inside the engine's plan, which only its logits show"
 
 
@@ -117,7 +119,7 @@ def _onnxruntime_engine(target: Target, checkpoint: Checkpoint, progress: Progre
         _count("paths that leave the engine", outside),
     )
     files = _row(FILES, begun, checks)
-    rows = (weights, _row(GRAPH, begun, reason=LOWERED), files)
+    rows = (weights, _engine_graph(target, model, checkpoint), files)
     return Identity(rows, compared.sha256, not outside)
 
 
@@ -131,7 +133,7 @@ def _package(package: Package, checkpoint: Checkpoint, progress: Progress) -> Id
     outside = _outside(model, package.path)
     compared = compare_weights(model, package.path, checkpoint, progress)
     weights = _row(WEIGHTS, begun, compared.checks)
-    graph = _graph(package, model, checkpoint)
+    graph = _package_graph(package, model, checkpoint)
     begun = time.perf_counter()
     checks = (
         _companions(package.path, checkpoint.path),
@@ -166,13 +168,48 @@ def _count(metric: str, errors: list[str]) -> Check:
     return Check(metric, len(errors), "==", 0, f"first: {errors[0]}" if errors else None)
 
 
-def _graph(package: Package, model: onnx.ModelProto, checkpoint: Checkpoint) -> ScenarioResult:
+def _package_graph(
+    package: Package, model: onnx.ModelProto, checkpoint: Checkpoint
+) -> ScenarioResult:
+    def expected() -> ir.Model:
+        return expected_model(
+            checkpoint,
+            dtype=package.dtype,
+            weights=package.manifest["weights"].get("mode"),
+            max_seq_len=package.max_seq_len,
+        )
+
+    return _graph(package.manifest, model, expected)
+
+
+def _engine_graph(target: Target, model: onnx.ModelProto, checkpoint: Checkpoint) -> ScenarioResult:
+    """As for a package: the graph of the package that this version exports, lowered as this version lowers it."""
+    from qwenport.engines.lowering import for_onnxruntime_engine
+
+    assert target.engine is not None
+    manifest = target.engine.manifest
+
+    def expected() -> ir.Model:
+        package = expected_model(
+            checkpoint,
+            dtype=target.dtype,
+            weights=manifest["package"]["weight_mode"],
+            max_seq_len=target.rope_length,
+        )
+        return for_onnxruntime_engine(package, positions=target.capacity, file=ENGINE_WEIGHTS)[0]
+
+    return _graph(manifest, model, expected)
+
+
+def _graph(
+    manifest: Mapping[str, Any], model: onnx.ModelProto, expected: Callable[[], ir.Model]
+) -> ScenarioResult:
     import onnx_ir as ir
 
     from qwenport.validate.graph_identity import differences
 
     begun = time.perf_counter()
-    written_by = package.manifest.get("qwenport_version")
+    written_by = manifest.get("qwenport_version")
     if written_by != __version__:
         reason = (
             f"written by Qwenport {written_by}; this is {__version__}, "
@@ -180,16 +217,11 @@ def _graph(package: Package, model: onnx.ModelProto, checkpoint: Checkpoint) -> 
         )
         return _row(GRAPH, begun, reason=reason)
     try:
-        expected = expected_model(
-            checkpoint,
-            dtype=package.dtype,
-            weights=package.manifest["weights"].get("mode"),
-            max_seq_len=package.max_seq_len,
-        )
+        wanted = ir.to_proto(expected())
     except (ExportError, KeyError, TypeError, ValueError) as error:
         reason = f"the exporter makes no such package: {error}"
         return _row(GRAPH, begun, reason=reason, status="failed")
-    found = differences(model, ir.to_proto(expected))
+    found = differences(model, wanted)
     return _row(GRAPH, begun, (_count("differences from the exporter's graph", found),))
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from command_line import Capture, refused
 from safetensors.torch import load_file
 
-from qwenport.contract import ENGINE_WEIGHTS
+from qwenport.contract import ENGINE_WEIGHTS, MANIFEST, MODEL
 from qwenport.engines import build
 from qwenport.exporter import export, read_safetensors_header
 from qwenport.validate import validate
@@ -20,7 +23,7 @@ from qwenport.validate.target import open_target
 
 from .bundled import DENSE, MIXTURE, failing, make_checkpoint, row, status
 
-HIDDEN = {"graph", "embedding"}
+HIDDEN = {"embedding"}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def identity(engine: Path, checkpoint: Path) -> dict[str, str]:
     return {result.name: result.status for result in found.rows}
 
 
-PASSES = {"weights": "passed", "graph": "not run", "files": "passed"}
+PASSES = {"weights": "passed", "graph": "passed", "files": "passed"}
 
 
 @pytest.mark.parametrize(
@@ -111,6 +114,34 @@ def test_one_changed_value_is_found_and_named(
     assert weights.status == "failed"
     where = weights.checks[0].where
     assert where is not None and entry.name in where and "1 of" in where
+
+
+def test_a_changed_node_is_found_and_named(
+    engine_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """With a manifest that fits it, so that the engine opens."""
+    engine = Path(shutil.copytree(engine_of(DENSE), tmp_path / "engine"))
+    model = onnx.load(engine / MODEL, load_external_data=False)
+    norm = next(node for node in model.graph.node if node.op_type == "RMSNormalization")
+    next(a for a in norm.attribute if a.name == "epsilon").f *= 1.5
+    onnx.save(model, engine / MODEL)
+    manifest = json.loads((engine / MANIFEST).read_text())
+    content = (engine / MODEL).read_bytes()
+    manifest["files"][MODEL] = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    (engine / MANIFEST).write_text(json.dumps(manifest))
+    found = check_identity(open_target(engine), DENSE)
+    (graph,) = [result for result in found.rows if result.name == "graph"]
+    assert graph.status == "failed"
+    assert norm.name in str(graph.checks[0].where) and "epsilon" in str(graph.checks[0].where)
+
+
+def test_a_shorter_engine_has_the_expected_graph(tmp_path: Path) -> None:
+    package = export(DENSE, tmp_path / "package")
+    engine = build(package.path, tmp_path / "engine", target="onnxruntime", max_seq_len=100)
+    assert identity(engine.path, DENSE) == PASSES
 
 
 def test_a_changed_table_fails_the_report(
