@@ -1,5 +1,7 @@
 # `make demo` needs Python 3.11 or newer and nothing else. constraints.txt is for 3.11.
 
+# CMake writes Makefiles, and make says at length that it enters and leaves their folders.
+MAKEFLAGS += --no-print-directory
 VENV := .venv
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 
@@ -8,11 +10,12 @@ INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(VENV)/bin/pip install --quiet -c constraints.txt
 # -rs: how many tests were skipped, and why
 PYTEST := $(VENV)/bin/pytest -n 2 -rs
+EMBED := build/embed
 # what compiles C++ or CUDA is `make cpp`'s
 NATIVE := tests/cpp tests/plugins/native
 PYTHON_TESTS := $(PYTEST) $(addprefix --ignore ,$(NATIVE))
 
-.PHONY: help demo test cpp cpp-packages test-all lint docs clean
+.PHONY: help demo embed compiler test cpp cpp-packages test-all lint docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -20,6 +23,21 @@ help:  ## list the targets
 
 demo: $(VENV)/.installed  ## install what is needed and run the demo
 	$(VENV)/bin/qwenport demo
+
+embed: compiler $(VENV)/.installed-embed  ## run the small checkpoint inside a C++ program
+	rm -rf $(EMBED) && mkdir -p $(EMBED)
+	$(VENV)/bin/qwenport export examples/tiny-qwen2.5 $(EMBED)/tiny.package
+	$(VENV)/bin/qwenport build $(EMBED)/tiny.package $(EMBED)/tiny.engine --target onnxruntime
+	$(VENV)/bin/qwenport cpp install $(EMBED)/usr
+	$(VENV)/bin/cmake -S examples/cpp/minimal -B $(EMBED)/minimal "-DCMAKE_PREFIX_PATH=$(CURDIR)/$(EMBED)/usr"
+	$(VENV)/bin/cmake --build $(EMBED)/minimal
+	QWENPORT_ONNXRUNTIME=$$(ls $(VENV)/lib/python*/site-packages/onnxruntime/capi/libonnxruntime.so.*) \
+		$(VENV)/bin/python examples/cpp/minimal/text.py \
+		$(EMBED)/minimal/minimal $(EMBED)/tiny.engine "Once upon a time"
+
+compiler:
+	@printf '#include <filesystem>\n' | $${CXX:-c++} -std=c++17 -fsyntax-only -x c++ - 2>/dev/null || { \
+		echo 'error: a C++17 compiler is needed; on Debian and Ubuntu: apt-get install g++' >&2; exit 1; }
 
 test: lint  ## lint and run the fast tests
 	$(PYTHON_TESTS) -m "not slow"
@@ -63,9 +81,14 @@ $(VENV)/.installed-dev: $(VENV)/bin/pip pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev]'
 	touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-embed: $(VENV)/bin/pip pyproject.toml constraints.txt
+	@echo 'Installing into $(VENV): PyTorch is large, this takes minutes the first time.'
+	$(INSTALL) -e '.[cpu,cpp]'
+	touch $@
+
 # TensorRT's headers come with a package whose own code and dependencies are not wanted; its lean runtime, whose
 # registry loads plugins, asks for a CUDA runtime that it does not need for that.
 $(VENV)/.installed-cpp: $(VENV)/.installed-dev
-	$(INSTALL) -e '.[dev,cpp]'
+	$(INSTALL) -e '.[native]'
 	$(INSTALL) --no-deps kernel-lens tensorrt-lean-cu13-bindings tensorrt-lean-cu13-libs
-	touch $@
+	touch $@ $(VENV)/.installed-embed

@@ -1,6 +1,7 @@
 """package -> engine -> session. Lowering per target, the builder, and the sessions that run either."""
 
 from qwenport.engines.builder import build
+from qwenport.engines.cpp_library import CppLibrary, InstallError, install_cpp_library
 from qwenport.engines.engine import Engine, load_engine
 from qwenport.engines.errors import (
     BuildError,
@@ -39,6 +40,7 @@ __all__ = [
     "CachedSession",
     "Cancellation",
     "CapacityError",
+    "CppLibrary",
     "Engine",
     "EngineError",
     "FinishReason",
@@ -46,6 +48,7 @@ __all__ = [
     "Generated",
     "Generation",
     "GenerationError",
+    "InstallError",
     "LoweringError",
     "OnnxRuntimeSession",
     "Piece",
@@ -62,6 +65,7 @@ __all__ = [
     "TensorRTSession",
     "build",
     "generate",
+    "install_cpp_library",
     "load_engine",
     "open_session",
     "start_onnxruntime",

@@ -10,14 +10,11 @@ import ctypes
 import os
 import re
 import shutil
-import subprocess
-import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qwenport import QwenportError, contract
+from qwenport import QwenportError, cmake, contract
 from qwenport.contract import OLDEST_PLUGIN_GPU, PLUGIN_VERSION, Progress, no_progress
 
 LIBRARY = "libqwenport_plugins.so"
@@ -33,7 +30,7 @@ HEADER_FOLDERS = (
 
 
 class PluginError(QwenportError):
-    """The plugins cannot be compiled or used: a tool is missing, the compiler failed, or it is not such a library."""
+    """The plugins cannot be compiled or used: nvcc or the headers are missing, or it is not such a library."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +85,9 @@ def compile_library(
         progress: called with (what, done, total).
 
     Raises:
-        PluginError: cmake, nvcc or the headers are missing, or the compiler failed.
+        PluginError: nvcc or the headers are missing.
+        CompilationError: cmake is missing, or the compiler failed.
     """
-    cmake = shutil.which("cmake") or shutil.which("cmake", path=sysconfig.get_path("scripts"))
-    if cmake is None:
-        raise PluginError("cmake is missing, needed to compile the plugins: pip install cmake")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(CUDA))
     if nvcc is None:
         raise PluginError(
@@ -111,9 +106,7 @@ def compile_library(
             "CMAKE_CUDA_COMPILER": nvcc,
             "TENSORRT_INCLUDE_DIR": str(headers),
         }
-        options = [f"-D{name}={value}" for name, value in settings.items()]
-        _run([cmake, "-S", str(SOURCES), "-B", str(build), *options], progress, "configuring")
-        _run([cmake, "--build", str(build), "--parallel"], progress, "compiling the plugins")
+        cmake.build(SOURCES, build, settings, what="compiling the plugins", progress=progress)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             shutil.copyfile(build / LIBRARY, partial)
@@ -162,33 +155,3 @@ def _headers(given: Path | None) -> Path:
         "TensorRT's headers are missing: install them (on Debian and Ubuntu libnvinfer-headers-dev), or say "
         "where they are with --tensorrt-include"
     )
-
-
-def _run(command: list[str], progress: Progress, what: str) -> None:
-    """Run a build step; its errors become the exception's message."""
-    lines: list[str] = []
-    progress(what, 0, 100)
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        try:
-            for line in process.stdout or ():
-                lines.append(line.strip())
-                for done, total in _steps(line):
-                    progress(what, done, total)
-        except BaseException:
-            process.terminate()
-            raise
-    if process.returncode:
-        said = [line for line in lines if re.search(r"\bfatal\b|error:", line)]
-        said = said or [line for line in lines if "Error" in line] or lines[-1:]
-        raise PluginError(f"{what} failed: {' '.join(said[:3])}")
-    progress(what, 100, 100)
-
-
-def _steps(line: str) -> Iterator[tuple[int, int]]:
-    """The progress in a line of cmake's output: "[3/8] ..." or "[ 37%] ..."."""
-    if match := re.match(r"\[(\d+)/(\d+)\]", line):
-        yield int(match[1]), int(match[2])
-    elif match := re.match(r"\[ *(\d+)%\]", line):
-        yield int(match[1]), 100

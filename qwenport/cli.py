@@ -38,6 +38,7 @@ COMMANDS = {
     "generate": ("qwenport.commands.generate", "Generate text with a package or an engine."),
     "inspect": ("qwenport.commands.inspect", "Show what a checkpoint, package or engine holds."),
     "plugins": ("qwenport.commands.plugins", "Compile the CUDA plugins for TensorRT."),
+    "cpp": ("qwenport.commands.cpp", "Compile and install the C++ library."),
     "doctor": ("qwenport.commands.doctor", "Show what is installed and which targets work here."),
     "demo": ("qwenport.commands.demo", "Run the whole path on a small checkpoint."),
 }

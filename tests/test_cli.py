@@ -80,7 +80,7 @@ def engine(package: Path) -> Path:
 # help
 
 
-@pytest.mark.parametrize("name", [*cli.COMMANDS, "plugins build"])
+@pytest.mark.parametrize("name", [*cli.COMMANDS, "plugins build", "cpp install"])
 def test_help_has_two_sentences_an_example_and_every_default(name: str, run: Run) -> None:
     command: click.Command | None = cli.cli
     for word in name.split():

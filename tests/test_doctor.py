@@ -159,7 +159,7 @@ def test_the_library_for_cpp_is_the_one_in_the_environment() -> None:
 
 def test_without_onnxruntime_there_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    assert doctor._onnxruntime_library() is None
+    assert doctor.onnxruntime_library() is None
 
 
 def test_this_machine_can_be_described() -> None:

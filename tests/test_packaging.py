@@ -13,14 +13,12 @@ from pathlib import Path
 
 import click
 import pytest
+from wheels import FOLDERS, OFFLINE, ROOMS, ROOT, copy_sources, install, make_wheel, pip
 
 import qwenport
 from qwenport import MissingExtraError, QwenportError, cli, import_extra
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-ROOMS = ("exporter", "plugins", "engines", "validate")
-FOLDERS = {"qwenport": "qwenport", **{f"qwenport.{room}": room for room in ROOMS}}
 
 
 def sources(pattern: str) -> dict[str, Path]:
@@ -34,36 +32,14 @@ def sources(pattern: str) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is packaged, so that nothing is written into the repository."""
     copy = tmp_path_factory.mktemp("source")
-    ignored = shutil.ignore_patterns("__pycache__")
-    for folder in FOLDERS.values():
-        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
-    for name in ("pyproject.toml", "setup.py", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
+    copy_sources(copy)
     return copy
-
-
-def pip(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run pip without network and without settings of this machine."""
-    return subprocess.run(
-        [sys.executable, "-m", "pip", *map(str, arguments)],
-        env={k: v for k, v in os.environ.items() if not k.startswith("PIP_")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet")
 
 
 @pytest.fixture(scope="module")
 def wheel(copied: Path) -> Path:
-    made = pip("wheel", *OFFLINE, "--wheel-dir", copied / "dist", copied)
-    assert made.returncode == 0, made.stderr
-    (wheel,) = (copied / "dist").glob("*none-any.whl")
-    return wheel
+    return make_wheel(copied)
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +53,11 @@ def test_a_type_checker_sees_the_package_from_an_empty_folder(
     kind: str, copied: Path, wheel: Path, tmp_path: Path
 ) -> None:
     venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     if kind == "editable":  # what `pip install -e` does, for a Python without setuptools
         build = "import setuptools.build_meta as backend; backend.build_editable('dist')"
         subprocess.run([sys.executable, "-c", build], cwd=copied, check=True)
         (wheel,) = (copied / "dist").glob("*editable*.whl")
-    installed = pip("--python", venv, "install", *OFFLINE, wheel)
-    assert installed.returncode == 0, installed.stderr
+    install(wheel, venv)
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "uses.py").write_text(
@@ -140,7 +114,16 @@ def test_wheel_holds_every_module_and_nothing_outside_the_package(wheel_names: s
 def test_wheel_holds_the_sources_that_are_compiled_where_they_run(wheel_names: set[str]) -> None:
     compiled = {
         name
-        for pattern in ("CMakeLists.txt", "*.cmake", "*.cpp", "*.cu", "*.cuh", "*.h", "*.hpp")
+        for pattern in (
+            "CMakeLists.txt",
+            "*.cmake",
+            "*.in",
+            "*.cpp",
+            "*.cu",
+            "*.cuh",
+            "*.h",
+            "*.hpp",
+        )
         for name in sources(pattern)
     }
     assert compiled | {"qwenport/py.typed"} <= wheel_names

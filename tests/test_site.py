@@ -71,7 +71,7 @@ def test_the_site_builds_and_shows_the_help_that_the_commands_print(copy: Path) 
     assert done.returncode == 0, done.stderr
     page = html.unescape((copy / "build/site/reference/cli.html").read_text())
     text = re.sub(r"<[^<>]*?/?(?:span|a)\b[^>]*>", "", page)
-    for command in ([], ["export"], ["plugins", "build"]):
+    for command in ([], ["export"], ["plugins", "build"], ["cpp", "install"]):
         printed = subprocess.run(
             [sys.executable, "-m", "qwenport", *command, "--help"],
             env={**os.environ, "COLUMNS": "80"},

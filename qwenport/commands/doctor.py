@@ -111,7 +111,7 @@ def collect() -> Facts:
             Package(name, _version(name), purpose, install) for name, purpose, install in PACKAGES
         ),
         onnxruntime_providers=_onnxruntime_providers(),
-        onnxruntime_library=_onnxruntime_library(),
+        onnxruntime_library=onnxruntime_library(),
         cuda_driver=driver,
         gpus=gpus,
         nvcc=_nvcc_version(),
@@ -216,7 +216,7 @@ def _onnxruntime_providers() -> tuple[str, ...]:
         return ()
 
 
-def _onnxruntime_library() -> str | None:
+def onnxruntime_library() -> str | None:
     """The path of the shared library in the installed onnxruntime, which C and C++ programs load."""
     spec = importlib.util.find_spec("onnxruntime")
     for folder in (spec.submodule_search_locations or ()) if spec else ():

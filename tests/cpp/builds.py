@@ -44,7 +44,7 @@ def tool(name: str) -> str:
     """A program of the development environment."""
     found = shutil.which(name, path=sysconfig.get_path("scripts"))
     if not found:
-        raise BuildError(f"{name} is missing: run `make cpp`, or pip install -e '.[dev,cpp]'")
+        raise BuildError(f"{name} is missing: run `make cpp`, or pip install -e '.[native]'")
     return found
 
 

@@ -27,7 +27,7 @@ def test_the_commands_of_the_page_build_a_program(tmp_path: Path) -> None:
         "PATH": f"{Path(tool('cmake')).parent}:{os.environ['PATH']}",
     }
     commands = "".join(blocks("sh"))
-    assert commands.count("cmake ") == 8
+    assert commands.count("cmake ") == 5 and commands.count("qwenport cpp install ") == 2
     run("bash", "-euc", commands, cwd=tmp_path, env=environment)
     assert (tmp_path / "build" / "minimal" / "minimal").exists()
     assert blocks("cmake")[0] in (ROOT / "examples/cpp/minimal/CMakeLists.txt").read_text()
