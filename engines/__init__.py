@@ -11,22 +11,28 @@ from qwenport.engines.errors import (
     SessionError,
     SnapshotError,
 )
-from qwenport.engines.generation import (
+from qwenport.engines.generate_options import (
     Cancellation,
     FinishReason,
     Generated,
     GenerateOptions,
-    Generation,
     GenerationError,
+    OnLogits,
     Piece,
-    StreamDecoder,
-    generate,
 )
+from qwenport.engines.generation import Generation, generate
 from qwenport.engines.onnxruntime_session import OnnxRuntimeSession, start_onnxruntime
 from qwenport.engines.open import open_session
-from qwenport.engines.sampling import Sampler, SamplingError, SamplingParams, SamplingParamsError
+from qwenport.engines.sampling import (
+    Sampler,
+    SamplingError,
+    SamplingParams,
+    SamplingParamsError,
+    TokenLogprob,
+)
 from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.session import CachedSession, Session, Step
+from qwenport.engines.stream_decoder import StreamDecoder
 from qwenport.engines.targets import FLAVOURS, FP16_ONLY
 from qwenport.engines.tensorrt_builder import MAX_STEP_LOGITS, MAX_STEP_TOKENS
 from qwenport.engines.tensorrt_session import TensorRTSession
@@ -50,6 +56,7 @@ __all__ = [
     "GenerationError",
     "InstallError",
     "LoweringError",
+    "OnLogits",
     "OnnxRuntimeSession",
     "Piece",
     "Sampler",
@@ -63,6 +70,7 @@ __all__ = [
     "Step",
     "StreamDecoder",
     "TensorRTSession",
+    "TokenLogprob",
     "build",
     "generate",
     "install_cpp_library",

@@ -1,4 +1,4 @@
-"""Generating token ids with a session, and turning them into text as they arrive.
+"""Generating token ids with a session.
 
 Names and their meaning are those of the C++ runtime (engines/cpp/include/qwenport/qwenport.hpp).
 
@@ -9,130 +9,40 @@ of its cache, and a cache of ``capacity`` slots allows ``capacity - p + 1`` new 
 
 from __future__ import annotations
 
-import operator
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwenport import QwenportError
 from qwenport.engines.errors import CapacityError
-from qwenport.engines.sampling import Sampler, SamplingError, SamplingParams
+from qwenport.engines.generate_options import (
+    FinishReason,
+    Generated,
+    GenerateOptions,
+    GenerationError,
+    OnLogits,
+    Piece,
+    integer,
+    ordered,
+    token_ids,
+)
+from qwenport.engines.sampling import (
+    Sampler,
+    SamplingError,
+    TokenLogprob,
+    check_logits,
+    log_probabilities,
+)
+from qwenport.engines.stop_sequences import StopSequences
 
 if TYPE_CHECKING:
     from qwenport.engines.session import Session
 
-FinishReason = Literal["stop", "length", "capacity", "cancelled"]
-"""Why a row ended; see `Generated`."""
-
-
 _Logits = TypeVar("_Logits")
 _ByRow = Mapping[int, NDArray[np.float32]] | NDArray[np.float32]
-_NO_TOKENS = (str, bytes, bytearray, memoryview, Mapping)
-
-
-class GenerationError(QwenportError, ValueError):
-    """A request that cannot be run: no prompt tokens, ids out of range, too many rows, ..."""
-
-
-class Cancellation:
-    """Ends a generation from another thread. It stays requested: use a new one for each request."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-
-    def request(self) -> None:
-        """End the generation before its next step."""
-        self._event.set()
-
-    def requested(self) -> bool:
-        """Whether cancellation has been requested."""
-        return self._event.is_set()
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """How tokens are chosen and when to stop.
-
-    Attributes:
-        max_new_tokens: at least 1; the limit for each row, not counting a stop token.
-        stop_tokens: ids that end a row (end of sequence, end of turn); may be empty. Ids outside the vocabulary are
-            never drawn.
-        temperature, top_k, top_p, repetition_penalty, seed: see `SamplingParams`. The penalty looks at the row's
-            prompt and its new tokens. With ``seed=None`` every row has a fresh seed.
-        append: continue after the tokens that the rows hold, instead of resetting the session. To continue a
-            generation, start the prompt with its `Generated.pending`.
-        cancellation: checked before every step.
-
-    Raises:
-        GenerationError, SamplingParamsError: on construction, for a value of the wrong type or out of range.
-    """
-
-    max_new_tokens: int = 256
-    stop_tokens: Collection[int] = ()
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = 0
-    append: bool = False
-    cancellation: Cancellation | None = None
-
-    def __post_init__(self) -> None:
-        _index("max_new_tokens", self.max_new_tokens, 1)
-        for token in _items("stop_tokens", self.stop_tokens):
-            _index("a stop token", token, 0)
-        _ = self.sampling
-        if not isinstance(self.append, bool):
-            raise GenerationError(f"append must be True or False, got {self.append!r}")
-        if not isinstance(self.cancellation, Cancellation | None):
-            raise GenerationError(f"cancellation must be a Cancellation, got {self.cancellation!r}")
-
-    @property
-    def sampling(self) -> SamplingParams:
-        """The options that choose tokens."""
-        return SamplingParams(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-        )
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What one row generated.
-
-    Attributes:
-        tokens: the new tokens, without the stop token.
-        reason: "stop" (a stop token was drawn), "length" (``max_new_tokens`` reached; also if the cache is full at the
-            same time), "capacity" (the row's cache is full) or "cancelled".
-        stop_token: the one that was drawn; None unless ``reason`` is "stop".
-        pending: the tokens among prompt, new tokens and stop token that the cache does not hold: the last one drawn,
-            and after an early cancellation the rest of the prompt.
-    """
-
-    tokens: list[int]
-    reason: FinishReason
-    stop_token: int | None = None
-    pending: list[int] = field(default_factory=list)
-
-
-class Piece(NamedTuple):
-    """One new token, right after it was drawn.
-
-    Attributes:
-        row: the prompt's index.
-        token: the token's id.
-    """
-
-    row: int
-    token: int
 
 
 class _Row:
@@ -143,64 +53,94 @@ class _Row:
         self.fed = 0  # tokens of the prompt and the new ones that are in the cache
         self.sampler = Sampler(options.sampling, row=row)
         self.stop = frozenset(map(int, options.stop_tokens))
+        self.on_logits, self.logprobs = options.on_logits, options.logprobs
         room = free - len(prompt) + 1
         self.limit = min(options.max_new_tokens, room)
         self.reason: FinishReason = "length" if options.max_new_tokens <= room else "capacity"
-        self.new: list[int] = []
+        self.new: list[int] = []  # also those of a stop sequence
+        self.released = 0  # how many of them were streamed
         self.stop_token: int | None = None
+        self.stop_sequence: int | None = None
         self.ended = False
+        self._sequences = [tuple(map(int, sequence)) for sequence in options.stop_sequences]
+        self._matching = StopSequences(self._sequences)
+        self._logprobs: list[tuple[float, list[TokenLogprob]]] = []
         self._penalised = options.repetition_penalty != 1.0
         self._seen = np.zeros(len(prompt) + self.limit if self._penalised else 0, dtype=np.int64)
         if self._penalised:
             self._seen[: len(prompt)] = prompt
 
-    def take(self, logits: NDArray[np.float32]) -> Piece | None:
+    def take(self, logits: NDArray[np.float32]) -> list[Piece]:
         """Draw the next token from float32 ``logits`` [vocab] and decide whether the row ends.
 
         Returns:
-            The new token; None for a stop token.
+            The new tokens that are certain now.
         """
+        if self.on_logits is not None:
+            logits = self._edited(logits, self.on_logits)
         known = len(self.prompt) + len(self.new)
-        try:
+        with self._named():
             token = self.sampler.sample(logits, self._seen[:known])
-        except SamplingError as error:
-            raise SamplingError(f"row {self.index}, new token {len(self.new)}: {error}") from error
         if token in self.stop:
             self.reason, self.stop_token, self.ended = "stop", token, True
-            return None
+            return self.release()
         self.new.append(token)
         if self._penalised:
             self._seen[known] = token
-        self.ended = len(self.new) == self.limit
-        return Piece(self.index, token)
+        if self.logprobs is not None:
+            self._logprobs.append(log_probabilities(logits, token, self.logprobs))
+        self.stop_sequence = self._matching.push(token)
+        if self.stop_sequence is not None:
+            self.reason = "stop"
+        self.ended = self.stop_sequence is not None or len(self.new) == self.limit
+        return self.release() if self.ended else self.release(self._matching.undecided)
+
+    def release(self, held_back: int = 0) -> list[Piece]:
+        """The new tokens that have not been streamed, without the last ones, which stay held back."""
+        tokens = self.new[self.released : len(self.new) - max(held_back, self._removed)]
+        self.released += len(tokens)
+        return [Piece(self.index, token) for token in tokens]
 
     def result(self) -> Generated:
         """The row's result so far."""
         drawn = [] if self.stop_token is None else [self.stop_token]
         pending = [*self.prompt, *self.new, *drawn][self.fed :]
         reason: FinishReason = self.reason if self.ended else "cancelled"
-        return Generated(list(self.new), reason, self.stop_token, pending)
+        count = len(self.new) - self._removed
+        logprobs = self._logprobs[:count]
+        return Generated(
+            self.new[:count],
+            reason,
+            self.stop_token,
+            pending,
+            self.stop_sequence,
+            [logprob for logprob, _ in logprobs],
+            [list(likely) for _, likely in logprobs] if self.logprobs else [],
+        )
 
+    @property
+    def _removed(self) -> int:
+        """How many of the last new tokens are the stop sequence."""
+        return 0 if self.stop_sequence is None else len(self._sequences[self.stop_sequence])
 
-def _items(what: str, value: object) -> list[Any]:
-    """The items of a list, tuple, set or array; refuses text, bytes and what has no items."""
-    scalar = isinstance(value, np.ndarray) and not value.ndim
-    if isinstance(value, Collection) and not isinstance(value, _NO_TOKENS) and not scalar:
-        return list(value)
-    raise GenerationError(f"{what} must be a list of token ids, got {value!r:.60}")
+    def _edited(self, logits: NDArray[np.float32], on_logits: OnLogits) -> NDArray[np.float32]:
+        with self._named():
+            check_logits(logits)
+        logits = logits.copy()
+        if on_logits(self.index, logits, tuple(self.new)) is not None:  # type: ignore[func-returns-value]
+            raise GenerationError("on_logits must edit the logits in place and return None")
+        with self._named():
+            check_logits(logits, edited=True)
+        return logits
 
-
-def _index(what: str, value: object, low: int, high: int | None = None) -> int:
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise GenerationError(f"{what} must be an integer, got {value!r}") from None
-    if number < low or (high is not None and number >= high):
-        bound = f"at least {low}" if high is None else f"in [{low}, {high})"
-        raise GenerationError(f"{what} must be {bound}, got {number}")
-    return number
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the row and the token in an error of the sampler."""
+        try:
+            yield
+        except SamplingError as error:
+            place = f"row {self.index}, new token {len(self.new)}"
+            raise SamplingError(f"{place}: {error}") from error
 
 
 _LATEST: WeakKeyDictionary[Session, Generation] = (
@@ -209,7 +149,7 @@ _LATEST: WeakKeyDictionary[Session, Generation] = (
 
 
 class Generation:
-    """A generation that runs as it is iterated: each new token is yielded once, as a `Piece`.
+    """A generation that runs as it is iterated: each new token is yielded once, as a `Piece`, in order.
 
     Resets the session (unless ``options.append``), prefills the prompts and decodes until every row has ended. Rows
     may differ in length; one that ends idles while the others continue. Row ``b`` draws from the stream ``(seed, b)``
@@ -241,7 +181,9 @@ class Generation:
         """
         if not isinstance(options, GenerateOptions):
             raise GenerationError(f"options must be GenerateOptions, got {options!r:.60}")
-        prompts = _items("prompts", prompts)
+        if options.logprobs is not None:
+            integer("logprobs", options.logprobs, 0, session.vocab_size + 1)
+        prompts = ordered("prompts", prompts)
         if len(prompts) > session.max_batch:
             raise GenerationError(
                 f"{len(prompts)} prompts, but the session has {session.max_batch} rows"
@@ -252,10 +194,9 @@ class Generation:
         )  # what the session must hold when the next step begins
         self._rows = []
         for b, prompt in enumerate(prompts):
-            tokens = _items(f"prompt {b}", prompt)
-            if not tokens:
+            ids = token_ids(f"prompt {b}", prompt, session.vocab_size)
+            if not ids:
                 raise GenerationError(f"prompt {b} is empty: a model needs at least one token")
-            ids = [_index(f"an id of prompt {b}", i, 0, session.vocab_size) for i in tokens]
             free = int(session.free_slots[b]) if options.append else session.capacity
             if len(ids) > free:
                 raise CapacityError(
@@ -269,18 +210,25 @@ class Generation:
 
     @property
     def results(self) -> list[Generated]:
-        """Each row's result so far, with all tokens of the last step."""
+        """Each row's result so far, with all tokens of the last step and those that are held back."""
         return [row.result() for row in self._rows]
 
     def _run(self) -> Iterator[Piece]:
         """Raises SamplingError, GenerationError, CapacityError: see `generate`."""
-        session, rows = self._session, self._rows
+        session = self._session
         if self._options.append:
             self._check_session()
         else:
             session.reset()
         _LATEST[session] = self
         self._lengths = session.lengths.copy()
+        yield from self._steps()
+        for row in self._rows:  # after a cancellation
+            yield from row.release()
+
+    def _steps(self) -> Iterator[Piece]:
+        """Prefill and decode until every row has ended or the generation is cancelled."""
+        session, rows = self._session, self._rows
         chunk = session.max_step_tokens
         for start in range(0, max((len(row.prompt) for row in rows), default=0), chunk):
             if self._cancelled():
@@ -312,15 +260,13 @@ class Generation:
 
     def _take(self, rows: list[_Row], logits: _ByRow) -> Iterator[Piece]:
         """Draw the tokens of a step, all of them before the first is yielded: no row loses its logits."""
-        pieces, failed = [], None
+        pieces: list[Piece] = []
+        failed: Exception | None = None
         for row in rows:
             try:
-                piece = row.take(logits[row.index])
-            except SamplingError as error:
+                pieces += row.take(logits[row.index])
+            except Exception as error:  # also what on_logits raises
                 failed = failed or error
-            else:
-                if piece is not None:
-                    pieces.append(piece)
         yield from pieces
         if failed is not None:
             raise failed
@@ -342,8 +288,8 @@ def generate(
         session: see `Generation`.
         prompts: see `Generation`.
         options: see `Generation`.
-        on_token: called as ``on_token(row, token)`` for each new token (not for the stop token) right after it is
-            drawn. An exception from it ends the generation.
+        on_token: called as ``on_token(row, token)`` for each new token (not for those that end a row) right after it is
+            drawn, or once it is certain that it begins no stop sequence. An exception from it ends the generation.
 
     Returns:
         One result per prompt.
@@ -359,86 +305,3 @@ def generate(
         if on_token is not None:
             on_token(row, token)
     return generation.results
-
-
-class Detokenizer(Protocol):
-    """The interface that `StreamDecoder` needs; the tokenizers of `transformers` and `tokenizers` have it."""
-
-    def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool) -> str:
-        """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
-        ...
-
-
-class StreamDecoder:
-    """Text of a growing token sequence, piece by piece.
-
-    The concatenation of all ``push`` results and of ``flush`` is ``decode`` of all ids, if decoding
-    is a concatenation of the tokens' bytes (byte-level BPE, as in Qwen2.5 and Llama-3). A character
-    split over tokens is emitted once it is complete, so U+FFFD appears only for bytes that no
-    further token can make valid. A tokenizer that treats the first token of a text differently (a
-    leading space) works as well, because at least one emitted token stays in the window.
-
-    Each ``push`` decodes a window, not the whole sequence: the tokens since the last place but one where
-    the text was complete, not many more than ``WINDOW``. (This scheme of two offsets is the one in
-    text-generation-inference and vLLM; the bound for text that never becomes complete is ours.)
-    """
-
-    WINDOW = 32
-
-    def __init__(self, tokenizer: Detokenizer) -> None:
-        """Start at the beginning of a text."""
-        self._tokenizer = tokenizer
-        self._restart([], 0)
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-    def _restart(self, window: list[int], unsent: int) -> None:
-        """Continue with this window; the last ``unsent`` characters of its text are yet to be sent."""
-        self._window = window
-        self._text = self._decode(window) if window else ""
-        self._sent = max(len(self._text) - unsent, 0)
-        self._whole = 0 if unsent else len(window)  # up to here the text was complete, and is sent
-
-    def push(self, token_id: int) -> str:
-        """Append a token; return the text that is now certain, often the empty string."""
-        window, before = self._window, self._text
-        window.append(token_id)
-        text = self._text = self._decode(window)
-        if (
-            text == before
-            and (before or len(window) > self.WINDOW)
-            and not self._decode([token_id])
-        ):
-            window.pop()  # a special token: it has no bytes, so it need not be kept
-            return ""
-        certain = len(text.rstrip("\ufffd"))
-        piece = text[self._sent : certain]
-        self._sent = max(self._sent, certain)
-        if certain == len(text):
-            if piece:
-                self._restart(window[self._whole :], 0)
-        elif len(window) > self.WINDOW:
-            piece += self._shorten()
-        return piece
-
-    def _shorten(self) -> str:
-        """Cut a window that does not end in complete text at a point that no character crosses.
-
-        A character has at most 4 bytes, so one of the last 4 boundaries is such a point. There, and
-        only there, both sides decode separately to the same text.
-        """
-        window, text = self._window, self._text
-        for cut in range(len(window) - 1, 0, -1):
-            head, tail = self._decode(window[:cut]), self._decode(window[cut:])
-            if tail and head + tail == text:
-                piece = text[self._sent : len(head)]
-                self._restart(window[cut:], len(text) - max(self._sent, len(head)))
-                return piece
-        return ""
-
-    def flush(self) -> str:
-        """End the text: return what was held back, with U+FFFD for an incomplete character. Then start anew."""
-        piece = self._text[self._sent :]
-        self._restart([], 0)
-        return piece

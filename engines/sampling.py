@@ -18,6 +18,8 @@ the order of operations, so that any IEEE-754 language without contraction to FM
 * ``u = (next() >> 11) * 2**-53``; the token is the smallest ``i`` with ``c[i] > u * total``.
 
 One sampled token takes exactly one output of the generator; a greedy one takes none.
+
+`log_probabilities` are defined in the same way.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import operator
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +42,9 @@ _LN2_HI = float.fromhex("0x1.62e42feep-1")  # 32 significant bits: k * _LN2_HI i
 _LN2_LO = float.fromhex("0x1.a39ef35793c76p-33")
 _EXP_MIN = -708.0  # below it the result would be subnormal; it is defined to be 0
 _EXP_TERMS = tuple(1.0 / math.factorial(n) for n in range(13, -1, -1))
+_LN2 = math.log(2.0)
+_SQRT_HALF = math.sqrt(0.5)
+_LOG_TERMS = tuple(1.0 / (2 * n + 1) for n in range(11, -1, -1))
 
 
 class SamplingParamsError(QwenportError, ValueError):
@@ -200,6 +206,19 @@ def _check_max(scores: NDArray[np.float32], what: str) -> None:
         raise SamplingError(f"no token can be chosen: the highest of the {what} is {top}")
 
 
+def check_logits(logits: NDArray[np.float32], *, edited: bool = False) -> None:
+    """Whether a token can be chosen from float32 ``logits`` [vocab]; ``edited`` are those after ``on_logits``.
+
+    Raises:
+        SamplingError: a wrong shape or dtype, NaN, +inf, or no finite element.
+    """
+    if logits.ndim != 1 or logits.size == 0 or logits.dtype != np.float32:
+        raise SamplingError(f"logits must be float32 [vocab], got {logits.dtype} {logits.shape}")
+    if edited and logits.max() == -np.inf:
+        raise SamplingError("no token can be chosen: on_logits banned every token")
+    _check_max(logits, "logits after on_logits" if edited else "logits")
+
+
 def _weights(scores: NDArray[np.float32]) -> NDArray[np.float64]:
     """Unnormalised probabilities, float64, the shape of ``scores`` (whose maximum is finite)."""
     return portable_exp((scores - scores.max()).astype(np.float64))
@@ -252,9 +271,7 @@ def process_scores(
         transformers 5.23 ``generation/logits_process.py``: RepetitionPenaltyLogitsProcessor,
         TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper with min_tokens_to_keep=1.
     """
-    if logits.ndim != 1 or logits.size == 0 or logits.dtype != np.float32:
-        raise SamplingError(f"logits must be float32 [vocab], got {logits.dtype} {logits.shape}")
-    _check_max(logits, "logits")
+    check_logits(logits)
     scores = logits.copy()
     with np.errstate(over="ignore"):
         if params.repetition_penalty != 1.0:
@@ -305,3 +322,68 @@ class Sampler:
         cumulative = np.cumsum(_weights(scores[kept]))
         target = self._random.uniform() * float(cumulative[-1])  # < total: u <= 1 - 2**-53
         return int(kept[np.searchsorted(cumulative, target, side="right")])
+
+
+class TokenLogprob(NamedTuple):
+    """A token and its log-probability.
+
+    Attributes:
+        token: the token's id.
+        logprob: a float32 value, at most 0; -inf for a token that cannot be drawn.
+    """
+
+    token: int
+    logprob: float
+
+
+def portable_log(x: float) -> float:
+    """log(x) for a finite x >= 1 with the same bits everywhere.
+
+    ``x = m * 2**e`` with ``sqrt(0.5) <= m < sqrt(2)``, ``s = (m - 1) / (m + 1)``, ``z = s * s``, Horner's rule
+    ``p = p * z + 1 / (2 n + 1)`` from n = 11 down to 0 beginning with ``p = 1 / 23``, and ``e * LN2 + 2 * s * p``, all
+    in double, each operation rounded. The error is below 3 ulp of the true value (tested).
+    """
+    m, e = math.frexp(x)
+    if m < _SQRT_HALF:
+        m, e = 2.0 * m, e - 1
+    s = (m - 1.0) / (m + 1.0)
+    z = s * s
+    p = _LOG_TERMS[0]
+    for term in _LOG_TERMS[1:]:
+        p = p * z
+        p = p + term
+    return e * _LN2 + 2.0 * s * p
+
+
+def log_probabilities(
+    logits: NDArray[np.float32], token: int, top: int
+) -> tuple[float, list[TokenLogprob]]:
+    """log_softmax of one row: of one token, and of the ``top`` most likely ones.
+
+    ``d[i] = double(logits[i]) - double(max(logits))`` and ``total = sum(portable_exp(d[i]))`` in ascending order of
+    token id, in double; the log-probability of ``i`` is ``float32(d[i] - portable_log(total))``.
+
+    Args:
+        logits: float32 [vocab] that `check_logits` accepts.
+        token: an id in [0, vocab).
+        top: how many, in [0, vocab].
+
+    Returns:
+        The log-probability of ``token``, a float32 value; the most likely tokens with theirs, highest logit first,
+        equal ones by ascending id.
+    """
+    differences = logits.astype(np.float64) - float(logits.max())
+    log_total = portable_log(float(np.cumsum(portable_exp(differences))[-1]))
+
+    def of(ids: list[int]) -> list[float]:
+        with np.errstate(over="ignore"):
+            found: list[float] = (differences[ids] - log_total).astype(np.float32).tolist()
+        return found
+
+    if top == 0:
+        return of([token])[0], []
+    least = np.partition(logits, logits.size - top)[logits.size - top]
+    candidates = np.flatnonzero(logits >= least)
+    ids = candidates[np.argsort(-logits[candidates], kind="stable")][:top].tolist()
+    likely = [TokenLogprob(*pair) for pair in zip(ids, of(ids), strict=True)]
+    return of([token])[0], likely

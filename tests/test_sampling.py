@@ -224,6 +224,41 @@ def test_portable_exp_is_accurate_and_has_the_scalar_bits():
     assert sampling.portable_exp(np.array([-708.5, -INF, 0.0])).tolist() == [0, 0, 1]
 
 
+def test_portable_log_is_accurate():
+    x = np.concatenate(
+        [np.linspace(1, 3, 4001), np.logspace(0, 300, 4000), 1 + np.logspace(-15, 0)]
+    )
+    got = np.array([sampling.portable_log(value) for value in x.tolist()])
+    want = np.log(x.astype(np.longdouble))
+    assert float((abs(got - want) / np.spacing(want.astype(np.float64))).max()) < 3
+    assert sampling.portable_log(1.0) == 0.0
+
+
+@given(
+    logits=st.one_of(
+        st.lists(score, min_size=1, max_size=40),
+        st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1),
+        st.tuples(st.integers(0, 9), st.sampled_from([0, 1, 6])).map(
+            lambda at: np.random.default_rng(at[0]).normal(0, 8, 151_936).round(at[1]).tolist()
+        ),
+    ).map(lambda row: np.array(row, np.float32)),
+    data=st.data(),
+)
+def test_log_probabilities_are_those_of_torch(logits, data):
+    assume(np.isfinite(logits).any())
+    token = data.draw(st.integers(0, logits.size - 1))
+    top = data.draw(st.integers(0, min(logits.size, 50)))
+    drawn, likely = sampling.log_probabilities(logits, token, top)
+    wanted = torch.log_softmax(torch.from_numpy(logits).double(), dim=0)
+    ids = torch.sort(torch.from_numpy(logits), stable=True, descending=True).indices[:top]
+    assert [pair.token for pair in likely] == ids.tolist()
+    found = np.array([drawn, *(pair.logprob for pair in likely)])
+    with np.errstate(over="ignore"):
+        expected = wanted[[token, *ids.tolist()]].numpy().astype(np.float32)
+    assert (found.astype(np.float32) == found).all()
+    np.testing.assert_allclose(found, expected, rtol=2e-7, atol=1e-12)
+
+
 def test_draws_follow_the_distribution():
     logits = np.float32([0, 0.3, -1, 1.2, 2.0, 0.7, -0.4, 1.0, 0.2, 0.9, -INF])
     sampler = Sampler(SamplingParams(temperature=0.8, seed=7))

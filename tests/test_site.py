@@ -94,7 +94,7 @@ BROKEN = {
         "qwenport.engines.open_session",
     ),
     "a method": (
-        "engines/generation.py",
+        "engines/generate_options.py",
         '        """End the generation before its next step."""',
         "        _ = None",
         "qwenport.engines.Cancellation.request",
@@ -106,7 +106,7 @@ BROKEN = {
         "qwenport.exporter.Package.model",
     ),
     "a field": (
-        "engines/generation.py",
+        "engines/generate_options.py",
         "        append: continue after",
         "        Continue after",
         "qwenport.engines.GenerateOptions.append",

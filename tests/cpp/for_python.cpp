@@ -50,6 +50,18 @@ QWENPORT_EXPORT int test_sample(const float* logits, int vocab, const std::int64
   });
 }
 
+/// log_softmax: of one token, and of the `count` most likely ones.
+QWENPORT_EXPORT void test_log_probabilities(const float* logits, std::size_t vocab, qwenport::Token token,
+                                            std::size_t count, float* drawn, std::int64_t* top_tokens,
+                                            float* top_logprobs) {
+  const qwenport::detail::LogProbabilities all(logits, vocab);
+  *drawn = all.of(token);
+  for (const auto& [likely, logprob] : all.top(count)) {
+    *top_tokens++ = likely;
+    *top_logprobs++ = logprob;
+  }
+}
+
 /// The SHA-256 of data, fed in two parts.
 QWENPORT_EXPORT void test_sha256(const char* data, std::size_t bytes, std::size_t first, int hardware,
                                  char* hex) {

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qwenport.engines import Generated
-from qwenport.engines.generation import FinishReason
+from qwenport.engines import FinishReason, Generated, TokenLogprob
 
 ERRORS = {
     1: "invalid argument",
@@ -56,11 +55,20 @@ class SessionOptions(c.Structure):
     _fields_ = [("max_batch", c.c_int), ("capacity", c.c_int), ("cuda_graphs", c.c_int)]
 
 
+ON_TOKEN = c.CFUNCTYPE(None, c.c_void_p, c.c_int, c.c_int64)
+ON_LOGITS = c.CFUNCTYPE(
+    None, c.c_void_p, c.c_int, c.POINTER(c.c_float), c.c_size_t, c.POINTER(c.c_int64), c.c_size_t
+)
+
+
 class GenerateOptions(c.Structure):
     _fields_ = [
         ("max_new_tokens", c.c_int),
         ("stop_tokens", c.POINTER(c.c_int64)),
         ("stop_token_count", c.c_size_t),
+        ("stop_sequences", c.POINTER(c.POINTER(c.c_int64))),
+        ("stop_sequence_sizes", c.POINTER(c.c_size_t)),
+        ("stop_sequence_count", c.c_size_t),
         ("temperature", c.c_double),
         ("top_k", c.c_int64),
         ("top_p", c.c_double),
@@ -68,6 +76,8 @@ class GenerateOptions(c.Structure):
         ("seed", c.c_uint64),
         ("append", c.c_int),
         ("cancellation", c.c_void_p),
+        ("on_logits", ON_LOGITS),
+        ("logprobs", c.c_int),
     ]
 
 
@@ -76,11 +86,13 @@ class _Generated(c.Structure):
         ("count", c.c_size_t),
         ("reason", c.c_int),
         ("stop_token", c.c_int64),
+        ("stop_sequence", c.c_int),
         ("pending", c.c_size_t),
     ]
 
 
-ON_TOKEN = c.CFUNCTYPE(None, c.c_void_p, c.c_int, c.c_int64)
+class Logprobs(c.Structure):
+    _fields_ = [(name, c.c_void_p) for name in ("logprobs", "top_tokens", "top_logprobs")]
 
 
 class Library:
@@ -175,6 +187,9 @@ class Session:
         *,
         on_token: Callable[[int, int], None] | None = None,
         stop_tokens: Sequence[int] = (),
+        stop_sequences: Sequence[Sequence[int]] = (),
+        on_logits: Callable[[int, Any, tuple[int, ...]], None] | None = None,
+        logprobs: int | None = None,
         cancellation: c.c_void_p | None = None,
         **options: float,
     ) -> list[Generated]:
@@ -183,9 +198,22 @@ class Session:
             setattr(given, name, value)
         stops = (c.c_int64 * max(len(stop_tokens), 1))(*stop_tokens)
         given.stop_tokens, given.stop_token_count = stops, len(stop_tokens)
+        given.stop_sequences, given.stop_sequence_sizes = _rows(stop_sequences)
+        given.stop_sequence_count = len(stop_sequences)
         given.cancellation = cancellation
+        if on_logits is not None:
+
+            def edit(_, row: int, logits: Any, vocab: int, drawn: Any, count: int) -> None:
+                on_logits(row, np.ctypeslib.as_array(logits, (vocab,)), tuple(drawn[:count]))
+
+            given.on_logits = ON_LOGITS(edit)
+        given.logprobs = -1 if logprobs is None else logprobs
         tokens = np.full((len(prompts), max(given.max_new_tokens, 1)), -7, dtype=np.int64)
         results = (_Generated * len(prompts))()
+        likely = np.full(tokens.shape, np.nan, dtype=np.float32)
+        top_tokens = np.full((*tokens.shape, logprobs or 0), -7, dtype=np.int64)
+        top_logprobs = np.full(top_tokens.shape, np.nan, dtype=np.float32)
+        places = Logprobs(*(array.ctypes.data for array in (likely, top_tokens, top_logprobs)))
         callback = ON_TOKEN(lambda _, row, token: on_token(row, token)) if on_token else ON_TOKEN()
         self.library.check(
             self.library.c.qwenport_generate(
@@ -197,16 +225,35 @@ class Session:
                 None,
                 c.c_void_p(tokens.ctypes.data),
                 results,
+                None if logprobs is None else c.byref(places),
             )
         )
         made = []
-        for prompt, row, result in zip(prompts, tokens, results, strict=True):
-            assert (row[result.count :] == -7).all()  # nothing is written past the count
-            drawn = row[: result.count].tolist()
+        for b, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+            count = result.count
+            assert (tokens[b, count:] == -7).all()  # nothing is written past the count
+            assert np.isnan(likely[b, count:]).all()
+            assert (top_tokens[b, count:] == -7).all() and np.isnan(top_logprobs[b, count:]).all()
+            drawn = tokens[b, :count].tolist()
             stop = None if result.stop_token == -1 else result.stop_token
+            sequence = None if result.stop_sequence == -1 else result.stop_sequence
             said = [*prompt, *drawn, *([] if stop is None else [stop])]
-            pending = said[len(said) - result.pending :]
-            made.append(Generated(drawn, REASONS[result.reason], stop, pending))
+            said += [] if sequence is None else stop_sequences[sequence]
+            pairs = [
+                [TokenLogprob(*pair) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+                for ids, values in zip(top_tokens[b, :count], top_logprobs[b, :count], strict=True)
+            ]
+            made.append(
+                Generated(
+                    drawn,
+                    REASONS[result.reason],
+                    stop,
+                    said[len(said) - result.pending :],
+                    sequence,
+                    [] if logprobs is None else likely[b, :count].tolist(),
+                    pairs if logprobs else [],
+                )
+            )
         return made
 
     def reset(self) -> None:

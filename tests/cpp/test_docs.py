@@ -36,8 +36,12 @@ def test_the_commands_of_the_page_build_a_program(tmp_path: Path) -> None:
     functions = [f"void example_{n}() {{\n{code}\n}}" for n, code in enumerate(blocks("cpp"))]
     outside = "qwenport::Session& session = *static_cast<qwenport::Session*>(nullptr);\n"
     outside += "std::vector<qwenport::Token> prompt;\n"
-    program.write_text("#include <qwenport/qwenport.hpp>\n" + outside + "\n".join(functions))
+    headers = "#include <limits>\n#include <qwenport/qwenport.hpp>\n"
+    program.write_text(headers + outside + "\n".join(functions))
     run("g++", "-std=c++17", "-fsyntax-only", f"-I{tmp_path}/prefix/include", program)
+    (in_c,) = blocks("c")
+    (tmp_path / "page.c").write_text(in_c)
+    run("gcc", "-std=c99", "-fsyntax-only", f"-I{tmp_path}/prefix/include", tmp_path / "page.c")
 
 
 def test_the_page_has_the_codes_of_the_headers() -> None:

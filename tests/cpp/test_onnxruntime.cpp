@@ -1,10 +1,14 @@
 // A real engine in onnxruntime, through the public API. The environment says which: QWENPORT_TEST_ENGINE, and for the library
-// QWENPORT_ONNXRUNTIME. What the tokens must be is compared with Python's session in test_onnxruntime.py; here a session
+// QWENPORT_ONNXRUNTIME; for the grammar QWENPORT_TEST_DIGITS, the tokens that it allows, and QWENPORT_TEST_WRITTEN, what
+// must come. What the tokens must be is compared with Python's session in test_onnxruntime.py; here a session
 // is compared with itself, and sanitizers watch.
 #include <doctest/doctest.h>
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
+#include <limits>
+#include <sstream>
 #include <thread>
 
 #include "qwenport/qwenport.hpp"
@@ -154,6 +158,32 @@ TEST_CASE("sessions of one engine run on threads of their own, and outlive it") 
     }
   }
   CHECK(together == alone);
+}
+
+TEST_CASE("a grammar of digits writes what transformers writes under it") {
+  const auto tokens_of = [](const char* name) {  // ids, separated by blanks
+    const char* const text = std::getenv(name);  // NOLINT(concurrency-mt-unsafe)
+    REQUIRE(text != nullptr);
+    std::istringstream words(text);
+    return Tokens(std::istream_iterator<Token>(words), {});
+  };
+  const Tokens digits = tokens_of("QWENPORT_TEST_DIGITS");
+  const Tokens written = tokens_of("QWENPORT_TEST_WRITTEN");
+  REQUIRE(digits.size() >= 10);
+  GenerateOptions options;
+  options.max_new_tokens = static_cast<int>(written.size());
+  options.logprobs = 2;
+  options.on_logits = [&](int, qwenport::EditableLogits logits, const Tokens&) {
+    for (std::size_t token = 0; token < logits.size(); ++token) {
+      const bool allowed = std::find(digits.begin(), digits.end(), static_cast<Token>(token)) != digits.end();
+      if (!allowed) logits[token] = -std::numeric_limits<float>::infinity();
+    }
+  };
+  Session session(load());
+  const auto result = session.generate({40, 41, 42}, options);
+  CHECK(result.tokens == written);
+  CHECK(result.logprobs.size() == written.size());
+  CHECK(result.top_logprobs.back().front().token == written.back());  // it is greedy
 }
 
 TEST_CASE("a full row is an error, and nothing is written") {

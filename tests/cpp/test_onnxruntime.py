@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import digits
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -474,6 +475,7 @@ def test_sessions_are_clean_under(
     sanitizer: str, name: str, directory_of, onnxruntime_library: Path
 ) -> None:
     suppressions = Path(__file__).parent / "suppressions" / "threads.txt"
+    written = digits.by_transformers(name, [40, 41, 42], 30, 0)
     done = subprocess.run(
         [built(sanitizer) / "onnxruntime_sessions"],
         capture_output=True,
@@ -482,6 +484,8 @@ def test_sessions_are_clean_under(
             **os.environ,
             "QWENPORT_ONNXRUNTIME": str(onnxruntime_library),
             "QWENPORT_TEST_ENGINE": str(directory_of(name)),
+            "QWENPORT_TEST_DIGITS": " ".join(map(str, digits.digit_tokens(name))),
+            "QWENPORT_TEST_WRITTEN": " ".join(map(str, written)),
             "TSAN_OPTIONS": f"suppressions={suppressions}",
         },
     )

@@ -124,6 +124,29 @@ def test_rows_of_real_sizes(library: Library, seed, scale, digits, vocab, params
     check(library, logits, seen, params, row=3, draws=2)
 
 
+@settings(max_examples=300)
+@given(
+    logits=st.one_of(
+        st.lists(score, min_size=1, max_size=600).map(lambda row: np.array(row, np.float32)),
+        st.tuples(st.integers(0, 99), st.sampled_from([0.1, 3, 30])).map(
+            lambda at: np.random.default_rng(at[0]).normal(0, at[1], 32_000).astype(np.float32)
+        ),
+    ),
+    data=st.data(),
+)
+def test_log_probabilities(library: Library, logits, data) -> None:
+    assume(np.isfinite(logits.max()))
+    token = data.draw(st.integers(0, len(logits) - 1))
+    top = data.draw(st.integers(0, min(len(logits), 40)))
+    drawn, ids, likely = (c.c_float * 1)(), (c.c_int64 * top)(), (c.c_float * top)()
+    library.c.test_log_probabilities(
+        c.c_void_p(logits.ctypes.data), c.c_size_t(len(logits)), c.c_int64(token), c.c_size_t(top),
+        drawn, ids, likely,
+    )  # fmt: skip
+    found = drawn[0], list(zip(ids, likely, strict=True))
+    assert found == sampling.log_probabilities(logits, token, top)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

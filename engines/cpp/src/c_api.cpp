@@ -83,12 +83,14 @@ void put_rows(const qwenport::Logits& from, const float** logits) {
   for (int b = 0; b < from.rows(); ++b) logits[b] = from.row(b);
 }
 
-qwenport::GenerateOptions options_of(const qwenport_generate_options& given) {
+qwenport::GenerateOptions options_of(const qwenport_generate_options& given, void* user) {
   qwenport::GenerateOptions options;
   options.max_new_tokens = given.max_new_tokens;
   if (given.stop_token_count != 0) {
     options.stop_tokens.assign(given.stop_tokens, given.stop_tokens + given.stop_token_count);
   }
+  options.stop_sequences =
+      rows_of(given.stop_sequences, given.stop_sequence_sizes, given.stop_sequence_count);
   options.temperature = given.temperature;
   options.top_k = given.top_k;
   options.top_p = given.top_p;
@@ -96,7 +98,41 @@ qwenport::GenerateOptions options_of(const qwenport_generate_options& given) {
   options.seed = given.seed;
   options.append = given.append != 0;
   if (given.cancellation != nullptr) options.cancellation = &given.cancellation->cancellation;
+  if (given.on_logits != nullptr) {
+    options.on_logits = [edit = given.on_logits, user](int row, qwenport::EditableLogits logits,
+                                                       const std::vector<Token>& tokens) {
+      edit(user, row, logits.data(), logits.size(), tokens.data(), tokens.size());
+    };
+  }
+  options.logprobs = given.logprobs;
   return options;
+}
+
+void check_buffers(int wanted, const qwenport_logprobs* given) {
+  const auto invalid = [](const char* message) {
+    throw qwenport::Error(ErrorCode::invalid_argument, message);
+  };
+  if (wanted < 0 && given != nullptr)
+    invalid("there is a place for log-probabilities, but options.logprobs is -1");
+  if (wanted < 0) return;
+  if (given == nullptr || given->logprobs == nullptr ||
+      (wanted > 0 && (given->top_tokens == nullptr || given->top_logprobs == nullptr))) {
+    invalid(
+        "options.logprobs asks for log-probabilities, but there is no place for them: see qwenport_logprobs");
+  }
+}
+
+/// Write a row's log-probabilities, whose first column is `column`.
+void put_logprobs(const qwenport::Generated& row, std::size_t column, const qwenport_logprobs& to) {
+  std::copy(row.logprobs.begin(), row.logprobs.end(), to.logprobs + column);
+  for (std::size_t i = 0; i < row.top_logprobs.size(); ++i) {
+    const auto& likely = row.top_logprobs[i];
+    for (std::size_t j = 0; j < likely.size(); ++j) {
+      const std::size_t at = (column + i) * likely.size() + j;
+      to.top_tokens[at] = likely[j].token;
+      to.top_logprobs[at] = likely[j].logprob;
+    }
+  }
 }
 
 }  // namespace
@@ -172,28 +208,38 @@ qwenport_generate_options qwenport_generate_defaults(void) {
   return {options.max_new_tokens,
           nullptr,
           0,
+          nullptr,
+          nullptr,
+          0,
           options.temperature,
           options.top_k,
           options.top_p,
           options.repetition_penalty,
           options.seed,
           options.append ? 1 : 0,
-          nullptr};
+          nullptr,
+          nullptr,
+          options.logprobs};
 }
 
 int qwenport_generate(qwenport_session* session, const int64_t* const* prompts, const size_t* sizes,
                       size_t count, const qwenport_generate_options* options, qwenport_on_token on_token,
-                      void* user, int64_t* tokens, qwenport_generated* results) {
+                      void* user, int64_t* tokens, qwenport_generated* results,
+                      const qwenport_logprobs* logprobs) {
   return guarded([&] {
     const qwenport_generate_options given = options != nullptr ? *options : qwenport_generate_defaults();
+    check_buffers(given.logprobs, logprobs);
     qwenport::OnToken forward;
     if (on_token != nullptr) forward = [=](int row, Token token) { on_token(user, row, token); };
     const auto rows =
-        session->session.generate_batch(rows_of(prompts, sizes, count), options_of(given), forward);
+        session->session.generate_batch(rows_of(prompts, sizes, count), options_of(given, user), forward);
     for (size_t b = 0; b < count; ++b) {
-      const std::vector<Token>& row = rows[b].tokens;
-      std::copy(row.begin(), row.end(), tokens + b * static_cast<size_t>(given.max_new_tokens));
-      results[b] = {row.size(), static_cast<int>(rows[b].reason), rows[b].stop_token, rows[b].pending.size()};
+      const qwenport::Generated& row = rows[b];
+      const size_t column = b * static_cast<size_t>(given.max_new_tokens);
+      std::copy(row.tokens.begin(), row.tokens.end(), tokens + column);
+      if (logprobs != nullptr) put_logprobs(row, column, *logprobs);
+      results[b] = {row.tokens.size(), static_cast<int>(row.reason), row.stop_token, row.stop_sequence,
+                    row.pending.size()};
     }
   });
 }

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "sampling.hpp"
+#include "stop_sequences.hpp"
 
 namespace qwenport::detail {
 namespace {
@@ -20,38 +22,65 @@ class Row {
       const SessionCore& session)
       : prompt(given),
         index_(index),
-        stop_tokens_(options.stop_tokens),
-        sampler_(params, options.seed, static_cast<std::uint64_t>(index),
-                 session.manifest().info.vocab_size) {
+        options_(options),
+        vocab_(static_cast<std::size_t>(session.manifest().info.vocab_size)),
+        sampler_(params, options.seed, static_cast<std::uint64_t>(index), session.manifest().info.vocab_size),
+        matching_(options.stop_sequences) {
     const auto room = free_slots(session, options, static_cast<std::size_t>(index)) - prompt.size + 1;
     const auto most = static_cast<std::size_t>(options.max_new_tokens);
     limit_ = std::min(room, most);
     result.reason = most <= room ? FinishReason::length : FinishReason::capacity;
-    result.tokens.reserve(limit_);
+    drawn_.reserve(limit_);
     seen_.reserve(prompt.size + limit_);
     seen_.assign(prompt.data, prompt.data + prompt.size);
+    if (options.on_logits) edited_.resize(vocab_);
+    if (options.logprobs >= 0) result.logprobs.reserve(limit_);
+    if (options.logprobs > 0) result.top_logprobs.reserve(limit_);
   }
 
   /// Draw the next token from the logits and decide whether the row ends.
   void take(const float* logits, const OnToken& on_token) {
-    const Token token = draw(logits);
-    if (std::find(stop_tokens_.begin(), stop_tokens_.end(), token) != stop_tokens_.end()) {
+    if (options_.on_logits) logits = edit(logits);
+    const Token token = named([&] { return sampler_.sample(logits, seen_); });
+    const std::vector<Token>& stop_tokens = options_.stop_tokens;
+    if (std::find(stop_tokens.begin(), stop_tokens.end(), token) != stop_tokens.end()) {
       result.reason = FinishReason::stop;
       result.stop_token = token;
       ended = true;
+      release(on_token);
       return;
     }
-    result.tokens.push_back(token);
+    drawn_.push_back(token);
     seen_.push_back(token);
-    ended = result.tokens.size() == limit_;
-    if (on_token) on_token(index_, token);
+    if (options_.logprobs >= 0) add_logprobs(logits, token);
+    result.stop_sequence = matching_.push(token);
+    if (result.stop_sequence >= 0) result.reason = FinishReason::stop;
+    ended = result.stop_sequence >= 0 || drawn_.size() == limit_;
+    release(on_token, ended ? 0 : matching_.undecided());
   }
 
-  /// The row's prompt, new tokens and stop token, without the first `fed`.
-  [[nodiscard]] std::vector<Token> beyond(std::size_t fed) const {
-    std::vector<Token> rest(seen_.begin() + static_cast<std::ptrdiff_t>(fed), seen_.end());
-    if (result.reason == FinishReason::stop) rest.push_back(result.stop_token);
-    return rest;
+  /// Pass on the tokens that have not been, without the last ones, which stay held back.
+  void release(const OnToken& on_token, std::size_t held_back = 0) {
+    const std::size_t end = drawn_.size() - std::max(held_back, removed());
+    while (released_ < end) {
+      const Token token = drawn_[released_++];
+      if (on_token) on_token(index_, token);
+    }
+  }
+
+  /// The token to feed next.
+  [[nodiscard]] Token last() const { return drawn_.back(); }
+
+  /// The result, once `fed` tokens of the prompt and the new ones are in the cache.
+  Generated finish(std::size_t fed) {
+    if (!ended) result.reason = FinishReason::cancelled;
+    result.pending.assign(seen_.begin() + static_cast<std::ptrdiff_t>(fed), seen_.end());
+    if (result.stop_token >= 0) result.pending.push_back(result.stop_token);
+    drawn_.resize(drawn_.size() - removed());
+    if (options_.logprobs >= 0) result.logprobs.resize(drawn_.size());
+    if (options_.logprobs > 0) result.top_logprobs.resize(drawn_.size());
+    result.tokens = std::move(drawn_);
+    return std::move(result);
   }
 
   TokenView prompt;
@@ -59,19 +88,46 @@ class Row {
   bool ended = false;
 
  private:
-  Token draw(const float* logits) {
+  /// How many of the last drawn tokens are the stop sequence.
+  [[nodiscard]] std::size_t removed() const { return matching_.size(result.stop_sequence); }
+
+  /// A copy of the logits, after on_logits.
+  const float* edit(const float* logits) {
+    named([&] { check_logits(logits, vocab_, false); });
+    std::copy_n(logits, vocab_, edited_.begin());
+    options_.on_logits(index_, {edited_.data(), vocab_}, drawn_);
+    named([&] { check_logits(edited_.data(), vocab_, true); });
+    return edited_.data();
+  }
+
+  void add_logprobs(const float* logits, Token token) {
+    const LogProbabilities all(logits, vocab_);
+    result.logprobs.push_back(all.of(token));
+    if (options_.logprobs > 0) {
+      result.top_logprobs.push_back(all.top(static_cast<std::size_t>(options_.logprobs)));
+    }
+  }
+
+  /// Name the row and the token in an error of the sampler.
+  template <typename Work>
+  auto named(const Work& work) const -> decltype(work()) {
     try {
-      return sampler_.sample(logits, seen_);
+      return work();
     } catch (const Error& error) {
       throw Error(error.code(), "row " + std::to_string(index_) + ", new token " +
-                                    std::to_string(result.tokens.size()) + ": " + error.what());
+                                    std::to_string(drawn_.size()) + ": " + error.what());
     }
   }
 
   int index_;
-  const std::vector<Token>& stop_tokens_;
+  const GenerateOptions& options_;
+  std::size_t vocab_;
   Sampler sampler_;
-  std::vector<Token> seen_;
+  StopSequences matching_;
+  std::vector<Token> drawn_;  // also those of a stop sequence
+  std::size_t released_ = 0;  // how many of them on_token has had
+  std::vector<Token> seen_;   // the prompt and those
+  std::vector<float> edited_;
   std::size_t limit_ = 0;
 };
 
@@ -86,7 +142,21 @@ void check(const SessionCore& session, const std::vector<TokenView>& prompts,
   for (const Token token : options.stop_tokens) {
     if (token < 0) invalid("a stop token must be at least 0, got " + std::to_string(token));
   }
+  for (std::size_t i = 0; i < options.stop_sequences.size(); ++i) {
+    const std::vector<Token>& sequence = options.stop_sequences[i];
+    if (sequence.empty()) invalid("stop sequence " + std::to_string(i) + " is empty");
+    for (const Token token : sequence) {
+      if (token < 0) {
+        invalid("an id of stop sequence " + std::to_string(i) + " must be at least 0, got " +
+                std::to_string(token));
+      }
+    }
+  }
   const int vocab = session.manifest().info.vocab_size;
+  if (options.logprobs < -1 || options.logprobs > vocab) {
+    invalid("logprobs must be -1 or in [0, " + std::to_string(vocab) + "], got " +
+            std::to_string(options.logprobs));
+  }
   for (std::size_t b = 0; b < prompts.size(); ++b) {
     const TokenView& prompt = prompts[b];
     if (prompt.size == 0)
@@ -148,7 +218,7 @@ std::vector<Generated> generate(SessionCore& session, const std::vector<TokenVie
     for (std::size_t b = 0; b < rows.size(); ++b) {
       fed[b] = {};
       if (rows[b].ended) continue;
-      tokens[b] = rows[b].result.tokens.back();
+      tokens[b] = rows[b].last();
       fed[b] = {&tokens[b], 1};
     }
     const Logits logits = session.prefill(fed.data(), fed.size());
@@ -159,10 +229,8 @@ std::vector<Generated> generate(SessionCore& session, const std::vector<TokenVie
   std::vector<Generated> results;
   results.reserve(rows.size());
   for (std::size_t b = 0; b < rows.size(); ++b) {
-    Row& row = rows[b];
-    if (!row.ended) row.result.reason = FinishReason::cancelled;
-    row.result.pending = row.beyond(static_cast<std::size_t>(session.length(b) - before[b]));
-    results.push_back(std::move(row.result));
+    rows[b].release(on_token);  // after a cancellation
+    results.push_back(rows[b].finish(static_cast<std::size_t>(session.length(b) - before[b])));
   }
   return results;
 }

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <string>
 #include <utility>
 
@@ -86,6 +87,32 @@ inline double portable_exp(double x) noexcept {
   return p * power;  // exact: the result is a normal number, or 0
 }
 
+constexpr std::array<double, 12> log_terms() {  // 1/23, ..., 1/3, 1
+  std::array<double, 12> terms{};
+  for (std::size_t n = 0; n < terms.size(); ++n) {
+    terms[terms.size() - 1 - n] = 1.0 / static_cast<double>(2 * n + 1);
+  }
+  return terms;
+}
+
+/// log(x) with the same bits everywhere, for a finite x >= 1: see portable_log in engines/sampling.py.
+double portable_log(double x) noexcept {
+  constexpr double ln2 = 0x1.62e42fefa39efp-1;
+  constexpr double sqrt_half = 0x1.6a09e667f3bcdp-1;
+  constexpr std::array<double, 12> terms = log_terms();
+  int exponent = 0;
+  double m = std::frexp(x, &exponent);
+  if (m < sqrt_half) {
+    m *= 2;
+    --exponent;
+  }
+  const double s = (m - 1) / (m + 1);
+  const double z = s * s;
+  double p = terms[0];
+  for (std::size_t n = 1; n < terms.size(); ++n) p = p * z + terms[n];
+  return static_cast<double>(exponent) * ln2 + 2 * s * p;
+}
+
 /// The highest score. \throws Error sampling: it is not finite, or there is a NaN.
 float checked_max(const float* scores, std::size_t count, const char* what) {
   // As integers that sort like the floats: that loop is vectorised, one over floats is not.
@@ -136,6 +163,45 @@ SamplingParams checked_params(const GenerateOptions& options) {
   params.top_p = in_range("top_p", options.top_p, 0, 1);
   params.repetition_penalty = in_range("repetition_penalty", options.repetition_penalty, 1e-30, 1e30);
   return params;
+}
+
+void check_logits(const float* logits, std::size_t vocab_size, bool edited) {
+  const auto banned = [](float logit) { return logit == minus_infinity; };
+  if (edited && std::all_of(logits, logits + vocab_size, banned)) {
+    throw Error(ErrorCode::sampling, "no token can be chosen: on_logits banned every token");
+  }
+  checked_max(logits, vocab_size, edited ? "logits after on_logits" : "logits");
+}
+
+LogProbabilities::LogProbabilities(const float* logits, std::size_t vocab_size)
+    : logits_(logits), vocab_(vocab_size), highest_(checked_max(logits, vocab_size, "logits")) {
+  std::array<double, 256> weights{};  // of one block, so that the loop over portable_exp is vectorised
+  double total = 0;
+  for (std::size_t begin = 0; begin < vocab_; begin += weights.size()) {
+    const std::size_t count = std::min(weights.size(), vocab_ - begin);
+    for (std::size_t i = 0; i < count; ++i) {
+      weights[i] = portable_exp(exp_argument(static_cast<double>(logits[begin + i]) - highest_));
+    }
+    for (std::size_t i = 0; i < count; ++i) total += weights[i];
+  }
+  log_total_ = portable_log(total);
+}
+
+float LogProbabilities::of(Token token) const noexcept {
+  return static_cast<float>((static_cast<double>(logits_[token]) - highest_) - log_total_);
+}
+
+std::vector<TokenLogprob> LogProbabilities::top(std::size_t count) const {
+  std::vector<Token> ids(vocab_);
+  std::iota(ids.begin(), ids.end(), Token{0});
+  const auto end = ids.begin() + static_cast<std::ptrdiff_t>(count);
+  std::partial_sort(ids.begin(), end, ids.end(), [this](Token a, Token b) {
+    return logits_[a] > logits_[b] || (logits_[a] == logits_[b] && a < b);
+  });
+  std::vector<TokenLogprob> likely;
+  likely.reserve(count);
+  for (auto id = ids.begin(); id != end; ++id) likely.push_back({*id, of(*id)});
+  return likely;
 }
 
 Random::Random(std::uint64_t seed, std::uint64_t row) noexcept {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -24,6 +25,25 @@ struct SamplingParams {
 
 /// The sampling part of the options. \throws Error invalid_argument: a value is outside its range.
 SamplingParams checked_params(const GenerateOptions& options);
+
+/// Whether a token can be chosen from the logits; `edited` are those after on_logits.
+/// \throws Error sampling: NaN, +inf, all -inf.
+void check_logits(const float* logits, std::size_t vocab_size, bool edited);
+
+/// log_softmax of one row of logits, from which a token can be chosen: log_probabilities of engines/sampling.py.
+class LogProbabilities {
+ public:
+  LogProbabilities(const float* logits, std::size_t vocab_size);
+  [[nodiscard]] float of(Token token) const noexcept;
+  /// The `count` most likely tokens, highest first, equal ones by ascending id.
+  [[nodiscard]] std::vector<TokenLogprob> top(std::size_t count) const;
+
+ private:
+  const float* logits_;
+  std::size_t vocab_;
+  double highest_;
+  double log_total_ = 0;
+};
 
 /// xoshiro256** 1.0, on the stream of (seed, row).
 class Random {

@@ -14,7 +14,7 @@
  *       qwenport_generated result;
  *       options.max_new_tokens = 40;
  *       if (qwenport_engine_load("engine", NULL, &engine) || qwenport_session_create(engine, NULL, &session) ||
- *           qwenport_generate(session, prompts, sizes, 1, &options, NULL, NULL, tokens, &result)) {
+ *           qwenport_generate(session, prompts, sizes, 1, &options, NULL, NULL, tokens, &result, NULL)) {
  *         fprintf(stderr, "error: %s\n", qwenport_last_error());
  *         return 2;
  *       }
@@ -98,10 +98,19 @@ typedef struct {
   int cuda_graphs; /**< 1: replay single-token steps as CUDA graphs; only TensorRT does */
 } qwenport_session_options;
 
+/** Called before each token is drawn, with the `user` that qwenport_generate was given; see OnLogits in qwenport.hpp. It
+ *  may edit the logits, fp32 [vocab_size]; -INFINITY bans a token. tokens are the `count` that the row has drawn so far.
+ *  Both are valid during the call. Must not throw, longjmp or use the session; may request cancellation. */
+typedef void (*qwenport_on_logits)(void* user, int row, float* logits, size_t vocab_size,
+                                   const int64_t* tokens, size_t count);
+
 typedef struct {
   int max_new_tokens;         /**< also the number of columns of qwenport_generate's tokens */
   const int64_t* stop_tokens; /**< may be NULL if stop_token_count is 0 */
   size_t stop_token_count;
+  const int64_t* const* stop_sequences; /**< none empty; may be NULL if stop_sequence_count is 0 */
+  const size_t* stop_sequence_sizes;    /**< the same */
+  size_t stop_sequence_count;
   double temperature; /**< 0 is greedy */
   int64_t top_k;      /**< 0 keeps all */
   double top_p;       /**< 1 keeps all */
@@ -109,18 +118,31 @@ typedef struct {
   uint64_t seed;
   int append; /**< 1: continue after the tokens that the rows hold; 0: reset the session */
   const qwenport_cancellation* cancellation; /**< may be NULL */
+  qwenport_on_logits on_logits;              /**< may be NULL */
+  /** How many of the most likely tokens get log-probabilities besides each new token itself; -1: there are none. See
+   *  GenerateOptions in qwenport.hpp. */
+  int logprobs;
 } qwenport_generate_options;
 
 typedef struct {
-  size_t count;       /**< new tokens, the stop token not counted */
+  size_t count;       /**< new tokens, the stop token or stop sequence not counted */
   int reason;         /**< QWENPORT_FINISH_... */
   int64_t stop_token; /**< the one that was drawn, or -1 */
-  /** How many of prompt, new tokens and stop token, from the end, the cache does not hold: begin the next
-   *  prompt with them to go on with `append`. */
+  int stop_sequence;  /**< the index of the one that was drawn, or -1 */
+  /** How many of prompt, new tokens and stop token or stop sequence, from the end, the cache does not hold: begin
+   *  the next prompt with them to go on with `append`. */
   size_t pending;
 } qwenport_generated;
 
-/** Called for each new token, with the `user` that qwenport_generate was given. Must not throw, longjmp or use
+/** Where qwenport_generate writes log-probabilities, with k = the option `logprobs`. Of row b the first
+ *  results[b].count columns are written. */
+typedef struct {
+  float* logprobs;     /**< fp32 [count, max_new_tokens]: of the new tokens */
+  int64_t* top_tokens; /**< int64 [count, max_new_tokens, k], highest first; may be NULL if k is 0 */
+  float* top_logprobs; /**< fp32, theirs; may be NULL if k is 0 */
+} qwenport_logprobs;
+
+/** Called for each new token, with the `user` that qwenport_generate was given; see OnToken in qwenport.hpp. Must not throw, longjmp or use
  *  the session; may request cancellation. */
 typedef void (*qwenport_on_token)(void* user, int row, int64_t token);
 
@@ -154,11 +176,13 @@ QWENPORT_EXPORT int qwenport_session_decode(qwenport_session* session, const int
 QWENPORT_EXPORT qwenport_generate_options qwenport_generate_defaults(void);
 /** Reset (unless append), prefill `count` prompts and decode until all have ended.
  *  options (for the defaults), on_token and user may be NULL. No prompt may be empty. tokens is int64 [count,
- *  max_new_tokens]; of row b the first results[b].count are written. results is [count]. */
+ *  max_new_tokens]; of row b the first results[b].count are written. results is [count]. logprobs is NULL if, and only
+ *  if, the option of that name is -1. */
 QWENPORT_EXPORT int qwenport_generate(qwenport_session* session, const int64_t* const* prompts,
                                       const size_t* sizes, size_t count,
                                       const qwenport_generate_options* options, qwenport_on_token on_token,
-                                      void* user, int64_t* tokens, qwenport_generated* results);
+                                      void* user, int64_t* tokens, qwenport_generated* results,
+                                      const qwenport_logprobs* logprobs);
 
 QWENPORT_EXPORT void qwenport_session_reset(qwenport_session* session);
 /** Keep the first `length` tokens of a row. */

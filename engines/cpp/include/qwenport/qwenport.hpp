@@ -173,41 +173,81 @@ class Cancellation {
   std::atomic<bool> requested_{false};
 };
 
+/// The logits of one row, to be edited: a view of fp32 [vocab_size], valid during the call that is given it.
+class EditableLogits {
+ public:
+  EditableLogits(float* data, std::size_t size) : data_(data), size_(size) {}
+  [[nodiscard]] float* data() const noexcept { return data_; }
+  [[nodiscard]] std::size_t size() const noexcept { return size_; }
+  [[nodiscard]] float* begin() const noexcept { return data_; }
+  [[nodiscard]] float* end() const noexcept { return data_ + size_; }
+  float& operator[](std::size_t token) const noexcept { return data_[token]; }
+
+ private:
+  float* data_;
+  std::size_t size_;
+};
+
+/// Called before each token is drawn, a stop token too, and after OnToken had the row's previous token, unless that is
+/// held back. It may edit the logits: the model's, before penalty, temperature, top_k and top_p; -infinity bans a token.
+/// `tokens` are all that the row has drawn so far. Must not use the session. An exception from it ends the generation.
+using OnLogits = std::function<void(int row, EditableLogits logits, const std::vector<Token>& tokens)>;
+
 /// How tokens are chosen and when to stop. The values mean the same as in transformers' generate; the same
 /// logits and seed give the same token as `qwenport generate`, bit for bit.
 struct GenerateOptions {
-  int max_new_tokens = 256;        ///< at least 1; a stop token is not counted
+  int max_new_tokens = 256;        ///< at least 1; a row draws no more tokens than this
   std::vector<Token> stop_tokens;  ///< end of sequence, end of turn; may be empty
-  double temperature = 0;          ///< 0 is greedy
-  std::int64_t top_k = 0;          ///< keep the k highest and ties with the k-th; 0 keeps all
-  double top_p = 1;                ///< nucleus, in [0, 1]; 1 keeps all
-  double repetition_penalty = 1;   ///< over this prompt and the new tokens; 1 is off
-  std::uint64_t seed = 0;          ///< row b draws from the stream (seed, b)
+  /// None empty. A row ends when its new tokens end with one, as it does with a stop token: the sequence is not part of
+  /// the result. Tokens that may be the beginning of a sequence are held back until that is decided. A stop token comes
+  /// first; of several sequences that end together the longest counts.
+  std::vector<std::vector<Token>> stop_sequences;
+  double temperature = 0;         ///< 0 is greedy
+  std::int64_t top_k = 0;         ///< keep the k highest and ties with the k-th; 0 keeps all
+  double top_p = 1;               ///< nucleus, in [0, 1]; 1 keeps all
+  double repetition_penalty = 1;  ///< over this prompt and the new tokens; 1 is off
+  std::uint64_t seed = 0;         ///< row b draws from the stream (seed, b)
   /// Continue after the tokens that the rows hold, instead of resetting the session. To continue a
   /// generation, start the prompt with its Generated::pending.
   bool append = false;
   const Cancellation* cancellation = nullptr;  ///< checked before every step
+  OnLogits on_logits;                          ///< edits logits before a token is drawn; may be empty
+  /// How many of the most likely tokens get log-probabilities besides each new token itself, at most vocab_size; -1:
+  /// there are none. They are log_softmax of the logits after on_logits, before penalty, temperature, top_k and top_p.
+  int logprobs = -1;
 };
 
 enum class FinishReason : int {
-  stop = 0,       ///< a stop token was drawn
+  stop = 0,       ///< a stop token or a stop sequence was drawn
   length = 1,     ///< max_new_tokens; also if the cache is full at the same time
   capacity = 2,   ///< the row's cache is full
   cancelled = 3,  ///< Cancellation::request
 };
 
-/// What one row generated.
-struct Generated {
-  std::vector<Token> tokens;  ///< without the stop token
-  FinishReason reason = FinishReason::length;
-  Token stop_token = -1;  ///< the stop token that was drawn, if reason is stop
-  /// The tokens among prompt, new tokens and stop token that the cache does not hold: the last one drawn,
-  /// and after an early cancellation the rest of the prompt.
-  std::vector<Token> pending;
+/// A token and its log-probability, which is -infinity if it cannot be drawn.
+struct TokenLogprob {
+  Token token = 0;
+  float logprob = 0;
 };
 
-/// Called for each new token right after it is drawn. Must not use the session. An exception from it ends
-/// the generation.
+/// What one row generated.
+struct Generated {
+  std::vector<Token> tokens;  ///< without the stop token or stop sequence
+  FinishReason reason = FinishReason::length;
+  Token stop_token = -1;   ///< the stop token that was drawn, or -1
+  int stop_sequence = -1;  ///< the index of the stop sequence that was drawn, or -1
+  /// The tokens among prompt, new tokens and stop token or stop sequence that the cache does not hold: the last one
+  /// drawn, and after an early cancellation the rest of the prompt. Of a stop sequence the cache thus holds all tokens
+  /// but the last.
+  std::vector<Token> pending;
+  std::vector<float> logprobs;  ///< of `tokens`; empty if GenerateOptions::logprobs is -1
+  /// For each of `tokens` the most likely ones, highest first, equal ones by ascending id; empty if
+  /// GenerateOptions::logprobs is below 1.
+  std::vector<std::vector<TokenLogprob>> top_logprobs;
+};
+
+/// Called for each new token (not for those that end a row) right after it is drawn, or once it is certain that it begins
+/// no stop sequence. Must not use the session. An exception from it ends the generation.
 using OnToken = std::function<void(int row, Token token)>;
 
 /// An engine with a KV cache of max_batch rows, fed token by token. For one thread at a time.
