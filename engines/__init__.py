@@ -8,6 +8,7 @@ from qwenport.engines.errors import (
     CapacityError,
     EngineError,
     LoweringError,
+    MeasuringError,
     SessionError,
     SnapshotError,
 )
@@ -21,8 +22,10 @@ from qwenport.engines.generate_options import (
     Piece,
 )
 from qwenport.engines.generation import Generation, generate
+from qwenport.engines.measuring import Measurement, measure
 from qwenport.engines.onnxruntime_session import OnnxRuntimeSession, start_onnxruntime
 from qwenport.engines.open import open_session
+from qwenport.engines.perplexity import Perplexity, perplexity
 from qwenport.engines.sampling import (
     Sampler,
     SamplingError,
@@ -56,8 +59,11 @@ __all__ = [
     "GenerationError",
     "InstallError",
     "LoweringError",
+    "Measurement",
+    "MeasuringError",
     "OnLogits",
     "OnnxRuntimeSession",
+    "Perplexity",
     "Piece",
     "Sampler",
     "SamplingError",
@@ -75,6 +81,8 @@ __all__ = [
     "generate",
     "install_cpp_library",
     "load_engine",
+    "measure",
     "open_session",
+    "perplexity",
     "start_onnxruntime",
 ]

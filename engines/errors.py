@@ -25,3 +25,7 @@ class CapacityError(SessionError):
 
 class SnapshotError(SessionError):
     """The bytes to restore are not a snapshot, are damaged, or are from another model or session."""
+
+
+class MeasuringError(QwenportError):
+    """What was asked to be measured does not fit the target or the text, or the result is not a number."""

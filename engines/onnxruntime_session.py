@@ -72,14 +72,14 @@ class OnnxRuntimeSession(SavedSession):
             max_batch: rows, at most the source's.
             capacity: cache slots per row, at most the source's max_seq_len (the default).
             device: "cpu", or for a package "cuda".
-            threads: CPU threads per operator; by default onnxruntime's own choice.
+            threads: CPU threads per operator, at least 1; by default onnxruntime's own choice.
             observe: values of a package's graph that each step leaves in `observed`.
             loaded: the onnxruntime session that `beside` shares.
 
         Raises:
             MissingExtraError: onnxruntime is not installed.
             EngineError: an engine that is not for onnxruntime, or whose graph is not what its manifest says.
-            SessionError: more rows or slots than the source has, the device is not available, or the
+            SessionError: more rows or slots than the source has, no thread, the device is not available, or the
                 graph has no such value to observe.
         """
         max_batch = whole(max_batch, "rows")
@@ -265,6 +265,8 @@ def _start(model: bytes | str, folder: Path, device: str, threads: int | None) -
         )
     options = ort.SessionOptions()
     if threads is not None:
+        if whole(threads, "threads") < 1:
+            raise SessionError(f"threads must be at least 1, found {threads}")
         options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are in the exception
     for key, value in {

@@ -13,7 +13,12 @@ from qwenport.exporter import kind_of, load_package
 
 
 def open_session(
-    target: Path | str, *, max_batch: int = 1, capacity: int | None = None, device: str = "cpu"
+    target: Path | str,
+    *,
+    max_batch: int = 1,
+    capacity: int | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
 ) -> SavedSession:
     """Open a session on a package or an engine directory.
 
@@ -22,6 +27,7 @@ def open_session(
         max_batch: rows.
         capacity: cache slots per row; the target's max_seq_len by default.
         device: where a package runs, "cpu" or "cuda". Engines run where they were built for.
+        threads: onnxruntime: CPU threads of a step; by default its own choice. Ignored for TensorRT.
 
     Raises:
         PackageError, EngineError: the directory does not match its manifest, or cannot run here.
@@ -32,8 +38,12 @@ def open_session(
     if kind_of(target) == "engine":
         engine = load_engine(target)
         if engine.flavour == ONNXRUNTIME:
-            return OnnxRuntimeSession(engine, max_batch=max_batch, capacity=capacity)
+            return OnnxRuntimeSession(
+                engine, max_batch=max_batch, capacity=capacity, threads=threads
+            )
         return TensorRTSession(engine, max_batch=max_batch, capacity=capacity)
     package = load_package(target)
     package.check_graph()
-    return OnnxRuntimeSession(package, max_batch=max_batch, capacity=capacity, device=device)
+    return OnnxRuntimeSession(
+        package, max_batch=max_batch, capacity=capacity, device=device, threads=threads
+    )

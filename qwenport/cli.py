@@ -36,6 +36,8 @@ COMMANDS = {
     "build": ("qwenport.commands.build", "Build a TensorRT engine from a package."),
     "validate": ("qwenport.commands.validate", "Compare a package or an engine with PyTorch."),
     "generate": ("qwenport.commands.generate", "Generate text with a package or an engine."),
+    "bench": ("qwenport.commands.bench", "Measure speed, load time and memory on this machine."),
+    "perplexity": ("qwenport.commands.perplexity", "Score a text with a package or an engine."),
     "inspect": ("qwenport.commands.inspect", "Show what a checkpoint, package or engine holds."),
     "plugins": ("qwenport.commands.plugins", "Compile the CUDA plugins for TensorRT."),
     "cpp": ("qwenport.commands.cpp", "Compile and install the C++ library."),

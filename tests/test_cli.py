@@ -377,7 +377,18 @@ def test_build_json_states_the_engine(package: Path, tmp_path: Path, run: Run) -
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_an_engine_without_a_gpu_is_one_line(engine: Path, run: Run) -> None:
-    result = run("generate", engine, "--prompt", "Hello")
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("generate", ["--prompt", "Hello"]),
+        ("bench", []),
+        ("bench", ["--threads", 2]),
+        ("perplexity", [TINY / "config.json"]),
+    ],
+)
+def test_an_engine_without_a_gpu_is_one_line(
+    command: str, options: list[object], engine: Path, run: Run
+) -> None:
+    result = run(command, engine, *options)
     assert result.code == 2 and result.out == ""
     assert result.err.count("\n") == 1 and "GPU" in result.err

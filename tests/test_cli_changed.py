@@ -109,6 +109,8 @@ def test_every_command_refuses_a_changed_package(name: str, package: Path, capsy
     engine = package.parent / "engine"
     for arguments in (
         ("generate", package, "--prompt", "Hello"),
+        ("bench", package),
+        ("perplexity", package, TINY / "config.json"),
         ("validate", package, "--reference", TINY),
         ("build", package, engine, "--target", "tensorrt-rtx"),
     ):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import platform
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
 
 from qwenport import __version__
+from qwenport.machine import cpu_name
 
 DISTRIBUTIONS = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "onnx-ir", "numpy")
 ENGINE_DISTRIBUTIONS = ("tensorrt", "tensorrt-rtx")
@@ -22,7 +22,7 @@ def describe_environment(with_tensorrt: bool, with_peft: bool) -> dict[str, str]
         "qwenport": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
     }
     for name in names:
         try:
@@ -30,13 +30,3 @@ def describe_environment(with_tensorrt: bool, with_peft: bool) -> dict[str, str]
         except metadata.PackageNotFoundError:
             continue
     return facts
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()

@@ -1,16 +1,16 @@
 """onnxruntime-genai on the CPU, greedy, token ids in and out: decode and prefill times.
 
-Takes the same request and prints the same results as ours_decode.py.
+Takes the same request as ours_decode.py and prints the same results and more (usage.py).
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from typing import Any
 
 import onnxruntime_genai as og
+from usage import Clock, print_results, resident_bytes
 
 
 def generator(model: Any, capacity: int) -> Any:
@@ -23,25 +23,27 @@ def generator(model: Any, capacity: int) -> Any:
 def main() -> None:
     """Time and print."""
     request = json.loads(sys.argv[1])
+    clock = Clock()
     model = og.Model(request["model"])
+    load, loaded = clock.read(), resident_bytes()
     prompt, times = request["prompt"], []
     prefills = []
     for _ in range(request["prefills"]):
         fresh = generator(model, request["capacity"])
-        start = time.perf_counter()
+        clock = Clock()
         fresh.append_tokens(prompt)
-        prefills.append(time.perf_counter() - start)
+        prefills.append(clock.read())
         del fresh
     running = generator(model, request["capacity"])
     running.append_tokens(prompt[: request["context"]])
     running.generate_next_token()  # only chooses: append_tokens has already computed the logits
     for step in range(request["warmup"] + request["tokens"]):
-        start = time.perf_counter()
+        clock = Clock()
         running.generate_next_token()
         if step >= request["warmup"]:
-            times.append(time.perf_counter() - start)
+            times.append(clock.read())
     tokens = [int(token) for token in running.get_sequence(0)[request["context"] :]][:-1]
-    print(json.dumps({"decode": times, "prefill": prefills, "tokens": tokens}))
+    print_results(load, loaded, prefills, times, tokens)
 
 
 if __name__ == "__main__":

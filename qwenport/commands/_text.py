@@ -74,3 +74,16 @@ class Tokenizer:
             clean_up_tokenization_spaces=False,
         )
         return text
+
+
+def check_ids(ids: list[int], vocabulary: int, what: str) -> None:
+    """Compare a text's ids with the model's embedding.
+
+    Raises:
+        QwenportError: the model has no such token.
+    """
+    if ids and max(ids) >= vocabulary:
+        raise QwenportError(
+            f"{what} has token {max(ids)}, and the model's embedding ends at {vocabulary - 1}: "
+            "the tokenizer belongs to another model"
+        )

@@ -137,7 +137,7 @@ def _prepare(
     target: Path, kind: str, prompt: str, chat: bool, max_new_tokens: int
 ) -> tuple[Tokenizer, list[int], list[int], Session]:
     """Load what generation needs, with onnxruntime's cache no larger than that."""
-    from qwenport.commands._text import Tokenizer
+    from qwenport.commands._text import Tokenizer, check_ids
     from qwenport.engines import load_engine, open_session
     from qwenport.exporter import load_package, stop_ids
 
@@ -153,11 +153,7 @@ def _prepare(
     ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)
     if not ids:
         raise QwenportError("the prompt is empty")
-    if max(ids) >= vocabulary:
-        raise QwenportError(
-            f"the prompt has token {max(ids)}, and the model's embedding ends at {vocabulary - 1}: "
-            "the tokenizer belongs to another model"
-        )
+    check_ids(ids, vocabulary, "the prompt")
     if len(ids) > longest:
         raise QwenportError(f"the prompt has {len(ids)} tokens; {target} has room for {longest}")
     if session is None:

@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -75,14 +77,31 @@ def configure(source: Path, build: Path, *settings: object) -> list[str]:
 def built(setting: str) -> Path:
     """The folder of an up-to-date build in one of SETTINGS."""
     folder = BUILDS / setting
-    folder.mkdir(parents=True, exist_ok=True)
-    with (BUILDS / f"{setting}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(setting):
         source, *settings = SETTINGS[setting]
         headers = f"-DTENSORRT_INCLUDE_DIR={tensorrt_headers()}"
         run(*configure(ROOT / source, folder, headers, *settings))
         run(tool("cmake"), "--build", folder)
     return folder
+
+
+def built_example(name: str) -> Path:
+    """The program of an example, compiled against an installed library that runs onnxruntime's engines only."""
+    library, prefix, folder = built("onnxruntime"), BUILDS / "installed", BUILDS / f"example-{name}"
+    with _locked("installed"):
+        run(tool("cmake"), "--install", library, "--prefix", prefix)
+        found = f"-DCMAKE_PREFIX_PATH={prefix}"
+        run(*configure(ROOT / "examples" / "cpp" / name, folder, found, OPTIMISED))
+        run(tool("cmake"), "--build", folder)
+    return folder / name
+
+
+@contextmanager
+def _locked(name: str) -> Iterator[None]:
+    BUILDS.mkdir(parents=True, exist_ok=True)
+    with (BUILDS / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 if __name__ == "__main__":

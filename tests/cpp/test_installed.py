@@ -23,7 +23,7 @@ from .builds import ROOT, built, configure, run, tensorrt_headers, tool
 from .runtime import Error, Library
 from .toy import toy_directory, toy_logits, toy_manifest
 
-EXAMPLES = ["minimal", "chat", "server_loop"]
+EXAMPLES = ["minimal", "chat", "server_loop", "bench"]
 every_kind = pytest.mark.parametrize("kind", ["shared", "static"])
 RUNTIME = ROOT / "engines" / "cpp"
 
