@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fake_session import VOCAB, FakeSession, reference
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwenport.engines import (
@@ -18,6 +18,7 @@ from qwenport.engines import (
     SamplingParams,
     generate,
 )
+from qwenport.engines.stop_sequences import StopSequences
 
 HOT = {"temperature": 0.8}
 CAPACITY = 80
@@ -29,6 +30,27 @@ def undecided(new: Sequence[int], sequences: Sequence[Sequence[int]]) -> int:
     """How many of the last tokens begin a sequence, by trying every number of them."""
     beginnings = {tuple(s[:n]) for s in sequences for n in range(1, len(s))}
     return max((n for n in range(1, len(new) + 1) if tuple(new[-n:]) in beginnings), default=0)
+
+
+bit = st.integers(0, 1)  # sequences that repeat and overlap
+
+
+@settings(max_examples=500)
+@given(
+    new=st.lists(bit, max_size=40),
+    sequences=st.lists(st.lists(bit, min_size=1, max_size=9), max_size=4),
+)
+@example([1, 1, 1, 0], [[1, 1, 0]])
+@example([0, 1], [[1], [0, 1], [0, 1]])
+def test_matching_equals_trying_every_end(new, sequences) -> None:
+    matching = StopSequences(sequences)
+    for count, token in enumerate(new, 1):
+        ends = [i for i, s in enumerate(sequences) if new[max(count - len(s), 0) : count] == s]
+        found = matching.push(token)
+        assert found == min(ends, key=lambda i: (-len(sequences[i]), i), default=None)
+        if ends:
+            return
+        assert matching.undecided == undecided(new[:count], sequences)
 
 
 @st.composite

@@ -10,6 +10,7 @@
 #include "qwenport/qwenport.hpp"
 #include "sampling.hpp"
 #include "stand_in.hpp"
+#include "stop_sequences.hpp"
 
 using qwenport::Cancellation;
 using qwenport::EditableLogits;
@@ -131,6 +132,36 @@ TEST_CASE("tokens are drawn from the edited logits, and held back as long as the
   }
   CHECK(stopped > 20);
   CHECK(held_back > 20);
+}
+
+TEST_CASE("matching sequences that repeat and overlap equals trying every end") {
+  std::mt19937 random(3);
+  std::array<int, 4> found_at{};
+  for (int round = 0; round < 3000; ++round) {
+    CAPTURE(round);
+    Rows sequences(1 + random() % 4);
+    for (Tokens& sequence : sequences) {
+      sequence.resize(1 + random() % 9);
+      for (Token& token : sequence) token = static_cast<Token>(random() % 2);
+    }
+    qwenport::detail::StopSequences matching(sequences);
+    Tokens drawn;
+    int found = -1;
+    while (found < 0 && drawn.size() < 40) {
+      drawn.push_back(static_cast<Token>(random() % 2));
+      found = matching.push(drawn.back());
+      int wanted = -1;
+      for (std::size_t i = 0; i < sequences.size(); ++i) {
+        if (ends_with(drawn, sequences[i]) && sequences[i].size() > matching.size(wanted)) {
+          wanted = static_cast<int>(i);
+        }
+      }
+      REQUIRE(found == wanted);
+      if (found < 0) REQUIRE(matching.undecided() == undecided(drawn, sequences));
+    }
+    if (found >= 0) ++found_at.at(static_cast<std::size_t>(found));
+  }
+  CHECK(found_at[3] > 100);
 }
 
 TEST_CASE("log-probabilities are those of the edited logits") {

@@ -41,7 +41,8 @@ class Row {
   /// Draw the next token from the logits and decide whether the row ends.
   void take(const float* logits, const OnToken& on_token) {
     if (options_.on_logits) logits = edit(logits);
-    const Token token = named([&] { return sampler_.sample(logits, seen_); });
+    Token token = 0;
+    named([&] { token = sampler_.sample(logits, seen_); });
     const std::vector<Token>& stop_tokens = options_.stop_tokens;
     if (std::find(stop_tokens.begin(), stop_tokens.end(), token) != stop_tokens.end()) {
       result.reason = FinishReason::stop;
@@ -110,9 +111,9 @@ class Row {
 
   /// Name the row and the token in an error of the sampler.
   template <typename Work>
-  auto named(const Work& work) const -> decltype(work()) {
+  void named(const Work& work) const {
     try {
-      return work();
+      work();
     } catch (const Error& error) {
       throw Error(error.code(), "row " + std::to_string(index_) + ", new token " +
                                     std::to_string(drawn_.size()) + ": " + error.what());
