@@ -204,6 +204,7 @@ def start(model: Model, contender: str, program: Path, report: Report) -> Run:
             "ours_bench.py",
             {
                 "target": str(model.engine if engine else model.package),
+                "cache": engine,
                 "imports": ["onnxruntime"] if engine else ["onnxruntime", "torch"],
                 "prompt_tokens": prompt,
                 "new_tokens": new,

@@ -1,6 +1,17 @@
 """package -> engine -> session. Lowering per target, the builder, and the sessions that run either."""
 
 from qwenport.engines.builder import build
+from qwenport.engines.cache import (
+    MOST_CACHE_BYTES,
+    CacheError,
+    Entry,
+    cache_entries,
+    cache_folder,
+    cache_key,
+    cached,
+    clear_cache,
+    keep,
+)
 from qwenport.engines.cpp_library import CppLibrary, InstallError, install_cpp_library
 from qwenport.engines.engine import Engine, load_engine
 from qwenport.engines.errors import (
@@ -45,13 +56,16 @@ __all__ = [
     "FP16_ONLY",
     "MAX_STEP_LOGITS",
     "MAX_STEP_TOKENS",
+    "MOST_CACHE_BYTES",
     "BuildError",
+    "CacheError",
     "CachedSession",
     "Cancellation",
     "CapacityError",
     "CppLibrary",
     "Engine",
     "EngineError",
+    "Entry",
     "FinishReason",
     "GenerateOptions",
     "Generated",
@@ -78,8 +92,14 @@ __all__ = [
     "TensorRTSession",
     "TokenLogprob",
     "build",
+    "cache_entries",
+    "cache_folder",
+    "cache_key",
+    "cached",
+    "clear_cache",
     "generate",
     "install_cpp_library",
+    "keep",
     "load_engine",
     "measure",
     "open_session",

@@ -19,7 +19,7 @@ from qwenport.engines.errors import MeasuringError
 from qwenport.engines.open import open_session
 from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.session import SPAN_MULTIPLE, whole
-from qwenport.exporter import kind_of, load_package
+from qwenport.exporter import Note, kind_of, load_package
 from qwenport.machine import peak_resident_bytes, resident_bytes
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64  # by default, or fewer if the target has less room
@@ -37,7 +37,8 @@ class Measurement:
         dtype: of the weights in the directory. onnxruntime computes in fp32 on the CPU.
         prompt_tokens: tokens of each prompt.
         new_tokens: decode steps that were timed.
-        load_seconds: from the directory to a session that can run, the runtime's library included.
+        load_seconds: from the directory to a session that can run, the runtime's library included. The first time,
+            a package's lowered model is written to the cache (see `open_session`).
         load_cpu_seconds: the same in CPU time.
         first_request_seconds: from the prompt to the first new token, right after the load.
         first_token_seconds: the same in later requests, the median.
@@ -80,6 +81,7 @@ def measure(
     new_tokens: int | None = None,
     threads: int | None = None,
     progress: Progress = no_progress,
+    note: Note = lambda text: None,
 ) -> Measurement:
     """Load a package or an engine, and time prefill and decoding of one row.
 
@@ -90,6 +92,7 @@ def measure(
         new_tokens: decode steps to time; 64 by default, or half of the target's positions if that is less.
         threads: as in `open_session`.
         progress: called before each request and after each decode step.
+        note: as in `open_session`.
 
     Raises:
         MeasuringError: prompt and new tokens are more than the target has positions.
@@ -104,7 +107,9 @@ def measure(
 
     progress("loading", 0, 1)
     clock = _Clock()
-    session = open_session(target, capacity=min(capacity, longest), threads=threads)
+    session = open_session(
+        target, capacity=min(capacity, longest), threads=threads, progress=progress, note=note
+    )
     load, loaded = clock.read(), resident_bytes()
 
     ids = prompt_of(session.vocab_size, prompt_length)

@@ -11,21 +11,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from qwenport.contract import (
+    BF16,
     BY_ONNX,
     ENGINE_WEIGHTS,
     FP32,
     MODEL,
     OLDEST_ONNXRUNTIME,
     ONNXRUNTIME,
+    Dtype,
     Progress,
 )
 from qwenport.engines.errors import BuildError
-from qwenport.engines.lowering import ALIGNMENT, StoredWeight, for_onnxruntime_engine
 from qwenport.engines.onnxruntime_session import MAX_STEP_TOKENS
 from qwenport.engines.request import Filled, Request
+from qwenport.engines.session import Float32
 from qwenport.exporter import (
+    CHUNK_BYTES,
+    Package,
     PackageError,
     TensorEntry,
     chunks,
@@ -35,6 +42,11 @@ from qwenport.exporter import (
     require_space,
     safetensors_header,
 )
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from qwenport.engines.lowering import StoredWeight
 
 
 def check_for_onnxruntime(request: Request) -> None:
@@ -60,15 +72,8 @@ def fill_for_onnxruntime(request: Request, folder: Path, progress: Progress) -> 
         ExportError: the disk is too small.
         PackageError, LoweringError: the package's graph cannot be lowered.
     """
-    import onnx_ir as ir
-
-    package = request.package
-    with damaged(package.model):
-        model, weights = for_onnxruntime_engine(
-            package.read_model(), positions=request.capacity, file=ENGINE_WEIGHTS
-        )
-    _write_weights(package.path, folder / ENGINE_WEIGHTS, weights, progress)
-    ir.save(model, folder / MODEL)
+    model, weights = lower_for_onnxruntime(request.package, request.capacity, ENGINE_WEIGHTS)
+    write_lowered(request.package, folder, model, weights, progress)
     file, entries = read_safetensors_header(folder / ENGINE_WEIGHTS)
     return Filled(
         runtime_version=OLDEST_ONNXRUNTIME,
@@ -86,6 +91,40 @@ def fill_for_onnxruntime(request: Request, folder: Path, progress: Progress) -> 
     )
 
 
+def lower_for_onnxruntime(
+    package: Package, positions: int, file: str | None
+) -> tuple[ir.Model, tuple[StoredWeight, ...]]:
+    """Lower a package's graph; see `for_onnxruntime_engine`. No weight is read.
+
+    Raises:
+        PackageError, LoweringError: it cannot be lowered.
+    """
+    from qwenport.engines.lowering import for_onnxruntime_engine
+
+    with damaged(package.model):
+        return for_onnxruntime_engine(package.read_model(), positions=positions, file=file)
+
+
+def write_lowered(
+    package: Package,
+    folder: Path,
+    model: ir.Model,
+    weights: Sequence[StoredWeight],
+    progress: Progress,
+) -> None:
+    """Write what `lower_for_onnxruntime` returned; without weights only the graph.
+
+    Raises:
+        ExportError: the disk is too small.
+        PackageError: a file of the package is shorter than its graph says.
+    """
+    import onnx_ir as ir
+
+    if weights:
+        _write_weights(package.path, folder / ENGINE_WEIGHTS, weights, progress)
+    ir.save(model, folder / MODEL)
+
+
 def _write_weights(
     package: Path, file: Path, weights: Sequence[StoredWeight], progress: Progress
 ) -> None:
@@ -95,15 +134,18 @@ def _write_weights(
         ExportError: the disk is too small.
         PackageError: a file of the package is shorter than its graph says.
     """
-    import torch
+    from qwenport.engines.lowering import ALIGNMENT
 
     total, done = sum(weight.entry.length for weight in weights), 0
+    buffer: Float32 = np.empty(
+        CHUNK_BYTES // 2, np.float32
+    )  # new memory would take longer than the conversion
     require_space(file.parent, total)
     with file.open("xb") as writer:
         writer.write(safetensors_header([w.entry for w in weights], alignment=ALIGNMENT))
         for weight in weights:
             source, written = weight.source, 0
-            dtype = BY_ONNX[source.dtype.name].torch
+            dtype = BY_ONNX[source.dtype.name]
             stored = TensorEntry(
                 weight.entry.name,
                 str(source.location),
@@ -113,10 +155,21 @@ def _write_weights(
                 source.nbytes,
             )
             for chunk in chunks(package, stored):
-                values = torch.frombuffer(bytearray(chunk), dtype=dtype).to(FP32.torch)
-                writer.write(values.view(torch.uint8).numpy().data)
-                written += values.nbytes
+                written += writer.write(_in_float32(chunk, dtype, buffer))
                 progress("writing weights in fp32", done + written, total)
             if written != weight.entry.length:
                 raise PackageError(f"{package / source.location}: shorter than {MODEL} says")
             done += written
+
+
+def _in_float32(chunk: bytes, dtype: Dtype, buffer: Float32) -> memoryview:
+    """The values of a chunk in fp32, mostly in `buffer`, which must have room for them."""
+    if dtype is FP32:
+        return memoryview(chunk)
+    count = len(chunk) // dtype.itemsize
+    if dtype is BF16:  # the upper half of fp32
+        bits = buffer[:count].view(np.uint32)
+        np.left_shift(np.frombuffer(chunk, np.uint16), 16, out=bits, dtype=np.uint32)
+    else:
+        buffer[:count] = np.frombuffer(chunk, np.float16)
+    return buffer[:count].data.cast("B")

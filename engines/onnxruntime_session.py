@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from qwenport.contract import (
 )
 from qwenport.engines.engine import Engine
 from qwenport.engines.errors import EngineError, SessionError
-from qwenport.engines.lowering import for_onnxruntime
 from qwenport.engines.memory import untouched_zeros
 from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.session import Bytes, Float32, Int64, whole
@@ -63,7 +62,7 @@ class OnnxRuntimeSession(SavedSession):
         device: str = "cpu",
         threads: int | None = None,
         observe: Sequence[str] = (),
-        loaded: Any = None,
+        load: Callable[[], Any] | None = None,
     ) -> None:
         """Load the model.
 
@@ -74,7 +73,8 @@ class OnnxRuntimeSession(SavedSession):
             device: "cpu", or for a package "cuda".
             threads: CPU threads per operator, at least 1; by default onnxruntime's own choice.
             observe: values of a package's graph that each step leaves in `observed`.
-            loaded: the onnxruntime session that `beside` shares.
+            load: returns an onnxruntime session of the lowered source, or None; by default the source is lowered and
+                loaded here.
 
         Raises:
             MissingExtraError: onnxruntime is not installed.
@@ -91,6 +91,8 @@ class OnnxRuntimeSession(SavedSession):
             raise SessionError(
                 f"device must be one of {', '.join(PROVIDERS)}, found {device!r:.60}"
             )
+        if threads is not None and whole(threads, "threads") < 1:
+            raise SessionError(f"threads must be at least 1, found {threads}")
         if capacity > longest:
             raise SessionError(f"capacity {capacity} is beyond the {kind}'s max_seq_len {longest}")
         if max_batch > manifest["max_batch"]:
@@ -109,12 +111,13 @@ class OnnxRuntimeSession(SavedSession):
         self.device = device
         self._source, self._observe = source, tuple(observe)
         self._dtype = FP32.name if device == "cpu" else manifest["dtype"]
+        loaded = None if load is None else load()
         self._session = self._load(threads) if loaded is None else loaded
         # zeros, not uninitialised memory: a masked slot is still multiplied, and 0 x NaN is NaN
         dtype = DTYPES[self._dtype]
         bits = np.dtype(f"u{dtype.itemsize}")  # NumPy has no bf16, and zero has the same bits
         shape = (max_batch, model["num_key_value_heads"], capacity, model["head_dim"])
-        self._element = int(dtype.ir)
+        self._element = dtype.number
         self._cache: dict[str, _Memory] = {
             cache: self._allocate(shape, bits)
             for layer in range(model["num_hidden_layers"])
@@ -140,7 +143,7 @@ class OnnxRuntimeSession(SavedSession):
             capacity=capacity,
             device=self.device,
             observe=self._observe,
-            loaded=self._session,
+            load=lambda: self._session,
         )
 
     def _identity(self) -> str:
@@ -178,7 +181,7 @@ class OnnxRuntimeSession(SavedSession):
             raise SessionError(f"{engine.path}: an engine for {ONNXRUNTIME} runs on the CPU only")
         if self._observe:
             raise SessionError(f"{engine.path}: values of an engine cannot be observed")
-        session = _start(str(engine.model), engine.path, "cpu", threads)
+        session = start_onnxruntime(str(engine.model), engine.path, threads=threads)
         check_bindings(engine, session)
         return session
 
@@ -188,8 +191,13 @@ class OnnxRuntimeSession(SavedSession):
             if name not in values:
                 raise SessionError(f"{package.model} has no value {name} that could be observed")
             model.graph.outputs.append(values[name])
+        import onnx_ir as ir  # takes long to import, and an engine does without
+
+        from qwenport.engines.lowering import for_onnxruntime
+
         model = for_onnxruntime(model, on_cpu=self.device == "cpu")
-        return start_onnxruntime(model, package.path, device=self.device, threads=threads)
+        serialized = ir.to_proto(model).SerializeToString()
+        return start_onnxruntime(serialized, package.path, device=self.device, threads=threads)
 
     def _allocate(self, shape: tuple[int, ...], bits: Any) -> _Memory:
         if self.device == "cpu":
@@ -235,38 +243,45 @@ class OnnxRuntimeSession(SavedSession):
         return logits
 
 
-def start_onnxruntime(
-    model: Any, folder: Path, *, device: str = "cpu", threads: int | None = None
-) -> Any:
-    """An onnxruntime InferenceSession for a lowered model whose external data is below `folder`.
+def check_onnxruntime(device: str) -> Any:
+    """The module onnxruntime, if it can run packages on a device.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        SessionError: onnxruntime is too old or does not load the model, or the device is not available.
+        SessionError: it is too old, or the device is not available.
     """
-    import onnx_ir as ir
-
-    return _start(ir.to_proto(model).SerializeToString(), folder, device, threads)
-
-
-def _start(model: bytes | str, folder: Path, device: str, threads: int | None) -> Any:
-    """As `start_onnxruntime`, for a serialized model or the path of one."""
     ort = import_extra("onnxruntime", "cpu", "run packages")
     if [*map(int, ort.__version__.split(".")[:2])] < [*map(int, OLDEST_ONNXRUNTIME.split("."))]:
         raise SessionError(
             f"onnxruntime here is {ort.__version__}; {OLDEST_ONNXRUNTIME} or newer is needed "
             f"(pip install 'onnxruntime>={OLDEST_ONNXRUNTIME}')"
         )
-    provider = PROVIDERS[device]
-    if provider not in ort.get_available_providers():
+    if PROVIDERS[device] not in ort.get_available_providers():
         raise SessionError(
             f"onnxruntime here has no {device} provider; "
             "for CUDA install qwenport[gpu] in place of qwenport[cpu]"
         )
+    return ort
+
+
+def start_onnxruntime(
+    model: bytes | str, folder: Path, *, device: str = "cpu", threads: int | None = None
+) -> Any:
+    """An onnxruntime InferenceSession for a lowered model, serialized or by its path.
+
+    Args:
+        model: the model.
+        folder: where its external data is.
+        device: "cpu" or "cuda".
+        threads: CPU threads per operator; by default onnxruntime's own choice.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        SessionError: onnxruntime is too old or does not load the model, or the device is not available.
+    """
+    ort = check_onnxruntime(device)
     options = ort.SessionOptions()
     if threads is not None:
-        if whole(threads, "threads") < 1:
-            raise SessionError(f"threads must be at least 1, found {threads}")
         options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are in the exception
     for key, value in {
@@ -276,7 +291,7 @@ def _start(model: bytes | str, folder: Path, device: str, threads: int | None) -
     }.items():
         options.add_session_config_entry(key, value)
     try:
-        return ort.InferenceSession(model, options, providers=[provider])
+        return ort.InferenceSession(model, options, providers=[PROVIDERS[device]])
     except Exception as error:  # onnxruntime's exceptions have no base class
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SessionError(f"{folder}: onnxruntime does not load it: {said}") from error

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwenport.contract import ONNXRUNTIME
+from qwenport.contract import ONNXRUNTIME, Progress, no_progress
 from qwenport.engines.engine import load_engine
+from qwenport.engines.kept_model import load_kept
 from qwenport.engines.onnxruntime_session import OnnxRuntimeSession
 from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.tensorrt_session import TensorRTSession
-from qwenport.exporter import kind_of, load_package
+from qwenport.exporter import Note, kind_of, load_package
 
 
 def open_session(
@@ -19,8 +20,12 @@ def open_session(
     capacity: int | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    progress: Progress = no_progress,
+    note: Note = lambda text: None,
 ) -> SavedSession:
     """Open a session on a package or an engine directory.
+
+    On the CPU, a package's lowered model is kept in the cache (see `cache_folder`), so that it opens faster next time.
 
     Args:
         target: a directory written by `export` or `build`.
@@ -28,6 +33,8 @@ def open_session(
         capacity: cache slots per row; the target's max_seq_len by default.
         device: where a package runs, "cpu" or "cuda". Engines run where they were built for.
         threads: onnxruntime: CPU threads of a step; by default its own choice. Ignored for TensorRT.
+        progress: called with (what, done, total) while the lowered model is written.
+        note: called with a message if it cannot be kept.
 
     Raises:
         PackageError, EngineError: the directory does not match its manifest, or cannot run here.
@@ -43,7 +50,15 @@ def open_session(
             )
         return TensorRTSession(engine, max_batch=max_batch, capacity=capacity)
     package = load_package(target)
-    package.check_graph()
+    if device != "cpu":
+        package.check_graph()
+        return OnnxRuntimeSession(
+            package, max_batch=max_batch, capacity=capacity, device=device, threads=threads
+        )
     return OnnxRuntimeSession(
-        package, max_batch=max_batch, capacity=capacity, device=device, threads=threads
+        package,
+        max_batch=max_batch,
+        capacity=capacity,
+        threads=threads,
+        load=lambda: load_kept(package, progress, note, threads),
     )

@@ -14,7 +14,6 @@ from typing import Any
 
 from qwenport.contract import Progress
 from qwenport.engines.errors import BuildError
-from qwenport.engines.lowering import check_network
 
 
 def build_plan(
@@ -49,6 +48,8 @@ def build_plan(
         network_from_onnx_path,
     )
     from polygraphy.exception import PolygraphyException
+
+    from qwenport.engines.lowering import check_network
 
     shapes = Profile()
     for name, ranges in profile.items():

@@ -7,7 +7,6 @@ from typing import Any
 
 from qwenport.contract import PLUGIN_NAMESPACE, PLUGIN_VERSION
 from qwenport.engines.errors import BuildError, EngineError
-from qwenport.engines.lowering.use_plugins import plugin_names
 from qwenport.engines.targets import Flavour
 from qwenport.exporter import sha256
 from qwenport.plugins.compiled import open_library
@@ -56,6 +55,8 @@ def register_for_build(trt: Any, path: Path) -> None:
         raise BuildError(
             f"{path}: this process has built with other plugins; start another process"
         )
+    from qwenport.engines.lowering.use_plugins import plugin_names
+
     registry = trt.get_plugin_registry()
     if registry.load_library(str(path.resolve())) is None:
         raise BuildError(f"{path}: TensorRT {trt.__version__} cannot load these plugins")

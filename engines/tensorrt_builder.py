@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from qwenport.contract import CAPACITY, MODEL, PLAN, Progress
-from qwenport.engines.lowering import check_graph, for_tensorrt, plugin_layers
 from qwenport.engines.plan import build_plan
 from qwenport.engines.plugin_library import check_library, register_for_build
 from qwenport.engines.request import Filled, Request
@@ -92,6 +91,8 @@ def _write_lowered(
         The model's file, and the number of uses of each plugin.
     """
     import onnx_ir as ir
+
+    from qwenport.engines.lowering import check_graph, for_tensorrt, plugin_layers
 
     with damaged(package.model):
         model = for_tensorrt(

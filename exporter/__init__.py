@@ -12,7 +12,14 @@ from qwenport.exporter.checkpoint import (
 )
 from qwenport.exporter.companions import COMPANIONS, check_companions, copy_companions, stop_ids
 from qwenport.exporter.config import ModelConfig, parse_config, read_config_json
-from qwenport.exporter.directory import atomic_directory, published, require_space, sha256
+from qwenport.exporter.directory import (
+    Note,
+    atomic_directory,
+    lock_directory,
+    published,
+    require_space,
+    sha256,
+)
 from qwenport.exporter.errors import (
     CheckpointError,
     ConfigError,
@@ -69,6 +76,7 @@ __all__ = [
     "ExportError",
     "Kind",
     "ModelConfig",
+    "Note",
     "Package",
     "PackageError",
     "Rope",
@@ -90,6 +98,7 @@ __all__ = [
     "export",
     "kind_of",
     "load_package",
+    "lock_directory",
     "open_checkpoint",
     "parse_config",
     "plan_safetensors",

@@ -32,6 +32,7 @@ SUFFIX = ".partial"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # locks may be local
 
 Note = Callable[[str], None]
+"""Called with a message for the user."""
 
 _published: set[Path] = set()
 
@@ -125,11 +126,11 @@ def _begin(target: Path, force: bool, note: Note) -> tuple[Path, int | None]:
 
     One process does so at a time: a directory is never visible between its creation and its locking.
     """
-    parent = _lock(target.parent, wait=True)
+    parent = lock_directory(target.parent, wait=True)
     try:
         _clear(target, force, note)
         made = tempfile.mkdtemp(prefix=f".{target.name}.{_HOST}-", suffix=SUFFIX, dir=target.parent)
-        return Path(made), _lock(Path(made))
+        return Path(made), lock_directory(Path(made))
     finally:
         if parent is not None:
             os.close(parent)
@@ -155,9 +156,17 @@ def _clear(target: Path, force: bool, note: Note) -> None:
             note(f"removed {scratch}, {why}")
 
 
-def _lock(directory: Path, wait: bool = False) -> int | None:
-    """A handle that holds a lock on a directory; None if the system or the file system has no such locks, or the
-    directory is locked."""
+def lock_directory(directory: Path, *, wait: bool = False, shared: bool = False) -> int | None:
+    """A handle that holds a lock on a directory until it is closed.
+
+    Args:
+        directory: the directory to lock.
+        wait: wait while others hold locks that exclude this one.
+        shared: exclude only locks that are not shared.
+
+    Returns:
+        None if the system or the file system has no such locks, the directory is locked, or it does not exist.
+    """
     if fcntl is None:
         return None
     try:
@@ -165,7 +174,8 @@ def _lock(directory: Path, wait: bool = False) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(handle, kind | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         os.close(handle)
         return None
@@ -174,7 +184,7 @@ def _lock(directory: Path, wait: bool = False) -> int | None:
 
 def _is_dead(scratch: Path) -> bool:
     """Whether it is certain that no process on this machine is writing the directory: its lock is free."""
-    handle = _lock(scratch)
+    handle = lock_directory(scratch)
     if handle is None:
         return False
     os.close(handle)

@@ -39,6 +39,7 @@ COMMANDS = {
     "bench": ("qwenport.commands.bench", "Measure speed, load time and memory on this machine."),
     "perplexity": ("qwenport.commands.perplexity", "Score a text with a package or an engine."),
     "inspect": ("qwenport.commands.inspect", "Show what a checkpoint, package or engine holds."),
+    "cache": ("qwenport.commands.cache", "Show or clear what makes packages open faster."),
     "plugins": ("qwenport.commands.plugins", "Compile the CUDA plugins for TensorRT."),
     "cpp": ("qwenport.commands.cpp", "Compile and install the C++ library."),
     "doctor": ("qwenport.commands.doctor", "Show what is installed and which targets work here."),

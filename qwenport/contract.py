@@ -26,6 +26,7 @@ class Dtype:
         torch_name: in torch, and in config.json.
         safetensors: in a safetensors header.
         onnx: in ONNX's enumeration; in lower case, a binding's dtype.
+        number: in ONNX's enumeration.
         itemsize: bytes.
     """
 
@@ -33,6 +34,7 @@ class Dtype:
     torch_name: str
     safetensors: str
     onnx: str
+    number: int
     itemsize: int
 
     @property
@@ -61,10 +63,12 @@ class Dtype:
         return ir.DataType[self.onnx]
 
 
-BF16 = Dtype("bf16", "bfloat16", "BF16", "BFLOAT16", 2)
-FP16 = Dtype("fp16", "float16", "F16", "FLOAT16", 2)
-FP32 = Dtype("fp32", "float32", "F32", "FLOAT", 4)
-FP64 = Dtype("fp64", "float64", "F64", "DOUBLE", 8)  # the oracle's arithmetic; no package has it
+BF16 = Dtype("bf16", "bfloat16", "BF16", "BFLOAT16", 16, 2)
+FP16 = Dtype("fp16", "float16", "F16", "FLOAT16", 10, 2)
+FP32 = Dtype("fp32", "float32", "F32", "FLOAT", 1, 4)
+FP64 = Dtype(
+    "fp64", "float64", "F64", "DOUBLE", 11, 8
+)  # the oracle's arithmetic; no package has it
 
 DTYPES = {dtype.name: dtype for dtype in (BF16, FP16, FP32)}
 """The dtypes that a package may have, by name."""
@@ -124,6 +128,7 @@ def past_of(name: str) -> str:
 MANIFEST = "qwenport.json"
 PACKAGE_FORMAT, PACKAGE_VERSION = "qwenport-package", 3
 ENGINE_FORMAT, ENGINE_VERSION = "qwenport-engine", 3
+CACHE_FORMAT, CACHE_VERSION = "qwenport-cache-entry", 1
 MODEL, ROPE, PLAN = "model.onnx", "rope.safetensors", "engine.plan"
 ENGINE_WEIGHTS = "weights.safetensors"
 """The weights and rope tables of an onnxruntime engine, which its model.onnx refers to."""

@@ -30,6 +30,7 @@ SOURCES = [
 def test_a_dtype_s_names_are_torch_s_onnx_s_and_safetensors_own(dtype: contract.Dtype) -> None:
     assert isinstance(dtype.torch, torch.dtype) and str(dtype.torch) == f"torch.{dtype.torch_name}"
     assert dtype.ir is from_torch_dtype(dtype.torch) is ir.DataType[dtype.onnx]
+    assert dtype.number == dtype.ir.value
     assert dtype.itemsize == dtype.torch.itemsize == dtype.ir.itemsize
     assert f'"dtype":"{dtype.safetensors}"'.encode() in save(
         {"a": torch.zeros(1, dtype=dtype.torch)}

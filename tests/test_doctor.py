@@ -34,6 +34,7 @@ def machine(
         ),
         onnxruntime_providers=providers,
         onnxruntime_library=None,
+        cache=None,
         cuda_driver="13.0" if gpu else None,
         gpus=(Gpu("A GPU", gpu, 24 << 30),) if gpu else (),
         nvcc=nvcc,

@@ -66,7 +66,8 @@ class PackageParts:
             graph, ir_version=self._model.ir_version, functions=list(self._model.functions.values())
         )
         with reported(self._package.path, "does not load"):
-            return _Session(start_onnxruntime(piece, self._package.path))
+            serialized = ir.to_proto(piece).SerializeToString()
+            return _Session(start_onnxruntime(serialized, self._package.path))
 
     def _steps(self) -> list[str]:
         """The inputs that every part may read."""

@@ -17,7 +17,8 @@ from unittest.mock import patch
 import onnx_ir as ir
 from onnx_ir.passes import Sequential
 
-from qwenport.engines import lowering, onnxruntime_session, open_session
+from qwenport.engines import OnnxRuntimeSession, lowering
+from qwenport.exporter import load_package
 
 
 def stacked(model: ir.Model, *, on_cpu: bool) -> ir.Model:
@@ -30,10 +31,12 @@ def stacked(model: ir.Model, *, on_cpu: bool) -> ir.Model:
 def main() -> None:
     """Load and print."""
     request = json.loads(sys.argv[1])
-    lower = stacked if request["stacked"] else onnxruntime_session.for_onnxruntime
-    with patch.object(onnxruntime_session, "for_onnxruntime", lower):
+    lower = stacked if request["stacked"] else lowering.for_onnxruntime
+    with patch.object(lowering, "for_onnxruntime", lower):
         start = time.perf_counter()
-        open_session(Path(request["package"]), capacity=request["capacity"])
+        package = load_package(Path(request["package"]))
+        package.check_graph()
+        OnnxRuntimeSession(package, capacity=request["capacity"])
         print(json.dumps({"load": time.perf_counter() - start}))
 
 

@@ -25,33 +25,35 @@ def for_onnxruntime(model: ir.Model, *, on_cpu: bool) -> ir.Model:
 
 
 def for_onnxruntime_engine(
-    model: ir.Model, *, positions: int, file: str
+    model: ir.Model, *, positions: int, file: str | None
 ) -> tuple[ir.Model, tuple[StoredWeight, ...]]:
     """Lower a package's graph to one that onnxruntime's CPU provider runs as it is, in fp32. Changes `model`.
 
     Args:
         model: the package's graph.
         positions: rows that the rope tables keep.
-        file: name of the weight file, which the graph refers to and the caller writes.
+        file: name of the weight file, which the graph refers to and the caller writes; None leaves the weights where
+            the package, which must be in fp32, has them.
 
     Returns:
         The graph, and what the file must hold.
     """
     from onnx_ir.passes.common import InlinePass, RemoveUnusedOpsetsPass
 
-    stored = StoreInFloat32(file)
+    stored = None if file is None else StoreInFloat32(file)
     passes = (
         SplitExperts(),
         InlinePass(),
         CutRopeTables(positions),
-        stored,
+        *(() if stored is None else (stored,)),
         ComputeInFloat32(),
         FuseTransposedMatMul(),
         FoldConstants(),
         DropCasts(),
         RemoveUnusedOpsetsPass(),
     )
-    return Sequential(*passes)(model).model, stored.weights
+    lowered = Sequential(*passes)(model).model
+    return lowered, () if stored is None else stored.weights
 
 
 def for_tensorrt(

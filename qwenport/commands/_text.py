@@ -1,19 +1,31 @@
 """Prompt -> token ids -> text, with the tokenizer in a package or engine directory.
 
-Nothing is downloaded, and no code from the directory is run.
+Nothing is downloaded, and no code from the directory is run. transformers decides what a directory's tokenizer is: for
+some classes that is tokenizer.json, others are built anew from parts of it. This takes seconds, so what transformers
+built is kept in the cache, and the `tokenizers` library runs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenport import QwenportError
 
+if TYPE_CHECKING:
+    import tokenizers
+
+Messages = list[dict[str, str]]
+
+_BACKEND, _SETTINGS = "backend.json", "settings.json"  # the files of an entry of the cache
+
 
 class Tokenizer:
-    """A directory's tokenizer, loaded with transformers; the part that generation needs."""
+    """A directory's tokenizer, as transformers loads it; the part that generation needs."""
 
     def __init__(self, directory: Path) -> None:
         """Load the tokenizer.
@@ -21,9 +33,8 @@ class Tokenizer:
         Raises:
             QwenportError: the directory has no tokenizer, or one that cannot be loaded.
         """
-        from transformers import AutoConfig, AutoTokenizer
-
-        from qwenport.exporter import check_companions
+        from qwenport.engines import cache_key, cached, keep
+        from qwenport.exporter import COMPANIONS, check_companions, sha256
 
         if not any(
             (directory / name).is_file()
@@ -33,22 +44,20 @@ class Tokenizer:
                 f"{directory} has no tokenizer: the checkpoint it was made from had none"
             )
         check_companions(directory)
-        local = {"local_files_only": True, "trust_remote_code": False}
-        try:  # config.json determines the tokenizer's class
-            config = AutoConfig.from_pretrained(directory, **local)
-        except Exception as error:
-            raise QwenportError(
-                f"{directory / 'config.json'}: transformers does not accept it: {error}"
-            ) from error
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, config=config, **local)
-        except Exception as error:  # the tokenizers library raises bare Exception for damaged files
-            raise QwenportError(f"{directory}: its tokenizer cannot be loaded: {error}") from error
+        files = [(n, sha256(directory / n)) for n in COMPANIONS if (directory / n).is_file()]
+        libraries = [version(name) for name in ("transformers", "tokenizers")]
+        # transformers knows some models by their directory's name
+        key = cache_key("tokenizer", str(directory), files, libraries, code=(Path(__file__),))
+        kept = cached(key, _Backend.read)
+        self._tokenizer: _Backend | _Transformers = kept or _load(directory)
+        if kept is None and isinstance(self._tokenizer, _Backend):
+            most = 2 * sum((directory / name).stat().st_size for name, _ in files)
+            with suppress(QwenportError, OSError):  # it only takes as long again
+                keep(key, self._tokenizer.write, of=str(directory.absolute()), size_bytes=most)
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of a text to continue, including what the tokenizer prepends (Llama's BOS)."""
-        ids: list[int] = self._tokenizer(prompt)["input_ids"]
-        return ids
+        return self._tokenizer.encode(prompt, add_special_tokens=True)
 
     def encode_chat(self, prompt: str) -> list[int]:
         """Ids of a conversation in which the user says `prompt`, up to where the answer begins.
@@ -58,22 +67,130 @@ class Tokenizer:
         """
         if not self._tokenizer.chat_template:
             raise QwenportError("the tokenizer has no chat template; leave --chat out")
-        messages = [{"role": "user", "content": prompt}]
         try:
-            encoded = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            text = self._tokenizer.render([{"role": "user", "content": prompt}])
         except Exception as error:  # a template is a program and can raise anything
             raise QwenportError(f"the chat template fails: {error}") from error
-        ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
-        return [int(token) for token in ids]
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool = True) -> str:
         """The exact text of ids, without the clean-up of spaces that Llama 3 asks for, which is not reversible."""
-        text: str = self._tokenizer.decode(
-            token_ids,
-            skip_special_tokens=skip_special_tokens,
-            clean_up_tokenization_spaces=False,
+        return self._tokenizer.decode(token_ids, skip_special_tokens)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What transformers' tokenizer has beside its backend."""
+
+    chat_template: str | None
+    special_tokens: dict[str, str]
+    split_special_tokens: bool
+
+
+class _Backend:
+    """The Rust tokenizer that transformers built, called as transformers calls it."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, settings: _Settings) -> None:
+        self.backend, self.settings = backend, settings
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = settings.split_special_tokens
+
+    @classmethod
+    def read(cls, entry: Path) -> _Backend:
+        """Read what `write` wrote."""
+        from tokenizers import Tokenizer
+
+        settings = json.loads((entry / _SETTINGS).read_text(encoding="utf-8"))
+        return cls(Tokenizer.from_file(str(entry / _BACKEND)), _Settings(**settings))
+
+    def write(self, entry: Path) -> None:
+        """Write the files of an entry."""
+        self.backend.save(str(entry / _BACKEND), pretty=False)
+        settings = json.dumps(asdict(self.settings))
+        (entry / _SETTINGS).write_text(settings, encoding="utf-8")
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.settings.chat_template
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def render(self, messages: Messages) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        (text,), _ = render_jinja_template(
+            conversations=[messages],
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            **self.settings.special_tokens,
+        )
+        return str(text)
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        text: str = self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+
+class _Transformers:
+    """A tokenizer that is more than a Rust backend, so that only transformers can run it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def chat_template(self) -> Any:
+        return self.tokenizer.chat_template
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return ids
+
+    def render(self, messages: Messages) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
         )
         return text
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        text: str = self.tokenizer.decode(
+            token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def _load(directory: Path) -> _Backend | _Transformers:
+    """Load a directory's tokenizer with transformers.
+
+    Raises:
+        QwenportError: transformers does not load it.
+    """
+    from transformers import AutoConfig, AutoTokenizer, TokenizersBackend
+
+    local = {"local_files_only": True, "trust_remote_code": False}
+    try:  # config.json determines the tokenizer's class
+        config = AutoConfig.from_pretrained(directory, **local)
+    except Exception as error:
+        raise QwenportError(
+            f"{directory / 'config.json'}: transformers does not accept it: {error}"
+        ) from error
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(directory, config=config, **local)
+    except Exception as error:  # the tokenizers library raises bare Exception for damaged files
+        raise QwenportError(f"{directory}: its tokenizer cannot be loaded: {error}") from error
+    called = ("__call__", "_encode_plus", "decode", "_decode", "apply_chat_template")
+    if (
+        isinstance(loaded, TokenizersBackend)
+        and isinstance(loaded.chat_template, str | None)
+        and all(getattr(type(loaded), n) is getattr(TokenizersBackend, n) for n in called)
+    ):
+        settings = _Settings(
+            loaded.chat_template, loaded.special_tokens_map, loaded.split_special_tokens
+        )
+        return _Backend(loaded.backend_tokenizer, settings)
+    return _Transformers(loaded)
 
 
 def check_ids(ids: list[int], vocabulary: int, what: str) -> None:

@@ -53,7 +53,8 @@ def command(
 
     One row, greedy, with the same made-up prompt for every target. The first request follows the load directly;
     prefill and time to first token are the medians of three later ones, decode is the median step after the last of
-    them. Memory is this process's, Python included. examples/cpp/bench measures the same in C++.
+    them. Memory is this process's, Python included.
+    The first load of a package also writes what later ones read. examples/cpp/bench measures the same in C++.
 
     \b
     Examples:
@@ -64,6 +65,7 @@ def command(
     from qwenport.engines import measure
     from qwenport.machine import cores, cpu_name
 
+    notes: list[str] = []
     with progress_bar("opening", quiet) as progress:
         measured = measure(
             target,
@@ -71,7 +73,10 @@ def command(
             new_tokens=new_tokens,
             threads=threads,
             progress=progress,
+            note=notes.append,
         )
+    for said in notes:
+        note(said, quiet)
     if measured.flavour != ONNXRUNTIME and threads is not None:
         note(f"--threads does nothing for {measured.flavour}", quiet)
     facts = {

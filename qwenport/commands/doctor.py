@@ -56,6 +56,7 @@ class Facts:
     packages: tuple[Package, ...]
     onnxruntime_providers: tuple[str, ...]
     onnxruntime_library: str | None
+    cache: str | None
     cuda_driver: str | None
     gpus: tuple[Gpu, ...]
     nvcc: str | None
@@ -112,6 +113,7 @@ def collect() -> Facts:
         ),
         onnxruntime_providers=_onnxruntime_providers(),
         onnxruntime_library=onnxruntime_library(),
+        cache=_cache(),
         cuda_driver=driver,
         gpus=gpus,
         nvcc=_nvcc_version(),
@@ -225,6 +227,15 @@ def onnxruntime_library() -> str | None:
     return None
 
 
+def _cache() -> str | None:
+    """The folder of the cache, which need not exist; None if this user has no home directory."""
+    from qwenport.engines import CacheError, cache_folder
+
+    with contextlib.suppress(CacheError):
+        return str(cache_folder())
+    return None
+
+
 def _nvcc_version() -> str | None:
     """Version of nvcc on the PATH or in the toolkit's usual location."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=CUDA_TOOLKIT)
@@ -291,6 +302,8 @@ def _print(facts: Facts, judged: tuple[Target, ...]) -> None:
         click.echo("onnxruntime providers: " + ", ".join(facts.onnxruntime_providers))
     if facts.onnxruntime_library:
         click.echo(f"onnxruntime library, for C++: {facts.onnxruntime_library}")
+    if facts.cache:
+        click.echo(f"cache: {facts.cache} (`qwenport cache list`)")
     for index, gpu in enumerate(facts.gpus):
         click.echo(
             f"GPU {index}: {gpu.name}, compute capability {gpu.compute_capability}, "

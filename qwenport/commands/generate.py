@@ -14,11 +14,12 @@ import click
 from qwenport import QwenportError
 from qwenport.commands._common import PATH, note, output_options, print_json, runnable_kind
 from qwenport.commands._progress import progress_bar
-from qwenport.contract import ONNXRUNTIME
+from qwenport.contract import ONNXRUNTIME, Progress
 
 if TYPE_CHECKING:
     from qwenport.commands._text import Tokenizer
     from qwenport.engines import GenerateOptions, Session
+    from qwenport.exporter import Note
 
 EXIT_INTERRUPTED = 130
 CAPACITY_MULTIPLE = 64  # the cache is allocated in steps of this many slots
@@ -107,8 +108,13 @@ def command(
     text = _text_of(prompt)
 
     start = time.perf_counter()
-    with progress_bar("loading the model", quiet):
-        tokenizer, ids, stops, session = _prepare(target, kind, text, chat, max_new_tokens)
+    notes: list[str] = []
+    with progress_bar("loading the model", quiet) as progress:
+        tokenizer, ids, stops, session = _prepare(
+            target, kind, text, chat, max_new_tokens, progress, notes.append
+        )
+    for said in notes:
+        note(said, quiet)
     options = replace(options, stop_tokens=stops)
     run = Run(tokenizer, ids, options, stream=not as_json, load_seconds=time.perf_counter() - start)
     run.generate(session)
@@ -134,7 +140,13 @@ def _text_of(prompt: str) -> str:
 
 
 def _prepare(
-    target: Path, kind: str, prompt: str, chat: bool, max_new_tokens: int
+    target: Path,
+    kind: str,
+    prompt: str,
+    chat: bool,
+    max_new_tokens: int,
+    progress: Progress,
+    note_: Note,
 ) -> tuple[Tokenizer, list[int], list[int], Session]:
     """Load what generation needs, with onnxruntime's cache no larger than that."""
     from qwenport.commands._text import Tokenizer, check_ids
@@ -158,7 +170,7 @@ def _prepare(
         raise QwenportError(f"the prompt has {len(ids)} tokens; {target} has room for {longest}")
     if session is None:
         wanted = -(-(len(ids) + max_new_tokens) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
-        session = open_session(target, capacity=min(longest, wanted))
+        session = open_session(target, capacity=min(longest, wanted), progress=progress, note=note_)
     return tokenizer, ids, stops, session
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from qwenport import QwenportError
-from qwenport.commands._common import PATH, output_options, print_json, runnable_kind
+from qwenport.commands._common import PATH, note, output_options, print_json, runnable_kind
 from qwenport.commands._progress import progress_bar
 
 WINDOW = 2048
@@ -64,6 +64,7 @@ def command(
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise QwenportError(f"{file} is not valid UTF-8: {error}") from error
+    notes: list[str] = []
     with progress_bar("loading the model", quiet) as progress:
         ids = Tokenizer(target).encode(text)
         check_ids(ids, opened.manifest["model"]["vocab_size"], str(file))
@@ -71,8 +72,10 @@ def command(
             raise QwenportError(
                 f"{file} has {len(ids)} tokens; the first is only read, so 2 are needed"
             )
-        session = open_session(target, capacity=window)
+        session = open_session(target, capacity=window, progress=progress, note=notes.append)
         found = perplexity(session, ids, window=window, stride=stride, progress=progress)
+    for said in notes:
+        note(said, quiet)
     if as_json:
         print_json({"target": str(target), "file": str(file), **vars(found)})
         return

@@ -78,9 +78,17 @@ def graph_of(engine: Engine) -> onnx.GraphProto:
     return onnx.load(engine.model, load_external_data=False).graph
 
 
-def logits_of(path: Path, **options: Any) -> list[np.ndarray]:
+def opened(path: Path, **limits: int) -> OnnxRuntimeSession:
+    """A session of an engine, or of a package lowered in memory: `open_session` would take it from the cache."""
+    engine = exporter.kind_of(path) == "engine"
+    return OnnxRuntimeSession(
+        engines.load_engine(path) if engine else exporter.load_package(path), **limits
+    )
+
+
+def logits_of(path: Path) -> list[np.ndarray]:
     """The logits of ragged prefills and decodes, up to where the shorter row is full."""
-    session = open_session(path, max_batch=2, capacity=48, **options)
+    session = opened(path, max_batch=2, capacity=48)
     found = session.prefill(ROWS, all_logits=True)
     found += [session.decode([3, None]), session.decode([5, 6])]
     return [*found, *session.prefill([[9] * 30, [8]])]
@@ -98,7 +106,7 @@ def test_logits_are_the_package_s_bit_for_bit(built: Built) -> None:
 def test_generated_tokens_are_the_package_s(built: Built) -> None:
     options = engines.GenerateOptions(24)
     found = [
-        engines.generate(open_session(path, max_batch=2, capacity=64), ROWS, options)
+        engines.generate(opened(path, max_batch=2, capacity=64), ROWS, options)
         for path in (built.engine.path, built.package.path)
     ]
     assert [row.tokens for row in found[0]] == [row.tokens for row in found[1]]
@@ -255,9 +263,7 @@ def test_every_family_is_the_same_as_its_package(
     package = exporter.export(checkpoint, tmp_path / "package", dtype="bf16").path
     engine = build(package, tmp_path / "engine", target="onnxruntime")
     texts = [[3, 1, 4, 1, 5], [9, 2]]
-    found = [
-        open_session(p, max_batch=2).prefill(texts, all_logits=True) for p in (engine.path, package)
-    ]
+    found = [opened(p, max_batch=2).prefill(texts, all_logits=True) for p in (engine.path, package)]
     for ours, theirs in zip(*found, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     graph = graph_of(engine)
@@ -278,8 +284,7 @@ def test_any_model_is_the_same_as_its_package(
         length = min(12, package.max_seq_len)
         text = [token % package.config.vocab_size for token in range(3, 3 + length)]
         found = [
-            open_session(path).prefill([text], all_logits=True)[0]
-            for path in (engine.path, package.path)
+            opened(path).prefill([text], all_logits=True)[0] for path in (engine.path, package.path)
         ]
         np.testing.assert_array_equal(*found)
     finally:

@@ -187,7 +187,8 @@ void read_bindings(const Node& root, Manifest& manifest) {
 void read_target(const Node& root, Manifest& manifest) {
   EngineInfo& info = manifest.info;
   info.flavour = root.at("flavour").text();
-  if (!manifest.is_onnxruntime() && info.flavour != contract::tensorrt && info.flavour != contract::tensorrt_rtx) {
+  if (!manifest.is_onnxruntime() && info.flavour != contract::tensorrt &&
+      info.flavour != contract::tensorrt_rtx) {
     root.at("flavour").wrong(std::string(contract::onnxruntime) + ", " + contract::tensorrt + " or " +
                              contract::tensorrt_rtx);
   }
