@@ -6,11 +6,15 @@ Only the standard library is imported here: the command line starts through this
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# From release 1.29 on, onnxruntime tells Microsoft about the models that it loads, unless this is set before.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = ["MissingExtraError", "QwenportError", "__version__", "import_extra"]
 

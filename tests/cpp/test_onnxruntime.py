@@ -37,6 +37,7 @@ every_checkpoint = pytest.mark.parametrize("name", NAMES)
 MAX_STEP_TOKENS = 32  # of some engines, so that the longer prompts run in several steps
 ROWS = 3
 PROMPTS = [list(range(100, 170)), [7], list(range(300, 333))]
+TELEMETRY = "ORT_DISABLE_TELEMETRY"
 TOLERANCE = 1e-3
 """Of logits that are multiplied with other kernels; they differ by 1e-5."""
 
@@ -357,6 +358,28 @@ def test_a_cache_costs_what_it_holds_and_10_000_steps_cost_no_memory(
     cache *= model["num_key_value_heads"] * model["head_dim"] * 4
     assert made < cache / 2
     assert grown < 1 << 20
+
+
+LOAD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tests.cpp.runtime import Library
+Library(Path(sys.argv[2])).load(Path(sys.argv[3]), onnxruntime=Path(sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_onnxruntime_reports_nothing_unless_it_is_wanted(
+    release: Path, directory_of, onnxruntime_library: Path, tmp_path: Path, wanted: bool
+) -> None:
+    """What it would report it first keeps in the user's cache."""
+    env = {key: value for key, value in os.environ.items() if key not in ("CI", TELEMETRY)}
+    env |= {"XDG_CACHE_HOME": str(tmp_path)} | ({TELEMETRY: "0"} if wanted else {})
+    arguments = [release / "runtime" / "libqwenport.so", directory_of("tiny-qwen2.5")]
+    root = Path(__file__).parents[2]
+    run(sys.executable, "-c", LOAD, root, *arguments, onnxruntime_library, env=env)
+    assert any(tmp_path.iterdir()) == wanted
 
 
 # What is missing or wrong

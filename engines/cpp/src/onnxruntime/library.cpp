@@ -60,6 +60,8 @@ const OnnxRuntime& OnnxRuntime::get(const std::string& path) {
     name = wanted != nullptr && *wanted != 0 ? wanted : found_library();
   }
   const std::scoped_lock lock(mutex);
+  // From release 1.29 on, onnxruntime tells Microsoft about the models that it loads, unless this is set before.
+  setenv("ORT_DISABLE_TELEMETRY", "1", /*overwrite=*/0);  // NOLINT(concurrency-mt-unsafe)
   void* const library = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
     const char* const reason = dlerror();  // NOLINT(concurrency-mt-unsafe): each thread has its own
