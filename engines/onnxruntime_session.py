@@ -17,6 +17,7 @@ from qwenport.contract import (
     INPUT_IDS,
     LOGITS,
     MANIFEST,
+    MOST_THREADS,
     OLDEST_ONNXRUNTIME,
     ONNXRUNTIME,
     caches,
@@ -71,7 +72,7 @@ class OnnxRuntimeSession(SavedSession):
             max_batch: rows, at most the source's.
             capacity: cache slots per row, at most the source's max_seq_len (the default).
             device: "cpu", or for a package "cuda".
-            threads: CPU threads per operator, at least 1; by default onnxruntime's own choice.
+            threads: CPU threads per operator, 1 to MOST_THREADS; by default onnxruntime's own choice.
             observe: values of a package's graph that each step leaves in `observed`.
             load: returns an onnxruntime session of the lowered source, or None; by default the source is lowered and
                 loaded here.
@@ -91,8 +92,8 @@ class OnnxRuntimeSession(SavedSession):
             raise SessionError(
                 f"device must be one of {', '.join(PROVIDERS)}, found {device!r:.60}"
             )
-        if threads is not None and whole(threads, "threads") < 1:
-            raise SessionError(f"threads must be at least 1, found {threads}")
+        if threads is not None and not 1 <= whole(threads, "threads") <= MOST_THREADS:
+            raise SessionError(f"threads must be in [1, {MOST_THREADS}], found {threads}")
         if capacity > longest:
             raise SessionError(f"capacity {capacity} is beyond the {kind}'s max_seq_len {longest}")
         if max_batch > manifest["max_batch"]:

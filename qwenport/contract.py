@@ -144,6 +144,8 @@ TARGETS = ONNXRUNTIME, TENSORRT_RTX, TENSORRT = ("onnxruntime", "tensorrt-rtx", 
 """What `build` makes engines for."""
 OLDEST_ONNXRUNTIME = "1.26"
 """The first release that has TensorScatter-24."""
+MOST_THREADS = 1024
+"""CPU threads of an onnxruntime session; each waits actively, so thousands bring a machine to a standstill."""
 OLDEST_ONNXRUNTIME_API = int(OLDEST_ONNXRUNTIME.partition(".")[2])
 """The same as the number that C programs pass to `GetApi`."""
 PACKAGE, NETWORK, ENGINE = "package", "tensorrt-network", "engine"
@@ -186,6 +188,7 @@ FOR_CPP = {
     "model_name": MODEL,
     "weights_name": ENGINE_WEIGHTS,
     "oldest_onnxruntime_api": OLDEST_ONNXRUNTIME_API,
+    "most_threads": MOST_THREADS,
     "engine_format": ENGINE_FORMAT,
     "engine_version": ENGINE_VERSION,
     "plugin_namespace": PLUGIN_NAMESPACE,

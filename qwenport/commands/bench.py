@@ -10,11 +10,12 @@ import click
 from qwenport import __version__
 from qwenport.commands._common import PATH, note, output_options, print_json, runnable_kind
 from qwenport.commands._progress import progress_bar
-from qwenport.contract import ONNXRUNTIME
+from qwenport.contract import MOST_THREADS, ONNXRUNTIME
 from qwenport.wording import size
 
 FAST_STEPS = "fast_steps"  # how Python loads an engine, in the C++ library's words
 COUNT = click.IntRange(min=1)
+THREADS = click.IntRange(1, MOST_THREADS)
 
 
 @click.command("bench")
@@ -35,7 +36,7 @@ COUNT = click.IntRange(min=1)
 )
 @click.option(
     "--threads",
-    type=COUNT,
+    type=THREADS,
     metavar="N",
     help="CPU threads of onnxruntime; does nothing for a TensorRT engine.",
     show_default="onnxruntime's choice",

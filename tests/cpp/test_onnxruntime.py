@@ -475,7 +475,8 @@ def test_options_outside_their_range_are_refused(
     library: Library, engine: Path, onnxruntime_library: Path
 ) -> None:
     for options, complaint in (
-        ({"threads": -1}, "threads must be at least 0, got -1"),
+        ({"threads": -1}, r"threads must be in \[0, 1024\], got -1"),
+        ({"threads": 1025}, r"threads must be in \[0, 1024\], got 1025"),
         ({"load": 7}, "no such load mode: 7"),
     ):
         with pytest.raises(Error, match=complaint) as error:

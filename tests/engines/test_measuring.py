@@ -109,7 +109,7 @@ def test_threads_are_onnxruntime_s(number: int, targets) -> None:
     del session
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, True])
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, 1025])
 def test_threads_that_are_no_count_are_refused(threads: object, targets) -> None:
     with pytest.raises(SessionError, match="threads must be"):
         open_session(targets[1], threads=threads)

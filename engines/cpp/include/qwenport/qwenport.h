@@ -87,7 +87,7 @@ enum { QWENPORT_LOAD_FAST_STEPS = 0, QWENPORT_LOAD_FAST_START = 1 };
 /** What does not apply to the engine's flavour is ignored. */
 typedef struct {
   int gpu;                 /**< TensorRT: CUDA device number */
-  int threads;             /**< onnxruntime: CPU threads of a step; 0 lets onnxruntime choose */
+  int threads;             /**< onnxruntime: CPU threads of a step, at most 1024; 0 lets onnxruntime choose */
   int load;                /**< onnxruntime: QWENPORT_LOAD_... */
   const char* onnxruntime; /**< the onnxruntime library; NULL: where EngineOptions in qwenport.hpp says */
 } qwenport_engine_options;

@@ -96,8 +96,8 @@ enum class LoadMode : int {
 
 /// How an engine is loaded. What does not apply to its flavour is ignored.
 struct EngineOptions {
-  int gpu = 0;                           ///< TensorRT: CUDA device number
-  int threads = 0;                       ///< onnxruntime: CPU threads of a step; 0 lets onnxruntime choose
+  int gpu = 0;      ///< TensorRT: CUDA device number
+  int threads = 0;  ///< onnxruntime: CPU threads of a step, at most 1024; 0 lets onnxruntime choose
   LoadMode load = LoadMode::fast_steps;  ///< onnxruntime
   /// The onnxruntime library, a path; empty: the environment's QWENPORT_ONNXRUNTIME, else libonnxruntime.so.1 beside
   /// this library or where the loader finds it.

@@ -10,6 +10,7 @@
 #include "../backends.hpp"
 #include "../files.hpp"
 #include "../target.hpp"
+#include "contract.hpp"
 #include "library.hpp"
 
 namespace qwenport::detail {
@@ -190,9 +191,10 @@ Owned<ort::SessionOptions> session_options(const OnnxRuntime& runtime, const Eng
 
 std::shared_ptr<const Model> load_onnxruntime(Manifest manifest, const std::string& directory,
                                               const EngineOptions& options) {
-  if (options.threads < 0) {
-    throw Error(ErrorCode::invalid_argument,
-                "threads must be at least 0, got " + std::to_string(options.threads));
+  if (options.threads < 0 || options.threads > contract::most_threads) {
+    throw Error(ErrorCode::invalid_argument, "threads must be in [0, " +
+                                                 std::to_string(contract::most_threads) + "], got " +
+                                                 std::to_string(options.threads));
   }
   const OnnxRuntime& runtime = OnnxRuntime::get(options.onnxruntime);
   check_oldest_version(manifest, directory, runtime.version());
