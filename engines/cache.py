@@ -42,7 +42,7 @@ MOST_CACHE_BYTES = 20_000_000_000
 _SHAPE = {
     "of": str,
     "files": FILES,
-    "weights": Each({"bytes": int, "header_sha256": str}),
+    "weights": Each({"bytes": int, "header_sha256": str, "state": [int]}),
 }
 
 _NAME = re.compile(r"\.?[a-z]+-[0-9a-f]{64}(\.[^/]*\.partial)?")
@@ -137,7 +137,8 @@ def keep(key: str, fill: Callable[[Path], None], *, of: str, size_bytes: int) ->
 
     Args:
         key: its name.
-        fill: writes its files into a directory. Of safetensors files, only size and header are checked later.
+        fill: writes its files into a directory. Of safetensors files, size, header, inode and times are checked later,
+            of others the hash.
         of: what it is made from, for people.
         size_bytes: its size, or a bit more.
 
@@ -165,11 +166,21 @@ def keep(key: str, fill: Callable[[Path], None], *, of: str, size_bytes: int) ->
                 if name not in headers
             },
             "weights": {
-                name: {"bytes": header.size, "header_sha256": header.header_sha256}
+                name: {
+                    "bytes": header.size,
+                    "header_sha256": header.header_sha256,
+                    "state": file_state(scratch / name),
+                }
                 for name, header in headers.items()
             },
         }
         write_json(scratch / MANIFEST, manifest)
+
+
+def file_state(file: Path) -> list[int]:
+    """What changes if a file is written again or exchanged: inode, size, and the times of its last changes."""
+    found = file.stat()
+    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def cache_entries() -> list[Entry]:
@@ -178,8 +189,10 @@ def cache_entries() -> list[Entry]:
     Raises:
         CacheError: see `cache_folder`.
     """
-    found = []
-    for path in _directories(cache_folder()):
+    folder, found = cache_folder(), []
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise CacheError(f"{folder} is not a directory; remove it, or set XDG_CACHE_HOME")
+    for path in _directories(folder):
         with suppress(OSError):
             of = "unfinished or damaged"
             with suppress(QwenportError, KeyError):
@@ -214,6 +227,9 @@ def _check(path: Path) -> None:
     check_listed(path, [*manifest["files"], *manifest["weights"]], ())
     check_files(path, manifest["files"])
     check_weight_files(path, manifest["weights"])
+    for name, recorded in manifest["weights"].items():
+        if file_state(path / name) != recorded["state"]:
+            raise CacheError(f"{path / name} was changed")
 
 
 def _make_room(folder: Path, needed: int) -> None:

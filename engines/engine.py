@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -121,6 +122,9 @@ def load_engine(path: Path | str) -> Engine:
             for dtype in (manifest["dtype"], manifest["package"]["dtype"]):
                 if dtype not in DTYPES:
                     raise ValueError(f"dtype is {dtype!r}")
+            layers = manifest["model"]["num_hidden_layers"]
+            if len(manifest["aliases"]) != 2 * layers:
+                raise ValueError(f"{layers} layers, but {len(manifest['aliases'])} aliases")
             if manifest["flavour"] == ONNXRUNTIME:
                 _check_onnxruntime(path, manifest)
             else:
@@ -149,6 +153,8 @@ def _check_onnxruntime(path: Path, manifest: dict[str, Any]) -> None:
     check_shape(manifest["weights"], WEIGHTS_SHAPE, "the manifest.weights")
     if manifest["dtype"] != FP32.name or manifest["gpus"] or manifest["plugins"]:
         raise ValueError(f"an engine for {ONNXRUNTIME} is in fp32, without GPUs and plugins")
+    if not re.fullmatch(r"\d{1,6}\.\d{1,6}", manifest["runtime_version"]):
+        raise ValueError(f"runtime_version is {manifest['runtime_version']!r:.60}")
     weights = manifest["weights"]["files"]
     check_listed(path, [*manifest["files"], *weights], (MODEL, ENGINE_WEIGHTS))
     check_weight_files(path, weights)

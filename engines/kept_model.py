@@ -11,7 +11,13 @@ from typing import Any
 
 from qwenport.contract import ENGINE_WEIGHTS, FP32, MANIFEST, MODEL, Progress
 from qwenport.engines import onnxruntime_builder
-from qwenport.engines.cache import CacheError, cache_key, cached, keep
+from qwenport.engines.cache import (
+    CacheError,
+    cache_key,
+    cached,
+    file_state,
+    keep,
+)
 from qwenport.engines.onnxruntime_builder import lower_for_onnxruntime, write_lowered
 from qwenport.engines.onnxruntime_session import check_onnxruntime, start_onnxruntime
 from qwenport.exporter import ExportError, Note, Package, sha256
@@ -58,8 +64,11 @@ def load_kept(
     except (CacheError, ExportError, OSError) as error:
         session = cached(key, start)  # another process may have been faster
         if session is None:
+            why = (
+                f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            )
             note(
-                f"{package.path} will open as slowly next time, its lowered model is not kept: {error}"
+                f"{package.path} will open as slowly next time, its lowered model cannot be kept: {why}"
             )
         return session
     return cached(key, start)
@@ -74,7 +83,5 @@ def _key(package: Package) -> str:
     weights = []
     if package.dtype != FP32.name:
         for name in sorted(package.manifest["weights"]["files"]):
-            found = (package.path / name).stat()
-            state = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-            weights.append((name, *state))
+            weights.append((name, *file_state(package.path / name)))
     return cache_key("model", sha256(package.path / MANIFEST), weights, code=_CODE)

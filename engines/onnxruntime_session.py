@@ -182,6 +182,7 @@ class OnnxRuntimeSession(SavedSession):
             raise SessionError(f"{engine.path}: an engine for {ONNXRUNTIME} runs on the CPU only")
         if self._observe:
             raise SessionError(f"{engine.path}: values of an engine cannot be observed")
+        check_onnxruntime("cpu", engine.manifest["runtime_version"])
         session = start_onnxruntime(str(engine.model), engine.path, threads=threads)
         check_bindings(engine, session)
         return session
@@ -244,18 +245,18 @@ class OnnxRuntimeSession(SavedSession):
         return logits
 
 
-def check_onnxruntime(device: str) -> Any:
-    """The module onnxruntime, if it can run packages on a device.
+def check_onnxruntime(device: str, oldest: str = OLDEST_ONNXRUNTIME) -> Any:
+    """The module onnxruntime, if its release is at least `oldest` and it can run packages on a device.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
         SessionError: it is too old, or the device is not available.
     """
     ort = import_extra("onnxruntime", "cpu", "run packages")
-    if [*map(int, ort.__version__.split(".")[:2])] < [*map(int, OLDEST_ONNXRUNTIME.split("."))]:
+    if [*map(int, ort.__version__.split(".")[:2])] < [*map(int, oldest.split("."))]:
         raise SessionError(
-            f"onnxruntime here is {ort.__version__}; {OLDEST_ONNXRUNTIME} or newer is needed "
-            f"(pip install 'onnxruntime>={OLDEST_ONNXRUNTIME}')"
+            f"onnxruntime here is {ort.__version__}; {oldest} or newer is needed "
+            f"(pip install 'onnxruntime>={oldest}')"
         )
     if PROVIDERS[device] not in ort.get_available_providers():
         raise SessionError(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from qwenport.contract import ONNXRUNTIME, Progress, no_progress
 from qwenport.engines.engine import load_engine
+from qwenport.engines.errors import SessionError
 from qwenport.engines.kept_model import load_kept
-from qwenport.engines.onnxruntime_session import OnnxRuntimeSession
+from qwenport.engines.onnxruntime_session import PROVIDERS, OnnxRuntimeSession
 from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.tensorrt_session import TensorRTSession
 from qwenport.exporter import Note, kind_of, load_package
@@ -42,11 +43,13 @@ def open_session(
         SessionError: more rows or slots than the target has.
     """
     target = Path(target)
+    if device not in list(PROVIDERS):
+        raise SessionError(f"device must be one of {', '.join(PROVIDERS)}, found {device!r:.60}")
     if kind_of(target) == "engine":
         engine = load_engine(target)
         if engine.flavour == ONNXRUNTIME:
             return OnnxRuntimeSession(
-                engine, max_batch=max_batch, capacity=capacity, threads=threads
+                engine, max_batch=max_batch, capacity=capacity, device=device, threads=threads
             )
         return TensorRTSession(engine, max_batch=max_batch, capacity=capacity)
     package = load_package(target)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenport.contract import Progress, no_progress
-from qwenport.engines.errors import MeasuringError
+from qwenport.engines.errors import MeasuringError, SessionError
 from qwenport.engines.session import CachedSession, Float32, whole
 
 
@@ -70,6 +70,16 @@ def perplexity(
     count = len(token_ids)
     if count < 2:
         raise MeasuringError(f"a text of {count} tokens: the first is only read, so 2 are needed")
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise SessionError("token ids must be whole numbers")
+    for token in (ids.min(), ids.max()):
+        if not 0 <= token < session.vocab_size:
+            raise SessionError(
+                f"token id {token} is outside the vocabulary 0..{session.vocab_size - 1}"
+            )
+    if session.capacity < 2:
+        raise MeasuringError(f"a session of {session.capacity} slot: perplexity needs at least 2")
     if not 2 <= window <= session.capacity:
         raise MeasuringError(f"a window of {window} tokens: it must be 2 to {session.capacity}")
     if not 1 <= stride <= window:

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from qwenport.contract import MANIFEST
 from qwenport.exporter.errors import ExportError
 from qwenport.wording import size
 
@@ -49,13 +50,17 @@ def atomic_directory(
         note: called with a message for each scratch directory found.
 
     Raises:
-        ExportError: target exists, its parent does not, or another process removed the scratch directory.
+        ExportError: target exists, its parent does not, it would be inside a package or an engine, or another process
+            removed the scratch directory.
     """
     target = Path(os.path.abspath(target))
     if target.exists() or target.is_symlink():
         raise _exists(target)
     if not target.parent.is_dir():
         raise ExportError(f"{target.parent}: no such directory to write {target.name} in")
+    for folder in target.resolve().parents:
+        if (folder / MANIFEST).exists():
+            raise ExportError(f"{target} would be inside {folder}, whose manifest lists its files")
     _published.discard(target)
     scratch, lock = _begin(target, force_clean, note)
     try:

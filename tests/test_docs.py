@@ -58,8 +58,13 @@ def test_a_page_runs_from_top_to_bottom(
             continue
         for line in text.splitlines():
             if line.startswith("$ qwenport "):
-                code = main(shlex.split(line.removeprefix("$ qwenport ")))
-                assert code == 0, f"{line}\n{capsys.readouterr().err}"
+                command, _, file = line.removeprefix("$ qwenport ").partition(" > ")
+                capsys.readouterr()
+                code = main(shlex.split(command))
+                said = capsys.readouterr()
+                assert code == 0, f"{line}\n{said.err}"
+                if file:
+                    Path(file).write_text(said.out)
             elif line.startswith("$ "):
                 assert line.startswith(("$ make ", "$ git ", "$ pip ", "$ source ")), line
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import Capture, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -149,6 +150,15 @@ def test_the_default_is_below_home_and_no_home_is_an_error_of_one_line(
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user without a home
     assert cli.main(["cache", "list"]) == 2
     assert "no home directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["list", "clear"])
+def test_a_file_in_the_cache_s_place_is_one_line(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "qwenport").touch()
+    assert "is not a directory" in refused(capsys, "cache", command)
 
 
 def test_what_is_no_entry_is_left_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -178,6 +179,11 @@ def test_another_release_or_other_code_has_another_key(
     assert len({*keys}) == 4
 
 
+def contents(entry: Path) -> dict[str, bytes]:
+    """Its files without the manifest, which has the times of the others."""
+    return {file.name: file.read_bytes() for file in entry.iterdir() if file.name != MANIFEST}
+
+
 def cut_weights(entry: Path) -> None:
     with (entry / ENGINE_WEIGHTS).open("r+b") as stream:
         stream.truncate(1000)
@@ -185,6 +191,21 @@ def cut_weights(entry: Path) -> None:
 
 def other_header(entry: Path) -> None:
     save_file({"x": np.zeros(3, np.float32)}, entry / ENGINE_WEIGHTS)
+
+
+def change_weights(entry: Path) -> None:
+    """Values only, and the file looks as old as before."""
+    file = entry / ENGINE_WEIGHTS
+    before = file.stat()
+    with file.open("r+b") as stream:
+        stream.seek(-64, os.SEEK_END)
+        stream.write(b"?" * 64)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def exchange_weights(entry: Path) -> None:
+    other = shutil.copy2(entry / ENGINE_WEIGHTS, entry.parent / "other")
+    Path(other).rename(entry / ENGINE_WEIGHTS)
 
 
 def change_graph(entry: Path) -> None:
@@ -204,6 +225,8 @@ def consistent_nonsense(entry: Path) -> None:
 DAMAGE = [
     cut_weights,
     other_header,
+    change_weights,
+    exchange_weights,
     change_graph,
     consistent_nonsense,
     lambda entry: (entry / MANIFEST).unlink(),
@@ -220,13 +243,13 @@ def test_a_damaged_entry_is_written_again_and_never_used(
 ) -> None:
     open_session(package)
     entry = the_entry(root)
-    whole = {file.name: file.read_bytes() for file in entry.iterdir()}
+    whole = contents(entry)
     damage(entry)
     notes: list[str] = []
     session = open_session(package, max_batch=2, capacity=48, note=notes.append)
     assert_same(session, in_memory(package))
     assert not notes
-    assert {file.name: file.read_bytes() for file in the_entry(root).iterdir()} == whole
+    assert contents(the_entry(root)) == whole
 
 
 def test_a_damaged_package_is_refused_whatever_the_cache_has(package: Path) -> None:

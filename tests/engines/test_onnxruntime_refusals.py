@@ -14,7 +14,7 @@ from command_line import Capture, refused
 
 from qwenport import engines, exporter
 from qwenport.contract import ENGINE_WEIGHTS, MANIFEST, MODEL
-from qwenport.engines import EngineError, build, load_engine, open_session
+from qwenport.engines import EngineError, SessionError, build, load_engine, open_session
 
 
 @pytest.fixture(scope="module")
@@ -196,9 +196,11 @@ def test_a_manifest_without_weights_is_refused(engine: Path) -> None:
     ("keys", "value", "words"),
     [
         (("bindings", "inputs", -1, "shape", -1), 33, "its inputs are not those in"),
+        (("model", "num_hidden_layers"), 2**31, "2147483648 layers, but 10 aliases"),
+        (("runtime_version",), "x", "runtime_version is 'x'"),
         (("bindings", "outputs", 0, "dtype"), "float16", "its outputs are not those in"),
         (("model", "head_dim"), 31, "its model does not have its bindings' shapes"),
-        (("model", "num_hidden_layers"), 4, "its model does not have its bindings' shapes"),
+        (("model", "num_hidden_layers"), 4, "4 layers, but 10 aliases"),
         (("model", "vocab_size"), 5, "its model does not have its bindings' shapes"),
     ],
 )
@@ -213,3 +215,16 @@ def test_a_manifest_that_is_not_the_graph_s_is_refused(
     (engine / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(EngineError, match=words):
         open_session(engine)
+
+
+def test_an_engine_that_needs_a_newer_onnxruntime_is_refused(engine: Path) -> None:
+    manifest = json.loads((engine / MANIFEST).read_text())
+    (engine / MANIFEST).write_text(json.dumps(manifest | {"runtime_version": "9.99"}))
+    with pytest.raises(SessionError, match=r"9\.99 or newer is needed"):
+        open_session(engine)
+
+
+@pytest.mark.parametrize("device", ["cuda", "xx", None])
+def test_another_device_is_refused(engine: Path, device: Any) -> None:
+    with pytest.raises(SessionError, match=r"runs on the CPU only|device must be one of cpu, cuda"):
+        open_session(engine, device=device)

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from qwenport.contract import LOGITS_INDICES
-from qwenport.engines import MeasuringError, SavedSession, Step, open_session, perplexity
+from qwenport.engines import (
+    MeasuringError,
+    SavedSession,
+    SessionError,
+    Step,
+    open_session,
+    perplexity,
+)
 from qwenport.exporter import Package
 
 from .conftest import CHECKPOINT
@@ -106,6 +113,17 @@ def test_what_cannot_be_scored_is_refused(
 ) -> None:
     with pytest.raises(MeasuringError, match=words):
         perplexity(session, TEXT[:count], window=window, stride=stride)
+
+
+@pytest.mark.parametrize("token", [-1, 2048, 2**70, 1.5, "a"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_an_id_outside_the_vocabulary_is_refused_wherever_it_is(
+    session: SavedSession, token: object, place: int
+) -> None:
+    ids: list[object] = [1, 2, 3]
+    ids[place] = token
+    with pytest.raises(SessionError, match="token id"):
+        perplexity(session, ids, window=8, stride=4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from qwenport.contract import MANIFEST
 from qwenport.exporter import ExportError, atomic_directory, directory, published
 
 # writes a directory, then waits until it is told to go on
@@ -227,4 +228,16 @@ def test_the_interrupt_of_a_slower_process_is_no_success(
 def test_a_parent_that_is_missing_or_a_target_that_is_there(tmp_path: Path) -> None:
     for target in (tmp_path / "no" / "a", tmp_path):
         with pytest.raises(ExportError), atomic_directory(target):
+            raise AssertionError
+
+
+def test_nothing_is_put_inside_a_package_or_an_engine(tmp_path: Path) -> None:
+    (tmp_path / "package" / "weights").mkdir(parents=True)
+    (tmp_path / "package" / MANIFEST).touch()
+    (tmp_path / "link").symlink_to("package")
+    for target in ("package/a", "package/weights/a", "link/a"):
+        with (
+            pytest.raises(ExportError, match=r"would be inside .*package, whose manifest"),
+            atomic_directory(tmp_path / target),
+        ):
             raise AssertionError

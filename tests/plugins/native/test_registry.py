@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import tensorrt_lean_bindings as trt
 from qwenport.engines import plugin_library
+from qwenport.engines.lowering.use_plugins import plugin_names
 from qwenport.contract import PLUGIN_NAMESPACE, PLUGIN_VERSION
 library, said = Path(sys.argv[1]), {}
 registry = trt.get_plugin_registry()
@@ -50,7 +51,7 @@ def test_a_build_finds_every_plugin(library: Path, tmp_path: Path) -> None:
     program = """
 plugin_library.register_for_build(trt, library)
 plugin_library.register_for_build(trt, library)
-for name in plugin_library.plugin_names():
+for name in plugin_names():
     creator = registry.get_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE)
     said[name] = [field.name for field in creator.field_names]
     assert registry.get_creator(name, PLUGIN_VERSION, "") is None
