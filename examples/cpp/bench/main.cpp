@@ -47,10 +47,10 @@ Request parse(int argc, char** argv) {
   Request request;
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
-    std::optional<int>* number = word == "--prompt-tokens" ? &request.prompt_tokens
-                                 : word == "--new-tokens"  ? &request.new_tokens
-                                 : word == "--threads"     ? &request.threads
-                                                           : nullptr;
+    std::optional<int>* number = nullptr;
+    if (word == "--prompt-tokens") number = &request.prompt_tokens;
+    if (word == "--new-tokens") number = &request.new_tokens;
+    if (word == "--threads") number = &request.threads;
     if (number != nullptr) {
       if (++i == argc) throw std::runtime_error(word + " needs a number");
       *number = count_of(word, argv[i]);
@@ -75,7 +75,7 @@ struct Time {
 
 class Clock {
  public:
-  Time read() const {
+  [[nodiscard]] Time read() const {
     const std::chrono::duration<double> wall = std::chrono::steady_clock::now() - wall_;
     return {wall.count(), static_cast<double>(std::clock() - cpu_) / CLOCKS_PER_SEC};
   }
@@ -175,11 +175,12 @@ Measured measure(const Request& request, qwenport::EngineInfo& info) {
   measured.load = load.read();
   measured.loaded_bytes = memory("VmRSS");
 
-  std::vector<qwenport::Token> prompt;
-  for (std::int64_t i = 0; i < measured.prompt_tokens; ++i) {
-    prompt.push_back((13 + 7919 * i) % info.vocab_size);
+  std::vector<qwenport::Token> prompt(static_cast<std::size_t>(measured.prompt_tokens));
+  for (std::size_t i = 0; i < prompt.size(); ++i) {
+    prompt[i] = static_cast<qwenport::Token>((13 + 7919 * i) % static_cast<std::size_t>(info.vocab_size));
   }
-  Time prefill, first_token;
+  Time prefill;
+  Time first_token;
   qwenport::Token token = request_of(session, prompt, prefill, measured.first_request);
   for (int step = 0; step < std::min(warmup, measured.new_tokens); ++step) {
     token = argmax(session.decode(token));
@@ -235,10 +236,12 @@ void print(const Request& request, const qwenport::EngineInfo& info, Measured& m
   const std::string mode = request.fast_start ? "fast_start" : "fast_steps";
   const std::string cpu = system_value("/proc/cpuinfo", "model name");
   const unsigned cores = std::thread::hardware_concurrency();
-  const double prefill = median(measured.prefill), decode = median(measured.decode);
+  const double prefill = median(measured.prefill);
+  const double decode = median(measured.decode);
   std::sort(measured.decode.begin(), measured.decode.end());
   const std::size_t tail = (measured.decode.size() - 1) / 10;
-  const double p10 = measured.decode[tail], p90 = measured.decode[measured.decode.size() - 1 - tail];
+  const double p10 = measured.decode[tail];
+  const double p90 = measured.decode[measured.decode.size() - 1 - tail];
   const double decode_cpu =
       std::accumulate(measured.decode_cpu.begin(), measured.decode_cpu.end(), 0.0) / measured.new_tokens;
   if (!request.json) {
