@@ -6,6 +6,7 @@ import copy
 import ctypes as c
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,6 +132,7 @@ ANY_TEXT = {("runtime_version",), ("gpus", 0), ("gpus", 1)}
         (("dtype",), "int8", "dtype is not one of bf16 fp16 fp32"),
         (("dtype",), "bf16", "bindings.inputs is not what this runtime feeds"),
         (("flavour",), "other", "flavour is not onnxruntime, tensorrt or tensorrt-rtx"),
+        (("flavour",), "onnxruntime", "flavour is not that of these files: no model.onnx"),
         (("gpus",), [], "gpus is not a list of GPU architectures"),
         (("max_seq_len",), 2**31, "max_seq_len is not a positive integer"),
         (("max_seq_len",), 161, "bindings.inputs is not what this runtime feeds"),
@@ -182,7 +184,8 @@ def in_onnxruntime(library: Library) -> dict[str, Any]:
         (("gpus",), ["sm90"], "gpus is not empty: onnxruntime's engines are for the CPU"),
         (("dtype",), "fp16", "dtype is not fp32, which onnxruntime's engines compute in"),
         (("bindings", "inputs", 5, "shape", 2), 160, "is not what this runtime feeds"),
-        (("files", "model.onnx"), ..., "no files.model.onnx"),
+        (("files", "model.onnx"), ..., "flavour is not that of these files: no model.onnx"),
+        (("flavour",), "tensorrt", "flavour is not that of these files: no engine.plan"),
         (("weights",), ..., "no weights"),
         (("weights", "files", "weights.safetensors"), ..., "no weights.files.weights.safetensors"),
         (
@@ -269,3 +272,39 @@ def test_a_plan_or_plugin_that_was_changed_is_refused(
         assert error == "bad engine"
         assert f"{complaint}: cannot be read: No such file or directory" in text
         path.write_bytes(content)
+
+
+def put_instead(file: Path, kind: str) -> None:
+    """Replace a file by something that is none."""
+    content = file.read_bytes()
+    file.unlink()
+    if kind == "directory":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        elsewhere = file.with_name("elsewhere")
+        elsewhere.write_bytes(content)
+        file.symlink_to(elsewhere)
+
+
+@pytest.mark.usefixtures("time_limit")
+@pytest.mark.parametrize("name", ["qwenport.json", "engine.plan"])
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        ("directory", "not a regular file"),
+        ("pipe", "not a regular file"),
+        ("device", "a symbolic link; an engine directory holds files only"),
+        ("link", "a symbolic link; an engine directory holds files only"),
+    ],
+)
+def test_what_is_no_file_is_refused(
+    library: Library, engine_of, tmp_path: Path, name: str, kind: str, complaint: str
+) -> None:
+    engine = tmp_path / "engine"
+    shutil.copytree(engine_of("tiny-qwen2.5").path, engine)
+    put_instead(engine / name, kind)
+    assert files_checked(library, engine) == ("bad engine", f"{engine / name}: {complaint}")

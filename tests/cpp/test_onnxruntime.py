@@ -461,6 +461,37 @@ def test_a_changed_file_is_refused(
     assert f"{name}: cannot be read: No such file or directory" in complaint()
 
 
+@pytest.mark.usefixtures("time_limit")
+@pytest.mark.parametrize("name", [MODEL, ENGINE_WEIGHTS])
+def test_a_pipe_or_a_link_in_a_files_place_is_refused(
+    library: Library, engine: Path, onnxruntime_library: Path, name: str
+) -> None:
+    path = engine / name
+    path.rename(engine / "elsewhere")
+
+    def complaint() -> str:
+        with pytest.raises(Error) as error:
+            library.load(engine, onnxruntime=onnxruntime_library)
+        assert error.value.kind == "bad engine"
+        return str(error.value)
+
+    path.symlink_to(engine / "elsewhere")
+    assert complaint() == f"{path}: a symbolic link; an engine directory holds files only"
+    path.unlink()
+    os.mkfifo(path)
+    assert complaint() == f"{path}: not a regular file"
+
+
+@pytest.mark.usefixtures("time_limit")
+def test_a_pipe_in_onnxruntimes_place_is_refused(
+    library: Library, engine: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(Error, match=r"pipe: not a regular file$") as error:
+        library.load(engine, onnxruntime=tmp_path / "pipe")
+    assert error.value.kind == "missing library"
+
+
 @pytest.mark.parametrize("header", [2**64 - 1, 2**63, 0])
 def test_any_length_of_a_header_is_refused(
     library: Library, engine: Path, onnxruntime_library: Path, header: int

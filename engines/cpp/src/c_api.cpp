@@ -5,8 +5,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <initializer_list>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "qwenport/qwenport.hpp"
@@ -71,10 +73,31 @@ int guarded(const Work& work) noexcept {
   }
 }
 
-std::vector<std::vector<Token>> rows_of(const int64_t* const* rows, const size_t* sizes, size_t count) {
+/// Refuse pointers that are NULL, by their names.
+void need(std::initializer_list<std::pair<std::string, const void*>> pointers) {
+  for (const auto& [name, pointer] : pointers) {
+    if (pointer == nullptr) throw qwenport::Error(ErrorCode::invalid_argument, name + " is NULL");
+  }
+}
+
+/// A value of the session, or -1 and a message.
+template <typename Get>
+int value_of(const qwenport_session* session, const Get& get) noexcept {
+  int value = -1;
+  guarded([&] {
+    need({{"session", session}});
+    value = get(session->session);
+  });
+  return value;
+}
+
+std::vector<std::vector<Token>> rows_of(const int64_t* const* rows, const size_t* sizes, size_t count,
+                                        const std::string& name) {
   std::vector<std::vector<Token>> all(count);
   for (size_t b = 0; b < count; ++b) {
-    if (sizes[b] != 0) all[b].assign(rows[b], rows[b] + sizes[b]);
+    if (sizes[b] == 0) continue;
+    need({{name + "[" + std::to_string(b) + "]", rows[b]}});
+    all[b].assign(rows[b], rows[b] + sizes[b]);
   }
   return all;
 }
@@ -87,10 +110,15 @@ qwenport::GenerateOptions options_of(const qwenport_generate_options& given, voi
   qwenport::GenerateOptions options;
   options.max_new_tokens = given.max_new_tokens;
   if (given.stop_token_count != 0) {
+    need({{"options.stop_tokens", given.stop_tokens}});
     options.stop_tokens.assign(given.stop_tokens, given.stop_tokens + given.stop_token_count);
   }
-  options.stop_sequences =
-      rows_of(given.stop_sequences, given.stop_sequence_sizes, given.stop_sequence_count);
+  if (given.stop_sequence_count != 0) {
+    need({{"options.stop_sequences", given.stop_sequences},
+          {"options.stop_sequence_sizes", given.stop_sequence_sizes}});
+    options.stop_sequences = rows_of(given.stop_sequences, given.stop_sequence_sizes,
+                                     given.stop_sequence_count, "options.stop_sequences");
+  }
   options.temperature = given.temperature;
   options.top_k = given.top_k;
   options.top_p = given.top_p;
@@ -149,10 +177,8 @@ qwenport_engine_options qwenport_engine_defaults(void) {
 int qwenport_engine_load(const char* directory, const qwenport_engine_options* options,
                          qwenport_engine** engine) {
   return guarded([&] {
+    need({{"directory", directory}, {"engine", engine}});
     const qwenport_engine_options given = options != nullptr ? *options : qwenport_engine_defaults();
-    if (given.load != QWENPORT_LOAD_FAST_STEPS && given.load != QWENPORT_LOAD_FAST_START) {
-      throw qwenport::Error(ErrorCode::invalid_argument, "no such load mode: " + std::to_string(given.load));
-    }
     qwenport::Engine loaded = qwenport::Engine::load(
         directory, {given.gpu, given.threads, static_cast<qwenport::LoadMode>(given.load),
                     given.onnxruntime != nullptr ? given.onnxruntime : ""});
@@ -165,16 +191,21 @@ int qwenport_engine_load(const char* directory, const qwenport_engine_options* o
 void qwenport_engine_free(qwenport_engine* engine) { delete engine; }
 
 qwenport_engine_info qwenport_engine_get_info(const qwenport_engine* engine) {
-  const qwenport::EngineInfo& info = engine->engine.info();
-  return {info.vocab_size,
-          info.capacity,
-          info.max_batch,
-          info.max_step_tokens,
-          info.dtype.c_str(),
-          info.flavour.c_str(),
-          info.runtime_version.c_str(),
-          engine->gpus.c_str(),
-          info.cache_bytes_per_row};
+  qwenport_engine_info found{};
+  guarded([&] {
+    need({{"engine", engine}});
+    const qwenport::EngineInfo& info = engine->engine.info();
+    found = {info.vocab_size,
+             info.capacity,
+             info.max_batch,
+             info.max_step_tokens,
+             info.dtype.c_str(),
+             info.flavour.c_str(),
+             info.runtime_version.c_str(),
+             engine->gpus.c_str(),
+             info.cache_bytes_per_row};
+  });
+  return found;
 }
 
 qwenport_session_options qwenport_session_defaults(void) {
@@ -185,6 +216,7 @@ qwenport_session_options qwenport_session_defaults(void) {
 int qwenport_session_create(const qwenport_engine* engine, const qwenport_session_options* options,
                             qwenport_session** session) {
   return guarded([&] {
+    need({{"engine", engine}, {"session", session}});
     const qwenport_session_options given = options != nullptr ? *options : qwenport_session_defaults();
     *session = new qwenport_session{
         qwenport::Session(engine->engine, {given.max_batch, given.capacity, given.cuda_graphs != 0})};
@@ -195,12 +227,18 @@ void qwenport_session_free(qwenport_session* session) { delete session; }
 
 int qwenport_session_prefill(qwenport_session* session, const int64_t* const* rows, const size_t* sizes,
                              size_t count, const float** logits) {
-  return guarded([&] { put_rows(session->session.prefill_batch(rows_of(rows, sizes, count)), logits); });
+  return guarded([&] {
+    need({{"session", session}, {"rows", rows}, {"sizes", sizes}, {"logits", logits}});
+    put_rows(session->session.prefill_batch(rows_of(rows, sizes, count, "rows")), logits);
+  });
 }
 
 int qwenport_session_decode(qwenport_session* session, const int64_t* tokens, size_t count,
                             const float** logits) {
-  return guarded([&] { put_rows(session->session.decode_batch({tokens, tokens + count}), logits); });
+  return guarded([&] {
+    need({{"session", session}, {"tokens", tokens}, {"logits", logits}});
+    put_rows(session->session.decode_batch({tokens, tokens + count}), logits);
+  });
 }
 
 qwenport_generate_options qwenport_generate_defaults(void) {
@@ -227,12 +265,17 @@ int qwenport_generate(qwenport_session* session, const int64_t* const* prompts, 
                       void* user, int64_t* tokens, qwenport_generated* results,
                       const qwenport_logprobs* logprobs) {
   return guarded([&] {
+    need({{"session", session},
+          {"prompts", prompts},
+          {"sizes", sizes},
+          {"tokens", tokens},
+          {"results", results}});
     const qwenport_generate_options given = options != nullptr ? *options : qwenport_generate_defaults();
     check_buffers(given.logprobs, logprobs);
     qwenport::OnToken forward;
     if (on_token != nullptr) forward = [=](int row, Token token) { on_token(user, row, token); };
-    const auto rows =
-        session->session.generate_batch(rows_of(prompts, sizes, count), options_of(given, user), forward);
+    const auto rows = session->session.generate_batch(rows_of(prompts, sizes, count, "prompts"),
+                                                      options_of(given, user), forward);
     for (size_t b = 0; b < count; ++b) {
       const qwenport::Generated& row = rows[b];
       const size_t column = b * static_cast<size_t>(given.max_new_tokens);
@@ -244,29 +287,43 @@ int qwenport_generate(qwenport_session* session, const int64_t* const* prompts, 
   });
 }
 
-void qwenport_session_reset(qwenport_session* session) { session->session.reset(); }
+void qwenport_session_reset(qwenport_session* session) {
+  guarded([&] {
+    need({{"session", session}});
+    session->session.reset();
+  });
+}
 
 int qwenport_session_truncate(qwenport_session* session, int length, int row) {
-  return guarded([&] { session->session.truncate(length, row); });
+  return guarded([&] {
+    need({{"session", session}});
+    session->session.truncate(length, row);
+  });
 }
 
 int qwenport_session_lengths(const qwenport_session* session, int* lengths) {
   return guarded([&] {
+    need({{"session", session}, {"lengths", lengths}});
     const std::vector<int> held = session->session.lengths();
     std::copy(held.begin(), held.end(), lengths);
   });
 }
 
-int qwenport_session_max_batch(const qwenport_session* session) { return session->session.max_batch(); }
+int qwenport_session_max_batch(const qwenport_session* session) {
+  return value_of(session, [](const qwenport::Session& given) { return given.max_batch(); });
+}
 
-int qwenport_session_capacity(const qwenport_session* session) { return session->session.capacity(); }
+int qwenport_session_capacity(const qwenport_session* session) {
+  return value_of(session, [](const qwenport::Session& given) { return given.capacity(); });
+}
 
 int qwenport_session_cuda_graphs(const qwenport_session* session) {
-  return session->session.cuda_graphs() ? 1 : 0;
+  return value_of(session, [](const qwenport::Session& given) { return given.cuda_graphs() ? 1 : 0; });
 }
 
 int qwenport_session_save(const qwenport_session* session, void** snapshot, size_t* bytes) {
   return guarded([&] {
+    need({{"session", session}, {"snapshot", snapshot}, {"bytes", bytes}});
     const std::vector<std::byte> saved = session->session.save();
     void* copy = std::malloc(saved.size());
     if (copy == nullptr) throw std::bad_alloc();
@@ -278,6 +335,7 @@ int qwenport_session_save(const qwenport_session* session, void** snapshot, size
 
 int qwenport_session_restore(qwenport_session* session, const void* snapshot, size_t bytes) {
   return guarded([&] {
+    need({{"session", session}, {"snapshot", snapshot}});
     const auto* data = static_cast<const std::byte*>(snapshot);
     session->session.restore({data, data + bytes});
   });
@@ -288,7 +346,7 @@ void qwenport_snapshot_free(void* snapshot) { std::free(snapshot); }
 qwenport_cancellation* qwenport_cancellation_create(void) { return new (std::nothrow) qwenport_cancellation; }
 
 void qwenport_cancellation_request(qwenport_cancellation* cancellation) {
-  cancellation->cancellation.request();
+  if (cancellation != nullptr) cancellation->cancellation.request();
 }
 
 void qwenport_cancellation_free(qwenport_cancellation* cancellation) { delete cancellation; }

@@ -15,16 +15,23 @@
 namespace qwenport::detail {
 
 MappedFile::MappedFile(const std::string& path) {
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  // A pipe would wait for its writer, and onnxruntime follows some symbolic links only.
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW);
   struct stat status{};
   bool ok = file >= 0 && fstat(file, &status) == 0;
-  if (ok && status.st_size > 0) {
+  const bool regular = !ok || S_ISREG(status.st_mode);
+  if (ok && regular && status.st_size > 0) {
     size_ = static_cast<std::size_t>(status.st_size);
     data_ = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
     ok = data_ != MAP_FAILED;
   }
   const int reason = errno;
+  const bool is_link = file < 0 && reason == ELOOP;
   if (file >= 0) close(file);
+  if (is_link) {
+    throw Error(ErrorCode::bad_engine, path + ": a symbolic link; an engine directory holds files only");
+  }
+  if (!regular) throw Error(ErrorCode::bad_engine, path + ": not a regular file");
   if (!ok)
     throw Error(ErrorCode::bad_engine, path + ": cannot be read: " + std::generic_category().message(reason));
 }

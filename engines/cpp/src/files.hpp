@@ -11,7 +11,7 @@ namespace qwenport::detail {
 /// A file's bytes, read-only, valid as long as this object lives.
 class MappedFile {
  public:
-  /// \throws Error bad_engine: the file cannot be read.
+  /// \throws Error bad_engine: the file cannot be read, or is not a regular file (nor is a symbolic link to one).
   explicit MappedFile(const std::string& path);
   ~MappedFile();
   MappedFile(const MappedFile&) = delete;

@@ -23,6 +23,7 @@ class Row {
       : prompt(given),
         index_(index),
         options_(options),
+        session_(session),
         vocab_(static_cast<std::size_t>(session.manifest().info.vocab_size)),
         sampler_(params, options.seed, static_cast<std::uint64_t>(index), session.manifest().info.vocab_size),
         matching_(options.stop_sequences) {
@@ -65,7 +66,9 @@ class Row {
     const std::size_t end = drawn_.size() - std::max(held_back, removed());
     while (released_ < end) {
       const Token token = drawn_[released_++];
-      if (on_token) on_token(index_, token);
+      if (!on_token) continue;
+      on_token(index_, token);
+      session_.check_callback();
     }
   }
 
@@ -97,6 +100,7 @@ class Row {
     named([&] { check_logits(logits, vocab_, false); });
     std::copy_n(logits, vocab_, edited_.begin());
     options_.on_logits(index_, {edited_.data(), vocab_}, drawn_);
+    session_.check_callback();
     named([&] { check_logits(edited_.data(), vocab_, true); });
     return edited_.data();
   }
@@ -122,6 +126,7 @@ class Row {
 
   int index_;
   const GenerateOptions& options_;
+  const SessionCore& session_;
   std::size_t vocab_;
   Sampler sampler_;
   StopSequences matching_;
@@ -182,6 +187,7 @@ std::vector<Generated> generate(SessionCore& session, const std::vector<TokenVie
                                 const GenerateOptions& options, const OnToken& on_token) {
   const SamplingParams params = checked_params(options);
   check(session, prompts, options);
+  const SessionCore::Generating generating(session);
   const auto cancelled = [&options] {
     return options.cancellation != nullptr && options.cancellation->requested();
   };

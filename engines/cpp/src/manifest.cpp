@@ -1,11 +1,14 @@
 #include "manifest.hpp"
 
+#include <sys/stat.h>
+
 #include <algorithm>
-#include <fstream>
+#include <cerrno>
 #include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "contract.hpp"
+#include "files.hpp"
 #include "sha256.hpp"
 #include "target.hpp"
 
@@ -192,6 +195,8 @@ void read_target(const Node& root, Manifest& manifest) {
     root.at("flavour").wrong(std::string(contract::onnxruntime) + ", " + contract::tensorrt + " or " +
                              contract::tensorrt_rtx);
   }
+  const char* const model = manifest.is_onnxruntime() ? contract::model_name : contract::plan_name;
+  if (!root.at("files").has(model)) root.at("flavour").wrong(std::string("that of these files: no ") + model);
   info.runtime_version = root.at("runtime_version").text();
   const Node gpus = root.at("gpus");
   for (std::size_t i = 0; i < gpus.size(); ++i) info.gpus.push_back(gpus.at(i).text());
@@ -251,12 +256,14 @@ Manifest parse_manifest(std::string_view text, const std::string& where) {
 
 Manifest read_manifest(const std::string& directory) {
   const std::string path = directory + "/" + contract::manifest_name;
-  std::ifstream file(path, std::ios::binary);
-  if (!file)
-    throw Error(ErrorCode::bad_engine,
-                directory + ": no " + contract::manifest_name + "; not an engine directory");
-  const std::string text{std::istreambuf_iterator<char>(file), {}};
-  return parse_manifest(text, path);
+  if (directory.empty())
+    throw Error(ErrorCode::invalid_argument, "the name of the engine directory is empty");
+  struct stat status{};
+  if (lstat(path.c_str(), &status) != 0 && (errno == ENOENT || errno == ENOTDIR)) {
+    fail(directory, std::string("no ") + contract::manifest_name + "; not an engine directory");
+  }
+  const MappedFile file(path);
+  return parse_manifest({static_cast<const char*>(file.data()), file.size()}, path);
 }
 
 }  // namespace qwenport::detail

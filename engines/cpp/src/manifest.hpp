@@ -52,7 +52,7 @@ struct Manifest {
 /// \throws Error bad_engine.
 Manifest parse_manifest(std::string_view text, const std::string& where);
 
-/// Read `directory`/qwenport.json. \throws Error bad_engine.
+/// Read `directory`/qwenport.json. \throws Error bad_engine, invalid_argument (an empty name).
 Manifest read_manifest(const std::string& directory);
 
 }  // namespace qwenport::detail

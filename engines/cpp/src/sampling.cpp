@@ -19,14 +19,13 @@ namespace {
 
 constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
 
-double in_range(const char* name, double value, double low, double high) {
-  if (value < low || value > high || std::isnan(value)) {
-    std::array<char, 32> text{};
-    std::snprintf(text.data(), text.size(), "%.9g", value);
-    throw Error(ErrorCode::invalid_argument,
-                std::string(name) + " is " + text.data() + ", outside its range; see GenerateOptions");
-  }
-  return value;
+/// \param allowed the values for which `ok` holds, in words.
+double checked(const char* name, double value, bool ok, const char* allowed) {
+  if (ok) return value;
+  std::array<char, 32> text{};
+  std::snprintf(text.data(), text.size(), "%.9g", value);
+  throw Error(ErrorCode::invalid_argument,
+              std::string(name) + " must be " + allowed + ", got " + text.data());
 }
 
 class SplitMix64 {
@@ -155,13 +154,21 @@ Token first_of(const float* scores, std::size_t count, float top) {
 }  // namespace
 
 SamplingParams checked_params(const GenerateOptions& options) {
+  const double temperature = options.temperature;
+  const double top_p = options.top_p;
+  const double penalty = options.repetition_penalty;
+  if (options.top_k < 0) {
+    throw Error(ErrorCode::invalid_argument,
+                "top_k must be at least 0, got " + std::to_string(options.top_k));
+  }
   SamplingParams params;
   params.temperature =
-      in_range("temperature", options.temperature, options.temperature == 0 ? 0 : 1e-30, 1e30);
-  in_range("top_k", static_cast<double>(options.top_k), 0, 0x1p63);
+      checked("temperature", temperature, temperature == 0 || (temperature >= 1e-30 && temperature <= 1e30),
+              "0 or in [1e-30, 1e30]");
   params.top_k = options.top_k;
-  params.top_p = in_range("top_p", options.top_p, 0, 1);
-  params.repetition_penalty = in_range("repetition_penalty", options.repetition_penalty, 1e-30, 1e30);
+  params.top_p = checked("top_p", top_p, top_p >= 0 && top_p <= 1, "in [0, 1]");
+  params.repetition_penalty =
+      checked("repetition_penalty", penalty, penalty >= 1e-30 && penalty <= 1e30, "in [1e-30, 1e30]");
   return params;
 }
 

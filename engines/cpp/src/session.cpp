@@ -102,6 +102,15 @@ std::unique_ptr<Executor> SessionCore::make_executor() {
   return executor;
 }
 
+void SessionCore::check_idle() {
+  misused_ = generating_;
+  check_callback();
+}
+
+void SessionCore::check_callback() const {
+  if (misused_) throw Error(ErrorCode::invalid_argument, "a callback must not use its session");
+}
+
 void SessionCore::check_usable() const {
   if (failed_) {
     throw Error(ErrorCode::device,

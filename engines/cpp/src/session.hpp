@@ -34,6 +34,21 @@ class SessionCore {
  public:
   using Rows = std::vector<std::vector<Token>>;
 
+  /// While one lives, the session is its generation's: check_idle throws.
+  class Generating {
+   public:
+    explicit Generating(SessionCore& session) : session_(session) {
+      session_.generating_ = true;
+      session_.misused_ = false;
+    }
+    ~Generating() { session_.generating_ = false; }
+    Generating(const Generating&) = delete;
+    Generating& operator=(const Generating&) = delete;
+
+   private:
+    SessionCore& session_;
+  };
+
   SessionCore(std::shared_ptr<const Model> model, const SessionOptions& options);
 
   Logits prefill(const TokenView* rows, std::size_t count);
@@ -49,6 +64,11 @@ class SessionCore {
   /// Tokens per row that one step takes.
   [[nodiscard]] int max_step_tokens() const noexcept { return max_step_tokens_; }
   [[nodiscard]] bool cuda_graphs() const noexcept { return cuda_graphs_; }
+
+  /// Before a caller's use. \throws Error invalid_argument: a generation is running, so a callback made the call.
+  void check_idle();
+  /// After a callback. \throws the same if a call of it was refused, even if it ignores that.
+  void check_callback() const;
 
   [[nodiscard]] std::vector<std::byte> save();
   void restore(const std::vector<std::byte>& snapshot);
@@ -103,6 +123,8 @@ class SessionCore {
   int max_step_tokens_;
   bool cuda_graphs_;
   bool failed_ = false;
+  bool generating_ = false;
+  bool misused_ = false;  // by a callback of that generation
   std::uint64_t steps_ = 0;
   Rows held_;                        // the tokens whose keys and values are in the cache
   std::vector<char> present_;        // for the last call's logits

@@ -23,9 +23,9 @@
  *       qwenport_engine_free(engine);
  *     }
  *
- * Every function that returns int returns 0, or an error code with a message in qwenport_last_error.
- * No argument may be NULL unless said so. The free functions accept NULL. Free sessions and engines before
- * main returns.
+ * Every function that returns int returns 0, or an error code with a message in qwenport_last_error; those that return a
+ * value of a session are marked. No argument may be NULL unless said so: that is QWENPORT_INVALID_ARGUMENT with the
+ * argument's name. Functions that return void do nothing with NULL. Free sessions and engines before main returns.
  */
 #ifndef QWENPORT_QWENPORT_H
 #define QWENPORT_QWENPORT_H
@@ -100,7 +100,10 @@ typedef struct {
 
 /** Called before each token is drawn, with the `user` that qwenport_generate was given; see OnLogits in qwenport.hpp. It
  *  may edit the logits, fp32 [vocab_size]; -INFINITY bans a token. tokens are the `count` that the row has drawn so far.
- *  Both are valid during the call. Must not throw, longjmp or use the session; may request cancellation. */
+ *  Both are valid during the call. Must not throw or longjmp; may request cancellation. A call that uses the session, any but
+ *  qwenport_session_lengths, _max_batch, _capacity and _cuda_graphs, changes nothing and returns QWENPORT_INVALID_ARGUMENT
+ *  (qwenport_session_reset, which returns nothing, too does nothing); so does qwenport_generate after the callback. A
+ *  session that is freed here lives until its generation has ended. */
 typedef void (*qwenport_on_logits)(void* user, int row, float* logits, size_t vocab_size,
                                    const int64_t* tokens, size_t count);
 
@@ -111,10 +114,10 @@ typedef struct {
   const int64_t* const* stop_sequences; /**< none empty; may be NULL if stop_sequence_count is 0 */
   const size_t* stop_sequence_sizes;    /**< the same */
   size_t stop_sequence_count;
-  double temperature; /**< 0 is greedy */
-  int64_t top_k;      /**< 0 keeps all */
-  double top_p;       /**< 1 keeps all */
-  double repetition_penalty;
+  double temperature;        /**< 0, which is greedy, or in [1e-30, 1e30] */
+  int64_t top_k;             /**< 0 keeps all */
+  double top_p;              /**< in [0, 1]; 1 keeps all */
+  double repetition_penalty; /**< in [1e-30, 1e30]; 1 is off */
   uint64_t seed;
   int append; /**< 1: continue after the tokens that the rows hold; 0: reset the session */
   const qwenport_cancellation* cancellation; /**< may be NULL */
@@ -142,8 +145,8 @@ typedef struct {
   float* top_logprobs; /**< fp32, theirs; may be NULL if k is 0 */
 } qwenport_logprobs;
 
-/** Called for each new token, with the `user` that qwenport_generate was given; see OnToken in qwenport.hpp. Must not throw, longjmp or use
- *  the session; may request cancellation. */
+/** Called for each new token, with the `user` that qwenport_generate was given; see OnToken in qwenport.hpp. Must not throw or
+ *  longjmp; may request cancellation. A call that uses the session does what qwenport_on_logits says. */
 typedef void (*qwenport_on_token)(void* user, int row, int64_t token);
 
 /** This thread's last error message: one line that says what to do. Valid until the thread's next call. */
@@ -155,6 +158,7 @@ QWENPORT_EXPORT int qwenport_engine_load(const char* directory, const qwenport_e
                                          qwenport_engine** engine);
 /** Free the handle. Sessions of the engine stay valid. */
 QWENPORT_EXPORT void qwenport_engine_free(qwenport_engine* engine);
+/** All zero if engine is NULL. */
 QWENPORT_EXPORT qwenport_engine_info qwenport_engine_get_info(const qwenport_engine* engine);
 
 QWENPORT_EXPORT qwenport_session_options qwenport_session_defaults(void);
@@ -184,11 +188,13 @@ QWENPORT_EXPORT int qwenport_generate(qwenport_session* session, const int64_t* 
                                       void* user, int64_t* tokens, qwenport_generated* results,
                                       const qwenport_logprobs* logprobs);
 
+/** Forget all tokens. During a generation of the session: see qwenport_on_logits. */
 QWENPORT_EXPORT void qwenport_session_reset(qwenport_session* session);
 /** Keep the first `length` tokens of a row. */
 QWENPORT_EXPORT int qwenport_session_truncate(qwenport_session* session, int length, int row);
 /** Write the tokens that each of the max_batch rows holds. */
 QWENPORT_EXPORT int qwenport_session_lengths(const qwenport_session* session, int* lengths);
+/** A value, as are the next two; -1 if session is NULL. */
 QWENPORT_EXPORT int qwenport_session_max_batch(const qwenport_session* session);
 QWENPORT_EXPORT int qwenport_session_capacity(const qwenport_session* session);
 /** 1 or 0: whether single-token steps are replayed as CUDA graphs. */

@@ -68,7 +68,8 @@ enum class ErrorCode : int {
 /// std::bad_alloc and a callback's own exceptions pass through.
 class QWENPORT_EXPORT Error : public std::runtime_error {
  public:
-  Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  /// Whatever may break a line in the message becomes a space.
+  Error(ErrorCode code, const std::string& message);
   [[nodiscard]] ErrorCode code() const noexcept { return code_; }
 
  private:
@@ -190,7 +191,9 @@ class EditableLogits {
 
 /// Called before each token is drawn, a stop token too, and after OnToken had the row's previous token, unless that is
 /// held back. It may edit the logits: the model's, before penalty, temperature, top_k and top_p; -infinity bans a token.
-/// `tokens` are all that the row has drawn so far. Must not use the session. An exception from it ends the generation.
+/// `tokens` are all that the row has drawn so far. An exception from it ends the generation. A call that uses the session,
+/// any but lengths, max_batch, capacity and cuda_graphs, changes nothing: it throws Error invalid_argument, which then also
+/// ends the generation.
 using OnLogits = std::function<void(int row, EditableLogits logits, const std::vector<Token>& tokens)>;
 
 /// How tokens are chosen and when to stop. The values mean the same as in transformers' generate; the same
@@ -202,10 +205,10 @@ struct GenerateOptions {
   /// the result. Tokens that may be the beginning of a sequence are held back until that is decided. A stop token comes
   /// first; of several sequences that end together the longest counts.
   std::vector<std::vector<Token>> stop_sequences;
-  double temperature = 0;         ///< 0 is greedy
+  double temperature = 0;         ///< 0, which is greedy, or in [1e-30, 1e30]
   std::int64_t top_k = 0;         ///< keep the k highest and ties with the k-th; 0 keeps all
   double top_p = 1;               ///< nucleus, in [0, 1]; 1 keeps all
-  double repetition_penalty = 1;  ///< over this prompt and the new tokens; 1 is off
+  double repetition_penalty = 1;  ///< over this prompt and the new tokens, in [1e-30, 1e30]; 1 is off
   std::uint64_t seed = 0;         ///< row b draws from the stream (seed, b)
   /// Continue after the tokens that the rows hold, instead of resetting the session. To continue a
   /// generation, start the prompt with its Generated::pending.
@@ -247,14 +250,15 @@ struct Generated {
 };
 
 /// Called for each new token (not for those that end a row) right after it is drawn, or once it is certain that it begins
-/// no stop sequence. Must not use the session. An exception from it ends the generation.
+/// no stop sequence. An exception from it ends the generation, and so does a call that uses the session: see OnLogits.
 using OnToken = std::function<void(int row, Token token)>;
 
 /// An engine with a KV cache of max_batch rows, fed token by token. For one thread at a time.
 ///
 /// Caches, workspace and step buffers are allocated on construction; only capturing a CUDA graph takes
 /// memory later. After an Error with code device a session can only be destroyed; after any other it is as
-/// before the call, except that generate keeps what it has run so far.
+/// before the call, except that generate keeps what it has run so far. One that a callback destroys or moves lives until its
+/// generation has ended.
 class QWENPORT_EXPORT Session {
  public:
   /// \throws Error invalid_argument (more rows or slots than the engine has), device (out of memory).
@@ -305,7 +309,7 @@ class QWENPORT_EXPORT Session {
   void restore(const std::vector<std::byte>& snapshot);
 
  private:
-  std::unique_ptr<detail::SessionCore> core_;
+  std::shared_ptr<detail::SessionCore> core_;
 };
 
 }  // namespace qwenport

@@ -196,6 +196,10 @@ std::shared_ptr<const Model> load_onnxruntime(Manifest manifest, const std::stri
                                                  std::to_string(contract::most_threads) + "], got " +
                                                  std::to_string(options.threads));
   }
+  if (options.load != LoadMode::fast_steps && options.load != LoadMode::fast_start) {
+    throw Error(ErrorCode::invalid_argument,
+                "no such load mode: " + std::to_string(static_cast<int>(options.load)));
+  }
   const OnnxRuntime& runtime = OnnxRuntime::get(options.onnxruntime);
   check_oldest_version(manifest, directory, runtime.version());
   const std::string path = directory + "/" + manifest.model.name;

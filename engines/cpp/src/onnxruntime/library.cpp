@@ -1,6 +1,7 @@
 #include "library.hpp"
 
 #include <dlfcn.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -59,6 +60,12 @@ const OnnxRuntime& OnnxRuntime::get(const std::string& path) {
     const char* const wanted = std::getenv("QWENPORT_ONNXRUNTIME");  // NOLINT(concurrency-mt-unsafe)
     name = wanted != nullptr && *wanted != 0 ? wanted : found_library();
   }
+  struct stat status{};
+  const bool is_path = name.find('/') != std::string::npos;
+  if (is_path && stat(name.c_str(), &status) == 0 && !S_ISREG(status.st_mode)) {
+    throw Error(ErrorCode::missing_library,
+                name + ": not a regular file");  // dlopen would wait for a pipe's writer
+  }
   const std::scoped_lock lock(mutex);
   // From release 1.29 on, onnxruntime tells Microsoft about the models that it loads, unless this is set before.
   setenv("ORT_DISABLE_TELEMETRY", "1", /*overwrite=*/0);  // NOLINT(concurrency-mt-unsafe)
@@ -83,7 +90,6 @@ const OnnxRuntime& OnnxRuntime::get(const std::string& path) {
 std::string OnnxRuntime::message(ort::Status* status) const {
   std::string text = call<ort::GetErrorMessage>(status);
   call<ort::ReleaseStatus>(status);
-  for (char& c : text) c = c == '\n' ? ' ' : c;
   constexpr std::size_t longest = 300;
   if (text.size() > longest) text = text.substr(0, longest) + "...";
   return text;
