@@ -73,16 +73,17 @@ def test_onnxruntime_may_lie_where_the_loader_looks(
     run(minimal, engine, *PROMPT, env=environment(LD_LIBRARY_PATH=str(tmp_path)))
 
 
-def test_onnxruntime_may_lie_beside_the_library(
+def test_onnxruntime_may_lie_beside_the_library_or_the_program(
     minimal: Path, engine: Path, onnxruntime_library: Path
 ) -> None:
     shared = list((minimal.parents[1] / "usr").rglob("libqwenport.so"))
-    beside = (shared[0] if shared else minimal).parent / "libonnxruntime.so.1"
-    beside.symlink_to(onnxruntime_library)
-    try:
-        run(minimal, engine, *PROMPT, env=environment())
-    finally:
-        beside.unlink()
+    for place in (*shared, minimal):
+        beside = place.parent / "libonnxruntime.so.1"
+        beside.symlink_to(onnxruntime_library)
+        try:
+            run(minimal, engine, *PROMPT, env=environment())
+        finally:
+            beside.unlink()
 
 
 def test_an_engine_of_a_backend_that_is_not_there(

@@ -101,7 +101,7 @@ struct EngineOptions {
   int threads = 0;  ///< onnxruntime: CPU threads of a step, at most 1024; 0 lets onnxruntime choose
   LoadMode load = LoadMode::fast_steps;  ///< onnxruntime
   /// The onnxruntime library, a path; empty: the environment's QWENPORT_ONNXRUNTIME, else libonnxruntime.so.1 beside
-  /// this library or where the loader finds it.
+  /// this library, beside the program, or where the loader finds it.
   std::string onnxruntime;
 };
 

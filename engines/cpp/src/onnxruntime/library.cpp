@@ -5,8 +5,10 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <filesystem>
 #include <map>
 #include <mutex>
+#include <system_error>
 
 #include "../target.hpp"
 #include "contract.hpp"
@@ -17,14 +19,17 @@ namespace {
 
 constexpr const char* library_name = "libonnxruntime.so.1";
 
-/// The library beside this one, or beside the program that this one is linked into, if there is one; else its name, which
-/// the loader looks for.
+/// The library beside this one or beside the program, if there is one; else its name, which the loader looks for.
 std::string found_library() {
   Dl_info self{};
-  if (dladdr(reinterpret_cast<const void*>(&found_library), &self) == 0) return library_name;
-  const std::string path = self.dli_fname;
-  const std::string beside = path.substr(0, path.rfind('/') + 1) + library_name;
-  return access(beside.c_str(), R_OK) == 0 && path.find('/') != std::string::npos ? beside : library_name;
+  std::error_code unknown;
+  const std::filesystem::path program = std::filesystem::read_symlink("/proc/self/exe", unknown);
+  const bool known = dladdr(reinterpret_cast<const void*>(&found_library), &self) != 0;
+  for (const std::filesystem::path& file : {std::filesystem::path(known ? self.dli_fname : ""), program}) {
+    const std::filesystem::path beside = file.parent_path() / library_name;
+    if (file.has_parent_path() && access(beside.c_str(), R_OK) == 0) return beside;
+  }
+  return library_name;
 }
 
 std::string oldest() { return "1." + std::to_string(contract::oldest_onnxruntime_api); }
