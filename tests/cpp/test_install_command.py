@@ -81,7 +81,7 @@ def test_make_embed_prints_the_text_that_generate_writes() -> None:
         parents=True, exist_ok=True
     )  # an earlier run's
     here = [f"VENV={sys.prefix}", f"--old-file={sys.prefix}/.installed-embed"]
-    done = run("make", "embed", *here, cwd=ROOT, env=environment(MAKEFLAGS=""))
+    done = run("make", "embed", *here, cwd=ROOT, env=environment(MAKEFLAGS="", MAKELEVEL="0"))
     engine, prompt = "build/embed/tiny.engine", "Once upon a time"
     options = ["--prompt", prompt, "--max-new-tokens", "40", "--json"]
     generated = run(sys.executable, "-m", "qwenport", "generate", engine, *options, cwd=ROOT)
@@ -94,7 +94,7 @@ def test_make_embed_prints_the_text_that_generate_writes() -> None:
 
 def test_make_embed_without_a_compiler_is_one_line(tmp_path: Path) -> None:
     command = ["make", "embed", f"VENV={tmp_path / 'venv'}"]
-    env = environment(CXX="/nowhere/c++", MAKEFLAGS="")
+    env = environment(CXX="/nowhere/c++", MAKEFLAGS="", MAKELEVEL="0")
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode != 0
     assert done.stderr.splitlines()[0].startswith("error: a C++17 compiler is needed; ")
