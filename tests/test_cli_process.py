@@ -208,7 +208,7 @@ def test_ctrl_c_behind_the_last_word_is_too_late(
 def test_a_signal_that_comes_just_before_it_is_ignored_says_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python's words for it, as an error that nobody can catch; any other such error is shown."""
+    """Python's words for it, for an error that cannot be caught; any other such error is shown."""
     shown: list[object] = []
     monkeypatch.setattr(sys, "__unraisablehook__", shown.append)
     for text in ("Signal 2 ignored due to race condition", "another"):

@@ -1,4 +1,4 @@
-"""The C++ library on onnxruntime writes what transformers writes, with nothing of ours between the two but the draws.
+"""The C++ library on onnxruntime writes what transformers writes, with none of our code between the two but the draws.
 
 transformers computes the logits in fp32 and its processors filter them. A token is then drawn by the stream of random
 numbers that `tests/test_sampling.py` holds to its published values.

@@ -47,15 +47,25 @@ def environment(**variables: str) -> dict[str, str]:
     return kept | variables
 
 
-def test_the_minimal_example_writes_what_python_writes(
-    minimal: Path, engine: Path, package_of, onnxruntime_library: Path
-) -> None:
+@pytest.fixture(scope="module")
+def expected(package_of: Callable[[str], exporter.Package]) -> list[int]:
+    """What Python writes."""
     session = OnnxRuntimeSession(package_of("tiny-qwen2.5"))
-    (expected,) = engines.generate(session, [PROMPT], engines.GenerateOptions(max_new_tokens=40))
-    env = environment(QWENPORT_ONNXRUNTIME=str(onnxruntime_library))
-    done = run(minimal, engine, *PROMPT, env=env)
-    assert list(map(int, done.stdout.split())) == expected.tokens
+    (result,) = engines.generate(session, [PROMPT], engines.GenerateOptions(max_new_tokens=40))
+    return result.tokens
+
+
+def written(minimal: Path, engine: Path, **variables: str) -> list[int]:
+    """What the program writes, and nothing on stderr."""
+    done = run(minimal, engine, *PROMPT, env=environment(**variables))
     assert done.stderr == ""
+    return list(map(int, done.stdout.split()))
+
+
+def test_the_minimal_example_writes_what_python_writes(
+    minimal: Path, engine: Path, expected: list[int], onnxruntime_library: Path
+) -> None:
+    assert written(minimal, engine, QWENPORT_ONNXRUNTIME=str(onnxruntime_library)) == expected
 
 
 def test_without_onnxruntime_one_line_says_what_to_do(minimal: Path, engine: Path) -> None:
@@ -67,21 +77,25 @@ def test_without_onnxruntime_one_line_says_what_to_do(minimal: Path, engine: Pat
 
 
 def test_onnxruntime_may_lie_where_the_loader_looks(
-    minimal: Path, engine: Path, onnxruntime_library: Path, tmp_path: Path
+    minimal: Path,
+    engine: Path,
+    expected: list[int],
+    onnxruntime_library: Path,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "libonnxruntime.so.1").symlink_to(onnxruntime_library)
-    run(minimal, engine, *PROMPT, env=environment(LD_LIBRARY_PATH=str(tmp_path)))
+    assert written(minimal, engine, LD_LIBRARY_PATH=str(tmp_path)) == expected
 
 
 def test_onnxruntime_may_lie_beside_the_library_or_the_program(
-    minimal: Path, engine: Path, onnxruntime_library: Path
+    minimal: Path, engine: Path, expected: list[int], onnxruntime_library: Path
 ) -> None:
     shared = list((minimal.parents[1] / "usr").rglob("libqwenport.so"))
     for place in (*shared, minimal):
         beside = place.parent / "libonnxruntime.so.1"
         beside.symlink_to(onnxruntime_library)
         try:
-            run(minimal, engine, *PROMPT, env=environment())
+            assert written(minimal, engine) == expected
         finally:
             beside.unlink()
 
