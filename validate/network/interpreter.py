@@ -74,6 +74,7 @@ class Interpreter:
             parsed.trt.DataType.BOOL: torch.bool,
         }
         self._makers: dict[str, tuple[Any, str]] = {}
+        self._scaled = dict(parsed.scaled)
         for layer, kind in parsed.layers():
             if kind not in KINDS and kind != "CONSTANT":
                 raise NetworkError(f"layer {layer.name} is of kind {kind}, which is not known here")
@@ -85,7 +86,7 @@ class Interpreter:
 
     def has(self, name: str) -> bool:
         """Whether a layer produces a tensor of that name."""
-        return name in self._makers
+        return name in self._makers or name in self._scaled
 
     def used(self) -> set[str]:
         """The tensors that the network's outputs depend on, without its inputs."""
@@ -98,7 +99,7 @@ class Interpreter:
                 layer, _ = self._makers[name]
                 found.update(layer.get_output(index).name for index in range(layer.num_outputs))
                 pending += [tensor.name for tensor in inputs_of(layer) if tensor is not None]
-        return found
+        return found | {name for name, (made, _) in self._scaled.items() if made in found}
 
     def type_of(self, tensor: Any) -> torch.dtype:
         """The type in which a tensor is stored here."""
@@ -123,6 +124,14 @@ class Interpreter:
         while pending:
             name, ready = pending.pop()
             if name in done:
+                continue
+            if name in self._scaled:
+                made, _ = self._scaled[name]
+                if made in done:
+                    steps.append(self._unscaled(name))
+                    done.add(name)
+                else:
+                    pending += [(name, True), (made, False)]
                 continue
             if name not in self._makers:
                 raise NetworkError(f"tensor {name} is made by no layer and was not given")
@@ -158,6 +167,15 @@ class Interpreter:
         compute = KINDS[kind].read(context, layer)
         updates = kind == "KV_CACHE_UPDATE"
         return _Step(layer.name, compute, KINDS[kind].moves, inputs, outputs, static, updates)
+
+    def _unscaled(self, name: str) -> _Step:
+        """What a tensor was before its scale was multiplied in earlier."""
+        made, scale = self._scaled[name]
+        layer, _ = self._makers[made]
+        tensors = (layer.get_output(index) for index in range(layer.num_outputs))
+        tensor = next(tensor for tensor in tensors if tensor.name == made)
+        output = _Output(name, self.type_of(tensor), tuple(tensor.shape))
+        return _Step(name, lambda x: x / scale, False, (made,), (output,), False)
 
     def _constant(self, layer: Any, output: _Output) -> torch.Tensor:
         """A constant's values. NumPy has no bf16, so those come from the model, by name."""

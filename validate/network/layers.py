@@ -419,19 +419,46 @@ def _kv_cache_update(context: Context, layer: Any) -> Compute:
 
 
 def _attention(context: Context, layer: Any) -> Compute:
-    attention = layer.attention
+    attention, name = layer.attention, layer.name
     causal = _name(attention.causal_kind)
     if _name(attention.norm_op) != "SOFTMAX":
         raise refuse(layer, f"attention normalised by {_name(attention.norm_op)}")
     forms = {_name(attention.query_form), _name(attention.key_value_form)}
-    lengths = (attention.query_lengths, attention.key_value_lengths)
-    if forms != {"PADDED_BHND"} or any(length is not None for length in lengths):
-        raise refuse(layer, "packed attention, or attention with lengths,")
+    if forms != {"PADDED_BHND"} or attention.query_lengths is not None:
+        raise refuse(layer, "packed attention, or attention with lengths of queries,")
+    if attention.key_value_lengths is not None and (
+        attention.mask is not None or causal == "UPPER_LEFT"
+    ):
+        raise refuse(layer, "attention with lengths and another mask than aligned lower right")
     if attention.normalization_quantize_scale is not None:
         raise refuse(layer, "quantized attention")
 
     def compute(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        quantize_scale: None = None,
+        query_lengths: None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if lengths is None:
+            return attend(causal, q, k, v, mask)
+        longest = int(lengths.max())
+        if int(lengths.min()) < 1 or longest > k.shape[2]:
+            raise NetworkError(
+                f"layer {name}: lengths of {lengths.min()} to {longest} over {k.shape[2]} keys"
+            )
+        ends = lengths.to(torch.int64)[:, None, None, None]
+        if causal == "LOWER_RIGHT":  # the last query is at the end of its own row
+            ends = ends - q.shape[2] + 1 + torch.arange(q.shape[2])[:, None]
+        seen = torch.arange(longest) < ends
+        if not bool(seen.any(-1).all()):
+            raise NetworkError(f"layer {name}: a query without a key")
+        return attend("NONE", q, k[:, :, :longest], v[:, :, :longest], seen)
+
+    def attend(
+        causal: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         if (
             causal == "NONE"

@@ -6,8 +6,8 @@ The parser gets addresses in memory-mapped files, so parsing a model of any size
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,17 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from qwenport.contract import BF16, DTYPES, FP16, FP32
+from qwenport.contract import BF16, DTYPES, FP16, FP32, MASKED
 from qwenport.engines import FLAVOURS, LoweringError
-from qwenport.engines.lowering import check_graph, check_network, folded, for_tensorrt
+from qwenport.engines.attention import attention_of
+from qwenport.engines.lowering import (
+    change_attention,
+    check_changed,
+    check_graph,
+    check_network,
+    folded,
+    for_tensorrt,
+)
 from qwenport.engines.targets import load_tensorrt
 from qwenport.exporter import Package
 from qwenport.validate.errors import NetworkError
@@ -71,6 +79,7 @@ class ParsedNetwork:
         files: the files that hold the large ones.
         owners: objects that must live as long as the network.
         complaints: what `build` would refuse in it.
+        scaled: as in `Changed`.
     """
 
     trt: Any
@@ -80,6 +89,7 @@ class ParsedNetwork:
     files: WeightFiles
     owners: tuple[Any, ...]
     complaints: tuple[str, ...] = ()
+    scaled: Mapping[str, tuple[str, float]] = field(default_factory=dict)
 
     def layers(self) -> Iterator[tuple[Any, str]]:
         """Every layer and the name of its kind.
@@ -91,12 +101,13 @@ class ParsedNetwork:
             yield layer, layer.type.name
 
 
-def parse_package(package: Package, capacity: int) -> ParsedNetwork:
-    """Lower a package as `build` does and let TensorRT parse it.
+def parse_package(package: Package, capacity: int, form: str = MASKED) -> ParsedNetwork:
+    """Lower a package as `build` does, let TensorRT parse it, and change its attention.
 
     Args:
         package: the package to parse.
-        capacity: cache slots of the network.
+        capacity: cache slots of a session.
+        form: of attention; one of ATTENTIONS.
 
     Raises:
         MissingExtraError: tensorrt-rtx is not installed.
@@ -105,14 +116,24 @@ def parse_package(package: Package, capacity: int) -> ParsedNetwork:
     model = for_tensorrt(
         package.read_model(),
         dtype=package.dtype,
-        capacity=capacity,
+        capacity=attention_of(form, capacity).slots,
         positions=package.max_seq_len,
         kv_heads=package.config.num_key_value_heads,
     )
     complaints = _complaints(check_graph, model)
     parsed = parse_model(model, package.path, package.dtype)
     complaints += _complaints(check_network, parsed.network, parsed.trt)
-    return replace(parsed, complaints=complaints)
+    try:
+        changed = change_attention(parsed.network, parsed.trt, form)
+    except LoweringError as error:
+        return replace(parsed, complaints=(*complaints, str(error)))
+    complaints += _complaints(check_changed, parsed.network, parsed.trt, form)
+    return replace(
+        parsed,
+        complaints=complaints,
+        owners=(*parsed.owners, changed.constants),
+        scaled=changed.scaled,
+    )
 
 
 def with_exact_tables(parsed: ParsedNetwork, package: Package) -> ParsedNetwork:

@@ -1,0 +1,162 @@
+"""Attention of single tokens as products and sums over chunks of the cache; of more tokens, the parser's own.
+
+A fused kernel gets a copy of K and V. A product that is summed at once is fused with the read, so a decode step reads
+the cache where it lies, in chunks that run in parallel, and then combines the chunks' partial softmaxes in fp32. A
+step has one number of tokens, so one of the two branches is cut down to a single chunk by arithmetic on shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwenport.contract import INPUT_IDS, KEY_POSITIONS, POSITION_IDS
+from qwenport.engines.errors import LoweringError
+from qwenport.engines.lowering.attention_forms.surgery import CachedAttention, Surgery
+
+CHUNK = 256
+"""Keys per chunk; spans and the cache are multiples of it."""
+MASKED_SCORE, LOWEST_MAXIMUM = -3e38, -1e38
+"""The score of a masked key, and the least maximum of a chunk: e to the power of their difference is 0, so that a chunk
+without visible keys sums to 0 and its values, whatever they are, do not count."""
+
+
+class Chunked:
+    """IAttention(q, k, v, mask) -> chunks for one token, and the same IAttention for several."""
+
+    def __init__(self, surgery: Surgery) -> None:
+        self._surgery, self._masks = surgery, None
+        seq = surgery.size(surgery.inputs[INPUT_IDS], 1)
+        span = surgery.size(surgery.inputs[KEY_POSITIONS], 0)
+        one = surgery.sizes(1)
+        # 1 for a step of one token, else 0
+        decodes = surgery.elementwise(
+            surgery.elementwise(surgery.sizes(2), "SUB", seq), "MAX", surgery.sizes(0)
+        )
+        prefills = surgery.elementwise(one, "SUB", decodes)
+
+        def either(decoding: Any, prefilling: Any) -> Any:
+            return surgery.elementwise(
+                surgery.elementwise(decodes, "PROD", decoding),
+                "SUM",
+                surgery.elementwise(prefills, "PROD", prefilling),
+            )
+
+        chunk = surgery.sizes(CHUNK)
+        self._seq = seq
+        self._chunks = either(surgery.elementwise(span, "FLOOR_DIV", chunk), one)
+        self._prefill_keys = either(chunk, span)
+        self._decode_keys = surgery.elementwise(self._chunks, "PROD", chunk)
+        self._decodes = surgery.reshape(surgery.elementwise(seq, "EQUAL", one), 1, 1, 1, 1)
+        self.prefills = prefills
+
+    def replace(self, found: CachedAttention) -> Any:
+        """The attention's result, [batch, heads, seq, head_dim]."""
+        return self.join(self.of_one(found, scaled=False), self._of_many(found))
+
+    def join(self, decoded: Any, prefilled: Any) -> Any:
+        """The result of the branch that this step's number of tokens calls for."""
+        return self._surgery.select(self._decodes, decoded, prefilled)
+
+    def of_one(self, found: CachedAttention, *, scaled: bool) -> Any:
+        """Attention of each row's first token: [batch, heads, 1, head_dim].
+
+        Args:
+            found: the attention.
+            scaled: whether its queries are scaled already.
+
+        Raises:
+            LoweringError: the cache cannot be cut into chunks.
+        """
+        surgery, float32 = self._surgery, self._surgery.trt.float32
+        _, kv_heads, slots, head_dim = found.keys.shape
+        if slots % CHUNK:
+            raise LoweringError(f"a cache of {slots} slots is not a multiple of {CHUNK}")
+        mask, _ = self._cut(found.attention)
+        dtype, rows = found.queries.dtype, surgery.size(found.queries, 0)
+        first = surgery.first(found.queries, [rows, found.heads, 1, head_dim])
+        if not scaled:
+            # not together with the other branch's queries: sharing that product stops Myelin (utils.cpp:3613)
+            first = surgery.elementwise(first, "PROD", surgery.number(found.scale, 4, dtype))
+        queries = surgery.reshape(first, 0, kv_heads, 1, found.heads // kv_heads, 1, head_dim)
+        keys, values = (
+            surgery.unsqueeze(
+                surgery.first(
+                    surgery.reshape(cache, 0, kv_heads, slots // CHUNK, CHUNK, head_dim),
+                    [surgery.size(cache, 0), kv_heads, self._chunks, CHUNK, head_dim],
+                ),
+                3,
+            )
+            for cache in (found.keys, found.values)
+        )
+        # from here [batch, kv_heads, chunks, group, CHUNK or 1, head_dim], in fp32
+        products = surgery.elementwise(
+            surgery.cast(queries, float32), "PROD", surgery.cast(keys, float32)
+        )
+        scores = surgery.select(
+            surgery.reshape(mask, 0, 1, -1, 1, CHUNK),
+            surgery.reduce(products, "SUM", 5, keep=False),
+            surgery.number(MASKED_SCORE, 5, float32),
+        )
+        maxima = surgery.elementwise(
+            surgery.reduce(scores, "MAX", 4, keep=True),
+            "MAX",
+            surgery.number(LOWEST_MAXIMUM, 5, float32),
+        )
+        weights = surgery.exp(surgery.elementwise(scores, "SUB", maxima))
+        weighted = surgery.elementwise(
+            surgery.unsqueeze(weights, 5), "PROD", surgery.cast(values, float32)
+        )
+        mixed = surgery.reduce(weighted, "SUM", 4, keep=False)
+        sums = surgery.reduce(weights, "SUM", 4, keep=True)
+        shares = surgery.exp(
+            surgery.elementwise(maxima, "SUB", surgery.reduce(maxima, "MAX", 2, keep=True))
+        )
+        above, below = (
+            surgery.reduce(surgery.elementwise(shares, "PROD", part), "SUM", 2, keep=False)
+            for part in (mixed, sums)
+        )
+        result = surgery.cast(surgery.elementwise(above, "DIV", below), dtype)
+        return surgery.reshape(result, 0, found.heads, 1, head_dim)
+
+    def _of_many(self, found: CachedAttention) -> Any:
+        """Attention of all tokens: the parser's, over the active span, its scale applied to the queries alone."""
+        surgery, attention = self._surgery, found.attention
+        _, kv_heads, _, head_dim = found.keys.shape
+        _, mask = self._cut(attention)
+        attention.set_input(
+            0,
+            surgery.elementwise(
+                found.queries, "PROD", surgery.number(found.scale, 4, found.queries.dtype)
+            ),
+        )
+        for index, cache in enumerate((found.keys, found.values), start=1):
+            rows = surgery.size(cache, 0)
+            attention.set_input(
+                index, surgery.first(cache, [rows, kv_heads, self._prefill_keys, head_dim])
+            )
+        attention.mask = mask
+        return found.result
+
+    def _cut(self, attention: Any) -> tuple[Any, Any]:
+        """The mask of the first token, and of all tokens, over the keys of their branch; the same for all layers."""
+        if self._masks is None:
+            surgery = self._surgery
+            keys, positions = (surgery.inputs[n] for n in (KEY_POSITIONS, POSITION_IDS))
+            rows = surgery.size(positions, 0)
+            self._masks = tuple(
+                self._visible(
+                    surgery.first(keys, [length]), surgery.first(positions, [rows, tokens])
+                )
+                for tokens, length in ((1, self._decode_keys), (self._seq, self._prefill_keys))
+            )
+        return self._masks
+
+    def _visible(self, keys: Any, positions: Any) -> Any:
+        """Whether a token attends to a key, bool [batch, 1, tokens, keys]."""
+        surgery = self._surgery
+        later = surgery.elementwise(
+            surgery.reshape(keys, 1, 1, 1, -1),
+            "GREATER",
+            surgery.unsqueeze(surgery.unsqueeze(positions, 1), 3),
+        )
+        return surgery.network.add_unary(later, surgery.trt.UnaryOperation.NOT).get_output(0)
