@@ -1,13 +1,14 @@
 """package -> engine directory, all or nothing; what is the same for every target.
 
 engine.plan or model.onnx with weights.safetensors, see tensorrt_builder.py and onnxruntime_builder.py
-qwenport.json   the manifest: bindings, profile, the runtime that runs it, hashes
+qwenport.json   the manifest: bindings, profiles, the runtime that runs it, hashes
 config.json, tokenizer and generation files, as in the package
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def _manifest(request: Request, filled: Filled, folder: Path) -> dict[str, Any]:
         "max_seq_len": request.capacity,
         "max_batch": request.batch,
         "rope_scaling": package.manifest["rope_scaling"],
-        "profile": filled.profile,
+        "attention": asdict(filled.attention),
+        "profiles": list(filled.profiles),
         "bindings": filled.bindings,
         "aliases": {
             present(cache): past(cache)

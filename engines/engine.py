@@ -9,18 +9,27 @@ from types import NoneType
 from typing import Any
 
 from qwenport.contract import (
+    ATTENTIONS,
     COS_TABLE,
+    DIRECT,
     DTYPES,
     ENGINE_FORMAT,
     ENGINE_VERSION,
     ENGINE_WEIGHTS,
     FP32,
+    INPUT_IDS,
+    LOGITS_INDICES,
     MANIFEST,
+    MASKED,
     MODEL,
     ONNXRUNTIME,
     PLAN,
     SIN_TABLE,
+    SPAN_MULTIPLE,
     TARGETS,
+    WITH_QUERIES,
+    is_query,
+    query,
 )
 from qwenport.engines.errors import EngineError
 from qwenport.exporter import (
@@ -46,6 +55,7 @@ SHAPE = {
     "gpus": [str],
     "model": {
         "num_hidden_layers": int,
+        "num_attention_heads": int,
         "num_key_value_heads": int,
         "head_dim": int,
         "vocab_size": int,
@@ -54,7 +64,8 @@ SHAPE = {
     "max_seq_len": int,
     "max_batch": int,
     "rope_scaling": (str, NoneType),
-    "profile": Each(Each([int])),
+    "attention": {"form": str, "span_multiple": int, "slots": int},
+    "profiles": [Each(Each([int]))],
     "bindings": BINDINGS,
     "aliases": Each(str),
     "layers": int,
@@ -101,6 +112,20 @@ class Engine:
         """The ONNX file of an onnxruntime engine."""
         return self.path / MODEL
 
+    @property
+    def max_step_tokens(self) -> int:
+        """Tokens per row that a step takes."""
+        return self._most(INPUT_IDS)
+
+    @property
+    def max_step_logits(self) -> int:
+        """Tokens per row whose logits a step returns."""
+        return self._most(LOGITS_INDICES)
+
+    def _most(self, name: str) -> int:
+        """The most columns that an input of [batch, columns] has in a profile."""
+        return max(profile[name]["max"][1] for profile in self.manifest["profiles"])
+
 
 def load_engine(path: Path | str) -> Engine:
     """Open an engine directory and check its files against its manifest.
@@ -125,6 +150,7 @@ def load_engine(path: Path | str) -> Engine:
             layers = manifest["model"]["num_hidden_layers"]
             if len(manifest["aliases"]) != 2 * layers:
                 raise ValueError(f"{layers} layers, but {len(manifest['aliases'])} aliases")
+            _check_attention(manifest)
             if manifest["flavour"] == ONNXRUNTIME:
                 _check_onnxruntime(path, manifest)
             else:
@@ -142,6 +168,40 @@ def load_engine(path: Path | str) -> Engine:
     return Engine(path, manifest)
 
 
+def _check_attention(manifest: dict[str, Any]) -> None:
+    """Check that the form of attention, the cache's slots, the profiles and the bindings agree.
+
+    Raises:
+        ValueError: they do not.
+    """
+    form, multiple, slots = (
+        manifest["attention"][key] for key in ("form", "span_multiple", "slots")
+    )
+    if form not in ATTENTIONS:
+        raise ValueError(f"attention.form is {form!r}")
+    longest = manifest["max_seq_len"]
+    agree = {
+        MASKED: multiple == SPAN_MULTIPLE and slots == longest,
+        DIRECT: multiple == slots,
+    }.get(form, multiple > 0 and slots % multiple == 0)
+    if not agree or slots < longest:
+        raise ValueError(
+            f"attention of form {form} over {slots} slots in spans of {multiple}, "
+            f"and max_seq_len {longest}"
+        )
+    layers = manifest["model"]["num_hidden_layers"] if form in WITH_QUERIES else 0
+    outputs = [binding["name"] for binding in manifest["bindings"]["outputs"]]
+    if sorted(filter(is_query, outputs)) != sorted(query(layer) for layer in range(layers)):
+        raise ValueError(f"attention of form {form}, but {len(outputs)} outputs")
+    if not manifest["profiles"]:
+        raise ValueError("profiles is empty")
+    for profile in manifest["profiles"]:
+        for name in (INPUT_IDS, LOGITS_INDICES):
+            most = profile.get(name, {}).get("max", [])
+            if len(most) != 2 or most[0] != manifest["max_batch"] or most[1] < 1:
+                raise ValueError(f"a profile's {name} is not of max_batch rows")
+
+
 def _check_onnxruntime(path: Path, manifest: dict[str, Any]) -> None:
     """Check what only an onnxruntime engine's manifest has, and its weight files.
 
@@ -151,6 +211,8 @@ def _check_onnxruntime(path: Path, manifest: dict[str, Any]) -> None:
     if "weights" not in manifest:
         raise ValueError("the manifest lacks weights")
     check_shape(manifest["weights"], WEIGHTS_SHAPE, "the manifest.weights")
+    if manifest["attention"]["form"] != MASKED:
+        raise ValueError(f"an engine for {ONNXRUNTIME} has attention of form {MASKED}")
     if manifest["dtype"] != FP32.name or manifest["gpus"] or manifest["plugins"]:
         raise ValueError(f"an engine for {ONNXRUNTIME} is in fp32, without GPUs and plugins")
     if not re.fullmatch(r"\d{1,6}\.\d{1,6}", manifest["runtime_version"]):

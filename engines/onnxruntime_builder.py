@@ -28,7 +28,7 @@ from qwenport.contract import (
 )
 from qwenport.engines.errors import BuildError
 from qwenport.engines.onnxruntime_session import MAX_STEP_TOKENS
-from qwenport.engines.request import Filled, Request
+from qwenport.engines.request import Attention, Filled, Request
 from qwenport.engines.session import Float32
 from qwenport.exporter import (
     CHUNK_BYTES,
@@ -80,7 +80,8 @@ def fill_for_onnxruntime(request: Request, folder: Path, progress: Progress) -> 
         gpus=(),
         dtype=FP32.name,
         layers=len(model.graph),
-        profile=request.profile(MAX_STEP_TOKENS, MAX_STEP_TOKENS, fixed_cache=False),
+        attention=Attention.masked(request.capacity),
+        profiles=[request.profile(MAX_STEP_TOKENS, MAX_STEP_TOKENS, fixed_cache=False)],
         bindings=describe_graph(model)["bindings"],
         weights={
             "bytes": sum(entry.length for entry in entries),

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qwenport.contract import Progress
 from qwenport.engines.errors import BuildError
+from qwenport.engines.request import Profile
 
 
 def build_plan(
@@ -21,7 +22,7 @@ def build_plan(
     model: Path,
     plan: Path,
     gpus: tuple[str, ...],
-    profile: dict[str, dict[str, list[int]]],
+    profiles: Sequence[Profile],
     progress: Progress,
 ) -> dict[str, Any]:
     """Parse, check and build.
@@ -31,7 +32,7 @@ def build_plan(
         model: lowered ONNX file, next to its external data.
         plan: file to write.
         gpus: architectures to build for; empty for the local GPU.
-        profile: input name -> its "min", "opt" and "max" shape.
+        profiles: as in the manifest.
         progress: called with (what, done, total).
 
     Returns:
@@ -44,16 +45,18 @@ def build_plan(
     from polygraphy.backend.trt import (
         CreateConfig,
         PostprocessConfig,
-        Profile,
         network_from_onnx_path,
     )
+    from polygraphy.backend.trt import Profile as TensorRTProfile
     from polygraphy.exception import PolygraphyException
 
     from qwenport.engines.lowering import check_network
 
-    shapes = Profile()
-    for name, ranges in profile.items():
-        shapes.add(name, min=ranges["min"], opt=ranges["opt"], max=ranges["max"])
+    shapes = []
+    for profile in profiles:
+        shapes.append(TensorRTProfile())
+        for name, ranges in profile.items():
+            shapes[-1].add(name, min=ranges["min"], opt=ranges["opt"], max=ranges["max"])
 
     def choose_gpus(builder: Any, network: Any, config: Any) -> None:
         if gpus:
@@ -67,7 +70,7 @@ def build_plan(
         try:
             builder, network, parser = network_from_onnx_path(str(model), strongly_typed=True)
             check_network(network, trt)
-            create = CreateConfig(profiles=[shapes], progress_monitor=monitor)
+            create = CreateConfig(profiles=shapes, progress_monitor=monitor)
             config = PostprocessConfig(create, choose_gpus)(builder, network)
             built = builder.build_serialized_network_to_stream(network, config, writer)
         except PolygraphyException:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from qwenport.contract import (
     INPUT_IDS,
     KEY_POSITIONS,
     LOGITS_INDICES,
+    MASKED,
     POSITION_IDS,
+    SPAN_MULTIPLE,
     WRITE_INDICES,
     caches,
     past,
@@ -19,6 +21,29 @@ from qwenport.contract import (
 from qwenport.exporter import Package
 
 TYPICAL_SPAN = 1024  # the span that a builder tunes decoding for
+
+Profile = dict[str, dict[str, list[int]]]
+"""Input name -> its min, opt and max shape."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How an engine attends to its cache.
+
+    Attributes:
+        form: one of ATTENTIONS.
+        span_multiple: the first span, of which all others are multiples.
+        slots: of a cache in the bindings, at least max_seq_len.
+    """
+
+    form: str
+    span_multiple: int
+    slots: int
+
+    @classmethod
+    def masked(cls, capacity: int) -> Attention:
+        """Over the active span of a cache of `capacity` slots, with a mask."""
+        return cls(MASKED, SPAN_MULTIPLE, capacity)
 
 
 @dataclass(frozen=True)
@@ -41,9 +66,7 @@ class Request:
     gpus: str | None
     plugins: Path | None
 
-    def profile(
-        self, max_tokens: int, max_logits: int, *, fixed_cache: bool
-    ) -> dict[str, dict[str, list[int]]]:
+    def profile(self, max_tokens: int, max_logits: int, *, fixed_cache: bool) -> Profile:
         """One dynamic profile, tuned for single-token decoding: input name -> its min, opt and max shape.
 
         Args:
@@ -82,7 +105,8 @@ class Filled:
         gpus: the architectures that it was built for.
         dtype: of weights, activations and cache.
         layers: layers of the network, or nodes of the graph.
-        profile: input name -> its min, opt and max shape.
+        attention: form and sizes of attention over the cache.
+        profiles: as for the manifest; the first one that admits a step's shapes runs it.
         bindings: as for the manifest.
         plugins: names of the plugin libraries among the files.
         plugin_layers: plugin -> the number of its uses.
@@ -94,7 +118,8 @@ class Filled:
     gpus: tuple[str, ...]
     dtype: str
     layers: int
-    profile: dict[str, dict[str, list[int]]]
+    attention: Attention
+    profiles: Sequence[Profile]
     bindings: dict[str, Any]
     plugins: tuple[str, ...] = ()
     plugin_layers: Mapping[str, int] = field(default_factory=dict)

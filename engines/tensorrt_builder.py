@@ -14,7 +14,7 @@ from typing import Any
 from qwenport.contract import CAPACITY, MODEL, PLAN, Progress
 from qwenport.engines.plan import build_plan
 from qwenport.engines.plugin_library import check_library, register_for_build
-from qwenport.engines.request import Filled, Request
+from qwenport.engines.request import Attention, Filled, Request
 from qwenport.engines.targets import FLAVOURS, load_tensorrt, parse_gpus
 from qwenport.exporter import Package, damaged
 from qwenport.plugins.compiled import LIBRARY
@@ -59,13 +59,13 @@ def fill_for_tensorrt(request: Request, folder: Path, progress: Progress) -> Fil
     lowered, layers = _write_lowered(
         package, folder / "lowered", request.capacity, plugins=plugins is not None
     )
-    profile = request.profile(MAX_STEP_TOKENS, MAX_STEP_LOGITS, fixed_cache=True)
+    profiles = [request.profile(MAX_STEP_TOKENS, MAX_STEP_LOGITS, fixed_cache=True)]
     built = build_plan(
         trt,
         lowered,
         folder / PLAN,
         gpus if flavour.builds_anywhere else (),
-        profile,
+        profiles,
         progress,
     )
     shutil.rmtree(folder / "lowered")
@@ -74,7 +74,8 @@ def fill_for_tensorrt(request: Request, folder: Path, progress: Progress) -> Fil
         gpus=gpus,
         dtype=package.dtype,
         layers=built["layers"],
-        profile=profile,
+        attention=Attention.masked(request.capacity),
+        profiles=profiles,
         bindings=_with_capacity(package.manifest["bindings"], request.capacity),
         plugins=() if plugins is None else (LIBRARY,),
         plugin_layers=layers,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qwenport.contract import DTYPES, INPUT_IDS, LOGITS, LOGITS_INDICES, PLAN, present_of
+from qwenport.contract import DTYPES, LOGITS, LOGITS_INDICES, PLAN, present_of
 from qwenport.engines.engine import Engine
 from qwenport.engines.errors import EngineError, SessionError
 from qwenport.engines.memory import read_slots, write_slots
@@ -51,7 +51,7 @@ class TensorRTSession(SavedSession):
         import torch
 
         manifest = engine.manifest
-        profile, model = manifest["profile"], manifest["model"]
+        model = manifest["model"]
         max_batch = whole(max_batch, "rows")
         capacity = manifest["max_seq_len"] if capacity is None else whole(capacity, "slots")
         if capacity > manifest["max_seq_len"] or max_batch > manifest["max_batch"]:
@@ -63,8 +63,8 @@ class TensorRTSession(SavedSession):
             max_batch=max_batch,
             capacity=capacity,
             vocab_size=model["vocab_size"],
-            max_step_tokens=profile[INPUT_IDS]["max"][1],
-            max_step_logits=profile[LOGITS_INDICES]["max"][1],
+            max_step_tokens=engine.max_step_tokens,
+            max_step_logits=engine.max_step_logits,
             max_positions=manifest["max_seq_len"],
         )
         if tensorrt is None:

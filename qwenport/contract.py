@@ -84,7 +84,7 @@ WRITE_INDICES, KEY_POSITIONS, LOGITS_INDICES = "write_indices", "key_positions",
 LOGITS = "logits"
 CAPACITY = "capacity"
 """The cache axis whose size engines fix."""
-_PAST, _PRESENT = "past_key_values.", "present."
+_PAST, _PRESENT, _QUERY = "past_key_values.", "present.", "query."
 _PARTS = ("key", "value")
 
 
@@ -123,11 +123,30 @@ def past_of(name: str) -> str:
     return _PAST + name.removeprefix(_PRESENT)
 
 
+def query(layer: int) -> str:
+    """The output binding of a layer's queries, which some forms of attention have; its values are not used."""
+    return f"{_QUERY}{layer}"
+
+
+def is_query(name: str) -> bool:
+    """Whether a binding is a layer's queries."""
+    return name.startswith(_QUERY)
+
+
+# --- attention of an engine
+
+ATTENTIONS = MASKED, DIRECT, CHUNKED, SPLIT = ("masked", "direct", "chunked", "split")
+"""The forms of attention over the cache; docs/reference/manifests.md says what they are."""
+WITH_QUERIES = (DIRECT, SPLIT)
+"""The forms whose engines have `query` outputs."""
+SPAN_MULTIPLE = 64
+"""Spans of the form MASKED begin with this many slots, and are multiples of it."""
+
 # --- directories
 
 MANIFEST = "qwenport.json"
 PACKAGE_FORMAT, PACKAGE_VERSION = "qwenport-package", 3
-ENGINE_FORMAT, ENGINE_VERSION = "qwenport-engine", 3
+ENGINE_FORMAT, ENGINE_VERSION = "qwenport-engine", 4
 CACHE_FORMAT, CACHE_VERSION = "qwenport-cache-entry", 1
 MODEL, ROPE, PLAN = "model.onnx", "rope.safetensors", "engine.plan"
 ENGINE_WEIGHTS = "weights.safetensors"
@@ -205,6 +224,12 @@ FOR_CPP = {
     "logits_indices": LOGITS_INDICES,
     "logits": LOGITS,
     "capacity_axis": CAPACITY,
+    "query_prefix": _QUERY,
+    "masked": MASKED,
+    "direct": DIRECT,
+    "chunked": CHUNKED,
+    "split": SPLIT,
+    "span_multiple": SPAN_MULTIPLE,
     "onnxruntime": ONNXRUNTIME,
     "tensorrt": TENSORRT,
     "tensorrt_rtx": TENSORRT_RTX,

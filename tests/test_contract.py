@@ -44,6 +44,8 @@ def test_past_and_present_are_each_other_s() -> None:
         assert contract.present_of(before) == after and contract.past_of(after) == before
         assert contract.is_past(before) and not contract.is_present(before)
         assert contract.is_present(after) and not contract.is_past(after)
+        assert not contract.is_query(before) and not contract.is_query(after)
+    assert contract.is_query(contract.query(7)) and not contract.is_past(contract.query(7))
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,7 @@ def test_past_and_present_are_each_other_s() -> None:
     [
         r"past_key_values\.",
         r"[\"']present\.",
+        r"[\"']query\.",
         r"[\"']bf16[\"']\s*:",
         r"bfloat16[\"']?\s*:",
         r"Progress\s*=\s*Callable",

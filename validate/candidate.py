@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qwenport.contract import ENGINE, INPUT_IDS, LOGITS_INDICES, NETWORK, Progress, no_progress
+from qwenport.contract import ENGINE, NETWORK, Progress, no_progress
 from qwenport.engines import (
     MAX_STEP_LOGITS,
     MAX_STEP_TOKENS,
@@ -136,9 +136,8 @@ class Candidate:
             tokens = min(MAX_STEP_TOKENS, target.capacity)
             logits = min(MAX_STEP_LOGITS, tokens)
         elif target.judged_as == ENGINE:
-            profile = load_engine(target.path).manifest["profile"]
-            tokens = profile[INPUT_IDS]["max"][1]
-            logits = profile[LOGITS_INDICES]["max"][1]
+            engine = load_engine(target.path)
+            tokens, logits = engine.max_step_tokens, engine.max_step_logits
         vocabulary = target.config.vocab_size
         return Geometry(max_batch, capacity, vocabulary, tokens, logits, target.capacity)
 

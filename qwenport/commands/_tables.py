@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qwenport.contract import TENSORRT, TENSORRT_RTX, is_past, is_present
+from qwenport.contract import TENSORRT, TENSORRT_RTX, is_past, is_present, is_query
 
 GPU_TARGETS = (TENSORRT_RTX, TENSORRT)
 NUMBERS = ("in all", "a layer", "memory", "context")
@@ -18,7 +18,7 @@ def show(facts: dict[str, Any]) -> None:
     """Print the tables for these facts: bindings, operators, GPUs."""
     console = Console(highlight=False)
     if "bindings" in facts:
-        console.print(_bindings(facts["bindings"], facts.get("profile", {})))
+        console.print(_bindings(facts["bindings"], facts.get("profiles", [])))
     if "operators" in facts:
         console.print(_operators(facts["operators"]))
     if "gpus" in facts:
@@ -32,24 +32,35 @@ def _table(title: str, *headings: str) -> Table:
     return table
 
 
-def _bindings(bindings: dict[str, Any], profile: dict[str, Any]) -> Table:
-    """One row per binding, and one for the caches of all layers. An engine's sizes are ranges."""
+def _bindings(bindings: dict[str, Any], profiles: list[dict[str, Any]]) -> Table:
+    """One row per binding, and one for the caches, or the queries, of all layers. An engine's sizes are ranges."""
     table = _table("Bindings", "", "name", "dtype", "shape")
     for side, values in bindings.items():
-        caches = [value for value in values if is_past(value["name"]) or is_present(value["name"])]
+        alike: dict[str, list[str]] = {}
         for value in values:
-            if value in caches[1:]:
+            alike.setdefault(_kind(value["name"]), []).append(value["name"])
+        for value in values:
+            kind = _kind(value["name"])
+            name, *others = alike[kind]
+            if value["name"] != name:
                 continue
-            name = value["name"]
-            if value in caches:
-                name = f"{name.partition('.')[0]}.* ({len(caches)})"
-            ranges = profile.get(value["name"])
-            shape = _ranges(ranges["min"], ranges["max"]) if ranges else value["shape"]
+            if others:
+                name = f"{kind}.* ({len(others) + 1})"
+            ranges = [profile[value["name"]] for profile in profiles if value["name"] in profile]
+            shape = _ranges(ranges) if ranges else value["shape"]
             table.add_row(side[:-1], name, value["dtype"], " x ".join(map(str, shape)))
     return table
 
 
-def _ranges(least: list[int], most: list[int]) -> list[str]:
+def _kind(name: str) -> str:
+    """What all layers have is shown once: its name without the layer."""
+    return name.partition(".")[0] if is_past(name) or is_present(name) or is_query(name) else name
+
+
+def _ranges(ranges: list[dict[str, list[int]]]) -> list[str]:
+    """The sizes that a binding may have in some profile."""
+    least = map(min, zip(*(one["min"] for one in ranges), strict=True))
+    most = map(max, zip(*(one["max"] for one in ranges), strict=True))
     pairs = zip(least, most, strict=True)
     return [str(low) if low == high else f"{low}..{high}" for low, high in pairs]
 

@@ -118,7 +118,8 @@ def engine(path: Path) -> dict[str, Any]:
         "runtime": runtime_of(manifest),
         "notes": [],
         "bindings": manifest["bindings"],
-        "profile": manifest["profile"],
+        "attention": manifest["attention"],
+        "profiles": manifest["profiles"],
     }
     if opened.flavour == ONNXRUNTIME:
         weight_bytes = manifest["weights"]["bytes"]

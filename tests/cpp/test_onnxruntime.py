@@ -61,7 +61,7 @@ def directory_of(
             path = folder / f"{name}-{max_step_tokens}"
             engines.build(package_of(name).path, path, target=ONNXRUNTIME)
             manifest = json.loads((path / MANIFEST).read_text())
-            manifest["profile"][INPUT_IDS]["max"][1] = max_step_tokens
+            manifest["profiles"][0][INPUT_IDS]["max"][1] = max_step_tokens
             (path / MANIFEST).write_text(json.dumps(manifest))
             made[key] = path
         return made[key]

@@ -113,16 +113,18 @@ std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, 
     }
   }
   std::ostringstream text;
-  text << R"({"format": "qwenport-engine", "format_version": 3, "flavour": "tensorrt",
+  text << R"({"format": "qwenport-engine", "format_version": 4, "flavour": "tensorrt",
     "runtime_version": "10.14.1.48", "gpus": ["sm80", "sm90"], "dtype": "fp32",
     "max_seq_len": )"
        << capacity << R"(, "max_batch": )" << max_batch << R"(,
     "model": {"vocab_size": )"
-       << vocab << R"(, "num_key_value_heads": 2, "head_dim": 4,
+       << vocab << R"(, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
       "num_hidden_layers": )"
        << layers << R"(},
-    "profile": {"input_ids": {"max": [)"
-       << max_batch << ", " << max_step_tokens << R"(]}},
+    "attention": {"form": "masked", "span_multiple": 64, "slots": )"
+       << capacity << R"(},
+    "profiles": [{"input_ids": {"max": [)"
+       << max_batch << ", " << max_step_tokens << R"(]}}],
     "bindings": {"inputs": [)"
        << inputs.str() << R"(], "outputs": [)" << outputs.str() << R"(]},
     "aliases": {)"

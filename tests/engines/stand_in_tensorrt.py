@@ -63,7 +63,7 @@ class Context:
         self.addresses: dict[str, int] = {}
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        limits = self.manifest["profile"][name]
+        limits = self.manifest["profiles"][0][name]
         inside = all(
             low <= size <= high
             for low, size, high in zip(limits["min"], shape, limits["max"], strict=True)

@@ -58,7 +58,7 @@ def test_an_engine_directory_says_what_it_holds(engine_of, package_of, dtype):
         "sha256": exporter.sha256(engine.plan),
     }
     names = {b["name"] for b in manifest["bindings"]["inputs"]}
-    assert names == set(manifest["profile"])
+    assert names == set(manifest["profiles"][0])
     assert all("capacity" not in b["shape"] for b in manifest["bindings"]["outputs"])
     assert {path.name for path in engine.path.iterdir()} == {
         "engine.plan",

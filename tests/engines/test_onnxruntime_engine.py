@@ -172,13 +172,13 @@ def test_the_directory_holds_what_the_manifest_says(built: Built) -> None:
     engine, package = built.engine, built.package
     manifest = json.loads((engine.path / MANIFEST).read_text())
     assert manifest == engine.manifest == engines.load_engine(engine.path).manifest
-    assert (manifest["format_version"], manifest["flavour"]) == (3, "onnxruntime")
+    assert (manifest["format_version"], manifest["flavour"]) == (4, "onnxruntime")
     assert (manifest["runtime_version"], manifest["dtype"]) == ("1.26", "fp32")
     assert manifest["gpus"] == manifest["plugins"] == [] and manifest["plugin_layers"] == {}
     assert manifest["package"]["dtype"] == package.dtype
     assert manifest["layers"] == len(graph_of(engine).node)
-    assert manifest["profile"]["input_ids"]["max"] == [8, 512]
-    assert manifest["profile"]["logits_indices"]["max"] == [8, 512]
+    assert manifest["profiles"][0]["input_ids"]["max"] == [8, 512]
+    assert manifest["profiles"][0]["logits_indices"]["max"] == [8, 512]
     inputs = {binding["name"]: binding for binding in manifest["bindings"]["inputs"]}
     config = package.config
     assert inputs["past_key_values.0.key"] == {
@@ -214,7 +214,7 @@ def test_lower_limits_cut_the_tables_and_the_cache(dense: Built, tmp_path: Path)
     )
     with safe_open(engine.path / ENGINE_WEIGHTS, framework="pt") as stored:
         assert stored.get_slice("rope.cos").get_shape() == [100, 16]
-    assert engine.manifest["profile"]["input_ids"]["max"] == [2, 100]
+    assert engine.manifest["profiles"][0]["input_ids"]["max"] == [2, 100]
     assert_same(engine.path, dense.package.path)
     assert open_session(engine.path).capacity == 100
     session = open_session(engine.path, capacity=10)

@@ -126,10 +126,32 @@ const contract::Dtype* find_dtype(const std::string& name) {
   return found == std::end(contract::dtypes) ? nullptr : found;
 }
 
+void read_attention(const Node& node, Manifest& manifest) {
+  Attention& attention = manifest.attention;
+  attention.form = node.at("form").text();
+  attention.span_multiple = node.at("span_multiple").positive();
+  attention.slots = node.at("slots").positive();
+  bool agree = false;
+  if (attention.form == contract::masked) {
+    agree = attention.span_multiple == contract::span_multiple && attention.slots == manifest.info.capacity;
+  } else if (attention.form == contract::direct) {
+    agree = attention.span_multiple == attention.slots;
+  } else if (attention.form == contract::chunked || attention.form == contract::split) {
+    agree = attention.slots % attention.span_multiple == 0;
+  } else {
+    node.at("form").wrong(std::string(contract::masked) + ", " + contract::direct + ", " + contract::chunked +
+                          " or " + contract::split);
+  }
+  if (!agree || attention.slots < manifest.info.capacity) {
+    node.wrong("spans and slots of form " + attention.form + " for this max_seq_len");
+  }
+}
+
 void read_sizes(const Node& root, Manifest& manifest) {
   EngineInfo& info = manifest.info;
   const Node model = root.at("model");
   info.vocab_size = model.at("vocab_size").positive();
+  manifest.heads = model.at("num_attention_heads").positive();
   manifest.kv_heads = model.at("num_key_value_heads").positive();
   manifest.head_dim = model.at("head_dim").positive();
   info.capacity = root.at("max_seq_len").positive();
@@ -142,25 +164,31 @@ void read_sizes(const Node& root, Manifest& manifest) {
     root.at("dtype").wrong("one of" + names);
   }
   manifest.element_bytes = dtype->itemsize;
+  read_attention(root.at("attention"), manifest);
   // Below, sizes are products of these; none may overflow.
   const auto limit = static_cast<long double>(max_row_bytes);
-  if (static_cast<long double>(manifest.kv_heads) * info.capacity * manifest.head_dim *
-          manifest.element_bytes * info.max_batch >
+  if (static_cast<long double>(std::max(manifest.heads, manifest.kv_heads)) * manifest.attention.slots *
+          manifest.head_dim * manifest.element_bytes * info.max_batch >
       limit) {
     root.at("model").wrong("of a size that any machine has");
   }
-  const Node profile = root.at("profile");
-  const Node widest = profile.at(contract::input_ids).at("max");
-  info.max_step_tokens = widest.at(1).positive();
-  if (widest.at(std::size_t{0}).positive() != info.max_batch) widest.wrong("of max_batch rows");
-  if (info.max_step_tokens > info.capacity) widest.wrong("within max_seq_len");
+  const Node profiles = root.at("profiles");
+  if (profiles.size() == 0) profiles.wrong("a list of profiles");
+  for (std::size_t i = 0; i < profiles.size(); ++i) {
+    const Node widest = profiles.at(i).at(contract::input_ids).at("max");
+    manifest.profile_tokens.push_back(widest.at(1).positive());
+    if (widest.at(std::size_t{0}).positive() != info.max_batch) widest.wrong("of max_batch rows");
+    if (manifest.profile_tokens.back() > info.capacity) widest.wrong("within max_seq_len");
+  }
+  info.max_step_tokens = *std::max_element(manifest.profile_tokens.begin(), manifest.profile_tokens.end());
 }
 
 void read_bindings(const Node& root, Manifest& manifest) {
   // onnxruntime takes a cache of any length; TensorRT fixes it.
   const std::string slots =
-      manifest.is_onnxruntime() ? contract::capacity_axis : std::to_string(manifest.info.capacity);
-  const std::string cache = std::string(find_dtype(manifest.info.dtype)->binding) + " [batch," +
+      manifest.is_onnxruntime() ? contract::capacity_axis : std::to_string(manifest.attention.slots);
+  const std::string dtype = find_dtype(manifest.info.dtype)->binding;
+  const std::string cache = dtype + " [batch," +
                             std::to_string(manifest.kv_heads) + "," + slots + "," +
                             std::to_string(manifest.head_dim) + "]";
   std::map<std::string, std::string> inputs{{contract::input_ids, "int64 [batch,seq]"},
@@ -182,6 +210,16 @@ void read_bindings(const Node& root, Manifest& manifest) {
   if (manifest.caches.size() != 2 * static_cast<std::size_t>(layers)) {
     aliases.wrong("a key and a value for each of " + std::to_string(layers) + " layers");
   }
+  if (manifest.attention.form == contract::direct || manifest.attention.form == contract::split) {
+    const std::string query = dtype + " [batch," + std::to_string(manifest.heads) + ",seq," +
+                              std::to_string(manifest.head_dim) + "]";
+    for (int layer = 0; layer < layers; ++layer) {
+      manifest.queries.push_back(contract::query_prefix + std::to_string(layer));
+      if (!outputs.emplace(manifest.queries.back(), query).second) {
+        aliases.wrong("without " + manifest.queries.back());
+      }
+    }
+  }
   const Node bindings = root.at("bindings");
   if (signatures(bindings.at("inputs")) != inputs) bindings.at("inputs").wrong("what this runtime feeds");
   if (signatures(bindings.at("outputs")) != outputs) bindings.at("outputs").wrong("what this runtime reads");
@@ -201,6 +239,9 @@ void read_target(const Node& root, Manifest& manifest) {
   const Node gpus = root.at("gpus");
   for (std::size_t i = 0; i < gpus.size(); ++i) info.gpus.push_back(gpus.at(i).text());
   if (manifest.is_onnxruntime()) {
+    if (manifest.attention.form != contract::masked) {
+      root.at("attention").at("form").wrong(std::string(contract::masked) + ", that of onnxruntime's engines");
+    }
     if (!info.gpus.empty()) gpus.wrong("empty: onnxruntime's engines are for the CPU");
     if (info.dtype != "fp32") root.at("dtype").wrong("fp32, which onnxruntime's engines compute in");
     if (!release_number(info.runtime_version)) root.at("runtime_version").wrong("a release such as 1.26");
@@ -250,7 +291,7 @@ Manifest parse_manifest(std::string_view text, const std::string& where) {
   read_files(root, manifest);
   // The hashes of an onnxruntime engine's files do not cover its weights: the manifest says more about them.
   manifest.identity = manifest.is_onnxruntime() ? sha256(text.data(), text.size()) : manifest.model.sha256;
-  manifest.info.cache_bytes_per_row = manifest.caches.size() * manifest.row_bytes(manifest.info.capacity);
+  manifest.info.cache_bytes_per_row = manifest.caches.size() * manifest.row_bytes(manifest.attention.slots);
   return manifest;
 }
 

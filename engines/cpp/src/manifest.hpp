@@ -25,8 +25,18 @@ struct CacheBinding {
   std::string present;
 };
 
+/// How an engine attends to its cache: see docs/reference/manifests.md.
+struct Attention {
+  std::string form;
+  int span_multiple = 0;  ///< the first span, of which all others are multiples
+  int slots = 0;          ///< of a cache in the bindings, at least the capacity
+};
+
 struct Manifest {
   EngineInfo info;
+  Attention attention;
+  std::vector<int> profile_tokens;  ///< tokens per row that each of TensorRT's profiles admits
+  int heads = 0;                    ///< of the queries
   int kv_heads = 0;
   int head_dim = 0;
   int element_bytes = 0;  ///< of a cache element
@@ -35,6 +45,7 @@ struct Manifest {
   std::string identity;   ///< 64 characters that tell this engine's snapshots from another's
   std::vector<FileRecord> plugins;
   std::vector<CacheBinding> caches;  ///< ordered by the names of their outputs
+  std::vector<std::string> queries;  ///< outputs whose values are not used
 
   /// Bytes of one slot of one head in a cache binding.
   [[nodiscard]] std::size_t slot_bytes() const noexcept {

@@ -68,7 +68,7 @@ class TensorRTModel final : public Model {
   [[nodiscard]] std::unique_ptr<Device> make_device() const override {
     return std::make_unique<CudaDevice>(gpu_);
   }
-  [[nodiscard]] int allocated_slots(int /*capacity*/) const override { return manifest().info.capacity; }
+  [[nodiscard]] int allocated_slots(int /*capacity*/) const override { return manifest().attention.slots; }
   [[nodiscard]] std::size_t workspace_bytes() const override {
     return static_cast<std::size_t>(workspace_bytes_);
   }
