@@ -17,7 +17,7 @@ from qwenport.contract import (
     WITH_QUERIES,
 )
 from qwenport.engines.errors import BuildError
-from qwenport.engines.lowering.attention_forms import CHUNK
+from qwenport.engines.lowering import CHUNK
 from qwenport.engines.request import Attention
 from qwenport.exporter import ModelConfig
 

@@ -136,7 +136,9 @@ def is_query(name: str) -> bool:
 # --- attention of an engine
 
 ATTENTIONS = MASKED, DIRECT, CHUNKED, SPLIT = ("masked", "direct", "chunked", "split")
-"""The forms of attention over the cache; docs/reference/manifests.md says what they are."""
+"""The forms of attention over the cache; docs/attention-forms.md says what they are."""
+AUTO = "auto"
+"""In place of a form: the one that moves the fewest bytes on the GPUs of an engine."""
 WITH_QUERIES = (DIRECT, SPLIT)
 """The forms whose engines have `query` outputs."""
 SPAN_MULTIPLE = 64

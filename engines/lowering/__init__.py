@@ -4,8 +4,9 @@ A pass changes one thing, is one class with one `call`, and has its own test.
 """
 
 from qwenport.engines.lowering.attention import DecomposeAttention
+from qwenport.engines.lowering.attention_forms import CHUNK, Changed, change_attention
 from qwenport.engines.lowering.capacity import StaticCapacity
-from qwenport.engines.lowering.checks import check_graph, check_network
+from qwenport.engines.lowering.checks import check_changed, check_graph, check_network
 from qwenport.engines.lowering.constants import DropCasts, FoldConstants
 from qwenport.engines.lowering.experts import SplitExperts
 from qwenport.engines.lowering.float32 import ComputeInFloat32
@@ -21,6 +22,8 @@ from qwenport.engines.lowering.use_plugins import UsePlugins, plugin_layers
 
 __all__ = [
     "ALIGNMENT",
+    "CHUNK",
+    "Changed",
     "ComputeInFloat32",
     "CutRopeTables",
     "DecomposeAttention",
@@ -33,6 +36,8 @@ __all__ = [
     "StoreInFloat32",
     "StoredWeight",
     "UsePlugins",
+    "change_attention",
+    "check_changed",
     "check_graph",
     "check_network",
     "folded",

@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from qwenport.contract import is_past, is_present, past_of
+from qwenport.contract import WITH_QUERIES, is_past, is_present, is_query, past_of, query
 from qwenport.engines.errors import LoweringError
 from qwenport.plugins.as_plugin import is_plugin
 
@@ -81,26 +81,70 @@ def check_network(network: Any, trt: Any) -> None:
             or after the update is undefined.
     """
     read: set[str] = set()
-    updated: dict[str, str] = {}
-    readers: dict[str, list[str]] = {}
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         names = [layer.get_input(i) for i in range(layer.num_inputs)]
         read.update(tensor.name for tensor in names if tensor is not None)
-        for tensor in names:
-            if tensor is not None and is_past(tensor.name):
-                readers.setdefault(tensor.name, []).append(layer.name)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer
             attention = layer.attention
             if attention.mask is None or attention.causal:
                 raise LoweringError(f"{layer.name}: parsed without its explicit mask")
-        elif layer.type == trt.LayerType.KV_CACHE_UPDATE:
-            updated[layer.get_output(0).name] = layer.get_input(0).name
     for index in range(network.num_inputs):
         name = network.get_input(index).name
         if name not in read:
             raise LoweringError(f"network input {name} is read by no layer: the parser dropped it")
+    _check_caches(network, trt)
+
+
+def check_changed(network: Any, trt: Any, form: str) -> None:
+    """Refuse a network whose attention was changed wrongly; see `change_attention`.
+
+    Args:
+        network: an INetworkDefinition.
+        trt: the module it comes from.
+        form: the form that its attention has now.
+
+    Raises:
+        LoweringError: a cache that is not updated in place or is read before its update, an attention with neither a
+            mask nor lengths, or outputs `query.N` that are not what the attentions with lengths read.
+    """
+    _check_caches(network, trt)
+    queries = []
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type != trt.LayerType.ATTENTION_INPUT:
+            continue
+        layer.__class__ = trt.IAttentionInputLayer
+        attention = layer.attention
+        if attention.key_value_lengths is not None:
+            queries.append(attention.get_input(0).name)
+            if attention.causal_kind != trt.CausalMaskKind.LOWER_RIGHT:
+                raise LoweringError(f"{layer.name}: lengths without a causal mask of each row's end")
+        elif attention.mask is None or attention.causal:
+            raise LoweringError(f"{layer.name}: neither a mask nor lengths")
+    outputs = [network.get_output(index).name for index in range(network.num_outputs)]
+    layers = sum(map(is_present, outputs)) // 2 if form in WITH_QUERIES else 0
+    wanted = sorted(query(layer) for layer in range(layers))
+    if not sorted(queries) == sorted(filter(is_query, outputs)) == wanted:
+        raise LoweringError(
+            f"attention of form {form} with lengths over {', '.join(queries) or 'nothing'}, and outputs "
+            f"{', '.join(filter(is_query, outputs)) or 'without queries'}"
+        )
+
+
+def _check_caches(network: Any, trt: Any) -> None:
+    """Every cache is updated in place, and read by its update alone."""
+    updated: dict[str, str] = {}
+    readers: dict[str, list[str]] = {}
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        for number in range(layer.num_inputs):
+            tensor = layer.get_input(number)
+            if tensor is not None and is_past(tensor.name):
+                readers.setdefault(tensor.name, []).append(layer.name)
+        if layer.type == trt.LayerType.KV_CACHE_UPDATE:
+            updated[layer.get_output(0).name] = layer.get_input(0).name
     for name, layers in readers.items():
         if len(layers) > 1:
             raise LoweringError(
