@@ -14,6 +14,7 @@ from typing import Any
 
 from qwenport import __version__
 from qwenport.contract import (
+    AUTO,
     ENGINE_FORMAT,
     ENGINE_VERSION,
     MANIFEST,
@@ -49,6 +50,7 @@ def build(
     max_seq_len: int | None = None,
     max_batch: int | None = None,
     plugins: Path | str | None = None,
+    attention: str = AUTO,
     force_clean: bool = False,
     progress: Progress = no_progress,
     note: Callable[[str], None] = lambda text: None,
@@ -65,6 +67,8 @@ def build(
         max_batch: batch rows, at most (and by default) the package's.
         plugins: library of the CUDA plugins to use and copy; without it the custom operators are
             computed from their function bodies. Target tensorrt only.
+        attention: form of attention over the cache, one of ATTENTIONS; "auto" takes the one that moves the fewest bytes
+            on the GPUs that the engine is for. TensorRT only.
         force_clean: remove scratch directories of builds for the same path, even of builds that may still run.
         progress: called with (what, done, total).
         note: called with messages for the user.
@@ -84,6 +88,7 @@ def build(
         batch=_limit("max batch", max_batch, package.max_batch),
         gpus=gpus,
         plugins=None if plugins is None else Path(plugins),
+        attention=attention,
     )
     check, fill = _BUILDERS.get(target, (check_for_tensorrt, fill_for_tensorrt))
     check(request)

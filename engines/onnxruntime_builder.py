@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qwenport.contract import (
+    AUTO,
     BF16,
     BY_ONNX,
     ENGINE_WEIGHTS,
@@ -53,9 +54,13 @@ def check_for_onnxruntime(request: Request) -> None:
     """Refuse options that mean nothing on a CPU.
 
     Raises:
-        BuildError: GPUs or plugins are asked for.
+        BuildError: GPUs, plugins or a form of attention are asked for.
     """
-    for option, value in (("--gpu", request.gpus), ("--plugins", request.plugins)):
+    for option, value in (
+        ("--gpu", request.gpus),
+        ("--plugins", request.plugins),
+        ("--attention", None if request.attention == AUTO else request.attention),
+    ):
         if value is not None:
             raise BuildError(f"{option} is for TensorRT; target {ONNXRUNTIME} runs on CPUs")
 
@@ -72,6 +77,7 @@ def fill_for_onnxruntime(request: Request, folder: Path, progress: Progress) -> 
         ExportError: the disk is too small.
         PackageError, LoweringError: the package's graph cannot be lowered.
     """
+    attention = Attention.masked(request.capacity)
     model, weights = lower_for_onnxruntime(request.package, request.capacity, ENGINE_WEIGHTS)
     write_lowered(request.package, folder, model, weights, progress)
     file, entries = read_safetensors_header(folder / ENGINE_WEIGHTS)
@@ -80,8 +86,12 @@ def fill_for_onnxruntime(request: Request, folder: Path, progress: Progress) -> 
         gpus=(),
         dtype=FP32.name,
         layers=len(model.graph),
-        attention=Attention.masked(request.capacity),
-        profiles=[request.profile(MAX_STEP_TOKENS, MAX_STEP_TOKENS, fixed_cache=False)],
+        attention=attention,
+        profiles=[
+            request.profile(
+                MAX_STEP_TOKENS, MAX_STEP_TOKENS, attention=attention, fixed_cache=False
+            )
+        ],
         bindings=describe_graph(model)["bindings"],
         weights={
             "bytes": sum(entry.length for entry in entries),

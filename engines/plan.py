@@ -23,9 +23,10 @@ def build_plan(
     plan: Path,
     gpus: tuple[str, ...],
     profiles: Sequence[Profile],
+    attention: str,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Parse, check and build.
+    """Parse, check, change the attention, check again, and build.
 
     Args:
         trt: the TensorRT module, as returned by `load_tensorrt`.
@@ -33,13 +34,14 @@ def build_plan(
         plan: file to write.
         gpus: architectures to build for; empty for the local GPU.
         profiles: as in the manifest.
+        attention: the form of attention.
         progress: called with (what, done, total).
 
     Returns:
         "sha256" of the plan and "layers", the number of layers in the parsed network.
 
     Raises:
-        LoweringError: something was lost in parsing.
+        LoweringError: something was lost in parsing, or the attention cannot have that form.
         BuildError: TensorRT refused the model; the message is its first error.
     """
     from polygraphy.backend.trt import (
@@ -50,7 +52,7 @@ def build_plan(
     from polygraphy.backend.trt import Profile as TensorRTProfile
     from polygraphy.exception import PolygraphyException
 
-    from qwenport.engines.lowering import check_network
+    from qwenport.engines.lowering import change_attention, check_changed, check_network
 
     shapes = []
     for profile in profiles:
@@ -70,6 +72,8 @@ def build_plan(
         try:
             builder, network, parser = network_from_onnx_path(str(model), strongly_typed=True)
             check_network(network, trt)
+            changed = change_attention(network, trt, attention)
+            check_changed(network, trt, attention)
             create = CreateConfig(profiles=shapes, progress_monitor=monitor)
             config = PostprocessConfig(create, choose_gpus)(builder, network)
             built = builder.build_serialized_network_to_stream(network, config, writer)
@@ -83,7 +87,7 @@ def build_plan(
         if not built:
             raise BuildError(f"TensorRT could not build the engine: {_first_error(messages)}")
         layers = network.num_layers
-        del parser  # it owns the weights that the network references
+        del parser, changed  # they own the weights and constants that the network references
     return {"sha256": writer.hexdigest(), "layers": layers}
 
 

@@ -57,6 +57,7 @@ class Request:
         batch: rows.
         gpus: architectures, as on the command line.
         plugins: library of the CUDA plugins to use.
+        attention: one of ATTENTIONS, or AUTO.
     """
 
     package: Package
@@ -65,17 +66,23 @@ class Request:
     batch: int
     gpus: str | None
     plugins: Path | None
+    attention: str
 
-    def profile(self, max_tokens: int, max_logits: int, *, fixed_cache: bool) -> Profile:
+    def profile(
+        self, max_tokens: int, max_logits: int, *, attention: Attention, fixed_cache: bool
+    ) -> Profile:
         """One dynamic profile, tuned for single-token decoding: input name -> its min, opt and max shape.
 
         Args:
             max_tokens: tokens per row in one step, if the cache is as long.
             max_logits: positions per row whose logits one step returns.
-            fixed_cache: whether the cache always has `capacity` slots, rather than at most.
+            attention: the engine's, with the slots of its caches.
+            fixed_cache: whether a cache always has all slots, rather than at most.
         """
-        config, capacity, batch = self.package.config, self.capacity, self.batch
-        tokens = min(max_tokens, capacity)
+        config, slots, batch = self.package.config, attention.slots, self.batch
+        tokens = min(max_tokens, self.capacity)
+        shortest = 1 if attention.form == MASKED else attention.span_multiple
+        span = max(shortest, min(TYPICAL_SPAN, slots))
 
         def shapes(*least: int, opt: list[int], most: list[int]) -> dict[str, list[int]]:
             return {"min": list(least), "opt": opt, "max": most}
@@ -84,11 +91,11 @@ class Request:
             INPUT_IDS: shapes(1, 1, opt=[1, 1], most=[batch, tokens]),
             POSITION_IDS: shapes(1, 1, opt=[1, 1], most=[batch, tokens]),
             WRITE_INDICES: shapes(1, opt=[1], most=[batch]),
-            KEY_POSITIONS: shapes(1, opt=[min(TYPICAL_SPAN, capacity)], most=[capacity]),
+            KEY_POSITIONS: shapes(shortest, opt=[span], most=[slots]),
             LOGITS_INDICES: shapes(1, 1, opt=[1, 1], most=[batch, min(max_logits, tokens)]),
         }
         heads, head_dim = config.num_key_value_heads, config.head_dim
-        cache = [heads, capacity, head_dim]
+        cache = [heads, slots, head_dim]
         smallest = cache if fixed_cache else [heads, 1, head_dim]
         for layer in range(config.num_hidden_layers):
             for name in caches(layer):

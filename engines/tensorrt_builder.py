@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qwenport.contract import CAPACITY, MODEL, PLAN, Progress
+from qwenport.contract import CAPACITY, DTYPES, MODEL, PLAN, WITH_QUERIES, Progress, query
+from qwenport.engines.attention import attention_of, choose_attention
 from qwenport.engines.plan import build_plan
 from qwenport.engines.plugin_library import check_library, register_for_build
 from qwenport.engines.request import Attention, Filled, Request
@@ -29,11 +30,13 @@ def check_for_tensorrt(request: Request) -> None:
     """Refuse what cannot be built, before anything is written.
 
     Raises:
-        BuildError, PluginError: an architecture that cannot run the model, or a library that is not for it.
+        BuildError, PluginError: an architecture that cannot run the model, or a form of attention or a library that is
+            not for it.
         MissingExtraError: the flavour is not installed.
     """
     flavour = FLAVOURS[request.target]
     gpus = parse_gpus(request.gpus, flavour, request.package.dtype)
+    _attention(request, gpus)
     if request.plugins is not None:
         check_library(request.plugins, flavour, gpus)
     load_tensorrt(flavour, "build engines")
@@ -52,20 +55,24 @@ def fill_for_tensorrt(request: Request, folder: Path, progress: Progress) -> Fil
     """
     package, plugins, flavour = request.package, request.plugins, FLAVOURS[request.target]
     gpus = parse_gpus(request.gpus, flavour, package.dtype)
+    attention = _attention(request, gpus)
     trt = load_tensorrt(flavour, "build engines")
     if plugins is not None:
         shutil.copyfile(plugins, folder / LIBRARY)
         register_for_build(trt, folder / LIBRARY)
     lowered, layers = _write_lowered(
-        package, folder / "lowered", request.capacity, plugins=plugins is not None
+        request, folder / "lowered", attention.slots, plugins=plugins is not None
     )
-    profiles = [request.profile(MAX_STEP_TOKENS, MAX_STEP_LOGITS, fixed_cache=True)]
+    profiles = [
+        request.profile(MAX_STEP_TOKENS, MAX_STEP_LOGITS, attention=attention, fixed_cache=True)
+    ]
     built = build_plan(
         trt,
         lowered,
         folder / PLAN,
         gpus if flavour.builds_anywhere else (),
         profiles,
+        attention.form,
         progress,
     )
     shutil.rmtree(folder / "lowered")
@@ -74,17 +81,34 @@ def fill_for_tensorrt(request: Request, folder: Path, progress: Progress) -> Fil
         gpus=gpus,
         dtype=package.dtype,
         layers=built["layers"],
-        attention=Attention.masked(request.capacity),
+        attention=attention,
         profiles=profiles,
-        bindings=_with_capacity(package.manifest["bindings"], request.capacity),
+        bindings=_bindings(package, attention),
         plugins=() if plugins is None else (LIBRARY,),
         plugin_layers=layers,
         hashes={PLAN: built["sha256"]},
     )
 
 
+def _attention(request: Request, gpus: tuple[str, ...]) -> Attention:
+    """The form that the engine gets.
+
+    Raises:
+        BuildError: the form asked for cannot be had.
+    """
+    package = request.package
+    form = choose_attention(
+        request.attention,
+        flavour=request.target,
+        gpus=gpus,
+        dtype=package.dtype,
+        config=package.config,
+    )
+    return attention_of(form, request.capacity)
+
+
 def _write_lowered(
-    package: Package, folder: Path, capacity: int, *, plugins: bool
+    request: Request, folder: Path, slots: int, *, plugins: bool
 ) -> tuple[Path, dict[str, int]]:
     """Write the lowered model where the parser finds the weights: next to a link to them.
 
@@ -95,12 +119,13 @@ def _write_lowered(
 
     from qwenport.engines.lowering import check_graph, for_tensorrt, plugin_layers
 
+    package = request.package
     with damaged(package.model):
         model = for_tensorrt(
             package.read_model(),
             dtype=package.dtype,
-            capacity=capacity,
-            positions=capacity,
+            capacity=slots,
+            positions=request.capacity,
             kv_heads=package.config.num_key_value_heads,
             plugins=plugins,
         )
@@ -112,11 +137,20 @@ def _write_lowered(
     return path, plugin_layers(model)
 
 
-def _with_capacity(bindings: dict[str, Any], capacity: int) -> dict[str, Any]:
-    return {
+def _bindings(package: Package, attention: Attention) -> dict[str, Any]:
+    """The package's bindings with the caches' slots, and the queries where the form of attention has them."""
+    bindings = {
         side: [
-            {**b, "shape": [capacity if size == CAPACITY else size for size in b["shape"]]}
+            {**b, "shape": [attention.slots if size == CAPACITY else size for size in b["shape"]]}
             for b in values
         ]
-        for side, values in bindings.items()
+        for side, values in package.manifest["bindings"].items()
     }
+    if attention.form in WITH_QUERIES:
+        config = package.config
+        shape = ["batch", config.num_attention_heads, "seq", config.head_dim]
+        bindings["outputs"] += [
+            {"name": query(layer), "dtype": DTYPES[package.dtype].binding, "shape": shape}
+            for layer in range(config.num_hidden_layers)
+        ]
+    return bindings

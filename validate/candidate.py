@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qwenport.contract import ENGINE, NETWORK, Progress, no_progress
+from qwenport.contract import AUTO, ENGINE, NETWORK, Progress, no_progress
 from qwenport.engines import (
     MAX_STEP_LOGITS,
     MAX_STEP_TOKENS,
@@ -75,7 +75,10 @@ class Candidate:
         assert package is not None
         try:
             with reported(package.model, "cannot be read as a model"):
-                self.parsed = parse_package(package, self._target.capacity)
+                assert self._target.attention is not None
+                self.parsed = parse_package(
+                    package, self._target.capacity, self._target.attention
+                )
                 self._interpreter = Interpreter(self._exactly(self.parsed), exact=True)
         except NetworkError as error:
             raise Refused(str(error)) from error
@@ -208,6 +211,8 @@ def open_candidate(
     path: Path,
     *,
     judged_as: str | None = None,
+    gpus: str | None = None,
+    attention: str = AUTO,
     max_batch: int = 1,
     capacity: int | None = None,
 ) -> CachedSession:
@@ -215,7 +220,7 @@ def open_candidate(
 
     Args:
         path: the package or engine directory.
-        judged_as: as in `open_target`. A network's arithmetic is in fp32, as its scenarios are judged.
+        judged_as, gpus, attention: as in `open_target`. A network's arithmetic is in fp32, as its scenarios are judged.
         max_batch: rows.
         capacity: cache slots per row; the target's by default.
 
@@ -223,7 +228,7 @@ def open_candidate(
         ValidationError: and the other errors of `open_target`.
         Refused: TensorRT's parser refuses the network.
     """
-    target = open_target(path, judged_as=judged_as)
+    target = open_target(path, judged_as=judged_as, gpus=gpus, attention=attention)
     candidate = Candidate(target, layers=target.config.num_hidden_layers, streamed=False)
     use = (max_batch, capacity or target.capacity, lambda session: None)
     (session,) = candidate.open([use])

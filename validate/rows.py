@@ -413,7 +413,7 @@ def replay_of_walk(bench: Bench, judge: Judge, target: Target, streamed: bool) -
             return None  # it needed what earlier scenarios left in the cache
         operations = shrink(operations, fails)
     performed = perform(bench.make_run(rehearsal, keep=False), operations)
-    return script(performed, rows, capacity, target.judged_as)
+    return script(performed, rows, capacity, target)
 
 
 def _row(name: str, summary: str, checks: Sequence[Check], started: float) -> ScenarioResult:

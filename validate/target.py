@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenport.contract import ENGINE, MANIFEST, NETWORK, ONNXRUNTIME, PACKAGE
+from qwenport.contract import AUTO, ENGINE, MANIFEST, NETWORK, ONNXRUNTIME, PACKAGE, TENSORRT_RTX
 from qwenport.exporter import (
     ConfigError,
     ModelConfig,
@@ -40,6 +40,8 @@ class Target:
         config: the model's config, as exported.
         capacity: the most cache slots.
         max_batch: the most rows.
+        attention: a network's form of attention, one of ATTENTIONS; None for other targets.
+        gpus: the architectures that the network is judged for; empty for other targets.
         rope_length: positions that the rope tables were made for.
         rope_scaling: "KIND:FACTOR" that the export added to the checkpoint's config, or None.
         source: the checkpoint it was made from: dtype, config_sha256, files with header_sha256.
@@ -56,6 +58,8 @@ class Target:
     config: ModelConfig
     capacity: int
     max_batch: int
+    attention: str | None
+    gpus: tuple[str, ...]
     rope_length: int
     rope_scaling: str | None
     source: dict[str, Any]
@@ -90,7 +94,13 @@ class Target:
 
 
 def open_target(
-    path: Path, *, judged_as: str | None = None, exact: bool = False, device: str = "cpu"
+    path: Path,
+    *,
+    judged_as: str | None = None,
+    exact: bool = False,
+    gpus: str | None = None,
+    attention: str = AUTO,
+    device: str = "cpu",
 ) -> Target:
     """Open a target to judge.
 
@@ -99,14 +109,18 @@ def open_target(
         judged_as: "tensorrt-network" to judge the network that TensorRT's parser makes from a package; by default a
             package is run by onnxruntime and an engine by what it was built for.
         exact: judge a network's arithmetic only, not the rounding of the types it declares.
+        gpus, attention: judge the network of the engine that `build` with these options makes for tensorrt-rtx.
         device: "cpu" or "cuda", where a package would run.
 
     Raises:
         PackageError, EngineError: neither a package nor an engine, damaged, changed, or of another format version.
         ValidationError: it is a checkpoint, or cannot be judged in that way.
+        BuildError: there is no such engine for tensorrt-rtx.
     """
     if exact and judged_as != NETWORK:
         raise ValidationError(f"exact arithmetic (--exact) needs --as {NETWORK}")
+    if (gpus is not None or attention != AUTO) and judged_as != NETWORK:
+        raise ValidationError(f"GPUs and a form of attention need --as {NETWORK}")
     kind = kind_of(path)
     if kind == "engine":
         if judged_as not in (None, ENGINE):
@@ -121,6 +135,9 @@ def open_target(
     package = load_package(path)
     judged_as = judged_as or PACKAGE
     in_fp32 = judged_as == NETWORK or device == "cpu"
+    form, architectures = None, ()
+    if judged_as == NETWORK:
+        form, architectures = _form(package, gpus, attention)
     return Target(
         path=path,
         judged_as=judged_as,
@@ -131,12 +148,30 @@ def open_target(
         config=package.config,
         capacity=package.max_seq_len,
         max_batch=package.max_batch,
+        attention=form,
+        gpus=architectures,
         rope_length=package.max_seq_len,
         rope_scaling=package.manifest["rope_scaling"],
         source=package.manifest["source"],
         package=package,
         engine=None,
     )
+
+
+def _form(package: Package, gpus: str | None, attention: str) -> tuple[str, tuple[str, ...]]:
+    """The form of attention that `build` gives an engine for tensorrt-rtx, and the architectures that it is for."""
+    from qwenport.engines.attention import choose_attention
+    from qwenport.engines.targets import FLAVOURS, parse_gpus
+
+    architectures = parse_gpus(gpus, FLAVOURS[TENSORRT_RTX], package.dtype)
+    form = choose_attention(
+        attention,
+        flavour=TENSORRT_RTX,
+        gpus=architectures,
+        dtype=package.dtype,
+        config=package.config,
+    )
+    return form, architectures
 
 
 def _engine(path: Path) -> Target:
@@ -157,6 +192,8 @@ def _engine(path: Path) -> Target:
             ),
             capacity=manifest["max_seq_len"],
             max_batch=manifest["max_batch"],
+            attention=None,
+            gpus=(),
             rope_length=manifest["package"]["max_seq_len"],
             rope_scaling=manifest["rope_scaling"],
             source=manifest["package"]["source"],

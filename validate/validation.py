@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenport.contract import ENGINE, NETWORK, STANDARD, THOROUGH, Progress, no_progress
+from qwenport.contract import AUTO, ENGINE, NETWORK, STANDARD, THOROUGH, Progress, no_progress
 from qwenport.exporter import settle
 from qwenport.validate import rows
 from qwenport.validate.budget import Plan, find_budget, make_plan
@@ -62,6 +62,8 @@ def validate(
     *,
     judged_as: str | None = None,
     exact: bool = False,
+    gpus: str | None = None,
+    attention: str = AUTO,
     streamed: bool | None = None,
     layers: int | None = None,
     prompts: Path | str | None = None,
@@ -78,6 +80,7 @@ def validate(
         reference: the checkpoint directory, the oracle's only source.
         judged_as: "tensorrt-network" to judge the network that TensorRT's parser makes from a package.
         exact: judge only a network's arithmetic, not the rounding of the types that it declares.
+        gpus, attention: judge the network of the engine that `build` with these options makes for tensorrt-rtx.
         streamed: load one decoder layer at a time on both sides; by default if memory requires it.
         layers: run only this many decoder layers, then the final norm and the head; implies `streamed`.
         prompts: UTF-8 text file to take prompts from.
@@ -94,9 +97,17 @@ def validate(
         ValidationError: the question is meaningless, or a side cannot be opened: not a package, made from another
             checkpoint, a config that transformers rejects, a graph that onnxruntime does not load.
         PackageError, EngineError, CheckpointError, ConfigError: a side is damaged.
+        BuildError: there is no such engine for tensorrt-rtx.
         MissingExtraError, SessionError: the target cannot run here.
     """
-    opened = open_target(Path(target), judged_as=judged_as, exact=exact, device=device)
+    opened = open_target(
+        Path(target),
+        judged_as=judged_as,
+        exact=exact,
+        gpus=gpus,
+        attention=attention,
+        device=device,
+    )
     check_source(opened, Path(reference))
     text = None if prompts is None else Path(prompts)
     options = Options(streamed, layers, text, thresholds or {}, budget, seed)
@@ -327,10 +338,20 @@ class Validation:
             script=self.script,
             routing=() if investigation is None else investigation.bands,
             replayed=0 if self._judge is None else self._judge.replayed,
-            environment=describe_environment(target.for_onnxruntime is None, target.merged),
+            environment={
+                **describe_environment(target.for_onnxruntime is None, target.merged),
+                **_attention(target),
+            },
             hashes=target.hashes(),
             weights_sha256=self.weights_sha256,
         )
+
+
+def _attention(target: Target) -> dict[str, str]:
+    """What a network's verdict is about besides the package."""
+    if target.attention is None:
+        return {}
+    return {"attention": f"{target.attention}, for {', '.join(target.gpus)}"}
 
 
 def _extent(target: Target, options: Options) -> tuple[int, bool]:

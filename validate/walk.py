@@ -17,6 +17,7 @@ from qwenport.engines import CachedSession
 from qwenport.validate.budget import Plan
 from qwenport.validate.prompts import Prompts
 from qwenport.validate.run import Run
+from qwenport.validate.target import Target
 
 Kind = Literal["prefill", "decode", "truncate", "reset"]
 
@@ -214,15 +215,18 @@ def _cut(operation: Operation) -> Operation | None:
     return Operation("prefill", rows, operation.all_logits)
 
 
-def script(operations: Sequence[Operation], rows: int, capacity: int, judged_as: str) -> str:
+def script(operations: Sequence[Operation], rows: int, capacity: int, target: Target) -> str:
     """Write a walk that fits as a Python program that compares every row's last logits with transformers.
 
     Args:
         operations: the result of `perform`.
         rows, capacity: the session's.
-        judged_as: how the target was judged; see `open_target`.
+        target: what was judged.
     """
-    begin = _REPLAY.format(rows=rows, capacity=capacity, judged_as=judged_as)
+    judged = f"judged_as={target.judged_as!r}"
+    if target.attention is not None:
+        judged += f", gpus={','.join(target.gpus)!r}, attention={target.attention!r}"
+    begin = _REPLAY.format(rows=rows, capacity=capacity, judged=judged)
     return "\n".join([begin, *map(str, operations)])
 
 
@@ -233,7 +237,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 from qwenport.validate import open_candidate
 
-session = open_candidate(Path(TARGET), judged_as={judged_as!r}, max_batch={rows}, capacity={capacity})
+session = open_candidate(Path(TARGET), {judged}, max_batch={rows}, capacity={capacity})
 model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
 texts = [[] for _ in range({rows})]
 

@@ -20,7 +20,7 @@ from qwenport.commands._common import (
     whole_or_interrupted,
 )
 from qwenport.commands._progress import progress_bar
-from qwenport.contract import ONNXRUNTIME, TARGETS
+from qwenport.contract import ATTENTIONS, AUTO, ONNXRUNTIME, TARGETS
 from qwenport.wording import size
 
 if TYPE_CHECKING:
@@ -51,6 +51,14 @@ if TYPE_CHECKING:
     help="Compute RoPE and MoE with the CUDA plugins in LIBRARY, of `qwenport plugins build`; tensorrt only.",
     show_default="without plugins, from their definitions in ONNX",
 )
+@click.option(
+    "--attention",
+    type=click.Choice((AUTO, *ATTENTIONS)),
+    default=AUTO,
+    help="How a TensorRT engine attends to its cache: direct and split read it in place on sm89, sm120 and sm121, "
+    "chunked reads it in place for single tokens on any GPU, masked copies it. auto moves the fewest bytes; if a "
+    "GPU decodes slowly with direct, measure split.",
+)
 @limits("the package")
 @force_clean_option
 @output_options
@@ -60,6 +68,7 @@ def command(
     target: str,
     gpus: str | None,
     plugins: Path | None,
+    attention: str,
     max_seq_len: int | None,
     max_batch: int | None,
     force_clean: bool,
@@ -77,6 +86,7 @@ def command(
       qwenport build qwen.package qwen.engine --target onnxruntime
       qwenport build qwen.package qwen.engine --target tensorrt-rtx
       qwenport build qwen.package qwen.engine --target tensorrt-rtx --gpu sm86,sm89,sm120
+      qwenport build qwen.package qwen.engine --target tensorrt-rtx --gpu sm89 --attention split
       qwenport build qwen.package small.engine --target tensorrt --max-seq-len 4096 --max-batch 1
       qwenport build qwen.package fast.engine --target tensorrt --plugins libqwenport_plugins.so
     """
@@ -94,6 +104,7 @@ def command(
                 max_seq_len=max_seq_len,
                 max_batch=max_batch,
                 plugins=plugins,
+                attention=attention,
                 force_clean=force_clean,
                 progress=progress,
                 note=lambda text: note(text, quiet),

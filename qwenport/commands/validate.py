@@ -9,7 +9,7 @@ import click
 
 from qwenport.commands._common import PATH, output_options, print_json, runnable_kind
 from qwenport.commands._progress import progress_bar
-from qwenport.contract import BUDGETS, NETWORK, STANDARD
+from qwenport.contract import ATTENTIONS, AUTO, BUDGETS, NETWORK, STANDARD
 
 if TYPE_CHECKING:
     from qwenport.validate import Report, ScenarioResult
@@ -30,13 +30,26 @@ EXIT_NO_PARITY = 1
     "--as",
     "judged_as",
     type=click.Choice([NETWORK]),
-    help="Judge what TensorRT's parser makes of a package, layer by layer, without a GPU.",
+    help="Judge the network that `build` gives TensorRT, layer by layer, without a GPU.",
     show_default="onnxruntime runs a package, and an engine what it was built for",
 )
 @click.option(
     "--exact",
     is_flag=True,
     help="With --as tensorrt-network: judge the arithmetic only, not the rounding of the declared types.",
+)
+@click.option(
+    "--gpu",
+    "gpus",
+    metavar="sm86,sm89",
+    help="With --as tensorrt-network: judge the network of an engine for these architectures.",
+    show_default="all that can run the model, as for `qwenport build`",
+)
+@click.option(
+    "--attention",
+    type=click.Choice((AUTO, *ATTENTIONS)),
+    default=AUTO,
+    help="With --as tensorrt-network: judge the network of an engine with this form of attention.",
 )
 @click.option(
     "--stream",
@@ -92,6 +105,8 @@ def command(
     reference: Path,
     judged_as: str | None,
     exact: bool,
+    gpus: str | None,
+    attention: str,
     stream: bool,
     layers: int | None,
     prompts: Path | None,
@@ -115,6 +130,7 @@ def command(
     Examples:
       qwenport validate qwen.package --reference Qwen2.5-0.5B-Instruct
       qwenport validate qwen.package --reference Qwen2.5-0.5B-Instruct --as tensorrt-network
+      qwenport validate qwen.package --reference Qwen2.5-0.5B-Instruct --as tensorrt-network --gpu sm89
       qwenport validate qwen.package --reference Qwen2.5-7B-Instruct --budget thorough --report parity/
     """
     runnable_kind(target)
@@ -130,7 +146,9 @@ def command(
     overrides = parse_overrides(thresholds)
     if report_dir is not None:
         prepare_report(report_dir)  # before any work, so that no old report survives a failure
-    opened = open_target(target, judged_as=judged_as, exact=exact)
+    opened = open_target(
+        target, judged_as=judged_as, exact=exact, gpus=gpus, attention=attention
+    )
     check_source(opened, reference)
     options = Options(stream or None, layers, prompts, overrides, budget, seed)
     with progress_bar("loading", quiet) as progress:
