@@ -44,7 +44,9 @@ def choose_attention(
     """
     if asked == AUTO:
         order = (DIRECT, CHUNKED, MASKED) if flavour == TENSORRT_RTX else (MASKED,)
-        return next(form for form in order if _objection(form, flavour, gpus, dtype, config) is None)
+        return next(
+            form for form in order if _objection(form, flavour, gpus, dtype, config) is None
+        )
     if asked not in ATTENTIONS:
         raise BuildError(f"attention {asked!r} is not one of {', '.join((AUTO, *ATTENTIONS))}")
     objection = _objection(asked, flavour, gpus, dtype, config)
@@ -66,9 +68,7 @@ def _objection(
             return f"{flavour} has no attention with lengths"
         others = [gpu for gpu in gpus if gpu not in READS_CACHES_IN_PLACE]
         if others:
-            return (
-                f"for {', '.join(others)} it copies the cache; it is for {', '.join(READS_CACHES_IN_PLACE)} alone"
-            )
+            return f"for {', '.join(others)} it copies the cache; it is for {', '.join(READS_CACHES_IN_PLACE)} alone"
         if config.num_attention_heads == config.num_key_value_heads:
             return "without groups of query heads it copies the cache"
     elif set(gpus) & set(COPIES_IN_CHUNKS):

@@ -7,7 +7,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qwenport.contract import AUTO, ENGINE, NETWORK, Progress, no_progress
+from qwenport.contract import (
+    AUTO,
+    ENGINE,
+    MASKED,
+    NETWORK,
+    SPAN_MULTIPLE,
+    Progress,
+    no_progress,
+)
 from qwenport.engines import (
     MAX_STEP_LOGITS,
     MAX_STEP_TOKENS,
@@ -16,7 +24,9 @@ from qwenport.engines import (
     load_engine,
     open_session,
 )
+from qwenport.engines.attention import attention_of
 from qwenport.engines.onnxruntime_session import MAX_STEP_TOKENS as PACKAGE_STEP_TOKENS
+from qwenport.engines.spans import Spans
 from qwenport.validate.errors import NetworkError
 from qwenport.validate.failures import reported
 from qwenport.validate.run import CandidateError
@@ -76,9 +86,7 @@ class Candidate:
         try:
             with reported(package.model, "cannot be read as a model"):
                 assert self._target.attention is not None
-                self.parsed = parse_package(
-                    package, self._target.capacity, self._target.attention
-                )
+                self.parsed = parse_package(package, self._target.capacity, self._target.attention)
                 self._interpreter = Interpreter(self._exactly(self.parsed), exact=True)
         except NetworkError as error:
             raise Refused(str(error)) from error
@@ -142,7 +150,19 @@ class Candidate:
             engine = load_engine(target.path)
             tokens, logits = engine.max_step_tokens, engine.max_step_logits
         vocabulary = target.config.vocab_size
-        return Geometry(max_batch, capacity, vocabulary, tokens, logits, target.capacity)
+        spans = self._spans(capacity)
+        return Geometry(max_batch, capacity, vocabulary, tokens, logits, target.capacity, spans)
+
+    def _spans(self, capacity: int) -> Spans:
+        """The spans of a session of that many usable slots."""
+        if self._target.attention not in (None, MASKED):
+            assert self._target.attention is not None
+            attention = attention_of(self._target.attention, self._target.capacity)
+            return Spans(attention.span_multiple, attention.slots)
+        if self._target.for_onnxruntime is None and self._target.judged_as == ENGINE:
+            attention = load_engine(self._target.path).manifest["attention"]
+            return Spans(attention["span_multiple"], attention["slots"])
+        return Spans(SPAN_MULTIPLE, capacity)
 
     def open(
         self, uses: Sequence[tuple[int, int, Rehearse]], observe: Sequence[str] = ()
@@ -179,6 +199,7 @@ class Candidate:
                 max_batch=max_batch,
                 capacity=capacity,
                 max_positions=target.capacity,
+                spans=self._spans(capacity),
                 observe=observe,
             )
         if source is None:

@@ -120,7 +120,9 @@ def check_changed(network: Any, trt: Any, form: str) -> None:
         if attention.key_value_lengths is not None:
             queries.append(attention.get_input(0).name)
             if attention.causal_kind != trt.CausalMaskKind.LOWER_RIGHT:
-                raise LoweringError(f"{layer.name}: lengths without a causal mask of each row's end")
+                raise LoweringError(
+                    f"{layer.name}: lengths without a causal mask of each row's end"
+                )
         elif attention.mask is None or attention.causal:
             raise LoweringError(f"{layer.name}: neither a mask nor lengths")
     outputs = [network.get_output(index).name for index in range(network.num_outputs)]

@@ -12,7 +12,7 @@ import click
 
 from qwenport.commands._common import PATH, note, print_json, runtime_of
 from qwenport.commands._gpus import USABLE, fits
-from qwenport.contract import DTYPES, ONNXRUNTIME
+from qwenport.contract import CHUNKED, DIRECT, DTYPES, MASKED, ONNXRUNTIME, SPLIT
 from qwenport.wording import size
 
 if TYPE_CHECKING:
@@ -230,6 +230,18 @@ def _experts_line(moe: dict[str, Any], layers: int) -> str:
     )
 
 
+def _attention(attention: dict[str, Any]) -> str:
+    """The form of attention in words."""
+    told = {
+        MASKED: "over a copy of the cache's active span, with a mask",
+        DIRECT: "over the cache in place, by lengths",
+        CHUNKED: "one token over the cache in place, in chunks; more over a copy of the active span",
+        SPLIT: "one token over the cache in place, in chunks; more over the cache in place, by lengths",
+    }
+    form: str = attention["form"]
+    return f"{form}: {told[form]}; {attention['slots']} slots"
+
+
 def headline(facts: dict[str, Any]) -> list[str]:
     """The first lines: what it is, and what it needs."""
     model, kv = facts["model"], facts["kv_cache"]
@@ -253,6 +265,7 @@ def headline(facts: dict[str, Any]) -> list[str]:
             f"engine    {size(facts['plan']['bytes'])}, {facts['plan']['layers']} layers, by "
             f"{facts['runtime']}"
         )
+        lines.append(f"attention {_attention(facts['attention'])}")
         used = [f"{name} x {count}" for name, count in facts["plugins"]["layers"].items()]
         lines.append(
             f"plugins   {', '.join(used) or 'none; operators by their definitions in ONNX'}"

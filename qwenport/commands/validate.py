@@ -146,9 +146,7 @@ def command(
     overrides = parse_overrides(thresholds)
     if report_dir is not None:
         prepare_report(report_dir)  # before any work, so that no old report survives a failure
-    opened = open_target(
-        target, judged_as=judged_as, exact=exact, gpus=gpus, attention=attention
-    )
+    opened = open_target(target, judged_as=judged_as, exact=exact, gpus=gpus, attention=attention)
     check_source(opened, reference)
     options = Options(stream or None, layers, prompts, overrides, budget, seed)
     with progress_bar("loading", quiet) as progress:

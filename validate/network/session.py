@@ -12,6 +12,7 @@ from qwenport.contract import INPUT_IDS, caches, is_past, past, present_of
 from qwenport.engines import MAX_STEP_LOGITS, MAX_STEP_TOKENS, CachedSession, SessionError
 from qwenport.engines.memory import untouched_zeros
 from qwenport.engines.session import Float32, Int64
+from qwenport.engines.spans import Spans
 from qwenport.exporter import ModelConfig
 from qwenport.validate.network.interpreter import Interpreter
 from qwenport.validate.sites import LOGITS
@@ -28,6 +29,7 @@ class NetworkSession(CachedSession):
         max_batch: int,
         capacity: int,
         max_positions: int,
+        spans: Spans | None = None,
         observe: Sequence[str] = (),
     ) -> None:
         """Allocate the cache, with as many slots as the network was parsed for.
@@ -38,6 +40,7 @@ class NetworkSession(CachedSession):
             max_batch: rows.
             capacity: usable slots per row, as for an engine's session.
             max_positions: rows of the rope tables.
+            spans: as for `CachedSession`.
             observe: tensors of the network that each step leaves in `observed`.
 
         Raises:
@@ -51,6 +54,7 @@ class NetworkSession(CachedSession):
             max_step_tokens=MAX_STEP_TOKENS,
             max_step_logits=MAX_STEP_LOGITS,
             max_positions=max_positions,
+            spans=spans,
         )
         for name in observe:
             if not interpreter.has(name):
