@@ -13,12 +13,12 @@ from statistics import mean, median
 from typing import NamedTuple
 
 from qwenport import import_extra
-from qwenport.contract import ONNXRUNTIME, Progress, no_progress
+from qwenport.contract import ONNXRUNTIME, SPAN_MULTIPLE, Progress, no_progress
 from qwenport.engines.engine import load_engine
 from qwenport.engines.errors import MeasuringError
 from qwenport.engines.open import open_session
 from qwenport.engines.saved_session import SavedSession
-from qwenport.engines.session import SPAN_MULTIPLE, whole
+from qwenport.engines.session import whole
 from qwenport.exporter import Note, kind_of, load_package
 from qwenport.machine import peak_resident_bytes, resident_bytes
 

@@ -19,11 +19,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qwenport.contract import INPUT_IDS, KEY_POSITIONS, LOGITS_INDICES, POSITION_IDS, WRITE_INDICES
+from qwenport.contract import (
+    INPUT_IDS,
+    KEY_POSITIONS,
+    LOGITS_INDICES,
+    POSITION_IDS,
+    SPAN_MULTIPLE,
+    WRITE_INDICES,
+)
 from qwenport.engines.errors import CapacityError, SessionError
 from qwenport.engines.memory import untouched_zeros
-
-SPAN_MULTIPLE = 64  # the active part of the cache is rounded up to this many slots
+from qwenport.engines.spans import Spans
 
 Bytes = NDArray[np.uint8]
 Int64 = NDArray[np.int64]
@@ -123,8 +129,9 @@ class Step:
 class CachedSession(ABC):
     """The bookkeeping of a session over a preallocated cache; subclasses implement `_step`.
 
-    The cache has `max_batch` rows of `capacity` slots, and the model has `max_positions` positions and `vocab_size`
-    token ids. A step takes at most `max_step_tokens` tokens per row and returns the logits of at most
+    The cache has `max_batch` rows of `capacity` usable slots, and the model has `max_positions` positions and
+    `vocab_size` token ids. `spans` are those of the cache, which may have more slots; by default those of a cache of
+    `capacity` slots. A step takes at most `max_step_tokens` tokens per row and returns the logits of at most
     `max_step_logits` of them; longer prompts run in several steps.
     """
 
@@ -137,6 +144,7 @@ class CachedSession(ABC):
         max_step_tokens: int,
         max_step_logits: int,
         max_positions: int,
+        spans: Spans | None = None,
     ) -> None:
         max_batch, capacity = whole(max_batch, "rows"), whole(capacity, "slots")
         if max_batch < 1 or capacity < 1:
@@ -144,6 +152,7 @@ class CachedSession(ABC):
         self.max_batch, self.capacity, self.vocab_size = max_batch, capacity, vocab_size
         self.max_step_tokens, self.max_step_logits = max_step_tokens, max_step_logits
         self.max_positions = max_positions
+        self.spans = Spans(SPAN_MULTIPLE, capacity) if spans is None else spans
         self.on_step: Callable[[Step], None] | None = None
         """Called after each step, if set."""
         self.observed: dict[str, Any] = {}
@@ -300,13 +309,13 @@ class CachedSession(ABC):
 
     def _run(self, ids: Int64, starts: Int64, taken: Int64, wanted: Int64) -> Float32:
         width = ids.shape[1]
-        span = -(-int(starts.max() + width) // SPAN_MULTIPLE) * SPAN_MULTIPLE
+        span = self.spans.holding(int(starts.max() + width))
         first = self._first_position
         feeds = {
             INPUT_IDS: ids,
             POSITION_IDS: first + starts[:, None] + np.arange(width, dtype=np.int64),
             WRITE_INDICES: starts,
-            KEY_POSITIONS: first + np.arange(min(span, self.capacity), dtype=np.int64),
+            KEY_POSITIONS: first + np.arange(span, dtype=np.int64),
             LOGITS_INDICES: np.ascontiguousarray(wanted),
         }
         logits = self._step(feeds)

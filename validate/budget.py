@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwenport.contract import QUICK, STANDARD, THOROUGH
-from qwenport.engines.session import SPAN_MULTIPLE
+from qwenport.contract import QUICK, SPAN_MULTIPLE, STANDARD, THOROUGH
+from qwenport.engines.spans import Spans
 from qwenport.exporter import ModelConfig
 from qwenport.validate.errors import ValidationError
 
@@ -78,7 +78,8 @@ class Plan:
         rounding: positions at which half precision is judged.
         dense_logits: positions of the long text at which every logit is judged.
         widths: widths of single steps to try, the widest first.
-        edges: multiples of 64 below `context` at which spans are judged by single-token steps.
+        spans: active spans of the cache of the target's sessions.
+        edges: spans below `context`, at whose ends single-token steps are judged.
         wide_batch: width of one step of all rows.
         greedy: new tokens of `greedy`.
         caches: slots of the caches of "cache of N"; those beyond `context` get a short text only.
@@ -100,6 +101,7 @@ class Plan:
     rounding: int
     dense_logits: int
     widths: tuple[int, ...]
+    spans: Spans
     edges: tuple[int, ...]
     wide_batch: int
     greedy: int
@@ -140,6 +142,7 @@ def make_plan(
     max_positions: int,
     max_step_tokens: int,
     streamed: bool,
+    spans: Spans | None = None,
     one_cache: bool = False,
 ) -> Plan:
     """Compute the sizes of all runs.
@@ -150,6 +153,7 @@ def make_plan(
         seed: seed of everything that is drawn at random.
         rows, capacity, max_positions, max_step_tokens: sizes of the target's sessions.
         streamed: weights are read from disk in every pass.
+        spans: as for `CachedSession`.
         one_cache: sessions have one capacity only, like an engine's.
 
     Raises:
@@ -161,6 +165,7 @@ def make_plan(
     steps = int(np.clip(sizes.weight_reads / parameters, *sizes.steps))
     small = parameters < SMALL_MODEL
     wide = widest if small else min(widest, WIDE_BATCH_TOKENS[budget] // rows)
+    spans = Spans(SPAN_MULTIPLE, capacity) if spans is None else spans
     all_small = small and budget != QUICK  # what is cheap is judged completely
     some = max(DECODED_LEAST, int(steps * DECODED_SHARE))
     return Plan(
@@ -176,11 +181,12 @@ def make_plan(
         rounding=sizes.rounding,
         dense_logits=int(min(context, MOST_LOGITS / 4 / config.vocab_size)),
         widths=_widths(widest, sizes.width_share * context, seed, small),
-        edges=_edges(context, max(2, steps // 16)),
+        spans=spans,
+        edges=_edges(spans, context, max(2, steps // 16)),
         wide_batch=max(1, wide),
         greedy=2 if streamed else 32 if small else 16,
         caches=() if one_cache else _caches(capacity, CACHES[budget][small], seed),
-        cache_sizes=1 if one_cache else -(-capacity // SPAN_MULTIPLE),
+        cache_sizes=1 if one_cache else len(Spans(SPAN_MULTIPLE, capacity)),
         batches=tuple(n for n in range(2, rows + 1) if all_small or n in (2, 3, rows)),
         decoded=context if all_small else min(context, some),
         every_id=all_small and config.vocab_size <= SMALL_VOCABULARY,
@@ -226,17 +232,17 @@ def _spread_widths(widest: int, generator: np.random.Generator) -> Sequence[int]
 
 
 def _caches(capacity: int, most: int, seed: int) -> tuple[int, ...]:
-    """Multiples of 64 below the capacity: 64, 192, then others at random, `most` in total."""
-    every = list(range(SPAN_MULTIPLE, capacity, SPAN_MULTIPLE))
+    """Sizes below the capacity that `generate` allocates: 64, 192, then others at random, `most` in total."""
+    every = list(Spans(SPAN_MULTIPLE, capacity))[:-1]
     first = [slots for slots in (SPAN_MULTIPLE, 3 * SPAN_MULTIPLE) if slots in every]
     left = [slots for slots in every if slots not in first]
     drawn = np.random.default_rng((seed, 3)).permutation(left)[: max(0, most - len(first))]
     return tuple(sorted([*first, *(int(slots) for slots in drawn)]))
 
 
-def _edges(context: int, most: int) -> tuple[int, ...]:
-    """Multiples of 64 that the cache passes, `most` of them, evenly spaced and including both ends."""
-    every = list(range(SPAN_MULTIPLE, context, SPAN_MULTIPLE))
+def _edges(spans: Spans, context: int, most: int) -> tuple[int, ...]:
+    """Spans that the cache passes, `most` of them, evenly spread and including both ends."""
+    every = [span for span in spans if span < context]
     if len(every) <= most:
         return tuple(every)
     chosen = np.unique(np.linspace(0, len(every) - 1, most).round().astype(int))

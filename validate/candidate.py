@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qwenport.contract import ENGINE, NETWORK, Progress, no_progress
+from qwenport.contract import ENGINE, NETWORK, SPAN_MULTIPLE, Progress, no_progress
 from qwenport.engines import (
     MAX_STEP_LOGITS,
     MAX_STEP_TOKENS,
@@ -17,6 +17,7 @@ from qwenport.engines import (
     open_session,
 )
 from qwenport.engines.onnxruntime_session import MAX_STEP_TOKENS as PACKAGE_STEP_TOKENS
+from qwenport.engines.spans import Spans
 from qwenport.validate.errors import NetworkError
 from qwenport.validate.failures import reported
 from qwenport.validate.run import CandidateError
@@ -139,7 +140,15 @@ class Candidate:
             engine = load_engine(target.path)
             tokens, logits = engine.max_step_tokens, engine.max_step_logits
         vocabulary = target.config.vocab_size
-        return Geometry(max_batch, capacity, vocabulary, tokens, logits, target.capacity)
+        spans = self._spans(capacity)
+        return Geometry(max_batch, capacity, vocabulary, tokens, logits, target.capacity, spans)
+
+    def _spans(self, capacity: int) -> Spans:
+        """The spans of a session of that many slots."""
+        if self._target.for_onnxruntime is None and self._target.judged_as == ENGINE:
+            attention = load_engine(self._target.path).manifest["attention"]
+            return Spans(attention["span_multiple"], attention["slots"])
+        return Spans(SPAN_MULTIPLE, capacity)
 
     def open(
         self, uses: Sequence[tuple[int, int, Rehearse]], observe: Sequence[str] = ()

@@ -9,7 +9,6 @@ import numpy as np
 
 from qwenport.contract import INPUT_IDS, KEY_POSITIONS, LOGITS_INDICES, POSITION_IDS, THOROUGH
 from qwenport.engines import Step
-from qwenport.engines.session import SPAN_MULTIPLE
 from qwenport.validate.budget import Plan
 from qwenport.validate.run import Observation
 
@@ -164,7 +163,7 @@ class Counter:
     def coverage(self) -> Coverage:
         """What has been judged so far."""
         plan = self.plan
-        every = -(-plan.capacity // SPAN_MULTIPLE)
+        every = len(plan.spans)
         experts = tuple(
             Experts(
                 layer, self.num_experts, tuple(e for e in range(self.num_experts) if e not in found)

@@ -103,7 +103,7 @@ def step_widths(run: Run) -> None:
 def whole_context(run: Run) -> None:
     """The long text: each stretch with all logits or the last, its end token by token.
 
-    Then backwards, from the last span edge to the first: three single tokens at the edge, and one step across it.
+    Then backwards, from the last span's edge to the first's: three single tokens at the edge, and one step across it.
     """
     plan = run.plan
     end = min(plan.context, run.capacity)

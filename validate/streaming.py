@@ -17,6 +17,7 @@ import numpy as np
 from qwenport.contract import LOGITS_INDICES, Progress, no_progress
 from qwenport.engines import CachedSession
 from qwenport.engines.session import Float32, Int64
+from qwenport.engines.spans import Spans
 from qwenport.validate.sites import EMBEDDING
 
 Feeds = Mapping[str, Int64]
@@ -34,6 +35,7 @@ class Geometry:
     max_step_tokens: int
     max_step_logits: int
     max_positions: int
+    spans: Spans | None = None
 
 
 class Parts(Protocol):

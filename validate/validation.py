@@ -237,6 +237,7 @@ class Validation:
             max_positions=target.capacity,
             max_step_tokens=geometry.max_step_tokens,
             streamed=self.streamed,
+            spans=geometry.spans,
             one_cache=target.judged_as == ENGINE and target.for_onnxruntime is None,
         )
 

@@ -14,7 +14,7 @@ import click
 from qwenport import QwenportError
 from qwenport.commands._common import PATH, note, output_options, print_json, runnable_kind
 from qwenport.commands._progress import progress_bar
-from qwenport.contract import ONNXRUNTIME, Progress
+from qwenport.contract import ONNXRUNTIME, SPAN_MULTIPLE, Progress
 
 if TYPE_CHECKING:
     from qwenport.commands._text import Tokenizer
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from qwenport.exporter import Note
 
 EXIT_INTERRUPTED = 130
-CAPACITY_MULTIPLE = 64  # the cache is allocated in steps of this many slots
 
 
 @click.command("generate")
@@ -151,6 +150,7 @@ def _prepare(
     """Load what generation needs, with onnxruntime's cache no larger than that."""
     from qwenport.commands._text import Tokenizer, check_ids
     from qwenport.engines import load_engine, open_session
+    from qwenport.engines.spans import Spans
     from qwenport.exporter import load_package, stop_ids
 
     opened = load_engine(target) if kind == "engine" else load_package(target)
@@ -169,8 +169,8 @@ def _prepare(
     if len(ids) > longest:
         raise QwenportError(f"the prompt has {len(ids)} tokens; {target} has room for {longest}")
     if session is None:
-        wanted = -(-(len(ids) + max_new_tokens) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
-        session = open_session(target, capacity=min(longest, wanted), progress=progress, note=note_)
+        slots = Spans(SPAN_MULTIPLE, longest).holding(len(ids) + max_new_tokens)
+        session = open_session(target, capacity=slots, progress=progress, note=note_)
     return tokenizer, ids, stops, session
 
 

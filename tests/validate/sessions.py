@@ -10,8 +10,8 @@ import checkpoints
 import numpy as np
 from hypothesis import strategies as st
 
+from qwenport.contract import SPAN_MULTIPLE
 from qwenport.engines import CachedSession
-from qwenport.engines.session import SPAN_MULTIPLE
 from qwenport.exporter import ModelConfig, parse_config
 from qwenport.validate.budget import BUDGETS, Plan, make_plan
 from qwenport.validate.prompts import Prompts
@@ -66,7 +66,9 @@ class Diary(CachedSession):
         positions = feeds["position_ids"]
         assert (np.diff(positions, axis=1) == 1).all() and positions.max() < self.max_positions
         span = feeds["key_positions"]
-        assert len(span) % SPAN_MULTIPLE == 0 or len(span) == self.capacity
+        assert len(span) in self.spans and (
+            len(span) % SPAN_MULTIPLE == 0 or len(span) == self.capacity
+        )
         assert (positions[:, 0] - starts == span[0]).all() and positions.max() <= span[-1]
         logits = np.zeros((rows, wanted.shape[1], VOCABULARY), np.float32)
         for row, start in enumerate(starts.tolist()):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenport.engines.session import SPAN_MULTIPLE
+from qwenport.contract import SPAN_MULTIPLE
 from qwenport.exporter import ModelConfig, parse_config
 from qwenport.validate import ValidationError
 from qwenport.validate.budget import (
