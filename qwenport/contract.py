@@ -129,9 +129,14 @@ MANIFEST = "qwenport.json"
 PACKAGE_FORMAT, PACKAGE_VERSION = "qwenport-package", 3
 ENGINE_FORMAT, ENGINE_VERSION = "qwenport-engine", 3
 CACHE_FORMAT, CACHE_VERSION = "qwenport-cache-entry", 1
+PROOF_FORMAT, PROOF_VERSION = "qwenport-proof", 1
+SELF_TEST_FORMAT, SELF_TEST_VERSION = "qwenport-self-test", 1
+"""Of the file that remembers a self-test that passed."""
 MODEL, ROPE, PLAN = "model.onnx", "rope.safetensors", "engine.plan"
 ENGINE_WEIGHTS = "weights.safetensors"
 """The weights and rope tables of an onnxruntime engine, which its model.onnx refers to."""
+PROOF = "proof.safetensors"
+"""What the judged package computes, for an engine to reproduce."""
 COS_TABLE, SIN_TABLE = "rope.cos", "rope.sin"
 
 # --- choices
@@ -191,6 +196,11 @@ FOR_CPP = {
     "most_threads": MOST_THREADS,
     "engine_format": ENGINE_FORMAT,
     "engine_version": ENGINE_VERSION,
+    "proof_name": PROOF,
+    "proof_format": PROOF_FORMAT,
+    "proof_version": PROOF_VERSION,
+    "self_test_format": SELF_TEST_FORMAT,
+    "self_test_version": SELF_TEST_VERSION,
     "plugin_namespace": PLUGIN_NAMESPACE,
     "plugin_version": PLUGIN_VERSION,
     "rotary_embedding_qk": ROTARY_EMBEDDING_QK,

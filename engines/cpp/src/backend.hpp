@@ -76,6 +76,13 @@ class Executor {
   virtual void enqueue() = 0;
 };
 
+/// Where an engine runs, in the words of a remembered self-test (docs/reference/proof.md).
+struct Machine {
+  std::string device;           ///< "cpu", or a GPU's UUID
+  std::string driver;           ///< "-" for the CPU
+  std::string runtime_version;  ///< of the library that is loaded
+};
+
 /// A loaded engine. Its methods may be called from several threads at once.
 class Model {
  public:
@@ -86,6 +93,7 @@ class Model {
 
   [[nodiscard]] const Manifest& manifest() const noexcept { return manifest_; }
   [[nodiscard]] virtual std::unique_ptr<Device> make_device() const = 0;
+  [[nodiscard]] virtual Machine machine() const = 0;
   /// The slots of a cache for a session that uses `capacity` of them: more if the engine fixes its length.
   [[nodiscard]] virtual int allocated_slots(int capacity) const = 0;
   /// Device memory that an executor uses as workspace. Executors that never run concurrently may share it.

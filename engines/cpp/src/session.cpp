@@ -201,8 +201,8 @@ void SessionCore::run_step(std::int64_t rows, std::int64_t width, bool whole,
     end = std::max(end, start + width);
   }
   const std::int64_t rounded = (end + span_multiple - 1) / span_multiple * span_multiple;
-  const std::int64_t span = std::min<std::int64_t>(rounded, capacity_);
-  const StepShape step{rows, width, span};
+  span_ = std::min<std::int64_t>(rounded, capacity_);
+  const StepShape step{rows, width, span_};
   failed_ = true;  // until the step has finished
   const bool by_graph = width == 1 && whole && cuda_graphs_ && issue_by_graph(step);
   if (!by_graph) {

@@ -159,6 +159,7 @@ class OnnxRuntimeModel final : public Model {
   [[nodiscard]] std::unique_ptr<Device> make_device() const override {
     return std::make_unique<HostDevice>();
   }
+  [[nodiscard]] Machine machine() const override { return {"cpu", "-", runtime_.version()}; }
   [[nodiscard]] int allocated_slots(int capacity) const override { return capacity; }
   [[nodiscard]] std::size_t workspace_bytes() const override { return 0; }
   [[nodiscard]] std::unique_ptr<Executor> make_executor(Device& /*device*/,
