@@ -17,6 +17,9 @@ namespace {
 using nlohmann::json;
 
 constexpr std::size_t most_top = 32;
+constexpr std::size_t most_bytes = std::size_t{32} << 20U;
+constexpr std::array metadata_keys{"format",     "format_version", "package_sha256", "dtype",
+                                   "vocab_size", "cases",          "experts",        "made_by"};
 constexpr std::size_t directions = 64;  // of the projection: a token's signs are the bits of one word
 
 /// A tensor of 32-bit elements.
@@ -31,6 +34,7 @@ class Tensors {
  public:
   Tensors(std::string_view file, const std::string& where) : where_(where) {
     std::uint64_t length = 0;  // little endian, as this machine is
+    if (file.size() > most_bytes) fail("larger than any proof");
     if (file.size() < sizeof length) fail("too short to be a safetensors file");
     std::memcpy(&length, file.data(), sizeof length);
     if (length > file.size() - sizeof length) fail("its header is longer than the file");
@@ -38,6 +42,9 @@ class Tensors {
     values_ = file.substr(sizeof length + text.size());
     header_ = json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
     if (!header_.is_object()) fail("its header is not a JSON object");
+    for (const char* key : metadata_keys) (void)metadata(key);
+    if (header_["__metadata__"].size() != metadata_keys.size())
+      fail("__metadata__ has keys of another format");
   }
 
   [[noreturn]] void fail(const std::string& message) const {
@@ -124,11 +131,11 @@ std::vector<std::int32_t> tokens_of(const Tensors& file, const char* name, const
 }
 
 std::vector<float> numbers_of(const Tensors& file, const char* name, const Table& table,
-                              float least = -std::numeric_limits<float>::max()) {
+                              float least = std::numeric_limits<float>::lowest()) {
   auto values = copied<float>(table);
   const bool fits = std::all_of(values.begin(), values.end(),
                                 [least](float value) { return std::isfinite(value) && value >= least; });
-  if (!fits) file.wrong(name, least == 0 ? "finite and at least 0" : "finite");
+  if (!fits) file.wrong(name, least < 0 ? "finite" : "finite and large enough");
   return values;
 }
 
@@ -218,8 +225,12 @@ class Operations {
 
 std::vector<std::string> case_names(const Tensors& file) {
   const json names = json::parse(file.metadata("cases"), nullptr, /*allow_exceptions=*/false);
-  if (!names.is_array() ||
-      !std::all_of(names.begin(), names.end(), [](const json& name) { return name.is_string(); })) {
+  const auto is_line = [](const json& name) {
+    if (!name.is_string()) return false;
+    const auto& text = name.get_ref<const std::string&>();
+    return std::all_of(text.begin(), text.end(), [](char c) { return c >= ' ' && c <= '~'; });
+  };
+  if (!names.is_array() || names.empty() || !std::all_of(names.begin(), names.end(), is_line)) {
     file.wrong("cases", "a list of names");
   }
   return names.get<std::vector<std::string>>();
@@ -248,6 +259,9 @@ Proof::Proof(std::string_view file, const std::string& where, int vocab_size)
   tensors.check_metadata("vocab_size", std::to_string(vocab_size));
   package_sha256_ = tensors.metadata("package_sha256");
   dtype_ = tensors.metadata("dtype");
+  const bool known = std::any_of(std::begin(contract::dtypes), std::end(contract::dtypes),
+                                 [this](const contract::Dtype& dtype) { return dtype.name == dtype_; });
+  if (!known) tensors.wrong("dtype", "one that a package has");
 
   tokens_ = tokens_of(tensors, "tokens", tensors.take("tokens", "I32", 0), vocab_size);
   const Table parts = tensors.take("sequences", "I32", 2);
@@ -275,7 +289,7 @@ Proof::Proof(std::string_view file, const std::string& where, int vocab_size)
   top_values_ = numbers_of(tensors, "top_values", values);
   projections_ = numbers_of(tensors, "projections", projected);
   const auto norms = numbers_of(tensors, "norms", lengths, 0);
-  const auto bounds = numbers_of(tensors, "bounds", allowed, 0);
+  const auto bounds = numbers_of(tensors, "bounds", allowed, std::numeric_limits<float>::denorm_min());
   const auto ends = copied<std::int32_t>(marked);
   Marks marks;
   marks_.reserve(marked.rows);
