@@ -20,6 +20,7 @@ from qwenport.engines.errors import (
     EngineError,
     LoweringError,
     MeasuringError,
+    ProofError,
     SessionError,
     SnapshotError,
 )
@@ -37,6 +38,17 @@ from qwenport.engines.measuring import Measurement, measure
 from qwenport.engines.onnxruntime_session import OnnxRuntimeSession, start_onnxruntime
 from qwenport.engines.open import open_session
 from qwenport.engines.perplexity import Perplexity, perplexity
+from qwenport.engines.proof import (
+    MOST_PROOF_BYTES,
+    PROJECTIONS,
+    TOP,
+    Fingerprints,
+    Kind,
+    Operation,
+    Proof,
+    read_proof,
+    write_proof,
+)
 from qwenport.engines.sampling import (
     Sampler,
     SamplingError,
@@ -57,6 +69,9 @@ __all__ = [
     "MAX_STEP_LOGITS",
     "MAX_STEP_TOKENS",
     "MOST_CACHE_BYTES",
+    "MOST_PROOF_BYTES",
+    "PROJECTIONS",
+    "TOP",
     "BuildError",
     "CacheError",
     "CachedSession",
@@ -66,19 +81,24 @@ __all__ = [
     "Engine",
     "EngineError",
     "Entry",
+    "Fingerprints",
     "FinishReason",
     "GenerateOptions",
     "Generated",
     "Generation",
     "GenerationError",
     "InstallError",
+    "Kind",
     "LoweringError",
     "Measurement",
     "MeasuringError",
     "OnLogits",
     "OnnxRuntimeSession",
+    "Operation",
     "Perplexity",
     "Piece",
+    "Proof",
+    "ProofError",
     "Sampler",
     "SamplingError",
     "SamplingParams",
@@ -104,5 +124,7 @@ __all__ = [
     "measure",
     "open_session",
     "perplexity",
+    "read_proof",
     "start_onnxruntime",
+    "write_proof",
 ]

@@ -257,7 +257,9 @@ def _parse(metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> 
         raise ValueError("vocab_size is not a number")
     if not (isinstance(cases, list) and cases and all(isinstance(c, str) for c in cases)):
         raise ValueError("cases is not a list of names")
-    if not (isinstance(experts, list) and len(experts) == 2 and all(type(n) is int for n in experts)):
+    if not (
+        isinstance(experts, list) and len(experts) == 2 and all(type(n) is int for n in experts)
+    ):
         raise ValueError("experts is not a list of two numbers")
     if not (isinstance(made_by, dict) and all(isinstance(v, str) for v in made_by.values())):
         raise ValueError("made_by is not an object of names")
@@ -315,7 +317,7 @@ def _check_operations(proof: Proof) -> None:
             if o.case != case + 1 or o.row < 1 or o.end < 1 or o.sequence != -1:
                 raise ValueError(f"operation {number} begins no case")
             case, rows, slots, held = o.case, o.row, o.end, {}
-            held = {row: proof.tokens[:0] for row in range(rows)}
+            held = dict.fromkeys(range(rows), proof.tokens[:0])
         elif number == 0 or o.case != case:
             raise ValueError(f"operation {number} is of no case that has begun")
         if o.call != call + 1 and not (
@@ -332,7 +334,7 @@ def _check_operations(proof: Proof) -> None:
                 raise ValueError(f"operation {number} keeps more than there is")
             held[o.row] = held[o.row][: o.end]
         elif o.kind is Kind.RESET:
-            held = {row: proof.tokens[:0] for row in held}
+            held = dict.fromkeys(held, proof.tokens[:0])
         call, before = o.call, o
     if case + 1 != len(proof.cases):
         raise ValueError(f"{case + 1} cases for {len(proof.cases)} names")
