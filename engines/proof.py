@@ -73,7 +73,9 @@ class Fingerprints:
     def of(cls, logits: Float32) -> Fingerprints:
         """Those of fp32 logits [n, vocab]."""
         exact, count = logits.astype(np.float64), min(TOP, logits.shape[1])
-        ids = np.argsort(-exact, axis=1, kind="stable")[:, :count]
+        ids = np.sort(np.argpartition(-exact, count - 1, axis=1)[:, :count], axis=1)
+        order = np.argsort(-np.take_along_axis(exact, ids, axis=1), axis=1, kind="stable")
+        ids = np.take_along_axis(ids, order, axis=1)
         return cls(
             ids.astype(np.int32),
             np.take_along_axis(logits, ids, axis=1),
@@ -90,17 +92,22 @@ class Fingerprints:
         """Those of some rows."""
         return Fingerprints(*(getattr(self, f.name)[list(rows)] for f in fields(self)))
 
-    def error(self, index: int, logits: Float32) -> float:
-        """The error of logits fp32 [vocab] against fingerprint `index`, as docs/reference/proof.md defines it."""
-        if not np.isfinite(logits).all():
-            return math.inf
-        exact, ids, vocab = logits.astype(np.float64), self.top_ids[index], len(logits)
-        norm = float(self.norms[index]) or 1.0
-        values = self.top_values[index].astype(np.float64)
-        least = norm * math.sqrt(len(ids) / vocab)
-        top = np.linalg.norm(exact[ids] - values) / max(float(np.linalg.norm(values)), least)
-        off = signs(vocab) @ exact - self.projections[index]
-        return float(max(top, math.sqrt(np.mean(off**2)) / norm))
+    def errors(self, rows: Sequence[int], logits: Float32) -> Float64:
+        """The errors of logits fp32 [n, vocab] against n of the fingerprints, as docs/reference/proof.md defines them."""
+        exact, vocab, at = logits.astype(np.float64), logits.shape[1], list(rows)
+        norms = self.norms[at].astype(np.float64)
+        norms[norms == 0] = 1.0
+        ids, values = self.top_ids[at], self.top_values[at].astype(np.float64)
+        least = norms * math.sqrt(ids.shape[1] / vocab)
+        with np.errstate(invalid="ignore", over="ignore"):
+            top = np.linalg.norm(np.take_along_axis(exact, ids, axis=1) - values, axis=1)
+            off = exact @ signs(vocab).T - self.projections[at]
+            found = np.maximum(
+                top / np.maximum(np.linalg.norm(values, axis=1), least),
+                np.sqrt(np.mean(off**2, axis=1)) / norms,
+            )
+        found[~np.isfinite(logits).all(axis=1)] = np.inf
+        return found
 
 
 @dataclass(frozen=True)

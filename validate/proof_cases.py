@@ -7,6 +7,7 @@ case costs a few bytes, and a mark about half a kilobyte.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -113,7 +114,8 @@ def span_edges(limit: int) -> list[int]:
         span = multiple
         while span <= limit:
             found.add(span)
-            span = max(span + multiple, -(-(-(-span * 9 // 8)) // multiple) * multiple)
+            grown = math.ceil(math.ceil(span * 9 / 8) / multiple) * multiple
+            span = max(span + multiple, grown)
     return sorted(found)
 
 

@@ -7,7 +7,8 @@ follow both bounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,7 +48,6 @@ from qwenport.validate.streaming import Geometry, Use, stream
 from qwenport.validate.thresholds import (
     FP32_REL_L2,
     FP32_REL_L2_MOST_DENSE,
-    FP32_ROUTER_MARGIN,
     FP32_TIMES_OWN_ROUNDING,
     HALF_TIMES_OWN,
 )
@@ -65,9 +65,14 @@ MARK_BYTES = 8 * TOP + 4 + 4 * PROJECTIONS + 8 + 8
 ESTIMATE_MARGIN = 1.5
 # Rounding errors of the rest of a bf16 or fp16 program, in units of fp32's.
 TIMES_FP32 = {"bf16": 2.0**16, "fp16": 2.0**13}
+# The error of a mark is one draw of rounding's; other correct programs draw others. So many of all positions have less.
+HALF_QUANTILE = 0.9
+# A router's choice may fall the other way if its margin is less than so many times what rounding moves its logits by.
+ROUTER_SIGMAS = 6.0
 # No model's own rounding measured less over many positions; a model of one layer that is exact by chance may.
 HALF_LEAST = {"bf16": 2.0**-9, "fp16": 2.0**-12}
 
+Float64 = NDArray[np.float64]
 Open = Callable[[Callable[[CachedSession], Any], Sequence[str]], CachedSession]
 """(what will be done, values to observe) -> a session to do it with."""
 
@@ -105,9 +110,9 @@ def make_proof(
     sequences = make_sequences(vocab_size, context, experts=bool(routers))
     run = _Run(sequences, routers, progress)
     exact = _opener(package, streamed, context, None)
-    prints = run.fingerprints(exact)
+    prints = run.exact(exact)
     dtype = BF16 if package.dtype == "fp32" else DTYPES[package.dtype]
-    rounded = run.errors(_opener(package, streamed, context, dtype), prints)
+    rounded = run.rounded(_opener(package, streamed, context, dtype), prints)
     whole = context == package.max_seq_len
     wanted, experts = make_cases(context, package.max_batch, whole=whole), (0, 0)
     if routers:
@@ -115,7 +120,7 @@ def make_proof(
         wanted.insert(BASIC, case)
     cases = _fitting(wanted, sequences, _limit(package))
     marks = sorted({mark for case in cases for mark in case.marks})
-    bounds = _bounds(marks, rounded, run.near_ties, package.dtype, dtype.name)
+    bounds = _bounds(marks, rounded, run, package.dtype, dtype.name)
     import onnxruntime
 
     starts = np.cumsum([0, *map(len, sequences)])[:-1]
@@ -223,8 +228,10 @@ def _opener(package: Package, streamed: bool, context: int, rounded: Any) -> Ope
                 return None
             import onnx_ir as ir
 
-            model = ir.to_proto(lower(package.read_model())).SerializeToString()
-            return start_onnxruntime(model, package.path)
+            model = lower(package.read_model())
+            values = {value.name: value for node in model.graph for value in node.outputs}
+            model.graph.outputs.extend(values[name] for name in observe)
+            return start_onnxruntime(ir.to_proto(model).SerializeToString(), package.path)
 
         return OnnxRuntimeSession(package, capacity=context, observe=observe, load=load)
 
@@ -235,7 +242,6 @@ class _Run:
     """Runs the sequences, and keeps what the routers did.
 
     Attributes:
-        near_ties: for each sequence bool [tokens]: whether up to that token a router's choice was a near-tie.
         sequence: the last sequence's number, the one for experts.
         chosen: the experts that its tokens go to, int64 [layers, tokens, k].
         experts: experts of a layer.
@@ -245,97 +251,125 @@ class _Run:
         self, sequences: Sequence[Sequence[int]], routers: Sequence[Router], progress: Progress
     ) -> None:
         self._sequences, self._routers, self._progress = sequences, routers, progress
-        self.near_ties = [np.zeros(len(tokens), dtype=bool) for tokens in sequences]
         self.sequence, self.experts = len(sequences) - 1, 0
         self.chosen = np.zeros((0, 0, 0), dtype=np.int64)
+        self._margins: list[Float64] = []
+        self._logits: list[list[Float64]] = []
+        self._moved = np.zeros(len(routers))
 
-    def fingerprints(self, opened: Open) -> list[Fingerprints]:
-        """Those of all positions, for each sequence; also notes what the routers do.
+    def exact(self, opened: Open) -> list[Fingerprints]:
+        """Fingerprints of all positions, for each sequence.
 
         Raises:
             ProofError: a logit is not finite.
         """
-        observe = [name for router in self._routers for name in (router.logits, router.chosen)]
-        session = opened(lambda session: self._feed(session, lambda *_: None), observe)
         found: list[list[Fingerprints]] = [[] for _ in self._sequences]
-        seen: list[list[dict[str, Any]]] = [[] for _ in self._sequences]
 
         def take(sequence: int, start: int, logits: Any) -> None:
             if not np.isfinite(logits).all():
                 raise ProofError("the package's logits are not all finite; validate says where")
             found[sequence].append(Fingerprints.of(logits))
-            seen[sequence].append(session.observed)
 
-        self._feed(session, take, "running the package for its proof")
-        for sequence, steps in enumerate(seen):
-            self._note(sequence, steps)
+        for values in self._feed(opened, take, "running the package for its proof"):
+            margins = []
+            for router in self._routers:
+                logits, self.experts = values[router.logits], values[router.logits].shape[1]
+                ordered, k = np.sort(logits, axis=1)[:, ::-1], values[router.chosen].shape[1]
+                rest = ordered[:, k] if k < self.experts else -np.inf
+                margins.append(ordered[:, k - 1] - rest)
+            self._logits.append([values[router.logits] for router in self._routers])
+            self._margins.append(np.stack(margins) if margins else np.zeros((0, 0)))
+            if self._routers:
+                self.chosen = np.stack([values[r.chosen] for r in self._routers]).astype(np.int64)
         return [Fingerprints.join(parts) for parts in found]
 
-    def errors(self, opened: Open, prints: Sequence[Fingerprints]) -> list[NDArray[np.float64]]:
-        """The errors at all positions, for each sequence, of another program."""
-        session = opened(lambda session: self._feed(session, lambda *_: None), ())
+    def rounded(self, opened: Open, prints: Sequence[Fingerprints]) -> list[Float64]:
+        """The errors at all positions, for each sequence, of a program that rounds its results."""
         found = [np.zeros(len(tokens)) for tokens in self._sequences]
 
         def take(sequence: int, start: int, logits: Any) -> None:
-            for offset, row in enumerate(logits):
-                at = start + offset
-                found[sequence][at] = prints[sequence].error(at, row)
+            at = slice(start, start + len(logits))
+            found[sequence][at] = prints[sequence].errors(range(start, at.stop), logits)
 
-        self._feed(session, take, "measuring what rounding does")
+        squares: list[list[Float64]] = [[] for _ in self._routers]
+        runs = self._feed(opened, take, "measuring what rounding does")
+        for sequence, values in enumerate(runs):
+            for layer, router in enumerate(self._routers):
+                moved = values[router.logits] - self._logits[sequence][layer]
+                squares[layer].append((moved**2).mean(axis=1))
+        self._moved = np.array([math.sqrt(np.concatenate(s).mean()) for s in squares])
         return found
 
+    def near_ties(self, sequence: int, rounding: float = 1.0) -> NDArray[np.bool_]:
+        """The tokens that rounding may send to other experts, bool [tokens].
+
+        Args:
+            sequence: which one.
+            rounding: the program's rounding, in units of that of `rounded`.
+        """
+        if not self._routers:
+            return np.zeros(len(self._sequences[sequence]), dtype=bool)
+        limit = ROUTER_SIGMAS * rounding * self._moved
+        near: NDArray[np.bool_] = (self._margins[sequence] < limit[:, None]).any(axis=0)
+        return near
+
     def _feed(
-        self, session: CachedSession, take: Callable[[int, int, Any], None], what: str = ""
-    ) -> None:
+        self, opened: Open, take: Callable[[int, int, Any], None], what: str
+    ) -> list[dict[str, Any]]:
+        """Feed every sequence; returns the observed values of each, [tokens, ...]."""
+        total, done = sum(map(len, self._sequences)), 0
+        observe = [name for router in self._routers for name in (router.logits, router.chosen)]
+        session = opened(lambda session: [*self._steps(session)], observe)
+        found: list[list[dict[str, Any]]] = [[] for _ in self._sequences]
+        for sequence, start, logits in self._steps(session):
+            take(sequence, start, logits)
+            found[sequence].append(session.observed)
+            done += len(logits)
+            self._progress(what, done, total)
+        return [
+            {name: np.concatenate([step[name][0] for step in steps]) for name in observe}
+            for steps in found
+        ]
+
+    def _steps(self, session: CachedSession) -> Iterator[tuple[int, int, Any]]:
+        """Feed every sequence to a session; yields sequence, position and logits [n, vocab]."""
         for number, tokens in enumerate(self._sequences):
             session.reset()
             for start in range(0, len(tokens), CHUNK):
                 (logits,) = session.prefill([tokens[start : start + CHUNK]], all_logits=True)
-                take(number, start, logits)
-                if what:
-                    done = sum(map(len, self._sequences[:number])) + start
-                    self._progress(what, done, sum(map(len, self._sequences)))
-
-    def _note(self, sequence: int, steps: Sequence[dict[str, Any]]) -> None:
-        if not self._routers:
-            return
-        chosen = []
-        near = np.zeros(len(self._sequences[sequence]), dtype=bool)
-        for router in self._routers:
-            logits = np.concatenate([step[router.logits][0] for step in steps])
-            experts = np.concatenate([step[router.chosen][0] for step in steps])
-            ordered, k = np.sort(logits, axis=1)[:, ::-1], experts.shape[1]
-            if k < logits.shape[1]:
-                near |= ordered[:, k - 1] - ordered[:, k] < FP32_ROUTER_MARGIN
-            chosen.append(experts)
-        self.near_ties[sequence] = np.logical_or.accumulate(near)
-        self.chosen, self.experts = np.stack(chosen), logits.shape[1]
+                yield number, start, logits
 
 
 def _bounds(
-    marks: Sequence[Mark],
-    rounded: Sequence[NDArray[np.float64]],
-    near_ties: Sequence[NDArray[np.bool_]],
-    dtype: str,
-    measured: str,
+    marks: Sequence[Mark], rounded: Sequence[Float64], run: _Run, dtype: str, measured: str
 ) -> NDArray[np.float32]:
     """The errors allowed at each mark, fp32 [M, 2]: in fp32, and in the package's dtype.
 
     Args:
         marks: the marks.
         rounded: for each sequence, the errors at all positions of a program that rounds to `measured`.
-        near_ties: for each sequence, whether a router's choice may fall the other way even in fp32.
+        run: knows which tokens may go to other experts.
         dtype: the package's.
         measured: "bf16" or "fp16".
     """
     every = np.concatenate(rounded)
-    typical, largest = float(np.median(every)), float(every.max())
-    half = ESTIMATE_MARGIN * HALF_TIMES_OWN * max(largest, HALF_LEAST[measured])
+    typical, high, largest = (float(np.quantile(every, q)) for q in (0.5, HALF_QUANTILE, 1.0))
+    scale = 1 / TIMES_FP32[measured]
+    near = [run.near_ties(s) for s in range(len(rounded))]
+    # in fp32 a bound is far below the effect of a token that went to another expert, so any before counts
+    tainted: list[NDArray[np.bool_]] = [
+        np.maximum.accumulate(run.near_ties(s, FP32_TIMES_OWN_ROUNDING * scale))
+        for s in range(len(rounded))
+    ]
     found = []
     for sequence, n in marks:
-        own = max(float(rounded[sequence][n - 1]), typical) / TIMES_FP32[measured]
-        single = min(max(FP32_REL_L2, FP32_TIMES_OWN_ROUNDING * own), FP32_REL_L2_MOST_DENSE)
-        single = half if near_ties[sequence][n - 1] else ESTIMATE_MARGIN * single
+        own = float(rounded[sequence][n - 1])
+        half = max(own, largest if near[sequence][n - 1] else high, HALF_LEAST[measured])
+        half *= ESTIMATE_MARGIN * HALF_TIMES_OWN
+        single = max(FP32_REL_L2, FP32_TIMES_OWN_ROUNDING * max(own, typical) * scale)
+        single = ESTIMATE_MARGIN * min(single, FP32_REL_L2_MOST_DENSE)
+        if tainted[sequence][n - 1]:
+            single = half
         found.append((single, single if dtype == "fp32" else half))
     return np.array(found, dtype=np.float32)
 
@@ -378,8 +412,15 @@ def _expert_case(run: _Run, limit: int) -> tuple[Case, tuple[int, int]]:
     ]
     reached: set[tuple[int, int]] = set()
     ends: list[int] = []
+    near = run.near_ties(run.sequence)
+
+    def value(token: int) -> tuple[bool, int]:
+        """Tokens whose experts are certain come first: their bounds are tighter."""
+        new = len(reach[token] - reached)
+        return bool(new and not near[token]), new
+
     while len(ends) < limit // (MARK_BYTES + 48):
-        best = max(range(tokens), key=lambda token: len(reach[token] - reached))
+        best = max(range(tokens), key=value)
         if reach[best] <= reached:
             break
         reached |= reach[best]
