@@ -57,6 +57,8 @@ from qwenport.engines.sampling import (
     TokenLogprob,
 )
 from qwenport.engines.saved_session import SavedSession
+from qwenport.engines.self_test import SelfTest, SelfTestFailure, engine_proof, run_proof, self_test
+from qwenport.engines.self_test_passes import has_passed
 from qwenport.engines.session import CachedSession, Session, Step
 from qwenport.engines.stream_decoder import StreamDecoder
 from qwenport.engines.targets import FLAVOURS, FP16_ONLY
@@ -104,6 +106,8 @@ __all__ = [
     "SamplingParams",
     "SamplingParamsError",
     "SavedSession",
+    "SelfTest",
+    "SelfTestFailure",
     "Session",
     "SessionError",
     "SnapshotError",
@@ -117,7 +121,9 @@ __all__ = [
     "cache_key",
     "cached",
     "clear_cache",
+    "engine_proof",
     "generate",
+    "has_passed",
     "install_cpp_library",
     "keep",
     "load_engine",
@@ -125,6 +131,8 @@ __all__ = [
     "open_session",
     "perplexity",
     "read_proof",
+    "run_proof",
+    "self_test",
     "start_onnxruntime",
     "write_proof",
 ]

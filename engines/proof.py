@@ -80,7 +80,7 @@ class Fingerprints:
             ids.astype(np.int32),
             np.take_along_axis(logits, ids, axis=1),
             np.linalg.norm(exact, axis=1).astype(np.float32),
-            (exact @ signs(logits.shape[1]).T).astype(np.float32),
+            project(exact).astype(np.float32),
         )
 
     @classmethod
@@ -93,7 +93,7 @@ class Fingerprints:
         return Fingerprints(*(getattr(self, f.name)[list(rows)] for f in fields(self)))
 
     def errors(self, rows: Sequence[int], logits: Float32) -> Float64:
-        """The errors of logits fp32 [n, vocab] against n of the fingerprints, as docs/reference/proof.md defines them."""
+        """The errors of logits fp32 [n, vocab] against n of the fingerprints; docs/reference/proof.md defines them."""
         exact, vocab, at = logits.astype(np.float64), logits.shape[1], list(rows)
         norms = self.norms[at].astype(np.float64)
         norms[norms == 0] = 1.0
@@ -101,7 +101,7 @@ class Fingerprints:
         least = norms * math.sqrt(ids.shape[1] / vocab)
         with np.errstate(invalid="ignore", over="ignore"):
             top = np.linalg.norm(np.take_along_axis(exact, ids, axis=1) - values, axis=1)
-            off = exact @ signs(vocab).T - self.projections[at]
+            off = project(exact) - self.projections[at]
             found = np.maximum(
                 top / np.maximum(np.linalg.norm(values, axis=1), least),
                 np.sqrt(np.mean(off**2, axis=1)) / norms,
@@ -176,6 +176,15 @@ def signs(vocab_size: int) -> Float64:
     z ^= z >> np.uint64(31)
     bits = (z[None, :] >> np.arange(PROJECTIONS, dtype=np.uint64)[:, None]) & np.uint64(1)
     return np.where(bits == 1, 1.0, -1.0)
+
+
+def project(logits: Float64) -> Float64:
+    """R x of logits float64 [n, vocab], [n, PROJECTIONS].
+
+    Not a BLAS product, whose threads would wait for onnxruntime's.
+    """
+    found: Float64 = np.einsum("nv,jv->nj", logits, signs(logits.shape[1]), optimize=False)
+    return found
 
 
 def write_proof(file: Path, proof: Proof) -> None:

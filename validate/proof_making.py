@@ -33,7 +33,6 @@ from qwenport.engines import (
 )
 from qwenport.engines.onnxruntime_session import MAX_STEP_TOKENS
 from qwenport.exporter import Package, sha256
-from qwenport.validate.package_parts import PackageParts, on_cpu
 from qwenport.validate.proof_cases import (
     BASIC,
     CONTEXTS,
@@ -210,6 +209,7 @@ def _routers(package: Package) -> list[Router]:
 def _opener(package: Package, streamed: bool, context: int, rounded: Any) -> Open:
     """Opens sessions of one row; with `rounded`, a dtype, each result is rounded to it."""
     from qwenport.engines.lowering import for_onnxruntime_rounded
+    from qwenport.validate.package_parts import PackageParts, on_cpu
 
     lower = on_cpu if rounded is None else partial(for_onnxruntime_rounded, dtype=rounded)
     vocab_size = package.manifest["model"]["vocab_size"]
@@ -357,8 +357,8 @@ def _bounds(
     scale = 1 / TIMES_FP32[measured]
     near = [run.near_ties(s) for s in range(len(rounded))]
     # in fp32 a bound is far below the effect of a token that went to another expert, so any before counts
-    tainted: list[NDArray[np.bool_]] = [
-        np.maximum.accumulate(run.near_ties(s, FP32_TIMES_OWN_ROUNDING * scale))
+    tainted = [
+        np.cumsum(run.near_ties(s, FP32_TIMES_OWN_ROUNDING * scale)) > 0
         for s in range(len(rounded))
     ]
     found = []
