@@ -80,7 +80,7 @@ def operations(cases: Sequence[Case]) -> Iterator[Operation]:
     calls = itertools.count()
     for number, case in enumerate(cases):
         yield Operation(number, next(calls), Kind.BEGIN, case.rows, end=case.slots)
-        for call, several in zip(calls, case.calls):  # noqa: B905 - `calls` has no end
+        for several, call in zip(case.calls, calls, strict=False):  # `calls` has no end
             for o in several:
                 yield Operation(number, call, o.kind, o.row, o.sequence, o.end)
 

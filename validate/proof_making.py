@@ -310,7 +310,7 @@ class _Run:
         if not self._routers:
             return np.zeros(len(self._sequences[sequence]), dtype=bool)
         limit = ROUTER_SIGMAS * rounding * self._moved
-        near: NDArray[np.bool_] = (self._margins[sequence] < limit[:, None]).any(axis=0)
+        near: NDArray[np.bool_] = np.any(self._margins[sequence] < limit[:, None], axis=0)
         return near
 
     def _feed(
@@ -368,7 +368,7 @@ def _bounds(
         half *= ESTIMATE_MARGIN * HALF_TIMES_OWN
         single = max(FP32_REL_L2, FP32_TIMES_OWN_ROUNDING * max(own, typical) * scale)
         single = ESTIMATE_MARGIN * min(single, FP32_REL_L2_MOST_DENSE)
-        if tainted[sequence][n - 1]:
+        if bool(tainted[sequence][n - 1]):
             single = half
         found.append((single, single if dtype == "fp32" else half))
     return np.array(found, dtype=np.float32)
