@@ -136,7 +136,7 @@ MODEL, ROPE, PLAN = "model.onnx", "rope.safetensors", "engine.plan"
 ENGINE_WEIGHTS = "weights.safetensors"
 """The weights and rope tables of an onnxruntime engine, which its model.onnx refers to."""
 PROOF = "proof.safetensors"
-"""What the judged package computes, for an engine to reproduce."""
+"""What an engine must reproduce; docs/reference/proof.md."""
 COS_TABLE, SIN_TABLE = "rope.cos", "rope.sin"
 
 # --- choices
@@ -192,6 +192,7 @@ FOR_CPP = {
     "plan_name": PLAN,
     "model_name": MODEL,
     "weights_name": ENGINE_WEIGHTS,
+    "proof_name": PROOF,
     "oldest_onnxruntime_api": OLDEST_ONNXRUNTIME_API,
     "most_threads": MOST_THREADS,
     "engine_format": ENGINE_FORMAT,
