@@ -13,7 +13,7 @@ import numpy as np
 from qwenport.contract import DTYPES, LOGITS, LOGITS_INDICES, PLAN, present_of
 from qwenport.engines.engine import Engine
 from qwenport.engines.errors import EngineError, SessionError
-from qwenport.engines.memory import read_slots, write_slots
+from qwenport.engines.memory import poison, poison_slots, read_slots, write_slots
 from qwenport.engines.plugin_library import register_for_run
 from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.session import Bytes, Float32, Int64, whole
@@ -81,12 +81,14 @@ class TensorRTSession(SavedSession):
                 f"{engine.path}: TensorRT refused the plan; build it again on this version"
             )
         self._context = self._engine.create_execution_context()
-        dtype = DTYPES[manifest["dtype"]].torch
+        self._dtype = DTYPES[manifest["dtype"]]
         self._plan_sha256 = manifest["files"][PLAN]["sha256"]
         self._row_shape = (model["num_key_value_heads"], manifest["max_seq_len"], model["head_dim"])
         # zeros, not uninitialised memory: a masked slot is still multiplied, and 0 x NaN is NaN
         self._cache = {
-            past: torch.zeros((max_batch, *self._row_shape), dtype=dtype, device=self._device)
+            past: torch.zeros(
+                (max_batch, *self._row_shape), dtype=self._dtype.torch, device=self._device
+            )
             for past in manifest["aliases"].values()
         }
         for present, past in manifest["aliases"].items():
@@ -113,6 +115,10 @@ class TensorRTSession(SavedSession):
 
     def _write_slots(self, name: str, row: int, data: Bytes) -> None:
         write_slots(self._cache[name], row, data)
+
+    def _poison_slots(self, name: str, row: int, start: int) -> None:
+        cache = self._cache[name]
+        poison_slots(cache, row, poison(self._dtype, start, cache.shape[2]))
 
     def _step(self, feeds: dict[str, Int64]) -> Float32:
         import torch

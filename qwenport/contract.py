@@ -150,9 +150,14 @@ MANIFEST = "qwenport.json"
 PACKAGE_FORMAT, PACKAGE_VERSION = "qwenport-package", 3
 ENGINE_FORMAT, ENGINE_VERSION = "qwenport-engine", 4
 CACHE_FORMAT, CACHE_VERSION = "qwenport-cache-entry", 1
+PROOF_FORMAT, PROOF_VERSION = "qwenport-proof", 1
+SELF_TEST_FORMAT, SELF_TEST_VERSION = "qwenport-self-test", 1
+"""Of the file that remembers a self-test that passed."""
 MODEL, ROPE, PLAN = "model.onnx", "rope.safetensors", "engine.plan"
 ENGINE_WEIGHTS = "weights.safetensors"
 """The weights and rope tables of an onnxruntime engine, which its model.onnx refers to."""
+PROOF = "proof.safetensors"
+"""What an engine must reproduce; docs/reference/proof.md."""
 COS_TABLE, SIN_TABLE = "rope.cos", "rope.sin"
 
 # --- choices
@@ -208,10 +213,16 @@ FOR_CPP = {
     "plan_name": PLAN,
     "model_name": MODEL,
     "weights_name": ENGINE_WEIGHTS,
+    "proof_name": PROOF,
     "oldest_onnxruntime_api": OLDEST_ONNXRUNTIME_API,
     "most_threads": MOST_THREADS,
     "engine_format": ENGINE_FORMAT,
     "engine_version": ENGINE_VERSION,
+    "proof_name": PROOF,
+    "proof_format": PROOF_FORMAT,
+    "proof_version": PROOF_VERSION,
+    "self_test_format": SELF_TEST_FORMAT,
+    "self_test_version": SELF_TEST_VERSION,
     "plugin_namespace": PLUGIN_NAMESPACE,
     "plugin_version": PLUGIN_VERSION,
     "rotary_embedding_qk": ROTARY_EMBEDDING_QK,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import Sequential
 
+from qwenport.contract import Dtype
 from qwenport.engines.lowering.attention import DecomposeAttention
 from qwenport.engines.lowering.capacity import StaticCapacity
 from qwenport.engines.lowering.constants import DropCasts, FoldConstants
@@ -12,6 +13,7 @@ from qwenport.engines.lowering.experts import SplitExperts
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
 from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables
+from qwenport.engines.lowering.rounded import RoundResults
 from qwenport.engines.lowering.stored import StoredWeight, StoreInFloat32
 from qwenport.engines.lowering.use_plugins import UsePlugins
 
@@ -22,6 +24,12 @@ def for_onnxruntime(model: ir.Model, *, on_cpu: bool) -> ir.Model:
         passes = (SplitExperts(), ComputeInFloat32(), FuseTransposedMatMul())
         return Sequential(*passes)(model).model
     return model
+
+
+def for_onnxruntime_rounded(model: ir.Model, dtype: Dtype) -> ir.Model:
+    """Lower a package's graph for onnxruntime's CPU, with each result rounded to bf16 or fp16. Changes `model`."""
+    rounded = RoundResults(model, dtype)
+    return Sequential(SplitExperts(), ComputeInFloat32(), rounded)(model).model
 
 
 def for_onnxruntime_engine(
