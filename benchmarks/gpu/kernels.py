@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from contenders.plugin_calls import PluginCall
+from no_gpu import NO_GPU
 from plugin_checks import FP32_BAR, ROUNDING, distance
-from plugins import LAYERS, TINY, Layer, built
 
+from plugins import LAYERS, TINY, Layer, built
 from qwenport.plugins.moe_router import moe_router
 from qwenport.plugins.rotary_embedding import rotary_embedding
 
-NO_GPU = "no GPU: stopped before the first launch"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS = (1, 8, 9, 64, 512, 4096)
 GUARD = 4096  # bytes on both sides of what a kernel may write

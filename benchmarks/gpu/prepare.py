@@ -17,10 +17,18 @@ from tempfile import TemporaryDirectory
 
 import click
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "cpp")]
-from builds import OPTIMISED, SETTINGS, BuildError, built, configure, run, tensorrt_headers, tool
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cpp"))
+from builds import (
+    BUILDS,
+    ROOT,
+    SETTINGS,
+    BuildError,
+    built,
+    configure,
+    run,
+    tensorrt_headers,
+    tool,
+)
 
 from qwenport import QwenportError, engines, exporter
 from qwenport.contract import GPUS, ONNXRUNTIME, TENSORRT_RTX
@@ -43,12 +51,13 @@ MIB = 1 << 20
 def compiled(setting: str, gpu: str) -> Path:
     """The folder of a build for one GPU alone, of what the GPU machine runs alone."""
     source, *settings = SETTINGS[setting]
-    folder = ROOT / "build" / NAME / gpu / setting
+    folder = BUILDS / setting
     if source == "plugins" and not any("ARCHITECTURES" in option for option in settings):
         settings.append(f"-DCMAKE_CUDA_ARCHITECTURES={gpu.removeprefix('sm')}")
+        folder = BUILDS / f"{setting}-{gpu}-alone"
     headers = f"-DTENSORRT_INCLUDE_DIR={tensorrt_headers()}"
     targets = {"release": ("cuda_device", "qwenport"), "plugins": ("drive_on_gpu", "plugin_calls")}
-    run(*configure(ROOT / source, folder, headers, *dict.fromkeys([OPTIMISED, *settings])))
+    run(*configure(ROOT / source, folder, headers, *settings))
     run(tool("cmake"), "--build", folder, "--target", *targets.get(setting, ("all",)))
     return folder
 
@@ -71,7 +80,7 @@ def copy_sources(bundle: Path) -> None:
     for file in (ROOT / "pyproject.toml", *files):
         if not file.name.startswith("test_"):
             shutil.copy(file, bundle / file.relative_to(ROOT))
-    shutil.copy(HERE / "prebuilt.py", bundle / "tests" / "cpp" / "builds.py")
+    shutil.copy(ROOT / "benchmarks" / "gpu" / "prebuilt.py", bundle / "tests" / "cpp" / "builds.py")
 
 
 def copy_builds(bundle: Path, gpu: str, quick: bool) -> None:
@@ -142,7 +151,9 @@ def pack(bundle: Path, out: Path, part_bytes: int) -> list[Path]:
 def main(out: Path, gpu: str, part_size: float, wheels: tuple[Path, ...], quick: bool) -> None:
     """Compile and pack what benchmarks/gpu/run.py needs on a machine with a GPU; writes OUT/gpu-run.tar.gz.NN."""
     if gpu not in GPUS["plugins"]:
-        raise click.BadParameter(f"{gpu}: the plugins are for {', '.join(GPUS['plugins'])}", param_hint="--gpu")
+        raise click.BadParameter(
+            f"{gpu}: the plugins are for {', '.join(GPUS['plugins'])}", param_hint="--gpu"
+        )
     if out.exists() and any(out.iterdir()):
         raise click.BadParameter(f"{out} is not empty", param_hint="OUT")
     out.mkdir(parents=True, exist_ok=True)
@@ -158,7 +169,9 @@ def main(out: Path, gpu: str, part_size: float, wheels: tuple[Path, ...], quick:
                 shutil.copy(wheel, bundle / "wheels")
             parts = pack(bundle, out, int(part_size * MIB))
             for folder in sorted(bundle.iterdir()):
-                files = [folder] if folder.is_file() else [f for f in folder.rglob("*") if f.is_file()]
+                files = (
+                    [folder] if folder.is_file() else [f for f in folder.rglob("*") if f.is_file()]
+                )
                 size = sum(file.stat().st_size for file in files)
                 click.echo(f"  {folder.name:16} {size / MIB:8.1f} MiB")
     except (BuildError, QwenportError) as error:

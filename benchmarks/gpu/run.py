@@ -2,9 +2,9 @@
 
     python3 benchmarks/gpu/run.py [STEP ...] [--output FILE] [--budget SECONDS]
 
-Each step is a process with a time limit of its own; after each the JSON is written anew, and a table comes last. Nothing
-has to be installed where prepare.py's archive was unpacked. Without a GPU it is a rehearsal: each step does
-all that comes before its first launch.
+Each step is a process with a time limit of its own; after each the JSON is written anew, and a table comes last.
+Nothing has to be installed where prepare.py's archive was unpacked. Without a GPU it is a rehearsal: each step does all
+that comes before its first launch.
 
 Exit code: 0 everything passed, 1 something did not, 2 rehearsed without a GPU.
 """
@@ -27,10 +27,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from no_gpu import NO_GPU
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
-NO_GPU = "no GPU: stopped before the first launch"
 PASSED, FAILED, LATE, SKIPPED, REHEARSED = "passed", "failed", "timed out", "skipped", "rehearsed"
 BUDGET = 780  # seconds: 13 of 15 minutes, so that the results come back
 LEAST = 10  # seconds in which no step is begun
@@ -99,7 +99,17 @@ class Step:
 
 def pytest(file: str, *options: str) -> tuple[str | Path, ...]:
     """A command that runs tests."""
-    return (sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *options, ROOT / "tests" / "gpu" / file)
+    return (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        *options,
+        ROOT / "tests" / "gpu" / file,
+    )
 
 
 NCU = (
@@ -108,22 +118,41 @@ NCU = (
 )
 STEPS = (
     Step("kernels", 150, (sys.executable, HERE / "kernels.py"), json_lines),
-    Step("plugin-tests", 180, pytest("test_plugins_on_gpu.py", "-n", "8", "-k", "not sanitizer and not benchmark"), tests),
+    Step(
+        "plugin-tests",
+        180,
+        pytest("test_plugins_on_gpu.py", "-n", "8", "-k", "not sanitizer and not benchmark"),
+        tests,
+    ),
     Step(
         "plugin-times",
         200,
-        (sys.executable, ROOT / "benchmarks" / "plugins.py", "--no-peers", "--work", "{work}", "--output", "{work}/times.json"),
+        (
+            sys.executable,
+            ROOT / "benchmarks" / "plugins.py",
+            "--no-peers",
+            "--work",
+            "{work}",
+            "--output",
+            "{work}/times.json",
+        ),
     ),
     Step("sanitizer", 150, pytest("test_plugins_on_gpu.py", "-n", "4", "-k", "sanitizer"), tests),
     *(
-        Step(f"counters-{tokens}", 60, (sys.executable, HERE / "profiled.py", str(tokens)), counters, NCU)
+        Step(
+            f"counters-{tokens}",
+            60,
+            (sys.executable, HERE / "profiled.py", str(tokens)),
+            counters,
+            NCU,
+        )
         for tokens in (1, 4096)
     ),
     Step("cuda", 60, (ROOT / "build" / "cpp" / "release" / "cuda_device",)),
-    Step("engines", 150, (sys.executable, HERE / "engines.py", "{work}"), json_lines),
+    Step("self-tests", 150, (sys.executable, HERE / "self_tests.py"), json_lines),
     Step("gpu-tests", 300, pytest("test_on_gpu.py", "-n", "4"), tests),
     Step("cpp-tests", 200, pytest("test_cpp_on_gpu.py"), tests, needs=("tensorrt",)),
-    Step("attention", 300, (sys.executable, HERE / "attention.py", "{work}"), json_lines),
+    Step("attention", 300, (sys.executable, HERE / "forms.py", "{work}"), json_lines),
     Step("provider", 150, (sys.executable, HERE / "provider.py", "{work}"), json_lines),
 )
 
@@ -169,17 +198,27 @@ def unpack_wheels() -> str:
     return done.stderr[-KEPT:] if done.returncode else ""
 
 
+ASK_TORCH = """
+import json, torch
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+print(json.dumps({"torch": torch.__version__, "gpu": gpu}))
+"""
+
+
 def machine() -> Found:
     """The GPU, its driver, the versions and the tools; without the machine's name."""
-    query = "import json, torch\nprint(json.dumps({'torch': torch.__version__, 'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None}))"
     facts: Found = {"python": platform.python_version(), "cores": os.cpu_count(), "gpu": None}
-    done = subprocess.run([sys.executable, "-c", query], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_TORCH], capture_output=True, text=True, timeout=120
+    )
     facts |= json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr[-KEPT:]}
     if shutil.which("nvidia-smi"):
         asked = "name,compute_cap,driver_version,memory.total,clocks.max.sm,clocks.max.memory"
         command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        facts["nvidia-smi"] = dict(zip(asked.split(","), done.stdout.strip().split(", "), strict=False))
+        facts["nvidia-smi"] = dict(
+            zip(asked.split(","), done.stdout.strip().split(", "), strict=False)
+        )
     for name in ("ncu", "compute-sanitizer", "nvcc"):
         facts[name] = found_tool(name) is not None
     return facts
@@ -276,10 +315,21 @@ def judged(step: Step, code: int | None, text: str, gpu: bool) -> Outcome:
 def main() -> int:
     """Run the steps; see the module's docstring."""
     names = [step.name for step in STEPS]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"some of: {', '.join(names)} (default: all)")
-    parser.add_argument("--output", type=Path, default=Path("gpu-run.json"), help="where the JSON goes (default: %(default)s)")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all steps (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "steps", nargs="*", metavar="STEP", help=f"some of: {', '.join(names)} (default: all)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("gpu-run.json"),
+        help="where the JSON goes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET, help="seconds for all steps (default: %(default)s)"
+    )
     given = parser.parse_args()
     if unknown := set(given.steps) - set(names):
         parser.error(f"no step {', '.join(sorted(unknown))}; the steps are {', '.join(names)}")
@@ -287,7 +337,8 @@ def main() -> int:
     data: Found = {
         "benchmark": "gpu-run",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "wheels": unpack_wheels() or [path.name for path in sorted((ROOT / "wheels").glob("*.whl"))],
+        "wheels": unpack_wheels()
+        or [path.name for path in sorted((ROOT / "wheels").glob("*.whl"))],
         "machine": machine(),
         "steps": [],
     }
