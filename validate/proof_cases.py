@@ -7,13 +7,14 @@ case costs a few bytes, and a mark about half a kilobyte.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from qwenport.engines import Kind, Operation
+from qwenport.contract import SPAN_MULTIPLE
+from qwenport.engines import Kind, Operation, Spans
+from qwenport.engines.lowering import CHUNK
 
 SEED = 20240919
 MAIN, BRANCH, ROWS = 0, 1, 2
@@ -109,14 +110,14 @@ def make_sequences(vocab_size: int, context: int, *, experts: bool) -> list[list
 
 def span_edges(limit: int) -> list[int]:
     """The last slots of the spans of every form of attention, up to `limit`."""
-    found = set()
-    for multiple in (64, 256):
-        span = multiple
-        while span <= limit:
-            found.add(span)
-            grown = math.ceil(math.ceil(span * 9 / 8) / multiple) * multiple
-            span = max(span + multiple, grown)
-    return sorted(found)
+    return sorted(
+        {
+            span
+            for first in (SPAN_MULTIPLE, CHUNK)
+            for span in Spans(first, limit)
+            if span % first == 0
+        }
+    )
 
 
 def make_cases(context: int, max_batch: int, *, whole: bool) -> list[Case]:
