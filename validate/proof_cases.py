@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qwenport.contract import SPAN_MULTIPLE
-from qwenport.engines import Kind, Operation, Spans
+from qwenport.engines import Kind, Operation
 from qwenport.engines.lowering import CHUNK
+from qwenport.engines.spans import Spans
 
 SEED = 20240919
 MAIN, BRANCH, ROWS = 0, 1, 2
