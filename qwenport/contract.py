@@ -153,6 +153,8 @@ CACHE_FORMAT, CACHE_VERSION = "qwenport-cache-entry", 1
 MODEL, ROPE, PLAN = "model.onnx", "rope.safetensors", "engine.plan"
 ENGINE_WEIGHTS = "weights.safetensors"
 """The weights and rope tables of an onnxruntime engine, which its model.onnx refers to."""
+JIT_CACHE = "kernels.bin"
+"""In an entry of the cache: what TensorRT-RTX compiled for one engine on one GPU."""
 COS_TABLE, SIN_TABLE = "rope.cos", "rope.sin"
 
 # --- choices

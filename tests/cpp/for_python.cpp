@@ -8,6 +8,7 @@
 #include "qwenport/export.h"
 #include "sampling.hpp"
 #include "sha256.hpp"
+#include "spans.hpp"
 #include "stand_in.hpp"
 #include "target.hpp"
 
@@ -103,6 +104,12 @@ QWENPORT_EXPORT int test_files(const char* directory, char* message) {
                                    qwenport::detail::MappedFile(std::string(directory) + "/" + file.name));
     }
   });
+}
+
+/// The active span of a step that needs `count` slots.
+QWENPORT_EXPORT std::int64_t test_span_holding(std::int64_t count, std::int64_t multiple,
+                                               std::int64_t slots) {
+  return qwenport::detail::span_holding(count, multiple, slots);
 }
 
 /// The text of the toy network's manifest.

@@ -28,8 +28,10 @@ class StandInGraph final : public qwenport::detail::Graph {
 
 class StandInExecutor final : public qwenport::detail::Executor {
  public:
-  StandInExecutor(StandInDevice& device, void* workspace) : device_(device) {
-    device.check_device(workspace, 256);
+  StandInExecutor(StandInDevice& device, const Manifest& manifest, int profile)
+      : device_(device),
+        manifest_(manifest),
+        most_tokens_(manifest.profile_tokens.at(static_cast<std::size_t>(profile))) {
     if (++device.counts().executors > device.counts().most_executors) {
       throw qwenport::Error(qwenport::ErrorCode::device, "no memory for an executor");
     }
@@ -42,13 +44,34 @@ class StandInExecutor final : public qwenport::detail::Executor {
     const Uncounted uncounted;
     call_.shapes[name].assign(shape.sizes.begin(), shape.sizes.begin() + shape.rank);
   }
+  std::size_t workspace_bytes() override {
+    const Uncounted uncounted;
+    return stand_in::workspace_bytes(call_, device_.counts());
+  }
+  void set_workspace(void* memory, std::size_t bytes) override {
+    workspace_ = memory;
+    workspace_bytes_ = bytes;
+  }
   void enqueue() override {
     const Uncounted uncounted;
-    device_.submit([&device = device_, call = call_] { device.run(call); });
+    if (call_.width() > most_tokens_) throw Misuse("a step that its profile does not admit");
+    if (workspace_bytes_ < workspace_bytes()) throw Misuse("a workspace that is too small");
+    for (const std::string& query : manifest_.queries) {
+      const auto heads = static_cast<std::size_t>(call_.rows() * call_.width() * manifest_.heads);
+      device_.check_device(call_.memory.at(query), heads * manifest_.slot_bytes());
+    }
+    device_.submit([&device = device_, call = call_, workspace = workspace_, bytes = workspace_bytes_] {
+      device.check_device(workspace, bytes);  // a graph keeps its address
+      device.run(call);
+    });
   }
 
  private:
   StandInDevice& device_;
+  const Manifest& manifest_;
+  std::int64_t most_tokens_;
+  void* workspace_ = nullptr;
+  std::size_t workspace_bytes_ = 0;
   Call call_;
 };
 
@@ -100,6 +123,7 @@ void StandInDevice::copy_to_host(void* pinned, const void* device, std::size_t b
   const Uncounted uncounted;
   check_inside(device_, device, bytes, "device");
   check_inside(pinned_, pinned, bytes, "pinned");
+  counts_.bytes_to_host += static_cast<long>(bytes);
   submit([=] { std::memcpy(pinned, device, bytes); });
 }
 
@@ -157,8 +181,14 @@ std::unique_ptr<qwenport::detail::Device> StandInModel::make_device() const {
 }
 
 std::unique_ptr<qwenport::detail::Executor> StandInModel::make_executor(qwenport::detail::Device& device,
-                                                                        void* workspace) const {
-  return std::make_unique<StandInExecutor>(dynamic_cast<StandInDevice&>(device), workspace);
+                                                                        int profile) const {
+  return std::make_unique<StandInExecutor>(dynamic_cast<StandInDevice&>(device), manifest(), profile);
+}
+
+std::size_t workspace_bytes(const Call& call, const Counts& counts) {
+  const std::int64_t tokens = call.rows() * call.width();
+  const std::int64_t extra = call.width() == 1 && call.span() == 128 ? counts.odd_workspace.load() : 0;
+  return static_cast<std::size_t>(256 + 4 * tokens * call.span() + extra);
 }
 
 void check_call(const Manifest& manifest, const Call& call) {
@@ -168,13 +198,14 @@ void check_call(const Manifest& manifest, const Call& call) {
   const std::int64_t rows = call.rows();
   const std::int64_t width = call.width();
   const std::int64_t span = call.span();
-  const std::int64_t capacity = manifest.info.capacity;
+  const std::int64_t slots = manifest.attention.slots;
   expect(rows >= 1 && rows <= manifest.info.max_batch, "rows outside the profile");
   expect(width >= 1 && width <= manifest.info.max_step_tokens, "tokens outside the profile");
   expect(call.shapes.at("position_ids") == std::vector<std::int64_t>{rows, width}, "shape of position_ids");
   expect(call.shapes.at("write_indices") == std::vector<std::int64_t>{rows}, "shape of write_indices");
   expect(call.shapes.at("logits_indices") == std::vector<std::int64_t>{rows, 1}, "shape of logits_indices");
-  expect(span <= capacity, "a span outside the cache");
+  expect(span <= slots, "a span outside the cache");
+  expect(span % manifest.attention.span_multiple == 0 || span == slots, "a span of a size of its own");
   for (std::int64_t i = 0; i < span; ++i) expect(call.ints("key_positions")[i] == i, "key_positions");
   for (std::int64_t b = 0; b < rows; ++b) {
     const std::int64_t start = call.ints("write_indices")[b];
@@ -187,12 +218,16 @@ void check_call(const Manifest& manifest, const Call& call) {
       expect(id >= 0 && id < manifest.info.vocab_size, "a token outside the vocabulary");
     }
   }
-  const std::vector<std::int64_t> cache{rows, manifest.kv_heads, capacity, manifest.head_dim};
+  const std::vector<std::int64_t> cache{rows, manifest.kv_heads, slots, manifest.head_dim};
   std::vector<void*> addresses;
   for (const auto& binding : manifest.caches) {
     expect(call.shapes.at(binding.past) == cache, "shape of a cache");
     expect(call.memory.at(binding.past) == call.memory.at(binding.present), "past and present apart");
     addresses.push_back(call.memory.at(binding.past));
+  }
+  if (!manifest.queries.empty()) addresses.push_back(call.memory.at(manifest.queries.front()));
+  for (const std::string& query : manifest.queries) {
+    expect(call.memory.at(query) == addresses.back(), "queries in several places");
   }
   std::sort(addresses.begin(), addresses.end());
   expect(std::unique(addresses.begin(), addresses.end()) == addresses.end(), "two caches in one place");

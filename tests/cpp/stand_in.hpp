@@ -60,6 +60,7 @@ struct Counts {
   // what the devices are to refuse from now on
   std::atomic<bool> no_captures{false};
   std::atomic<long> most_executors{1000};
+  std::atomic<long> odd_workspace{0};  // bytes that single-token steps over 128 slots need in addition
   std::atomic<long> steps{0};
   std::atomic<long> synchronisations{0};
   std::atomic<long> captures{0};
@@ -67,6 +68,7 @@ struct Counts {
   std::atomic<long> executors{0};
   std::atomic<long> device_allocations{0};
   std::atomic<long> device_bytes{0};  // now
+  std::atomic<long> bytes_to_host{0};
 };
 
 class StandInDevice final : public qwenport::detail::Device {
@@ -111,15 +113,17 @@ class StandInModel final : public qwenport::detail::Model {
 
   [[nodiscard]] std::unique_ptr<qwenport::detail::Device> make_device() const override;
   [[nodiscard]] int allocated_slots(int /*capacity*/) const override { return manifest().attention.slots; }
-  [[nodiscard]] std::size_t workspace_bytes() const override { return 256; }
   [[nodiscard]] std::unique_ptr<qwenport::detail::Executor> make_executor(qwenport::detail::Device& device,
-                                                                          void* workspace) const override;
+                                                                          int profile) const override;
   [[nodiscard]] Counts& counts() const noexcept { return *counts_; }
 
  private:
   std::function<Network()> make_network_;
   std::unique_ptr<Counts> counts_ = std::make_unique<Counts>();
 };
+
+/// The workspace that a step of these shapes needs.
+std::size_t workspace_bytes(const Call& call, const Counts& counts);
 
 /// Fail unless a step is one that a network of this manifest takes: shapes inside the profile, past and
 /// present at one address, positions and slots that agree, a span that covers them.
@@ -133,11 +137,13 @@ Network toy_network(const qwenport::detail::Manifest& manifest);
 Network recorded_network(const qwenport::detail::Manifest& manifest, const std::string& path);
 
 /// The manifest of a small engine for toy_network.
-std::string toy_manifest_text(int capacity = 160, int max_batch = 4, int max_step_tokens = 24,
-                              int vocab = 97);
+/// \param form of its attention; its cache has as many slots as that asks for.
+/// \param two_profiles one for single tokens, before the one for all steps.
+std::string toy_manifest_text(int capacity = 160, int max_batch = 4, int max_step_tokens = 24, int vocab = 97,
+                              const std::string& form = "masked", bool two_profiles = false);
 
-std::shared_ptr<const StandInModel> toy_model(int capacity = 160, int max_batch = 4,
-                                              int max_step_tokens = 24);
+std::shared_ptr<const StandInModel> toy_model(int capacity = 160, int max_batch = 4, int max_step_tokens = 24,
+                                              const std::string& form = "masked", bool two_profiles = false);
 
 /// The logits [vocab] of toy_network after these tokens, from its definition.
 std::vector<float> toy_logits(const qwenport::detail::Manifest& manifest,

@@ -43,7 +43,7 @@ Network toy_network(const Manifest& manifest) {
   return [&manifest](const Call& call) {
     check_call(manifest, call);
     const auto heads = static_cast<std::int64_t>(manifest.kv_heads);
-    const std::int64_t capacity = manifest.info.capacity;
+    const std::int64_t slots = manifest.attention.slots;
     const std::int64_t dim = manifest.head_dim;
     const std::int64_t width = call.width();
     const auto for_each_place = [&](std::int64_t b, std::int64_t slot, const auto& visit) {
@@ -52,7 +52,7 @@ Network toy_network(const Manifest& manifest) {
         auto* cache = static_cast<float*>(call.memory.at(binding.present));
         for (std::int64_t h = 0; h < heads; ++h) {
           for (std::int64_t d = 0; d < dim; ++d)
-            visit(cache[((b * heads + h) * capacity + slot) * dim + d], place++);
+            visit(cache[((b * heads + h) * slots + slot) * dim + d], place++);
         }
       }
     };
@@ -88,15 +88,19 @@ std::vector<float> toy_logits(const Manifest& manifest, const std::vector<std::i
   return logits;
 }
 
-std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, int vocab) {
+std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, int vocab,
+                              const std::string& form, bool two_profiles) {
   constexpr int layers = 2;
+  const bool in_chunks = form == "chunked" || form == "split";
+  const int slots = in_chunks ? (capacity + 255) / 256 * 256 : capacity;
+  const int multiple = in_chunks ? 256 : form == "direct" ? slots : 64;
   std::ostringstream inputs;
   std::ostringstream outputs;
   std::ostringstream aliases;
   const auto binding = [](const std::string& name, const std::string& dtype, const std::string& shape) {
     return R"({"name": ")" + name + R"(", "dtype": ")" + dtype + R"(", "shape": )" + shape + "}";
   };
-  const std::string cache = R"(["batch", 2, )" + std::to_string(capacity) + ", 4]";
+  const std::string cache = R"(["batch", 2, )" + std::to_string(slots) + ", 4]";
   inputs << binding("input_ids", "int64", R"(["batch", "seq"])") << ","
          << binding("position_ids", "int64", R"(["batch", "seq"])") << ","
          << binding("write_indices", "int64", R"(["batch"])") << ","
@@ -104,6 +108,9 @@ std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, 
          << binding("logits_indices", "int64", R"(["batch", "n"])");
   outputs << binding("logits", "float", R"(["batch", "n", )" + std::to_string(vocab) + "]");
   for (int layer = 0; layer < layers; ++layer) {
+    if (form == "direct" || form == "split") {
+      outputs << "," << binding("query." + std::to_string(layer), "float", R"(["batch", 4, "seq", 4])");
+    }
     for (const std::string part : {"key", "value"}) {
       const std::string tail = std::to_string(layer) + "." + part;
       inputs << "," << binding("past_key_values." + tail, "float", cache);
@@ -112,6 +119,12 @@ std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, 
               << tail << "\"";
     }
   }
+  std::ostringstream profiles;
+  const auto profile = [max_batch](int tokens) {
+    return R"({"input_ids": {"max": [)" + std::to_string(max_batch) + ", " + std::to_string(tokens) + "]}}";
+  };
+  if (two_profiles) profiles << profile(1) << ",";
+  profiles << profile(max_step_tokens);
   std::ostringstream text;
   text << R"({"format": "qwenport-engine", "format_version": 4, "flavour": "tensorrt",
     "runtime_version": "10.14.1.48", "gpus": ["sm80", "sm90"], "dtype": "fp32",
@@ -121,10 +134,10 @@ std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, 
        << vocab << R"(, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
       "num_hidden_layers": )"
        << layers << R"(},
-    "attention": {"form": "masked", "span_multiple": 64, "slots": )"
-       << capacity << R"(},
-    "profiles": [{"input_ids": {"max": [)"
-       << max_batch << ", " << max_step_tokens << R"(]}}],
+    "attention": {"form": ")"
+       << form << R"(", "span_multiple": )" << multiple << R"(, "slots": )" << slots << R"(},
+    "profiles": [)"
+       << profiles.str() << R"(],
     "bindings": {"inputs": [)"
        << inputs.str() << R"(], "outputs": [)" << outputs.str() << R"(]},
     "aliases": {)"
@@ -134,9 +147,10 @@ std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, 
   return text.str();
 }
 
-std::shared_ptr<const StandInModel> toy_model(int capacity, int max_batch, int max_step_tokens) {
-  Manifest manifest =
-      qwenport::detail::parse_manifest(toy_manifest_text(capacity, max_batch, max_step_tokens), "toy");
+std::shared_ptr<const StandInModel> toy_model(int capacity, int max_batch, int max_step_tokens,
+                                              const std::string& form, bool two_profiles) {
+  Manifest manifest = qwenport::detail::parse_manifest(
+      toy_manifest_text(capacity, max_batch, max_step_tokens, 97, form, two_profiles), "toy");
   const auto shared = std::make_shared<const Manifest>(manifest);
   return std::make_shared<const StandInModel>(std::move(manifest), [shared] {
     return Network([shared, network = toy_network(*shared)](const Call& call) { network(call); });

@@ -72,6 +72,10 @@ class Executor {
 
   virtual void bind(const std::string& name, void* memory) = 0;
   virtual void shape(const std::string& name, const Shape& shape) = 0;
+  /// Device memory that a step of the shapes of now needs as workspace.
+  virtual std::size_t workspace_bytes() = 0;
+  /// Executors that never run concurrently may share it.
+  virtual void set_workspace(void* memory, std::size_t bytes) = 0;
   /// Run a step on the device's stream.
   virtual void enqueue() = 0;
 };
@@ -88,9 +92,8 @@ class Model {
   [[nodiscard]] virtual std::unique_ptr<Device> make_device() const = 0;
   /// The slots of a cache for a session that uses `capacity` of them: more if the engine fixes its length.
   [[nodiscard]] virtual int allocated_slots(int capacity) const = 0;
-  /// Device memory that an executor uses as workspace. Executors that never run concurrently may share it.
-  [[nodiscard]] virtual std::size_t workspace_bytes() const = 0;
-  [[nodiscard]] virtual std::unique_ptr<Executor> make_executor(Device& device, void* workspace) const = 0;
+  /// \param profile its place in the manifest's list; the executor's shapes must be within it.
+  [[nodiscard]] virtual std::unique_ptr<Executor> make_executor(Device& device, int profile) const = 0;
 
  private:
   Manifest manifest_;

@@ -188,8 +188,7 @@ void read_bindings(const Node& root, Manifest& manifest) {
   const std::string slots =
       manifest.is_onnxruntime() ? contract::capacity_axis : std::to_string(manifest.attention.slots);
   const std::string dtype = find_dtype(manifest.info.dtype)->binding;
-  const std::string cache = dtype + " [batch," +
-                            std::to_string(manifest.kv_heads) + "," + slots + "," +
+  const std::string cache = dtype + " [batch," + std::to_string(manifest.kv_heads) + "," + slots + "," +
                             std::to_string(manifest.head_dim) + "]";
   std::map<std::string, std::string> inputs{{contract::input_ids, "int64 [batch,seq]"},
                                             {contract::position_ids, "int64 [batch,seq]"},
@@ -240,7 +239,9 @@ void read_target(const Node& root, Manifest& manifest) {
   for (std::size_t i = 0; i < gpus.size(); ++i) info.gpus.push_back(gpus.at(i).text());
   if (manifest.is_onnxruntime()) {
     if (manifest.attention.form != contract::masked) {
-      root.at("attention").at("form").wrong(std::string(contract::masked) + ", that of onnxruntime's engines");
+      root.at("attention")
+          .at("form")
+          .wrong(std::string(contract::masked) + ", that of onnxruntime's engines");
     }
     if (!info.gpus.empty()) gpus.wrong("empty: onnxruntime's engines are for the CPU");
     if (info.dtype != "fp32") root.at("dtype").wrong("fp32, which onnxruntime's engines compute in");

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "contract.hpp"
+#include "spans.hpp"
 
 namespace qwenport::detail {
 namespace {
@@ -70,7 +71,10 @@ SessionCore::SessionCore(std::shared_ptr<const Model> model, const SessionOption
   for (std::size_t i = 0; i < manifest().caches.size(); ++i) {
     caches_.push_back(device_memory(rows * manifest().row_bytes(slots_)));
   }
-  workspace_ = device_memory(model_->workspace_bytes());
+  if (!manifest().queries.empty()) {
+    queries_ =
+        device_memory(rows * width * static_cast<std::size_t>(manifest().heads) * manifest().slot_bytes());
+  }
   logits_ = device_memory(logits_bytes);
   host_logits_ = pinned_memory(logits_bytes);
   input_ids_ = make_input(contract::input_ids, rows * width);
@@ -79,17 +83,58 @@ SessionCore::SessionCore(std::shared_ptr<const Model> model, const SessionOption
   logits_indices_ = make_input(contract::logits_indices, rows);
 
   // The positions of the cache's slots never change: a step only sets how many of them it attends to.
-  key_positions_ = make_input(contract::key_positions, slots);
-  for (std::size_t i = 0; i < slots; ++i) key_positions_.values()[i] = static_cast<std::int64_t>(i);
-  upload(key_positions_, slots);
-  device_->synchronize();
+  const std::int64_t longest = span_of(capacity_);
+  key_positions_ = make_input(contract::key_positions, static_cast<std::size_t>(longest));
+  for (std::int64_t i = 0; i < longest; ++i) key_positions_.values()[i] = i;
+  upload(key_positions_, static_cast<std::size_t>(longest));
 
-  executor_ = make_executor();
+  for (std::size_t profile = 0; profile < manifest().profile_tokens.size(); ++profile) {
+    executors_.push_back({make_executor(profile), {}});
+  }
+  reserve_workspace();
+  device_->synchronize();
   buckets_.reserve(max_graphs);
 }
 
-std::unique_ptr<Executor> SessionCore::make_executor() {
-  auto executor = model_->make_executor(*device_, workspace_.get());
+/// The first profile that admits steps of that many tokens per row.
+std::size_t SessionCore::profile_of(std::int64_t width) const {
+  const std::vector<int>& tokens = manifest().profile_tokens;
+  const auto found = std::find_if(tokens.begin(), tokens.end(), [width](int most) { return width <= most; });
+  return static_cast<std::size_t>(found - tokens.begin());
+}
+
+std::int64_t SessionCore::span_of(std::int64_t count) const {
+  return span_holding(count, manifest().attention.span_multiple, slots_);
+}
+
+/// Allocate the workspace for this session's largest step of each profile, which is less than the engine's.
+void SessionCore::reserve_workspace() {
+  const auto rows = static_cast<std::int64_t>(held_.size());
+  std::size_t most = 0;
+  for (const int tokens : manifest().profile_tokens) {
+    const std::int64_t width = std::min(tokens, max_step_tokens_);
+    Executor& executor = *executors_[profile_of(width)].executor;
+    set_shapes(executor, {rows, width, span_of(capacity_)});
+    most = std::max(most, executor.workspace_bytes());
+  }
+  grow_workspace(most, nullptr);
+}
+
+/// Replace the workspace. Every executor but `keep` has to be prepared again, and graphs are captured again.
+void SessionCore::grow_workspace(std::size_t bytes, const Executor* keep) {
+  for (Steps& steps : executors_) steps.shape = {};
+  for (Bucket& bucket : buckets_) {
+    bucket.graph.reset();
+    if (bucket.executor.get() != keep) bucket.executor.reset();
+  }
+  workspace_bytes_ = 0;
+  workspace_ = {};
+  workspace_ = device_memory(bytes);
+  workspace_bytes_ = bytes;
+}
+
+std::unique_ptr<Executor> SessionCore::make_executor(std::size_t profile) {
+  auto executor = model_->make_executor(*device_, static_cast<int>(profile));
   for (const Input* input :
        {&input_ids_, &position_ids_, &write_indices_, &key_positions_, &logits_indices_}) {
     executor->bind(input->name, input->address());
@@ -99,6 +144,7 @@ std::unique_ptr<Executor> SessionCore::make_executor() {
     executor->bind(manifest().caches[i].past, caches_[i].get());
     executor->bind(manifest().caches[i].present, caches_[i].get());
   }
+  for (const std::string& query : manifest().queries) executor->bind(query, queries_.get());
   return executor;
 }
 
@@ -200,16 +246,17 @@ void SessionCore::run_step(std::int64_t rows, std::int64_t width, bool whole,
     for (std::int64_t i = 0; i < width; ++i) position_ids_.values()[b * width + i] = start + i;
     end = std::max(end, start + width);
   }
-  const std::int64_t rounded = (end + span_multiple - 1) / span_multiple * span_multiple;
-  const std::int64_t span = std::min<std::int64_t>(rounded, capacity_);
-  const StepShape step{rows, width, span};
+  const StepShape step{rows, width, span_of(end)};
   failed_ = true;  // until the step has finished
-  const bool by_graph = width == 1 && whole && cuda_graphs_ && issue_by_graph(step);
+  const bool by_graph = width == 1 && cuda_graphs_ && issue_by_graph(step);
   if (!by_graph) {
-    if (!(step == executor_shape_)) set_shapes(*executor_, step);
-    executor_shape_ = step;
-    issue(*executor_, step, whole ? nullptr : &wanted);
+    Steps& steps = executors_[profile_of(width)];
+    if (!(step == steps.shape)) prepare(*steps.executor, step);
+    steps.shape = step;
+    issue(*steps.executor, step);
   }
+  // On the host, prefill returns them where they are, unless a later step overwrites them.
+  if (!(whole && device_->is_host())) fetch_logits(rows, wanted);
   device_->synchronize();
   failed_ = false;
 }
@@ -225,13 +272,13 @@ bool SessionCore::issue_by_graph(const StepShape& step) {
       return true;
     }
     if (decode.executor != nullptr) {
-      decode.graph = device_->capture([&] { issue(*decode.executor, step, nullptr); });
+      decode.graph = device_->capture([&] { issue(*decode.executor, step); });
       decode.graph->launch();
       return true;
     }
-    decode.executor = make_executor();
-    set_shapes(*decode.executor, step);
-    issue(*decode.executor, step, nullptr);  // TensorRT requires one run before a capture
+    decode.executor = make_executor(profile_of(step.width));
+    prepare(*decode.executor, step);
+    issue(*decode.executor, step);  // TensorRT requires one run before a capture
     return true;
   } catch (const Error& error) {
     if (error.code() != ErrorCode::device) throw;
@@ -240,6 +287,14 @@ bool SessionCore::issue_by_graph(const StepShape& step) {
     cuda_graphs_ = false;
     return false;
   }
+}
+
+/// Set an executor's shapes and its workspace.
+void SessionCore::prepare(Executor& executor, const StepShape& step) {
+  set_shapes(executor, step);
+  const std::size_t needed = executor.workspace_bytes();
+  if (needed > workspace_bytes_) grow_workspace(needed, &executor);
+  executor.set_workspace(workspace_.get(), workspace_bytes_);
 }
 
 void SessionCore::set_shapes(Executor& executor, const StepShape& step) const {
@@ -252,9 +307,8 @@ void SessionCore::set_shapes(Executor& executor, const StepShape& step) const {
   for (const CacheBinding& binding : manifest().caches) executor.shape(binding.past, cache);
 }
 
-/// Enqueue a step: inputs to the device, the network, logits to the host (of all rows, or only of the wanted
-/// ones: the others' have yet to be read).
-void SessionCore::issue(Executor& executor, const StepShape& step, const std::vector<char>* wanted) {
+/// Enqueue a step: inputs to the device, the network.
+void SessionCore::issue(Executor& executor, const StepShape& step) {
   const auto count = static_cast<std::size_t>(step.rows);
   const std::size_t tokens = count * static_cast<std::size_t>(step.width);
   upload(input_ids_, tokens);
@@ -262,17 +316,22 @@ void SessionCore::issue(Executor& executor, const StepShape& step, const std::ve
   upload(write_indices_, count);
   upload(logits_indices_, count);
   executor.enqueue();
+}
+
+/// Enqueue the copies of logits to the host: those of the rows that are wanted.
+void SessionCore::fetch_logits(std::int64_t rows, const std::vector<char>& wanted) {
   const auto vocab = static_cast<std::size_t>(manifest().info.vocab_size);
   const auto* device = static_cast<const float*>(logits_.get());
   auto* host = static_cast<float*>(host_logits_.get());
-  if (wanted == nullptr) {
-    if (device_->is_host()) return;  // prefill returns them where they are
-    device_->copy_to_host(host, device, count * vocab * sizeof(float));
-    return;
-  }
-  for (std::size_t b = 0; b < count; ++b) {
-    if ((*wanted)[b] == 0) continue;
-    device_->copy_to_host(host + b * vocab, device + b * vocab, vocab * sizeof(float));
+  const auto count = static_cast<std::size_t>(rows);
+  for (std::size_t begin = 0; begin < count;) {  // neighbours in one copy
+    std::size_t end = begin;
+    while (end < count && wanted[end] != 0) ++end;
+    if (end != begin) {
+      device_->copy_to_host(host + begin * vocab, device + begin * vocab,
+                            (end - begin) * vocab * sizeof(float));
+    }
+    begin = end + 1;
   }
 }
 

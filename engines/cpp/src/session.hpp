@@ -16,8 +16,6 @@
 
 namespace qwenport::detail {
 
-/// The active part of the cache is rounded up to this many slots, so that steps share shapes.
-constexpr int span_multiple = 64;
 /// CUDA graphs that a session keeps; the least recently used is evicted.
 constexpr std::size_t max_graphs = 8;
 
@@ -91,6 +89,11 @@ class SessionCore {
       return rows == other.rows && width == other.width && span == other.span;
     }
   };
+  /// An executor, and the shape of its last step.
+  struct Steps {
+    std::unique_ptr<Executor> executor;
+    StepShape shape;
+  };
   /// A single-token step of one shape: its own executor, and its graph once captured.
   struct Bucket {
     StepShape shape;
@@ -102,14 +105,20 @@ class SessionCore {
   Memory device_memory(std::size_t bytes);
   Memory pinned_memory(std::size_t bytes);
   Input make_input(const char* name, std::size_t count);
-  std::unique_ptr<Executor> make_executor();
+  std::unique_ptr<Executor> make_executor(std::size_t profile);
+  [[nodiscard]] std::size_t profile_of(std::int64_t width) const;
+  [[nodiscard]] std::int64_t span_of(std::int64_t count) const;
+  void reserve_workspace();
+  void grow_workspace(std::size_t bytes, const Executor* keep);
   void upload(const Input& input, std::size_t count);
   void check(const TokenView* rows, std::size_t count) const;
   void check_usable() const;
   void set_shapes(Executor& executor, const StepShape& step) const;
+  void prepare(Executor& executor, const StepShape& step);
   void run_step(std::int64_t rows, std::int64_t width, bool whole, const std::vector<char>& wanted);
   bool issue_by_graph(const StepShape& step);
-  void issue(Executor& executor, const StepShape& step, const std::vector<char>* wanted);
+  void issue(Executor& executor, const StepShape& step);
+  void fetch_logits(std::int64_t rows, const std::vector<char>& wanted);
   Bucket& bucket(const StepShape& step);
   template <typename Visit>
   void for_each_used_slice(const Rows& rows, const Visit& visit);
@@ -133,7 +142,9 @@ class SessionCore {
   std::vector<std::int64_t> taken_;  // scratch of prefill
   std::vector<char> finishing_;      // scratch of prefill
   std::vector<Memory> caches_;       // one for each pair of cache bindings
+  std::size_t workspace_bytes_ = 0;
   Memory workspace_;
+  Memory queries_;  // all layers' query outputs; their values are not used
   Memory logits_;
   Memory host_logits_;  // where the rows' logits are gathered, unless they are read where they were computed
   Input key_positions_;
@@ -141,8 +152,7 @@ class SessionCore {
   Input position_ids_;
   Input write_indices_;
   Input logits_indices_;
-  std::unique_ptr<Executor> executor_;
-  StepShape executor_shape_;
+  std::vector<Steps> executors_;  // one for each profile
   std::vector<Bucket> buckets_;
 };
 

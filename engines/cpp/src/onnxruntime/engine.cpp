@@ -94,6 +94,8 @@ class OnnxRuntimeExecutor final : public Executor {
       set_shape(tensors_[logits], {3, {shape.sizes[0], shape.sizes[1], vocab_size_}});
     }
   }
+  std::size_t workspace_bytes() override { return 0; }
+  void set_workspace(void* /*memory*/, std::size_t /*bytes*/) override {}
   void enqueue() override {
     if (!is_bound_) {
       for (Tensor& tensor : tensors_) {
@@ -160,9 +162,7 @@ class OnnxRuntimeModel final : public Model {
     return std::make_unique<HostDevice>();
   }
   [[nodiscard]] int allocated_slots(int capacity) const override { return capacity; }
-  [[nodiscard]] std::size_t workspace_bytes() const override { return 0; }
-  [[nodiscard]] std::unique_ptr<Executor> make_executor(Device& /*device*/,
-                                                        void* /*workspace*/) const override {
+  [[nodiscard]] std::unique_ptr<Executor> make_executor(Device& /*device*/, int /*profile*/) const override {
     return std::make_unique<OnnxRuntimeExecutor>(runtime_, session_.get(), manifest());
   }
 

@@ -13,9 +13,18 @@ namespace {
 class TensorRTExecutor final : public Executor {
  public:
   /// \param contexts held while an execution context is made or destroyed.
+  /// \param most_workspace bytes that are enough for all shapes.
   TensorRTExecutor(const CudaDevice& device, std::unique_ptr<nvinfer1::IExecutionContext> context,
-                   std::mutex& contexts)
-      : device_(device), contexts_(contexts), context_(std::move(context)) {}
+                   int profile, std::int64_t most_workspace, std::mutex& contexts)
+      : device_(device),
+        most_workspace_(static_cast<std::size_t>(most_workspace)),
+        contexts_(contexts),
+        context_(std::move(context)) {
+    const CurrentGpu current(device_.gpu());
+    if (profile != 0 && !context_->setOptimizationProfileAsync(profile, device_.stream())) {
+      refused("profile " + std::to_string(profile));
+    }
+  }
   ~TensorRTExecutor() override {
     const CurrentGpu current(device_.gpu());
     const std::scoped_lock lock(contexts_);
@@ -33,6 +42,15 @@ class TensorRTExecutor final : public Executor {
     for (std::size_t i = 0; i < static_cast<std::size_t>(shape.rank); ++i) dims.d[i] = shape.sizes[i];
     if (!context_->setInputShape(name.c_str(), dims)) refused("the shape of " + name);
   }
+  std::size_t workspace_bytes() override {
+    const CurrentGpu current(device_.gpu());
+    const std::size_t bytes = context_->updateDeviceMemorySizeForShapes();
+    return bytes != 0 ? bytes : most_workspace_;  // 0: it cannot say
+  }
+  void set_workspace(void* memory, std::size_t bytes) override {
+    const CurrentGpu current(device_.gpu());
+    context_->setDeviceMemoryV2(memory, static_cast<std::int64_t>(bytes));
+  }
   void enqueue() override {
     const CurrentGpu current(device_.gpu());
     if (!context_->enqueueV3(device_.stream())) refused("a step");
@@ -44,6 +62,7 @@ class TensorRTExecutor final : public Executor {
   }
 
   const CudaDevice& device_;
+  std::size_t most_workspace_;
   std::mutex& contexts_;
   std::unique_ptr<nvinfer1::IExecutionContext> context_;
 };
@@ -52,11 +71,7 @@ class TensorRTModel final : public Model {
  public:
   TensorRTModel(Manifest manifest, const Gpu& gpu, std::unique_ptr<nvinfer1::IRuntime> runtime,
                 std::unique_ptr<nvinfer1::ICudaEngine> engine)
-      : Model(std::move(manifest)),
-        gpu_(gpu),
-        runtime_(std::move(runtime)),
-        engine_(std::move(engine)),
-        workspace_bytes_(engine_->getDeviceMemorySizeV2()) {}
+      : Model(std::move(manifest)), gpu_(gpu), runtime_(std::move(runtime)), engine_(std::move(engine)) {}
   ~TensorRTModel() override {
     const CurrentGpu current(gpu_);
     engine_.reset();
@@ -69,10 +84,7 @@ class TensorRTModel final : public Model {
     return std::make_unique<CudaDevice>(gpu_);
   }
   [[nodiscard]] int allocated_slots(int /*capacity*/) const override { return manifest().attention.slots; }
-  [[nodiscard]] std::size_t workspace_bytes() const override {
-    return static_cast<std::size_t>(workspace_bytes_);
-  }
-  [[nodiscard]] std::unique_ptr<Executor> make_executor(Device& device, void* workspace) const override {
+  [[nodiscard]] std::unique_ptr<Executor> make_executor(Device& device, int profile) const override {
     const CurrentGpu current(gpu_);
     const std::scoped_lock lock(contexts_);
     std::unique_ptr<nvinfer1::IExecutionContext> context(
@@ -80,9 +92,8 @@ class TensorRTModel final : public Model {
     if (context == nullptr) {
       throw Error(ErrorCode::device, "TensorRT refused an execution context" + tensorrt_complaint());
     }
-    context->setDeviceMemoryV2(workspace, workspace_bytes_);
-    return std::make_unique<TensorRTExecutor>(static_cast<CudaDevice&>(device), std::move(context),
-                                              contexts_);
+    return std::make_unique<TensorRTExecutor>(static_cast<CudaDevice&>(device), std::move(context), profile,
+                                              engine_->getDeviceMemorySizeForProfileV2(profile), contexts_);
   }
 
  private:
@@ -90,7 +101,6 @@ class TensorRTModel final : public Model {
   mutable std::mutex contexts_;
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
-  std::int64_t workspace_bytes_;
 };
 
 void load_plugins(const Manifest& manifest, const std::string& directory, nvinfer1::IRuntime& runtime) {
