@@ -1,4 +1,4 @@
-"""Which form of attention an engine gets: the one place where this is decided. docs/attention-forms.md explains the forms.
+"""Which form of attention an engine gets: the one place where this is decided; docs/attention-forms.md has the forms.
 
 What is known of them is read off the final layer lists of TensorRT-RTX's builder; tests/engines/layer_lists keeps them.
 """

@@ -1,8 +1,9 @@
 """A cache on disk for what takes long to make again. It is safe to delete at any time.
 
 Each entry is a directory below `$XDG_CACHE_HOME/qwenport`, named by a key that stands for everything its contents
-depend on, so an entry never changes. It is complete or absent, locked while it is read, checked before, and made again
-if it is damaged. Those used least recently go first. Where directories cannot be locked, nothing is kept.
+depend on, so an entry never changes; one that grows is replaced. It is complete or absent, locked while it is read,
+checked before, and made again if it is damaged. Those used least recently go first. Where directories cannot be locked,
+nothing is kept.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """What it holds: "model" or "tokenizer"."""
+        """What it holds: "model", "tokenizer" or "kernels"."""
         return self.path.name.strip(".").partition("-")[0]
 
 
@@ -132,7 +133,9 @@ def cached(key: str, read: Callable[[Path], Read]) -> Read | None:
     return None
 
 
-def keep(key: str, fill: Callable[[Path], None], *, of: str, size_bytes: int) -> None:
+def keep(
+    key: str, fill: Callable[[Path], None], *, of: str, size_bytes: int, replace: bool = False
+) -> None:
     """Add an entry; older ones make room for it. If it is there already, nothing happens.
 
     Args:
@@ -141,6 +144,7 @@ def keep(key: str, fill: Callable[[Path], None], *, of: str, size_bytes: int) ->
             of others the hash.
         of: what it is made from, for people.
         size_bytes: its size, or a bit more.
+        replace: remove one that is there already, unless a process reads it.
 
     Raises:
         CacheError: there is no room.
@@ -149,7 +153,7 @@ def keep(key: str, fill: Callable[[Path], None], *, of: str, size_bytes: int) ->
     path = cache_folder() / key
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _make_room(path.parent, size_bytes)
-    if path.exists():
+    if path.exists() and not (replace and _remove(path)):
         return
     with atomic_directory(path) as scratch:
         fill(scratch)

@@ -1,12 +1,13 @@
-"""A lowered ONNX model -> engine.plan: TensorRT driven through Polygraphy's loaders.
+"""A lowered ONNX model -> engine.plan, with TensorRT driven through Polygraphy's loaders; and back into TensorRT.
 
-The plan is written to disk as it is serialized, so it is never whole in this process's memory.
+The plan is written as it is serialized and read as it is loaded, so it is never whole in this process's memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from qwenport.contract import Progress
 from qwenport.engines.errors import BuildError
 from qwenport.engines.request import Profile
+from qwenport.exporter import CHUNK_BYTES
 
 
 def build_plan(
@@ -147,6 +149,66 @@ def _plan_writer(trt: Any, path: Path) -> Any:
             return self.hash.hexdigest()
 
     return PlanWriter()
+
+
+def load_plan(trt: Any, runtime: Any, plan: Path) -> Any:
+    """The ICudaEngine of a plan, which is read in pieces: TensorRT copies them to the GPU.
+
+    Args:
+        trt: the TensorRT module.
+        runtime: its IRuntime.
+        plan: the file.
+
+    Returns:
+        None if TensorRT refuses it.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    reader = _plan_reader(trt, plan)
+    try:
+        engine = runtime.deserialize_cuda_engine(reader)
+    finally:
+        reader.close()
+    if reader.failure is not None:
+        raise reader.failure
+    return engine
+
+
+def _plan_reader(trt: Any, path: Path) -> Any:
+    whence = {
+        trt.SeekPosition.SET: os.SEEK_SET,
+        trt.SeekPosition.CUR: os.SEEK_CUR,
+        trt.SeekPosition.END: os.SEEK_END,
+    }
+
+    class PlanReader(trt.IStreamReaderV2):
+        """Reads the plan as TensorRT asks for it; keeps the first exception."""
+
+        def __init__(self) -> None:
+            trt.IStreamReaderV2.__init__(self)
+            self.stream = path.open("rb")
+            self.failure: BaseException | None = None
+
+        def read(self, num_bytes: int, stream: int) -> bytes:
+            try:
+                return self.stream.read(min(num_bytes, CHUNK_BYTES))  # it asks again for the rest
+            except BaseException as error:  # must not cross into C++, where it would be lost
+                self.failure = self.failure or error
+                return b""
+
+        def seek(self, offset: int, where: Any) -> bool:
+            try:
+                self.stream.seek(offset, whence[where])
+            except BaseException as error:
+                self.failure = self.failure or error
+                return False
+            return True
+
+        def close(self) -> None:
+            self.stream.close()
+
+    return PlanReader()
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:

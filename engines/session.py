@@ -158,6 +158,7 @@ class CachedSession(ABC):
         self.observed: dict[str, Any] = {}
         """Name -> value of the last step, for the values that the session was asked to observe."""
         self._first_position = 0
+        self._asked = np.zeros(0, dtype=bool)
         self._lengths = np.zeros(max_batch, dtype=np.int64)
         # the tokens that the slots hold; a full row that is idle replays its last one
         self._tokens = untouched_zeros((max_batch, capacity), np.dtype(np.int64))
@@ -222,7 +223,7 @@ class CachedSession(ABC):
                 wanted = np.broadcast_to(np.arange(width, dtype=np.int64), ids.shape)
             else:
                 wanted = np.maximum(taken - 1, 0)[:, None]
-            logits = self._run(ids, starts, taken, wanted)
+            logits = self._run(ids, starts, taken, wanted, active if all_logits else finishing)
             for b, row in enumerate(rows):
                 if active[b]:
                     if all_logits:
@@ -264,7 +265,8 @@ class CachedSession(ABC):
         if indices.min() < 0 or indices.max() >= width:
             raise SessionError(f"logits are requested of tokens outside 0..{width - 1}")
         starts = self._lengths[: len(rows)].copy()
-        logits = self._run(np.stack(rows), starts, np.full(len(rows), width), indices)
+        asked = np.ones(len(rows), dtype=bool)
+        logits = self._run(np.stack(rows), starts, np.full(len(rows), width), indices, asked)
         for b, row in enumerate(rows):
             self._hold(b, row)
         return logits
@@ -307,7 +309,9 @@ class CachedSession(ABC):
                     f"there are {self._slots} slots"
                 )
 
-    def _run(self, ids: Int64, starts: Int64, taken: Int64, wanted: Int64) -> Float32:
+    def _run(
+        self, ids: Int64, starts: Int64, taken: Int64, wanted: Int64, asked: NDArray[np.bool_]
+    ) -> Float32:
         width = ids.shape[1]
         span = self.spans.holding(int(starts.max() + width))
         first = self._first_position
@@ -318,6 +322,7 @@ class CachedSession(ABC):
             KEY_POSITIONS: first + np.arange(span, dtype=np.int64),
             LOGITS_INDICES: np.ascontiguousarray(wanted),
         }
+        self._asked = asked
         logits = self._step(feeds)
         if self.on_step is not None:
             self.on_step(Step(feeds, taken, self.capacity, self.observed))
@@ -325,7 +330,7 @@ class CachedSession(ABC):
 
     @abstractmethod
     def _step(self, feeds: dict[str, Int64]) -> Float32:
-        """Run the model once; return logits fp32 [rows, n, vocab]."""
+        """Run the model once; return logits fp32 [rows, n, vocab]. Only those of the rows in `_asked` are used."""
 
 
 def whole(value: int, what: str) -> int:

@@ -1,23 +1,78 @@
 """An engine run by TensorRT or TensorRT-RTX on a GPU, its KV cache updated in place.
 
-torch owns the device memory; TensorRT gets addresses. A cache's past and present are one allocation.
+Everything that a step needs is allocated before: device memory for inputs, caches, workspace and logits, and
+page-locked host memory that inputs are copied from and logits to. All work is on one stream of the session's own.
+
+Single-token steps have an execution context of their own, so that neither they nor wider steps change the other's
+shapes and optimization profile. The contexts share one workspace, as large as the session's own steps need.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from qwenport.contract import DTYPES, LOGITS, LOGITS_INDICES, PLAN, present_of
+from qwenport.contract import (
+    DTYPES,
+    INPUT_IDS,
+    KEY_POSITIONS,
+    LOGITS,
+    LOGITS_INDICES,
+    PLAN,
+    POSITION_IDS,
+    TENSORRT_RTX,
+    WRITE_INDICES,
+    is_query,
+    present_of,
+)
 from qwenport.engines.engine import Engine
 from qwenport.engines.errors import EngineError, SessionError
+from qwenport.engines.gpu import Gpu
+from qwenport.engines.jit_cache import JitCache
 from qwenport.engines.memory import poison, poison_slots, read_slots, write_slots
+from qwenport.engines.plan import load_plan
 from qwenport.engines.plugin_library import register_for_run
 from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.session import Bytes, Float32, Int64, whole
+from qwenport.engines.spans import Spans
 from qwenport.engines.targets import FLAVOURS, load_tensorrt
+
+if TYPE_CHECKING:
+    import torch
+
+SPECIALIZATIONS = LAZY, EAGER, NONE = ("lazy", "eager", "none")
+"""When TensorRT-RTX compiles kernels for a shape: in the background, before its first step, or never."""
+
+
+class _Sizes(NamedTuple):
+    """What distinguishes the shapes of two steps."""
+
+    rows: int
+    width: int
+    span: int
+    logits: int  # per row
+
+
+@dataclass
+class _Input:
+    """An input's memory for the largest step; steps use its beginning."""
+
+    device: torch.Tensor
+    pinned: torch.Tensor
+    values: Int64  # `pinned` for NumPy
+
+
+@dataclass
+class _Context:
+    """An execution context, and the sizes that it is prepared for."""
+
+    context: Any
+    profile: int
+    sizes: _Sizes | None = field(default=None)
 
 
 class TensorRTSession(SavedSession):
@@ -29,8 +84,10 @@ class TensorRTSession(SavedSession):
         *,
         max_batch: int = 1,
         capacity: int | None = None,
-        device: str = "cuda",
+        specialization: str = LAZY,
+        cuda_graphs: bool = True,
         tensorrt: Any = None,
+        gpu: Any = None,
     ) -> None:
         """Load the plan and allocate the cache.
 
@@ -39,19 +96,20 @@ class TensorRTSession(SavedSession):
             max_batch: rows, at most the engine's.
             capacity: usable slots per row, at most the engine's (the default). The memory is the
                 engine's capacity either way: TensorRT fixes it.
-            device: torch device of all buffers.
+            specialization: TensorRT-RTX: one of SPECIALIZATIONS.
+            cuda_graphs: TensorRT-RTX: whether it captures single-token steps as CUDA graphs, each shape after its
+                kernels are compiled, and replays them.
             tensorrt: module to use in place of the engine's flavour.
+            gpu: what to use in place of a `Gpu`.
 
         Raises:
             MissingExtraError: the flavour is not installed.
             EngineError: no GPU, a GPU that the engine was not built for, another TensorRT version, or a plan that
                 TensorRT refuses.
-            SessionError: more rows or slots than the engine has.
+            SessionError: more rows or slots than the engine has, or no such specialization.
         """
-        import torch
-
         manifest = engine.manifest
-        model = manifest["model"]
+        model, attention = manifest["model"], manifest["attention"]
         max_batch = whole(max_batch, "rows")
         capacity = manifest["max_seq_len"] if capacity is None else whole(capacity, "slots")
         if capacity > manifest["max_seq_len"] or max_batch > manifest["max_batch"]:
@@ -59,42 +117,195 @@ class TensorRTSession(SavedSession):
                 f"{max_batch} rows of {capacity} slots, but the engine was built for "
                 f"{manifest['max_batch']} rows of {manifest['max_seq_len']}"
             )
+        if specialization not in SPECIALIZATIONS:
+            raise SessionError(
+                f"specialization must be one of {', '.join(SPECIALIZATIONS)}, "
+                f"found {specialization!r:.60}"
+            )
         super().__init__(
             max_batch=max_batch,
             capacity=capacity,
             vocab_size=model["vocab_size"],
-            max_step_tokens=engine.max_step_tokens,
+            max_step_tokens=min(engine.max_step_tokens, max(capacity, 1)),
             max_step_logits=engine.max_step_logits,
             max_positions=manifest["max_seq_len"],
+            spans=Spans(attention["span_multiple"], attention["slots"]),
         )
         if tensorrt is None:
             check_gpu(engine)
             tensorrt = load_tensorrt(FLAVOURS[manifest["flavour"]], "run this engine")
         check_version(engine, tensorrt.__version__)
-        self._device = torch.device(device)
+        self._trt, self._gpu = tensorrt, Gpu() if gpu is None else gpu
+        self._profiles: list[Any] = manifest["profiles"]
+        self._plan_sha256 = manifest["files"][PLAN]["sha256"]
+        self._row_shape = (model["num_key_value_heads"], attention["slots"], model["head_dim"])
         self._runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
         for name in manifest["plugins"]:
             register_for_run(self._runtime, engine.path / name)
-        self._engine = self._runtime.deserialize_cuda_engine(engine.plan.read_bytes())
+        self._engine = load_plan(tensorrt, self._runtime, engine.plan)
         if self._engine is None:
             raise EngineError(
                 f"{engine.path}: TensorRT refused the plan; build it again on this version"
             )
-        self._context = self._engine.create_execution_context()
-        self._dtype = DTYPES[manifest["dtype"]]
-        self._plan_sha256 = manifest["files"][PLAN]["sha256"]
-        self._row_shape = (model["num_key_value_heads"], manifest["max_seq_len"], model["head_dim"])
+        self._allocate(manifest)
+        self._kernels = self._kept_kernels(engine)
+        single, widest = self._largest(1), self._largest(self.max_step_tokens)
+        self._single = self._make_context(single, specialization, cuda_graphs)
+        self._wide = self._make_context(widest, specialization, graphs=False)
+        self._reserve_workspace(single, widest)
+
+    def _allocate(self, manifest: dict[str, Any]) -> None:
+        """Everything but the workspace and the logits of more than one token per row."""
+        import torch
+
+        self._dtype, rows = DTYPES[manifest["dtype"]], self.max_batch
+        dtype = self._dtype.torch
         # zeros, not uninitialised memory: a masked slot is still multiplied, and 0 x NaN is NaN
         self._cache = {
-            past: torch.zeros(
-                (max_batch, *self._row_shape), dtype=self._dtype.torch, device=self._device
-            )
+            past: self._gpu.zeros((rows, *self._row_shape), dtype)
             for past in manifest["aliases"].values()
         }
-        for present, past in manifest["aliases"].items():
-            for name in (past, present):
-                self._context.set_tensor_address(name, self._cache[past].data_ptr())
-        self._bound_rows = 0
+        tokens = rows * self.max_step_tokens
+        outputs = [binding["name"] for binding in manifest["bindings"]["outputs"]]
+        self._query_names = [name for name in outputs if is_query(name)]
+        model = manifest["model"]
+        heads = model["num_attention_heads"] * model["head_dim"] if self._query_names else 0
+        self._queries = self._gpu.zeros((tokens * heads,), dtype)  # one for all: not used
+        sizes = {
+            INPUT_IDS: tokens,
+            POSITION_IDS: tokens,
+            WRITE_INDICES: rows,
+            KEY_POSITIONS: self.spans.holding(self.capacity),
+            LOGITS_INDICES: rows * self.max_step_logits,
+        }
+        self._inputs = {name: self._make_input(count) for name, count in sizes.items()}
+        self._uploaded_position: int | None = None  # of slot 0, in key_positions
+        self._allocate_logits(1)
+        self._workspace = self._gpu.zeros((0,), torch.uint8)
+
+    def _make_input(self, count: int) -> _Input:
+        import torch
+
+        pinned = self._gpu.pinned((count,), torch.int64)
+        return _Input(self._gpu.zeros((count,), torch.int64), pinned, pinned.numpy())
+
+    def _allocate_logits(self, per_row: int) -> None:
+        """Room for so many logits per row, on the device and the host."""
+        import torch
+
+        count = self.max_batch * per_row * self.vocab_size
+        self._logits = self._gpu.zeros((count,), torch.float32)
+        self._host_logits = self._gpu.pinned((count,), torch.float32)
+        self._logits_per_row = per_row
+
+    def _kept_kernels(self, engine: Engine) -> JitCache | None:
+        """TensorRT-RTX's compiled kernels, which are saved when this session ends."""
+        if engine.flavour != TENSORRT_RTX:
+            return None
+        self._config = self._engine.create_runtime_config()
+        cache = self._config.create_runtime_cache()
+        kernels = JitCache(engine, self._trt.__version__, self._gpu.identity, cache)
+        # the arguments keep alive what the compiled kernels may depend on
+        weakref.finalize(self, _save, kernels, self._config, self._engine, self._runtime)
+        return kernels
+
+    def _make_context(self, largest: _Sizes, specialization: str, graphs: bool) -> _Context:
+        """A context for steps up to `largest`, with the first profile that admits them."""
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._kernels is None:
+            context = self._engine.create_execution_context(strategy)
+        else:
+            trt, config = self._trt, self._config
+            config.set_execution_context_allocation_strategy(strategy)
+            config.set_runtime_cache(self._kernels.runtime_cache)
+            config.dynamic_shapes_kernel_specialization_strategy = getattr(
+                trt.DynamicShapesKernelSpecializationStrategy, specialization.upper()
+            )
+            config.cuda_graph_strategy = (
+                trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+                if graphs
+                else trt.CudaGraphStrategy.DISABLED
+            )
+            context = self._engine.create_execution_context(config)
+        if context is None:
+            raise EngineError("TensorRT refused an execution context; its log says why")
+        profile = self._profile_of(largest)
+        if profile and not context.set_optimization_profile_async(profile, self._gpu.stream):
+            raise EngineError(f"TensorRT refused profile {profile}; its log says why")
+        addresses = {past: memory.data_ptr() for past, memory in self._cache.items()}
+        addresses |= {present_of(past): address for past, address in addresses.items()}
+        addresses |= {name: memory.device.data_ptr() for name, memory in self._inputs.items()}
+        addresses |= dict.fromkeys(self._query_names, self._queries.data_ptr())
+        for name, address in addresses.items():
+            context.set_tensor_address(name, address)
+        return _Context(context, profile)
+
+    def _largest(self, width: int) -> _Sizes:
+        """The largest step of that width, with the last logits."""
+        return _Sizes(self.max_batch, width, self.spans.holding(self.capacity), 1)
+
+    def _shapes(self, sizes: _Sizes) -> dict[str, tuple[int, ...]]:
+        """Input name -> its shape."""
+        rows, width, span, logits = sizes
+        return {
+            INPUT_IDS: (rows, width),
+            POSITION_IDS: (rows, width),
+            WRITE_INDICES: (rows,),
+            KEY_POSITIONS: (span,),
+            LOGITS_INDICES: (rows, logits),
+            **dict.fromkeys(self._cache, (rows, *self._row_shape)),
+        }
+
+    def _profile_of(self, sizes: _Sizes) -> int:
+        shapes = self._shapes(sizes)
+        for index, profile in enumerate(self._profiles):
+            if all(
+                low <= size <= high
+                for name, shape in shapes.items()
+                for low, size, high in zip(
+                    profile[name]["min"], shape, profile[name]["max"], strict=True
+                )
+            ):
+                return index
+        raise EngineError(f"no profile of the engine admits steps of {sizes.width} tokens")
+
+    def _reserve_workspace(self, single: _Sizes, widest: _Sizes) -> None:
+        """Allocate what the largest steps need, which is less than the engine's largest."""
+        needed = [
+            self._set_shapes(self._single, single),
+            self._set_shapes(self._wide, widest),
+        ]
+        self._grow_workspace(max(needed))
+
+    def _grow_workspace(self, size: int) -> None:
+        """Replace the workspace; contexts have to be prepared again."""
+        import torch
+
+        self._single.sizes = self._wide.sizes = None
+        self._gpu.synchronize()
+        self._workspace = self._gpu.zeros((0,), torch.uint8)  # frees the old one first
+        self._workspace = self._gpu.zeros((size,), torch.uint8)
+
+    def _set_shapes(self, running: _Context, sizes: _Sizes) -> int:
+        """Set the shapes of a step; return the bytes of workspace that it needs."""
+        for name, shape in self._shapes(sizes).items():
+            if not running.context.set_input_shape(name, shape):
+                raise EngineError(f"{name} of shape {list(shape)} is outside the engine's profile")
+        needed = int(running.context.update_device_memory_size_for_shapes())
+        if needed == 0:  # it cannot say
+            needed = int(self._engine.get_device_memory_size_for_profile_v2(running.profile))
+        return needed
+
+    def _prepare(self, running: _Context, sizes: _Sizes) -> None:
+        if sizes.logits > self._logits_per_row:  # all logits, for the first time
+            self._single.sizes = self._wide.sizes = None
+            self._allocate_logits(self.max_step_logits)
+        needed = self._set_shapes(running, sizes)
+        if needed > len(self._workspace):
+            self._grow_workspace(needed)
+        running.context.set_device_memory(self._workspace.data_ptr(), len(self._workspace))
+        running.context.set_tensor_address(LOGITS, self._logits.data_ptr())
+        running.sizes = sizes
 
     def cache_addresses(self) -> dict[str, tuple[int, int]]:
         """Binding name -> (device address, bytes) of its memory; past and present are the same."""
@@ -111,44 +322,58 @@ class TensorRTSession(SavedSession):
         return tuple(self._cache)
 
     def _read_slots(self, name: str, row: int, count: int) -> Bytes:
-        return read_slots(self._cache[name], row, count)
+        with self._gpu.used():
+            return read_slots(self._cache[name], row, count)
 
     def _write_slots(self, name: str, row: int, data: Bytes) -> None:
-        write_slots(self._cache[name], row, data)
+        with self._gpu.used():
+            write_slots(self._cache[name], row, data)
 
     def _poison_slots(self, name: str, row: int, start: int) -> None:
         cache = self._cache[name]
         poison_slots(cache, row, poison(self._dtype, start, cache.shape[2]))
 
     def _step(self, feeds: dict[str, Int64]) -> Float32:
-        import torch
-
         rows, wanted = feeds[LOGITS_INDICES].shape
-        if rows != self._bound_rows:
-            for past in self._cache:
-                self._set_shape(past, (rows, *self._row_shape))
-            self._bound_rows = rows
-        # kept alive until the stream is done with them
-        inputs = {
-            name: torch.from_numpy(np.array(array)).to(self._device)
-            for name, array in feeds.items()
-        }
-        for name, tensor in inputs.items():
-            self._set_shape(name, tuple(tensor.shape))
-            self._context.set_tensor_address(name, tensor.data_ptr())
-        logits = torch.empty(
-            (rows, wanted, self.vocab_size), dtype=torch.float32, device=self._device
-        )
-        self._context.set_tensor_address(LOGITS, logits.data_ptr())
-        stream = torch.cuda.current_stream(self._device).cuda_stream if logits.is_cuda else 0
-        if not self._context.execute_async_v3(stream):
+        sizes = _Sizes(rows, feeds[INPUT_IDS].shape[1], len(feeds[KEY_POSITIONS]), wanted)
+        running = self._single if sizes.width == sizes.logits == 1 else self._wide
+        if running.sizes != sizes:
+            self._prepare(running, sizes)
+        self._upload(feeds)
+        if not running.context.execute_async_v3(self._gpu.stream):
             raise EngineError("TensorRT refused to run a step; its log says why")
-        result: Float32 = logits.cpu().numpy()
+        return self._fetch(rows, wanted)
+
+    def _upload(self, feeds: dict[str, Int64]) -> None:
+        """Inputs to the device. key_positions is there already, unless slot 0 has another position."""
+        for name, values in feeds.items():
+            memory = self._inputs[name]
+            if name == KEY_POSITIONS:
+                if self._uploaded_position == values[0]:
+                    continue
+                self._uploaded_position = int(values[0])
+                values = values[0] + np.arange(len(memory.values))
+            count = values.size
+            memory.values[:count] = values.reshape(-1)
+            self._gpu.copy(memory.device[:count], memory.pinned[:count])
+
+    def _fetch(self, rows: int, wanted: int) -> Float32:
+        """Wait for the step, and return the logits of the rows that are asked for; the others' are zeros."""
+        size = wanted * self.vocab_size
+        asked = np.flatnonzero(self._asked).tolist()
+        for row in asked:
+            part = slice(row * size, (row + 1) * size)
+            self._gpu.copy(self._host_logits[part], self._logits[part])
+        self._gpu.synchronize()
+        result: Float32 = np.zeros((rows, wanted, self.vocab_size), dtype=np.float32)
+        found = self._host_logits[: rows * size].numpy().reshape(result.shape)
+        for row in asked:
+            result[row] = found[row]
         return result
 
-    def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        if not self._context.set_input_shape(name, shape):
-            raise EngineError(f"{name} of shape {list(shape)} is outside the engine's profile")
+
+def _save(kernels: JitCache, *alive: Any) -> None:
+    kernels.save()
 
 
 def check_gpu(engine: Engine) -> None:

@@ -158,6 +158,8 @@ ENGINE_WEIGHTS = "weights.safetensors"
 """The weights and rope tables of an onnxruntime engine, which its model.onnx refers to."""
 PROOF = "proof.safetensors"
 """What an engine must reproduce; docs/reference/proof.md."""
+JIT_CACHE = "kernels.bin"
+"""In an entry of the cache: what TensorRT-RTX compiled for one engine on one GPU."""
 COS_TABLE, SIN_TABLE = "rope.cos", "rope.sin"
 
 # --- choices

@@ -135,7 +135,8 @@ def open_target(
     package = load_package(path)
     judged_as = judged_as or PACKAGE
     in_fp32 = judged_as == NETWORK or device == "cpu"
-    form, architectures = None, ()
+    form: str | None = None
+    architectures: tuple[str, ...] = ()
     if judged_as == NETWORK:
         form, architectures = _form(package, gpus, attention)
     return Target(

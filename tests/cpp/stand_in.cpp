@@ -56,12 +56,14 @@ class StandInExecutor final : public qwenport::detail::Executor {
     const Uncounted uncounted;
     if (call_.width() > most_tokens_) throw Misuse("a step that its profile does not admit");
     if (workspace_bytes_ < workspace_bytes()) throw Misuse("a workspace that is too small");
-    device_.check_device(workspace_, workspace_bytes_);
     for (const std::string& query : manifest_.queries) {
       const auto heads = static_cast<std::size_t>(call_.rows() * call_.width() * manifest_.heads);
       device_.check_device(call_.memory.at(query), heads * manifest_.slot_bytes());
     }
-    device_.submit([&device = device_, call = call_] { device.run(call); });
+    device_.submit([&device = device_, call = call_, workspace = workspace_, bytes = workspace_bytes_] {
+      device.check_device(workspace, bytes);  // a graph keeps its address
+      device.run(call);
+    });
   }
 
  private:

@@ -296,8 +296,8 @@ def test_a_session_loads_the_plugins_of_its_engine(
     registry = Registry(loads=loads)
     monkeypatch.setattr(trt.Runtime, "get_plugin_registry", lambda self: registry, raising=False)
     if loads:
-        engines.TensorRTSession(engine, device="cpu", tensorrt=trt)
+        engines.TensorRTSession(engine, tensorrt=trt, gpu=trt.gpu)
     else:
         with pytest.raises(engines.EngineError, match="cannot load the engine's plugins"):
-            engines.TensorRTSession(engine, device="cpu", tensorrt=trt)
+            engines.TensorRTSession(engine, tensorrt=trt, gpu=trt.gpu)
     assert registry.loaded == [plain.path / "libqwenport_plugins.so"]

@@ -47,8 +47,8 @@ def session(request, package_of, engine_of, tmp_path_factory) -> CachedSession:
         engine,
         max_batch=ROWS,
         capacity=CAPACITY,
-        device="cpu",
-        tensorrt=stand_in_tensorrt.stand_in(engine, package_of("fp32")),
+        tensorrt=(runtime := stand_in_tensorrt.stand_in(engine, package_of("fp32"))),
+        gpu=runtime.gpu,
     )
 
 
@@ -221,7 +221,7 @@ def test_sessions_refuse_more_than_their_target_has(package_of, engine_of):
         engines.OnnxRuntimeSession(package, max_batch=package.max_batch + 1)
     for extra in ({"max_batch": 4}, {"capacity": 513}):
         with pytest.raises(engines.SessionError, match="built for"):
-            engines.TensorRTSession(engine, device="cpu", tensorrt=runtime, **extra)
+            engines.TensorRTSession(engine, tensorrt=runtime, gpu=runtime.gpu, **extra)
 
 
 def test_what_is_no_number_and_no_list_is_named(package_of, session):
@@ -267,4 +267,4 @@ def test_an_engine_of_another_tensorrt_version_is_refused(engine_of, package_of)
     runtime = stand_in_tensorrt.stand_in(engine, package_of("fp32"))
     runtime.__version__ = "1.0.0"
     with pytest.raises(engines.EngineError, match=r"installed is 1\.0\.0"):
-        engines.TensorRTSession(engine, device="cpu", tensorrt=runtime)
+        engines.TensorRTSession(engine, tensorrt=runtime, gpu=runtime.gpu)

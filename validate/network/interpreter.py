@@ -126,12 +126,12 @@ class Interpreter:
             if name in done:
                 continue
             if name in self._scaled:
-                made, _ = self._scaled[name]
-                if made in done:
+                source, _ = self._scaled[name]
+                if source in done:
                     steps.append(self._unscaled(name))
                     done.add(name)
                 else:
-                    pending += [(name, True), (made, False)]
+                    pending += [(name, True), (source, False)]
                 continue
             if name not in self._makers:
                 raise NetworkError(f"tensor {name} is made by no layer and was not given")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwenport.contract import INPUT_IDS, KEY_POSITIONS, POSITION_IDS
+from qwenport.contract import KEY_POSITIONS, POSITION_IDS
 from qwenport.engines.errors import LoweringError
 from qwenport.engines.lowering.attention_forms.surgery import CachedAttention, Surgery
 
@@ -24,9 +24,10 @@ class Chunked:
     """IAttention(q, k, v, mask) -> chunks for one token, and the same IAttention for several."""
 
     def __init__(self, surgery: Surgery) -> None:
-        self._surgery, self._masks = surgery, None
-        seq = surgery.size(surgery.inputs[INPUT_IDS], 1)
-        span = surgery.size(surgery.inputs[KEY_POSITIONS], 0)
+        self._surgery = surgery
+        keys, positions = surgery.inputs[KEY_POSITIONS], surgery.inputs[POSITION_IDS]
+        rows, seq = (surgery.size(positions, axis) for axis in range(2))
+        span = surgery.size(keys, 0)
         one = surgery.sizes(1)
         # 1 for a step of one token, else 0
         decodes = surgery.elementwise(
@@ -42,10 +43,13 @@ class Chunked:
             )
 
         chunk = surgery.sizes(CHUNK)
-        self._seq = seq
         self._chunks = either(surgery.elementwise(span, "FLOOR_DIV", chunk), one)
         self._prefill_keys = either(chunk, span)
-        self._decode_keys = surgery.elementwise(self._chunks, "PROD", chunk)
+        self._decode_mask = self._visible(
+            surgery.first(keys, [surgery.elementwise(self._chunks, "PROD", chunk)]),
+            surgery.first(positions, [rows, 1]),
+        )
+        self._prefill_mask = self._visible(surgery.first(keys, [self._prefill_keys]), positions)
         self._decodes = surgery.reshape(surgery.elementwise(seq, "EQUAL", one), 1, 1, 1, 1)
         self.prefills = prefills
 
@@ -71,7 +75,6 @@ class Chunked:
         _, kv_heads, slots, head_dim = found.keys.shape
         if slots % CHUNK:
             raise LoweringError(f"a cache of {slots} slots is not a multiple of {CHUNK}")
-        mask, _ = self._cut(found.attention)
         dtype, rows = found.queries.dtype, surgery.size(found.queries, 0)
         first = surgery.first(found.queries, [rows, found.heads, 1, head_dim])
         if not scaled:
@@ -93,7 +96,7 @@ class Chunked:
             surgery.cast(queries, float32), "PROD", surgery.cast(keys, float32)
         )
         scores = surgery.select(
-            surgery.reshape(mask, 0, 1, -1, 1, CHUNK),
+            surgery.reshape(self._decode_mask, 0, 1, -1, 1, CHUNK),
             surgery.reduce(products, "SUM", 5, keep=False),
             surgery.number(MASKED_SCORE, 5, float32),
         )
@@ -122,7 +125,6 @@ class Chunked:
         """Attention of all tokens: the parser's, over the active span, its scale applied to the queries alone."""
         surgery, attention = self._surgery, found.attention
         _, kv_heads, _, head_dim = found.keys.shape
-        _, mask = self._cut(attention)
         attention.set_input(
             0,
             surgery.elementwise(
@@ -134,22 +136,8 @@ class Chunked:
             attention.set_input(
                 index, surgery.first(cache, [rows, kv_heads, self._prefill_keys, head_dim])
             )
-        attention.mask = mask
+        attention.mask = self._prefill_mask
         return found.result
-
-    def _cut(self, attention: Any) -> tuple[Any, Any]:
-        """The mask of the first token, and of all tokens, over the keys of their branch; the same for all layers."""
-        if self._masks is None:
-            surgery = self._surgery
-            keys, positions = (surgery.inputs[n] for n in (KEY_POSITIONS, POSITION_IDS))
-            rows = surgery.size(positions, 0)
-            self._masks = tuple(
-                self._visible(
-                    surgery.first(keys, [length]), surgery.first(positions, [rows, tokens])
-                )
-                for tokens, length in ((1, self._decode_keys), (self._seq, self._prefill_keys))
-            )
-        return self._masks
 
     def _visible(self, keys: Any, positions: Any) -> Any:
         """Whether a token attends to a key, bool [batch, 1, tokens, keys]."""

@@ -42,8 +42,10 @@ class Direct:
         """
         surgery, trt = self._surgery, self._surgery.trt
         rotation, queries = found.rotation, found.queries
-        if rotation.type != trt.LayerType.ROTARY_EMBEDDING:
-            raise LoweringError(f"{rotation.name}: the queries' scale cannot be applied before it")
+        if rotation is None or rotation.type != trt.LayerType.ROTARY_EMBEDDING:
+            raise LoweringError(
+                f"decoder layer {found.layer}: the queries are not rotated by TensorRT's own layer"
+            )
         scale = surgery.number(found.scale, 4, queries.dtype)
         rotation.set_input(0, surgery.elementwise(rotation.get_input(0), "PROD", scale))
         surgery.scaled[queries.name] = (query(found.layer), found.scale)

@@ -24,7 +24,7 @@ class CachedAttention:
         layer: the decoder layer's number.
         attention: the parser's IAttention, which has a mask.
         queries: the rotated queries, not scaled yet: [batch, heads, seq, head_dim].
-        rotation: the layer that makes them.
+        rotation: the layer that makes them; None for a network input.
         keys: the updated cache, [batch, kv_heads, slots, head_dim].
         values: the same of the values.
         scale: what a product of a query and a key is multiplied by.
@@ -104,16 +104,24 @@ class Surgery:
             (queries, q), (keys, k), (values, v) = (
                 self._source(attention.get_input(index)) for index in range(3)
             )
-            number = numbers.get((keys.name, values.name))
-            if number is None or v != 1:
+            held = (keys.name, values.name)
+            if held not in numbers or v != 1:
                 raise LoweringError(f"{name}: it attends to {keys.name} and {values.name}")
             if not self._is_causal(attention.mask):
                 raise LoweringError(f"{name}: its mask is not {KEY_POSITIONS} <= {POSITION_IDS}")
-            result, rotation = attention.get_output(0), self._makers[queries.name][0]
+            result, rotation = attention.get_output(0), self._makers.get(queries.name, (None,))[0]
             reading = tuple(readers.get(result.name, ()))
             attentions.append(
                 CachedAttention(
-                    number, attention, queries, rotation, keys, values, q * k, result, reading
+                    numbers[held],
+                    attention,
+                    queries,
+                    rotation,
+                    keys,
+                    values,
+                    q * k,
+                    result,
+                    reading,
                 )
             )
         return tuple(sorted(attentions, key=lambda found: found.layer))
@@ -121,24 +129,35 @@ class Surgery:
     def _source(self, tensor: Any) -> tuple[Any, float]:
         """Back past the parser's scaling and the slice to the active span; also by how much it was scaled."""
         scale = 1.0
-        while True:
+        while tensor.name in self._makers:
             layer, kind = self._makers[tensor.name]
-            if kind == "SLICE":
-                tensor = layer.get_input(0)
-            elif kind == "ELEMENTWISE":
-                tensor, factor = layer.get_input(0), self._makers[layer.get_input(1).name][0]
-                constant = self._makers[factor.get_input(0).name][0]
-                constant.__class__ = self.trt.IConstantLayer
-                scale *= float(constant.weights[0])
-            else:
-                return tensor, scale
+            if kind == "ELEMENTWISE":
+                factor = self._number(layer.get_input(1))
+                if factor is None:
+                    break
+                scale *= factor
+            elif kind != "SLICE":
+                break
+            tensor = layer.get_input(0)
+        return tensor, scale
+
+    def _number(self, tensor: Any) -> float | None:
+        """The value of a cast constant of one element; None if it is something else."""
+        cast, kind = self._makers.get(tensor.name, (None, ""))
+        if kind != "CAST" or tuple(tensor.shape) != (1, 1, 1, 1):
+            return None
+        constant, kind = self._makers.get(cast.get_input(0).name, (None, ""))
+        if kind != "CONSTANT":
+            return None
+        constant.__class__ = self.trt.IConstantLayer
+        return float(np.asarray(constant.weights).reshape(-1)[0])
 
     def _is_causal(self, mask: Any) -> bool:
         """Whether a mask is what the exporter writes: key_positions <= position_ids."""
-        layer, kind = self._makers[mask.name]
+        layer, kind = self._makers.get(mask.name, (None, ""))
         if kind != "ELEMENTWISE":
             return False
-        parts = [self._makers[layer.get_input(index).name] for index in range(2)]
+        parts = [self._makers.get(layer.get_input(i).name, (None, "")) for i in range(2)]
         compared = set()
         for part, kind in parts:
             if kind != "ELEMENTWISE":
