@@ -192,7 +192,6 @@ FOR_CPP = {
     "plan_name": PLAN,
     "model_name": MODEL,
     "weights_name": ENGINE_WEIGHTS,
-    "proof_name": PROOF,
     "oldest_onnxruntime_api": OLDEST_ONNXRUNTIME_API,
     "most_threads": MOST_THREADS,
     "engine_format": ENGINE_FORMAT,

@@ -21,9 +21,10 @@ from onnx import helper
 from qwenport import engines, exporter
 from qwenport.contract import MANIFEST, MODEL, ONNXRUNTIME, PROOF
 from qwenport.engines import OnnxRuntimeSession
+from qwenport.validate import keep_proof
 
 from . import proofs
-from .builds import built, run
+from .builds import ROOT, built, run
 from .runtime import Engine, Error, Library
 from .toy import VOCAB, toy_directory, toy_logits
 
@@ -172,6 +173,47 @@ def test_a_faulty_graph_is_caught(load, directory_of, tmp_path: Path, name: str,
         engine.session()
 
 
+@pytest.fixture(scope="module")
+def proven_of(tmp_path_factory) -> Callable[[str], Path]:
+    """Name of a bundled checkpoint -> its engine with the proof that Python makes."""
+    folder, made = tmp_path_factory.mktemp("proven"), dict[str, Path]()
+
+    def make(name: str) -> Path:
+        if name not in made:
+            package = exporter.export(ROOT / "examples" / name, folder / f"{name}.package")
+            assert keep_proof(package) is None
+            made[name] = engines.build(package.path, folder / name, target=ONNXRUNTIME).path
+        return made[name]
+
+    return make
+
+
+@every_checkpoint
+def test_what_python_makes_passes_as_in_python(load, proven_of, name: str) -> None:
+    """The same cases and rows of logits; a pass here is a pass there, and the other way round."""
+    path = proven_of(name)
+    with pytest.raises(engines.EngineError, match="has not passed its self-test here"):
+        engines.open_session(path, require_self_test=True)
+    report = load(path).self_test()
+    assert report.passed == 1, report.summary
+    engines.open_session(path, require_self_test=True)
+
+    theirs = engines.self_test(path)
+    assert (report.cases, report.skipped, report.marks) == (
+        theirs.cases,
+        theirs.left_out,
+        theirs.marks,
+    )
+
+
+def test_a_pass_of_python_counts(load, proven_of) -> None:
+    path = proven_of("tiny-qwen2.5")
+    with pytest.raises(Error, match="has not passed its self-test on this machine"):
+        load(path, require_self_test=True).session()
+    engines.self_test(path)
+    load(path, require_self_test=True).session()
+
+
 # What a proof says is what is compared
 
 
@@ -207,13 +249,13 @@ def test_a_failure_is_located(library: Library, toy_proof, tmp_path: Path) -> No
     operations = tensors["operations"].tolist()
     (call,) = (o[1] for o in operations if o[2] == proofs.FEED and o[4:] == [2, 2])
     assert (report.passed, report.case_name) == (0, b"ragged rows")
-    assert (report.call, report.row, report.position, report.span) == (call, 2, 2, 64)
+    assert (report.call, report.row, report.position, report.span) == (call, 2, 1, 64)
     values = tensors["top_values"][mark].astype(float)
     values[0] += 1
     assert report.error == pytest.approx(1 / np.linalg.norm(values), rel=1e-5)
     assert report.bound == pytest.approx(1e-6)
     assert report.summary.decode() == (
-        f'self-test failed in case "ragged rows", call {call}: row 2 after 2 tokens, span 64: '
+        f'self-test failed in case "ragged rows", call {call}: row 2, position 1, span 64: '
         f"error {report.error:.3g}, allowed is 1e-06"
     )
 
