@@ -12,12 +12,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from qwenport.contract import MANIFEST, ONNXRUNTIME, SELF_TEST_FORMAT, SELF_TEST_VERSION
+from qwenport.contract import MANIFEST, ONNXRUNTIME, SELF_TEST_FORMAT, SELF_TEST_VERSION, SELF_TESTS
 from qwenport.engines.cache import CacheError, cache_folder
 from qwenport.engines.engine import Engine
 from qwenport.exporter import sha256
-
-FOLDER = "self-tests"
 
 
 def has_passed(engine: Engine) -> bool:
@@ -74,7 +72,7 @@ def _file(key: list[str]) -> Path:
         CacheError: there is no place for a cache.
     """
     name = hashlib.sha256("".join(f"{line}\n" for line in key).encode()).hexdigest()
-    return cache_folder() / FOLDER / f"{name}.json"
+    return cache_folder() / SELF_TESTS / f"{name}.json"
 
 
 def _key(engine: Engine) -> list[str]:
