@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwenport.contract import DTYPES
+from qwenport.contract import DTYPES, PROOF_FORMAT, PROOF_VERSION
 from qwenport.engines.errors import ProofError
 
-PROOF_FORMAT, PROOF_VERSION = "qwenport-proof", 1
 TOP = 32  # logits that a mark has themselves
 PROJECTIONS = 64
 MOST_PROOF_BYTES = 32 << 20

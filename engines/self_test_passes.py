@@ -12,13 +12,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from qwenport.contract import MANIFEST, ONNXRUNTIME
+from qwenport.contract import MANIFEST, ONNXRUNTIME, SELF_TEST_FORMAT, SELF_TEST_VERSION, SELF_TESTS
 from qwenport.engines.cache import CacheError, cache_folder
 from qwenport.engines.engine import Engine
 from qwenport.exporter import sha256
-
-FORMAT, VERSION = "qwenport-self-test", 1
-FOLDER = "self-tests"
 
 
 def has_passed(engine: Engine) -> bool:
@@ -30,7 +27,8 @@ def has_passed(engine: Engine) -> bool:
         return False
     return (
         isinstance(found, dict)
-        and (found.get("format"), found.get("format_version")) == (FORMAT, VERSION)
+        and (found.get("format"), found.get("format_version"))
+        == (SELF_TEST_FORMAT, SELF_TEST_VERSION)
         and found.get("key") == key
     )
 
@@ -39,8 +37,8 @@ def remember_pass(engine: Engine, cases: int, left_out: int, marks: int) -> None
     """Remember that a self-test passed here; where there is no place for it, it is forgotten."""
     key = _key(engine)
     data = {
-        "format": FORMAT,
-        "format_version": VERSION,
+        "format": SELF_TEST_FORMAT,
+        "format_version": SELF_TEST_VERSION,
         "key": key,
         "cases": cases,
         "left_out": left_out,
@@ -74,7 +72,7 @@ def _file(key: list[str]) -> Path:
         CacheError: there is no place for a cache.
     """
     name = hashlib.sha256("".join(f"{line}\n" for line in key).encode()).hexdigest()
-    return cache_folder() / FOLDER / f"{name}.json"
+    return cache_folder() / SELF_TESTS / f"{name}.json"
 
 
 def _key(engine: Engine) -> list[str]:
@@ -87,7 +85,7 @@ def _key(engine: Engine) -> list[str]:
     else:
         device, driver, version = _gpu(), _driver(), engine.manifest["runtime_version"]
     return [
-        f"{FORMAT} {VERSION}",
+        f"{SELF_TEST_FORMAT} {SELF_TEST_VERSION}",
         sha256(engine.path / MANIFEST),
         device,
         driver,

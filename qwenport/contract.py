@@ -153,6 +153,8 @@ CACHE_FORMAT, CACHE_VERSION = "qwenport-cache-entry", 1
 PROOF_FORMAT, PROOF_VERSION = "qwenport-proof", 1
 SELF_TEST_FORMAT, SELF_TEST_VERSION = "qwenport-self-test", 1
 """Of the file that remembers a self-test that passed."""
+SELF_TESTS = "self-tests"
+"""The folder of those files in the cache."""
 MODEL, ROPE, PLAN = "model.onnx", "rope.safetensors", "engine.plan"
 ENGINE_WEIGHTS = "weights.safetensors"
 """The weights and rope tables of an onnxruntime engine, which its model.onnx refers to."""
@@ -224,6 +226,7 @@ FOR_CPP = {
     "proof_version": PROOF_VERSION,
     "self_test_format": SELF_TEST_FORMAT,
     "self_test_version": SELF_TEST_VERSION,
+    "self_tests_folder": SELF_TESTS,
     "plugin_namespace": PLUGIN_NAMESPACE,
     "plugin_version": PLUGIN_VERSION,
     "rotary_embedding_qk": ROTARY_EMBEDDING_QK,

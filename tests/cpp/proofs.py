@@ -13,9 +13,14 @@ from safetensors.numpy import save
 
 from qwenport.contract import MANIFEST, PROOF
 
+from .runtime import Library
+from .toy import VOCAB, toy_directory
+
 Logits = Callable[[list[int]], Any]
 """Tokens -> fp32 [vocab] after the last of them."""
 
+TOY_TEXTS = [[(3 + i * i) % VOCAB for i in range(140)], [*range(20)], [*range(40, 60)]]
+PACKAGE = "a" * 64
 BEGIN, FEED, TRUNCATE, POISON, RESET = range(5)
 
 
@@ -118,3 +123,20 @@ def package_of(directory: Path) -> str:
 
 def write(tensors: dict[str, Any], metadata: dict[str, str]) -> bytes:
     return save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata)
+
+
+def change(tensors: dict[str, Any], name: str, index: tuple[int, ...], by: float) -> dict[str, Any]:
+    """The tensors with something added to one number."""
+    changed = tensors[name].copy()
+    changed[index] += by
+    return {**tensors, name: changed}
+
+
+def toy_with(library: Library, folder: Path, proof: bytes) -> Path:
+    """An engine directory of the toy network that carries a proof."""
+    toy_directory(library, folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["package"] = {"manifest_sha256": PACKAGE}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    put_proof(folder, proof)
+    return folder

@@ -62,7 +62,7 @@ std::string pass_file(const PassKey& key) {
   }
   std::string lines;
   for (const std::string& line : key) lines += line + "\n";
-  return folder / "qwenport" / "self-tests" / (sha256(lines.data(), lines.size()) + ".json");
+  return folder / "qwenport" / contract::self_tests_folder / (sha256(lines.data(), lines.size()) + ".json");
 }
 
 bool is_remembered(const PassKey& key) {

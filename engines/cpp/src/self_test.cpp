@@ -38,9 +38,9 @@ std::string in_words(const SelfTestReport& report) {
   const SelfTestFailure& failure = report.failure;
   if (!report.passed) {
     return "self-test failed in case \"" + failure.case_name + "\", call " + std::to_string(failure.call) +
-           ": row " + std::to_string(failure.row) + " after " + std::to_string(failure.position) +
-           " tokens, span " + std::to_string(failure.span) + ": error " + number(failure.error) +
-           ", allowed is " + number(failure.bound);
+           ": row " + std::to_string(failure.row) + ", position " + std::to_string(failure.position) +
+           ", span " + std::to_string(failure.span) + ": error " + number(failure.error) + ", allowed is " +
+           number(failure.bound);
   }
   return "self-test passed: " + std::to_string(report.cases) + " cases (" + std::to_string(report.skipped) +
          " left out), " + std::to_string(report.marks) + " rows of logits in " + number(report.seconds) +
@@ -95,7 +95,7 @@ class Runner {
       const double error = proof_.error(*each.mark, logits.row(each.row));
       const double bound = each.mark->bounds[bound_];
       if (error <= bound) continue;
-      report.failure = {one.name, step.call, each.row, each.end, session_.span(), error, bound};
+      report.failure = {one.name, step.call, each.row, each.end - 1, session_.span(), error, bound};
       return false;
     }
     return true;

@@ -114,7 +114,7 @@ struct SelfTestFailure {
   std::string case_name;
   int call = 0;      ///< as numbered in the proof
   int row = 0;       ///< of the session
-  int position = 0;  ///< tokens that the row held
+  int position = 0;  ///< of the token whose logits they are, from 0
   int span = 0;      ///< cache slots that the step attended to
   double error = 0;  ///< relative to the norm of the logits; infinity if one of them is not finite
   double bound = 0;  ///< what is allowed
