@@ -18,9 +18,11 @@ import click
 from measure import ROOT
 from shapes import BYTES, config_of, matrices, tensors_of
 
+from qwenport.contract import CHUNKED, DIRECT, MASKED, SPLIT
+from qwenport.engines.lowering import CHUNK
+
 SHAPES = ("qwen2.5-0.5b-instruct", "qwen2.5-7b-instruct")
 CONTEXTS = (1024, 32768)
-CHUNK = 256  # keys, of the forms that split a row's keys
 RESULTS = ROOT / "benchmarks" / "results" / "roofline.json"
 PAGE = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- from benchmarks/roofline.py -->\n", "<!-- end -->\n"
@@ -63,13 +65,13 @@ def _chunked(config: dict[str, Any]) -> float:
 
 
 FORMS: dict[str, Callable[[dict[str, Any]], float]] = {
-    "masked": _masked,
-    "direct": _direct,
-    "chunked": _chunked,
-    "split": _chunked,  # its decode is the same
+    MASKED: _masked,
+    DIRECT: _direct,
+    CHUNKED: _chunked,
+    SPLIT: _chunked,  # its decode is the same
 }
 """Form of attention -> the bytes moved in a decode step over those of the cache's active part."""
-SHOWN = ("masked", "direct", "chunked")
+SHOWN = (MASKED, DIRECT, CHUNKED)
 
 
 @dataclass(frozen=True)

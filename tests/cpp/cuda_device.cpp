@@ -1,4 +1,4 @@
-// src/tensorrt/cuda.cpp on a GPU: elsewhere the stand-in takes its place. Without a GPU the exit code is 2.
+// src/tensorrt/cuda.cpp on a GPU, or with cuda_on_cpu.cpp in CUDA's place. Without a GPU the exit code is 2.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include "cuda_device.hpp"
 
