@@ -331,7 +331,8 @@ class TensorRTSession(SavedSession):
 
     def _poison_slots(self, name: str, row: int, start: int) -> None:
         cache = self._cache[name]
-        poison_slots(cache, row, poison(self._dtype, start, cache.shape[2]))
+        with self._gpu.used():
+            poison_slots(cache, row, poison(self._dtype, start, cache.shape[2]))
 
     def _step(self, feeds: dict[str, Int64]) -> Float32:
         rows, wanted = feeds[LOGITS_INDICES].shape

@@ -139,7 +139,9 @@ STEPS = (
             "{work}/times.json",
         ),
     ),
-    Step("sanitizer", 150, pytest("test_plugins_on_gpu.py", "-n", WORKERS, "-k", "sanitizer"), tests),
+    Step(
+        "sanitizer", 150, pytest("test_plugins_on_gpu.py", "-n", WORKERS, "-k", "sanitizer"), tests
+    ),
     *(
         Step(
             f"counters-{tokens}",

@@ -105,6 +105,9 @@ def _self_test(defect: Defect, proven: Proofs, folder: Path) -> engines.SelfTest
     (faulty / "proof.safetensors").unlink()
     engine = engines.build(faulty, folder / "engine", target="onnxruntime")
     session = engines.OnnxRuntimeSession(
-        engine, max_batch=engine.manifest["max_batch"], capacity=engine.manifest["max_seq_len"], threads=1
+        engine,
+        max_batch=engine.manifest["max_batch"],
+        capacity=engine.manifest["max_seq_len"],
+        threads=1,
     )
     return run_proof(session, healthy.proof, IN_FP32)
