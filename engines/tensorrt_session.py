@@ -142,7 +142,10 @@ class TensorRTSession(SavedSession):
         self._runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
         for name in manifest["plugins"]:
             register_for_run(self._runtime, engine.path / name)
-        self._engine = load_plan(tensorrt, self._runtime, engine.plan)
+        try:
+            self._engine = load_plan(tensorrt, self._runtime, engine.plan)
+        except OSError as error:
+            raise EngineError(f"{engine.plan}: cannot be read: {error.strerror}") from error
         if self._engine is None:
             raise EngineError(
                 f"{engine.path}: TensorRT refused the plan; build it again on this version"

@@ -174,8 +174,7 @@ struct SessionOptions {
   /// Usable cache slots per row, at most the engine's; 0 means the engine's. onnxruntime allocates these; with TensorRT
   /// the memory is the engine's capacity either way.
   int capacity = 0;
-  /// Replay single-token steps as CUDA graphs. Each shape (rows, and the cache span in units of 64 slots) has
-  /// one, captured in its first two steps: it costs a few milliseconds and an execution context's memory. No
+  /// Replay single-token steps as CUDA graphs. Each shape (rows, and the cache's active span) has one, captured in its first two steps: it costs a few milliseconds and an execution context's memory. No
   /// effect on TensorRT-RTX, which compiles better kernels while it runs (a graph would keep the first ones), and on
   /// onnxruntime.
   bool cuda_graphs = true;
