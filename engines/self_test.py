@@ -139,12 +139,13 @@ def run_proof(
     """Run a proof's cases that fit a session.
 
     Args:
-        session: it is reset for each case, and afterwards.
+        session: it is reset for each case and afterwards; its `on_step` is used.
         proof: of the session's package.
         column: of the bounds, IN_FP32 or IN_PACKAGE_DTYPE.
         progress: called with (what, cases done, cases).
     """
     runner = _Runner(session, proof, column)
+    session.on_step = runner.note
     result = SelfTest(cases=0, left_out=0)
     for number, (case, several) in enumerate(groupby(proof.operations, lambda o: o.case)):
         progress(f"self-test: {proof.cases[case]}", number, len(proof.cases))
@@ -161,6 +162,7 @@ def run_proof(
             failures=(*result.failures, *([] if first is None else [first])),
         )
     session.reset()
+    session.on_step = None
     return replace(result, marks=runner.marks, worst=runner.worst)
 
 
@@ -176,7 +178,6 @@ class _Runner:
     def failures(self, operations: Sequence[Operation]) -> Iterator[SelfTestFailure]:
         """Run one case, as far as its failures are asked for."""
         session = self._session
-        session.on_step = self._note
         session.reset()
         for _, several in groupby(operations, lambda o: o.call):
             call = list(several)
@@ -189,9 +190,9 @@ class _Runner:
                 session.poison()
             elif first.kind is Kind.RESET:
                 session.reset()
-        session.on_step = None
 
-    def _note(self, step: Step) -> None:
+    def note(self, step: Step) -> None:
+        """Called after each step."""
         self._span = len(step.feeds[KEY_POSITIONS])
 
     def _feed(self, call: Sequence[Operation]) -> Iterator[SelfTestFailure]:

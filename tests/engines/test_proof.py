@@ -206,7 +206,7 @@ def test_damage_is_refused(damage: str, tmp_path: Path) -> None:
         read_proof(file, PACKAGE)
 
 
-@given(st.data())
+@given(data=st.data())
 def test_cut_or_changed_bytes_are_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
     """Whatever the bytes, there is a proof or a ProofError."""
     whole = bytearray(make_proof().to_bytes())
