@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+from qwenport import QwenportError
 from qwenport.contract import FP32, KEY_POSITIONS, PROOF, Progress, no_progress
 from qwenport.engines.engine import Engine, load_engine
-from qwenport.engines.errors import ProofError
+from qwenport.engines.errors import EngineError, ProofError
 from qwenport.engines.open import open_session
 from qwenport.engines.proof import Kind, Operation, Proof, read_proof
 from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.self_test_passes import forget_pass, remember_pass
 from qwenport.engines.session import Step
+from qwenport.wording import one_line
 
 IN_FP32, IN_PACKAGE_DTYPE = 0, 1
 """Columns of a proof's bounds."""
@@ -143,6 +145,9 @@ def run_proof(
         proof: of the session's package.
         column: of the bounds, IN_FP32 or IN_PACKAGE_DTYPE.
         progress: called with (what, cases done, cases).
+
+    Raises:
+        EngineError: the runtime fails in a step.
     """
     runner = _Runner(session, proof, column)
     session.on_step = runner.note
@@ -200,7 +205,15 @@ class _Runner:
         held = self._session.lengths
         for o in call:
             tokens[o.row] = self._proof.sequence(o.sequence)[held[o.row] : o.end].tolist()
-        results = self._session.prefill(tokens)
+        try:
+            results = self._session.prefill(tokens)
+        except QwenportError:
+            raise
+        except Exception as error:  # onnxruntime's have no base class
+            said = one_line(error)
+            raise EngineError(
+                f"{self._proof.cases[call[0].case]}: call {call[0].call}: the runtime fails: {said}"
+            ) from error
         for o in call:
             mark = self._marks.get((o.sequence, o.end))
             if mark is None:

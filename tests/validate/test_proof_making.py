@@ -53,7 +53,7 @@ def test_span_edges_are_those_of_sessions() -> None:
     assert {256, 512, 768, 1024} <= set(span_edges(1024))
 
 
-@given(st.integers(4, 1026), st.integers(1, 80), st.booleans())
+@given(st.integers(1, 1026), st.integers(1, 80), st.booleans())
 def test_cases_are_runs_that_sessions_can_make(context: int, batch: int, whole: bool) -> None:
     cases = make_cases(context, batch, whole=whole)
     sequences = make_sequences(64, context, experts=False)
