@@ -209,11 +209,11 @@ class _Runner:
             results = self._session.prefill(tokens)
         except QwenportError:
             raise
-        except Exception as error:  # onnxruntime's have no base class
-            said = one_line(error)
+        except Exception as failure:  # onnxruntime's have no base class
+            said = one_line(failure)
             raise EngineError(
                 f"{self._proof.cases[call[0].case]}: call {call[0].call}: the runtime fails: {said}"
-            ) from error
+            ) from failure
         for o in call:
             mark = self._marks.get((o.sequence, o.end))
             if mark is None:
