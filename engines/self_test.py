@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+from qwenport import QwenportError
 from qwenport.contract import FP32, KEY_POSITIONS, PROOF, Progress, no_progress
 from qwenport.engines.engine import Engine, load_engine
-from qwenport.engines.errors import ProofError
+from qwenport.engines.errors import EngineError, ProofError
 from qwenport.engines.open import open_session
 from qwenport.engines.proof import Kind, Operation, Proof, read_proof
 from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.self_test_passes import forget_pass, remember_pass
 from qwenport.engines.session import Step
+from qwenport.wording import one_line
 
 IN_FP32, IN_PACKAGE_DTYPE = 0, 1
 """Columns of a proof's bounds."""
@@ -139,12 +141,16 @@ def run_proof(
     """Run a proof's cases that fit a session.
 
     Args:
-        session: it is reset for each case, and afterwards.
+        session: it is reset for each case and afterwards; its `on_step` is used.
         proof: of the session's package.
         column: of the bounds, IN_FP32 or IN_PACKAGE_DTYPE.
         progress: called with (what, cases done, cases).
+
+    Raises:
+        EngineError: the runtime fails in a step.
     """
     runner = _Runner(session, proof, column)
+    session.on_step = runner.note
     result = SelfTest(cases=0, left_out=0)
     for number, (case, several) in enumerate(groupby(proof.operations, lambda o: o.case)):
         progress(f"self-test: {proof.cases[case]}", number, len(proof.cases))
@@ -161,6 +167,7 @@ def run_proof(
             failures=(*result.failures, *([] if first is None else [first])),
         )
     session.reset()
+    session.on_step = None
     return replace(result, marks=runner.marks, worst=runner.worst)
 
 
@@ -176,7 +183,6 @@ class _Runner:
     def failures(self, operations: Sequence[Operation]) -> Iterator[SelfTestFailure]:
         """Run one case, as far as its failures are asked for."""
         session = self._session
-        session.on_step = self._note
         session.reset()
         for _, several in groupby(operations, lambda o: o.call):
             call = list(several)
@@ -189,9 +195,9 @@ class _Runner:
                 session.poison()
             elif first.kind is Kind.RESET:
                 session.reset()
-        session.on_step = None
 
-    def _note(self, step: Step) -> None:
+    def note(self, step: Step) -> None:
+        """Called after each step."""
         self._span = len(step.feeds[KEY_POSITIONS])
 
     def _feed(self, call: Sequence[Operation]) -> Iterator[SelfTestFailure]:
@@ -199,7 +205,15 @@ class _Runner:
         held = self._session.lengths
         for o in call:
             tokens[o.row] = self._proof.sequence(o.sequence)[held[o.row] : o.end].tolist()
-        results = self._session.prefill(tokens)
+        try:
+            results = self._session.prefill(tokens)
+        except QwenportError:
+            raise
+        except Exception as failure:  # onnxruntime's have no base class
+            said = one_line(failure)
+            raise EngineError(
+                f"{self._proof.cases[call[0].case]}: call {call[0].call}: the runtime fails: {said}"
+            ) from failure
         for o in call:
             mark = self._marks.get((o.sequence, o.end))
             if mark is None:

@@ -25,7 +25,10 @@ Proofs = Callable[[str], Proven]
 GRAPH_FAULTS = tuple(
     d for d in ALWAYS_WRONG if PACKAGE in d.forms and not (d.config or d.rope_scaling or d.dtype)
 )
+RUNTIME_FAILS = {"cache_slot_off_by_one", "short_rope_table"}
+"""onnxruntime notices them, where a kernel on a GPU reads or writes elsewhere."""
 NOT_IN_THE_PROOF = {
+    "logits_beyond_64_repeat_the_64th",
     # the session's own prefill asks for one position a row
     "several_positions_picked_in_reverse",
     "two_positions_picked_from_the_first_row",
@@ -72,6 +75,10 @@ def test_failure_names_the_call_row_position_and_span(proven: Proofs) -> None:
 @pytest.mark.parametrize("defect", GRAPH_FAULTS, ids=lambda defect: defect.name)
 def test_fault_of_a_graph_is_caught(defect: Defect, proven: Proofs, tmp_path: Path) -> None:
     """The engine is built from the faulty graph, the proof is the healthy package's."""
+    if defect.name in RUNTIME_FAILS:
+        with pytest.raises(engines.EngineError, match="the runtime fails: "):
+            _self_test(defect, proven, tmp_path)
+        return
     result = _self_test(defect, proven, tmp_path)
     assert not result.passed
     assert result.worst > 2
