@@ -236,6 +236,19 @@ TEST_CASE("a healthy network passes") {
   CHECK(report.summary.rfind("self-test passed: 5 cases (1 left out), 30 rows of logits in ", 0) == 0);
 }
 
+TEST_CASE("a healthy network passes in every form of attention, with one profile or two") {
+  for (const char* form : {"masked", "direct", "chunked", "split"}) {
+    for (const bool two_profiles : {false, true}) {
+      CAPTURE(form);
+      const auto model = stand_in::toy_model(160, 4, 24, form, two_profiles);
+      const Proof proof(bytes_of(proof_file(), model->manifest()), "proof", 97);
+      const SelfTestReport report = qwenport::detail::run_proof(model, proof, "engine");
+      CHECK_MESSAGE(report.passed, report.summary);
+      CHECK(report.marks == marks);
+    }
+  }
+}
+
 TEST_CASE("every fault is caught, in the case that shows it") {
   for (const Fault& fault : faults()) {
     CAPTURE(fault.name);
