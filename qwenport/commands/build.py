@@ -72,6 +72,9 @@ def command(
     fp32 weights that load as they are; a manifest; and the tokenizer. What TensorRT would drop or misread in
     the graph fails the build and is named.
 
+    A C++ program runs TensorRT engines in a library compiled with the headers of the same flavour: see
+    `qwenport cpp install`.
+
     \b
     Examples:
       qwenport build qwen.package qwen.engine --target onnxruntime
