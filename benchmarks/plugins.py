@@ -303,12 +303,12 @@ def measure_all(
     began, total = clock(), 3 * len(layers) * len(tokens)
     for number, case in enumerate(cases(setup, layers, tokens), 1):
         report.say(case.name)
-        for who, contender in case.contenders.items():
-            if who.startswith(OURS):
-                measure_contender(setup, case, who, contender, report)
-            elif report.peers:
-                late = clock() - began > ALLOWED * number / total
-                measure_contender(setup, case, who, None if late else contender, report)
+        ours = {who: each for who, each in case.contenders.items() if who.startswith(OURS)}
+        for who, contender in ours.items():
+            measure_contender(setup, case, who, contender, report)
+        late = clock() - began > ALLOWED * number / total
+        for who in [name for name in case.contenders if report.peers and name not in ours]:
+            measure_contender(setup, case, who, None if late else case.contenders[who], report)
 
 
 def measure_contender(
