@@ -194,10 +194,10 @@ MOST_EXPERTS, MOST_CHOSEN = 512, 16
 """Limits of the kernels: experts per layer, and experts per token."""
 GPUS = {
     TENSORRT_RTX: ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
-    TENSORRT: ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "sm121"),
+    TENSORRT: tuple("sm80 sm86 sm87 sm89 sm90 sm100 sm103 sm110 sm120 sm121".split()),
     "plugins": ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120"),
 }
-"""The architectures that each target has code for."""
+"""The architectures that each target has code for; the plugins' code also runs on newer GPUs of a generation."""
 OLDEST_PLUGIN_GPU = 80
 
 # --- progress

@@ -11,6 +11,7 @@ from qwenport.engines.lowering.constants import DropCasts, FoldConstants
 from qwenport.engines.lowering.experts import SplitExperts
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
+from qwenport.engines.lowering.read_experts_once import ReadExpertsOnce
 from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables, folded
 from qwenport.engines.lowering.rounded import RoundResults
 from qwenport.engines.lowering.stored import ALIGNMENT, StoredWeight, StoreInFloat32
@@ -33,6 +34,7 @@ __all__ = [
     "FoldConstants",
     "FoldRopeTables",
     "FuseTransposedMatMul",
+    "ReadExpertsOnce",
     "RoundResults",
     "SplitExperts",
     "StaticCapacity",

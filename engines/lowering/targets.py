@@ -12,6 +12,7 @@ from qwenport.engines.lowering.constants import DropCasts, FoldConstants
 from qwenport.engines.lowering.experts import SplitExperts
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
+from qwenport.engines.lowering.read_experts_once import ReadExpertsOnce
 from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables
 from qwenport.engines.lowering.rounded import RoundResults
 from qwenport.engines.lowering.stored import StoredWeight, StoreInFloat32
@@ -88,4 +89,5 @@ def for_tensorrt(
         passes.append(DecomposeAttention(kv_heads))
     if plugins:
         passes.append(UsePlugins())
+    passes.append(ReadExpertsOnce())
     return Sequential(*passes)(model).model

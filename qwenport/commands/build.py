@@ -82,6 +82,9 @@ def command(
     the graph fails the build and is named. It carries the package's proof, which `qwenport selftest` runs; if
     the package has none, and making it takes less than a minute, it is made now.
 
+    A C++ program runs TensorRT engines in a library compiled with the headers of the same flavour: see
+    `qwenport cpp install`.
+
     \b
     Examples:
       qwenport build qwen.package qwen.engine --target onnxruntime

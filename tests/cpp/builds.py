@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 BUILDS = ROOT / "build" / "cpp"
 MANY_TOKENS_ONLY = "-DQWENPORT_MANY_TOKENS_ONLY=ON"
 ONNXRUNTIME_ONLY = "-DQWENPORT_TENSORRT=OFF"
+OLDEST_CMAKE = "3.22.6"
+"""The last release of the minor version that every CMakeLists.txt asks for; all other builds use the newest."""
 OPTIMISED, CHECKED = "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS=-O1"
 # name -> what is built, and how
 SETTINGS = {
@@ -74,6 +76,18 @@ def configure(source: Path, build: Path, *settings: object) -> list[str]:
     return [tool("cmake"), "-S", str(source), "-B", str(build), *ninja, *map(str, settings)]
 
 
+def oldest_cmake() -> Path:
+    """CMake of release OLDEST_CMAKE, installed below BUILDS."""
+    name = f"cmake-{OLDEST_CMAKE}"
+    folder = BUILDS / name
+    program = folder / "cmake" / "data" / "bin" / "cmake"
+    with _locked(name):
+        if not program.exists():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+            run(*pip, "--target", folder, f"cmake=={OLDEST_CMAKE}")
+    return program
+
+
 def built(setting: str) -> Path:
     """The folder of an up-to-date build in one of SETTINGS."""
     folder = BUILDS / setting
@@ -85,11 +99,18 @@ def built(setting: str) -> Path:
     return folder
 
 
-def built_example(name: str) -> Path:
-    """The program of an example, compiled against an installed library that runs onnxruntime's engines only."""
-    library, prefix, folder = built("onnxruntime"), BUILDS / "installed", BUILDS / f"example-{name}"
+def installed() -> Path:
+    """The prefix of an installed library that runs onnxruntime's engines only."""
+    library, prefix = built("onnxruntime"), BUILDS / "installed"
     with _locked("installed"):
         run(tool("cmake"), "--install", library, "--prefix", prefix)
+    return prefix
+
+
+def built_example(name: str) -> Path:
+    """The program of an example, compiled against the installed library."""
+    prefix, folder = installed(), BUILDS / f"example-{name}"
+    with _locked("installed"):
         found = f"-DCMAKE_PREFIX_PATH={prefix}"
         run(*configure(ROOT / "examples" / "cpp" / name, folder, found, OPTIMISED))
         run(tool("cmake"), "--build", folder)

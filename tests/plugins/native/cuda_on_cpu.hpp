@@ -294,7 +294,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block_size, st
       }
     }
     if (const char* const path = std::getenv("QWENPORT_TEST_LAUNCHES")) {
-      std::ofstream(path, std::ios::app) << shared << ' ' << block.bytes_read_once << '\n';
+      std::ofstream(path, std::ios::app) << shared << ' ' << block.bytes_read_once << ' ' << grid.x << '\n';
     }
   };
   if (early) {
