@@ -18,11 +18,13 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -285,9 +287,6 @@ def perform(step: Step, gpu: bool, seconds: float, work: Path) -> Outcome:
 
 def stop(child: subprocess.Popen[bytes]) -> None:
     """End a step and all that it started."""
-    import signal
-    from contextlib import suppress
-
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -338,6 +337,7 @@ def main() -> int:
     given = parser.parse_args()
     if unknown := set(given.steps) - set(names):
         parser.error(f"no step {', '.join(sorted(unknown))}; the steps are {', '.join(names)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a step that runs is stopped, too
     end = time.monotonic() + given.budget
     data: Found = {
         "benchmark": "gpu-run",
