@@ -80,6 +80,7 @@ class Step:
 
     Attributes:
         weight_bytes: of all matrices, once.
+        stored_bytes: of all weights, the embedding table included.
         cache_bytes: of the active part of all rows' caches.
         bytes: form -> bytes moved.
         steps_per_second: GPU -> form -> the bound; a GPU that has no memory for weights and cache is left out.
@@ -89,6 +90,7 @@ class Step:
     context: int
     rows: int
     weight_bytes: int
+    stored_bytes: int
     cache_bytes: int
     bytes: dict[str, int]
     steps_per_second: dict[str, dict[str, float]]
@@ -108,7 +110,7 @@ def step(shape: str, context: int, rows: int) -> Step:
         for gpu in GPUS
         if stored + cache <= gpu.memory
     }
-    return Step(shape, context, rows, weights, cache, moved, bounds)
+    return Step(shape, context, rows, weights, stored, cache, moved, bounds)
 
 
 def steps() -> list[Step]:
@@ -141,6 +143,13 @@ def lines(found: list[Step]) -> Iterator[str]:
             for bound in bounds
         )
         yield f"| {_title(one)} | {' | '.join(cells)} |"
+    yield ""
+    yield "| model, context, rows | weights | caches | together |"
+    yield "|---" * 4 + "|"
+    for one in found:
+        if one.context == max(CONTEXTS):
+            sizes = (one.stored_bytes, one.cache_bytes, one.stored_bytes + one.cache_bytes)
+            yield f"| {_title(one)} | {' | '.join(f'{size / 1e9:.2f} GB' for size in sizes)} |"
 
 
 def _title(one: Step) -> str:

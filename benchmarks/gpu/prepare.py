@@ -18,48 +18,26 @@ from tempfile import TemporaryDirectory
 import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cpp"))
-from builds import (
-    BUILDS,
-    ROOT,
-    SETTINGS,
-    BuildError,
-    built,
-    configure,
-    run,
-    tensorrt_headers,
-    tool,
-)
+from builds import ROOT, BuildError, built
 
-from qwenport import QwenportError, engines, exporter
+from qwenport import QwenportError, engines, exporter, validate
 from qwenport.contract import GPUS, ONNXRUNTIME, TENSORRT_RTX
 
 NAME = "gpu-run"
 ROOMS = ("exporter", "plugins", "engines", "validate")  # links in qwenport/, folders there
 CHECKPOINTS = ("tiny-qwen2.5", "tiny-qwen2-moe")
-# setting of tests/cpp/builds.py -> the files that the GPU machine runs
+# setting of tests/cpp/builds.py -> target and file of what the GPU machine runs
+PLUGINS = {"qwenport_plugins": "libqwenport_plugins.so"}
 FILES = {
-    "plugins": ("drive_on_gpu", "libplugin_calls.so"),
-    "plugins-cuda": ("libqwenport_plugins.so",),
-    "plugins-cuda-many": ("libqwenport_plugins.so",),
-    "plugins-cuda-80": ("libqwenport_plugins.so",),
-    "release": ("cuda_device", "runtime/libqwenport.so"),
+    "plugins": {"drive_on_gpu": "drive_on_gpu", "plugin_calls": "libplugin_calls.so"},
+    "plugins-cuda": PLUGINS,
+    "plugins-cuda-many": PLUGINS,
+    "plugins-cuda-80": PLUGINS,
+    "release": {"cuda_device": "cuda_device", "qwenport": "runtime/libqwenport.so"},
 }
+FOR_THE_GPU = ("plugins-cuda", "plugins-cuda-many")
 QUICK = ("plugins", "plugins-cuda", "release")
 MIB = 1 << 20
-
-
-def compiled(setting: str, gpu: str) -> Path:
-    """The folder of a build for one GPU alone, of what the GPU machine runs alone."""
-    source, *settings = SETTINGS[setting]
-    folder = BUILDS / setting
-    if source == "plugins" and not any("ARCHITECTURES" in option for option in settings):
-        settings.append(f"-DCMAKE_CUDA_ARCHITECTURES={gpu.removeprefix('sm')}")
-        folder = BUILDS / f"{setting}-{gpu}-alone"
-    headers = f"-DTENSORRT_INCLUDE_DIR={tensorrt_headers()}"
-    targets = {"release": ("cuda_device", "qwenport"), "plugins": ("drive_on_gpu", "plugin_calls")}
-    run(*configure(ROOT / source, folder, headers, *settings))
-    run(tool("cmake"), "--build", folder, "--target", *targets.get(setting, ("all",)))
-    return folder
 
 
 def copy_sources(bundle: Path) -> None:
@@ -87,8 +65,9 @@ def copy_builds(bundle: Path, gpu: str, quick: bool) -> None:
     """Libraries and programs, where `built` looks for them."""
     for setting in QUICK if quick else FILES:
         click.echo(f"compiling {setting}")
-        folder = built(setting) if quick else compiled(setting, gpu)
-        for name in FILES[setting]:
+        alone = gpu if setting in FOR_THE_GPU and not quick else None
+        folder = built(setting, gpu=alone, targets=tuple(FILES[setting]))
+        for name in FILES[setting].values():
             target = bundle / "build" / "cpp" / setting / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(folder / name, target)
@@ -105,7 +84,14 @@ def make_engines(bundle: Path, gpu: str, quick: bool) -> None:
                 click.echo(f"building {name} for {target}")
                 gpus = gpu if target == TENSORRT_RTX else None
                 folder = bundle / "engines" / f"{name}-{target}"
-                engines.build(package.path, folder, target=target, gpus=gpus)
+                engines.build(package.path, folder, target=target, gpus=gpus, make_proof=prove)
+
+
+def prove(package: exporter.Package) -> None:
+    """Keep a proof in a package, for its engines to carry."""
+    why_not = validate.keep_proof(package, seconds=validate.PROOF_SECONDS)
+    if why_not:
+        raise click.ClickException(why_not)
 
 
 def pack(bundle: Path, out: Path, part_bytes: int) -> list[Path]:

@@ -18,11 +18,13 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,7 @@ class Step:
     Attributes:
         name: on the command line and in the JSON.
         limit: seconds.
-        command: what is run; "{work}" is a folder for its files.
+        command: what is run; "{work}" is a folder for its files, "{workers}" a number for pytest.
         read: what its output says, for the JSON.
         tool: a program that runs the command, with its options; the step is skipped where it is missing.
         needs: Python modules, of which one must be there.
@@ -123,7 +125,9 @@ STEPS = (
     Step(
         "plugin-tests",
         180,
-        pytest("test_plugins_on_gpu.py", "-n", WORKERS, "-k", "not sanitizer and not benchmark"),
+        pytest(
+            "test_plugins_on_gpu.py", "-n", "{workers}", "-k", "not sanitizer and not benchmark"
+        ),
         tests,
     ),
     Step(
@@ -140,7 +144,10 @@ STEPS = (
         ),
     ),
     Step(
-        "sanitizer", 150, pytest("test_plugins_on_gpu.py", "-n", WORKERS, "-k", "sanitizer"), tests
+        "sanitizer",
+        150,
+        pytest("test_plugins_on_gpu.py", "-n", "{workers}", "-k", "sanitizer"),
+        tests,
     ),
     *(
         Step(
@@ -154,7 +161,7 @@ STEPS = (
     ),
     Step("cuda", 60, (ROOT / "build" / "cpp" / "release" / "cuda_device",)),
     Step("self-tests", 150, (sys.executable, HERE / "self_tests.py"), json_lines),
-    Step("gpu-tests", 300, pytest("test_on_gpu.py", "-n", WORKERS), tests),
+    Step("gpu-tests", 300, pytest("test_on_gpu.py", "-n", "{workers}"), tests),
     Step("cpp-tests", 200, pytest("test_cpp_on_gpu.py"), tests, needs=("tensorrt",)),
     Step("attention", 300, (sys.executable, HERE / "forms.py", "{work}"), json_lines),
     Step("provider", 150, (sys.executable, HERE / "provider.py", "{work}"), json_lines),
@@ -254,7 +261,11 @@ def perform(step: Step, gpu: bool, seconds: float, work: Path) -> Outcome:
     work.mkdir(parents=True, exist_ok=True)
     tool: Sequence[str] = step.tool if gpu else ()
     command = [str(found_tool(tool[0])), *tool[1:]] if tool else []
-    command += [str(part).replace("{work}", str(work)) for part in step.command]
+    places = {"{work}": str(work), "{workers}": WORKERS if gpu else "0"}
+    for part in map(str, step.command):
+        for place, value in places.items():
+            part = part.replace(place, value)
+        command.append(part)
     start = time.perf_counter()
     with (work / "output").open("w+", encoding="utf-8", errors="replace") as stream:
         child = subprocess.Popen(
@@ -285,9 +296,6 @@ def perform(step: Step, gpu: bool, seconds: float, work: Path) -> Outcome:
 
 def stop(child: subprocess.Popen[bytes]) -> None:
     """End a step and all that it started."""
-    import signal
-    from contextlib import suppress
-
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -338,6 +346,7 @@ def main() -> int:
     given = parser.parse_args()
     if unknown := set(given.steps) - set(names):
         parser.error(f"no step {', '.join(sorted(unknown))}; the steps are {', '.join(names)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a step that runs is stopped, too
     end = time.monotonic() + given.budget
     data: Found = {
         "benchmark": "gpu-run",

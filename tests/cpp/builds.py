@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,14 +88,21 @@ def oldest_cmake() -> Path:
     return program
 
 
-def built(setting: str) -> Path:
-    """The folder of an up-to-date build in one of SETTINGS."""
-    folder = BUILDS / setting
-    with _locked(setting):
+def built(setting: str, *, gpu: str | None = None, targets: Sequence[str] = ("all",)) -> Path:
+    """The folder of an up-to-date build in one of SETTINGS.
+
+    Args:
+        gpu: compile for this architecture alone, "sm90", in a folder of its own.
+        targets: what of the build is needed.
+    """
+    folder = BUILDS / (setting if gpu is None else f"{setting}-{gpu}")
+    with _locked(folder.name):
         source, *settings = SETTINGS[setting]
-        headers = f"-DTENSORRT_INCLUDE_DIR={tensorrt_headers()}"
-        run(*configure(ROOT / source, folder, headers, *settings))
-        run(tool("cmake"), "--build", folder)
+        settings.append(f"-DTENSORRT_INCLUDE_DIR={tensorrt_headers()}")
+        if gpu is not None:
+            settings.append(f"-DCMAKE_CUDA_ARCHITECTURES={gpu.removeprefix('sm')}")
+        run(*configure(ROOT / source, folder, *settings))
+        run(tool("cmake"), "--build", folder, "--target", *targets)
     return folder
 
 

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <functional>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -77,6 +78,15 @@ TEST_CASE("the architecture of a GPU has a name, and a number too large is refus
   int count = 0;
   REQUIRE(cudaGetDeviceCount(&count) == cudaSuccess);
   CHECK(code_of([&] { (void)gpu_architecture(count, "sm90"); }) == ErrorCode::wrong_gpu);
+}
+
+TEST_CASE("a GPU and its driver have names that stay") {
+  const std::string uuid = gpu_uuid(0);
+  CHECK(uuid.rfind("GPU-", 0) == 0);
+  CHECK(uuid.size() == std::string("GPU-01234567-0123-0123-0123-0123456789ab").size());
+  CHECK(uuid == gpu_uuid(0));
+  CHECK(!driver_version().empty());
+  CHECK(driver_version() == driver_version());
 }
 
 TEST_CASE("memory is zeroed although others wrote to it, and aligned") {
