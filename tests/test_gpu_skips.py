@@ -57,3 +57,17 @@ def test_this_machine_knows_its_gpu() -> None:
 
     assert (this_machine().gpu is not None) == torch.cuda.is_available()
     assert this_machine().has("torch") and not this_machine().has("no_such_module")
+
+
+@pytest.mark.parametrize(("prebuilt", "runs"), [(False, False), (True, True)])
+def test_plugins_need_no_headers_where_they_were_compiled_beforehand(
+    prebuilt: bool, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on the machine of benchmarks/gpu/run.py."""
+    import importlib.util
+
+    from cpp import builds
+
+    monkeypatch.setattr(builds, "PREBUILT", prebuilt)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    assert (Machine("sm90", this_machine().has).no_plugins() is None) is runs
