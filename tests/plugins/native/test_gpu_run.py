@@ -130,7 +130,7 @@ def test_what_is_packed_runs_elsewhere_up_to_the_first_launch(tmp_path: Path) ->
         tar.extractall(tmp_path, filter="data")
     run = tmp_path / "gpu-run" / "benchmarks" / "gpu" / "run.py"
     done = subprocess.run(
-        [sys.executable, run, "--output", tmp_path / "run.json"],
+        [sys.executable, run, "--output", tmp_path / "run.json", "--budget", "3000"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
