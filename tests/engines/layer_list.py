@@ -19,7 +19,14 @@ from pathlib import Path
 
 from qwenport.contract import is_past, is_present, is_query
 
-BINDINGS = ("input_ids", "position_ids", "write_indices", "key_positions", "logits_indices", "logits")
+BINDINGS = (
+    "input_ids",
+    "position_ids",
+    "write_indices",
+    "key_positions",
+    "logits_indices",
+    "logits",
+)
 SIZES = {"Half": 2, "BFloat16": 2, "Float": 4, "Int32": 4, "Int64": 8, "Bool": 1}
 NOT_KERNELS = ("shape_call", "signal", "wait", "assertion")
 _TENSOR = re.compile(r"Name: ([^,]+), Dimensions: \[([^\]]*)\], .*?Datatype: (\w+)")
