@@ -8,16 +8,22 @@ The lists are recorded in layer_lists/, one file per checkpoint and GPU. After a
 from __future__ import annotations
 
 import difflib
+import importlib
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
-from layer_list import LayerList, layer_list
 
 from qwenport.contract import CHUNKED, DIRECT
+from qwenport.engines.lowering import CHUNK
 from qwenport.exporter import export
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from .layer_list import DecodeStep, LayerList, layer_list
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 RECORDED = Path(__file__).parent / "layer_lists"
 CASES = [
     ("tiny-qwen2.5", "sm86", CHUNKED),
@@ -63,3 +69,63 @@ def check_copies(made: LayerList, form: str) -> None:
         assert all(sum(t.is_cache for t in layer.inputs) == 2 for layer in fused)
     else:
         assert sorted(t.name for layer in copies for t in layer.inputs) == sorted(caches)
+
+
+# ---- bytes of a decode step of the 7B shape at 32,768 tokens
+
+SHAPE, LAYERS, SPAN = "qwen2.5-7b-instruct", 28, 32768
+BUILT_LAYERS, BUILT_VOCABULARY = (
+    2,
+    2048,
+)  # the layers are alike, and the head is counted by its shape
+MOST = {
+    ("sm89", DIRECT, 1): 1.02,
+    ("sm89", DIRECT, 8): 1.02,
+    ("sm86", CHUNKED, 1): 1.05,
+    ("sm86", CHUNKED, 8): 1.16,
+}
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Any:
+    """The benchmarks' module, which is a script and in no package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        return importlib.import_module("shapes")
+
+
+@pytest.fixture(scope="module")
+def seven(shapes: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package in the 7B shape with two layers and a small vocabulary, its weights holes in a sparse file."""
+    folder = tmp_path_factory.mktemp("seven")
+    config = shapes.config_of(SHAPE) | {
+        "num_hidden_layers": BUILT_LAYERS,
+        "max_window_layers": BUILT_LAYERS,
+        "vocab_size": BUILT_VOCABULARY,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "config_of", lambda shape: config)
+        checkpoint = shapes.make_checkpoint(SHAPE, folder / "checkpoint", sparse=True)
+    return export(checkpoint, folder / "package").path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gpu", "form"), [("sm89", DIRECT), ("sm86", CHUNKED)])
+def test_a_decode_step_moves_little_more_than_weights_keys_and_values(
+    shapes: Any, seven: Path, gpu: str, form: str
+) -> None:
+    config = shapes.config_of(SHAPE)
+    made = layer_list(seven, gpu, form, 8)
+    check_copies(made, form)
+    weights = shapes.BYTES * sum(math.prod(shape) for shape in shapes.matrices(config))
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    cached = 2 * config["num_key_value_heads"] * SPAN * head_dim * shapes.BYTES  # a row and layer
+    for rows in (1, 8):
+        step = DecodeStep(rows, SPAN, sliced=SPAN if form == DIRECT else CHUNK, chunk=CHUNK)
+        moved = sum(map(step.bytes_of, made.layers)) / BUILT_LAYERS * LAYERS
+        ideal = rows * cached * LAYERS
+        ratio = (weights + moved) / (weights + ideal)
+        print(f"{gpu} {form} {rows} rows: {ratio:.4f}")
+        assert 1 <= ratio <= MOST[gpu, form, rows]
