@@ -5,17 +5,18 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 
-# The second variable is newer pip's name for the first where the build backend is concerned.
+# The second variable is newer pip's name for the first where the build backend is concerned. Python compiles what it
+# imports, a small part of what is installed.
 INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-	$(VENV)/bin/pip install --quiet -c constraints.txt
-# -rs: how many tests were skipped, and why
-PYTEST := $(VENV)/bin/pytest -n 2 -rs
+	$(VENV)/bin/pip install --quiet --no-compile -c constraints.txt
+# -rs: how many tests were skipped, and why. worksteal: neighbours, which share fixtures, run in one process.
+PYTEST := $(VENV)/bin/pytest -n 2 --dist worksteal -rs
 EMBED := build/embed
 # what compiles C++ or CUDA is `make cpp`'s
 NATIVE := tests/cpp tests/plugins/native
 PYTHON_TESTS := $(PYTEST) $(addprefix --ignore ,$(NATIVE))
 
-.PHONY: help demo embed compiler test cpp cpp-packages test-all lint docs clean
+.PHONY: help demo embed compiler test cpp cpp-packages cpp-build test-all lint docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -42,9 +43,11 @@ compiler:
 test: lint  ## lint and run the fast tests
 	$(PYTHON_TESTS) -m "not slow"
 
-cpp: cpp-packages $(VENV)/.installed-cpp  ## build, check and test the C++ library and the CUDA plugins
-	$(VENV)/bin/python tests/cpp/builds.py
+cpp: cpp-build  ## build, check and test the C++ library and the CUDA plugins
 	$(PYTEST) $(NATIVE)
+
+cpp-build: cpp-packages $(VENV)/.installed-cpp
+	$(VENV)/bin/python tests/cpp/builds.py
 
 cpp-packages:
 	@printf '#include <nlohmann/json.hpp>\n#include <doctest/doctest.h>\n' \
@@ -52,8 +55,10 @@ cpp-packages:
 		echo 'error: a C++ compiler, nlohmann/json and doctest are needed; on Debian and Ubuntu:' \
 			'apt-get install g++ nlohmann-json3-dev doctest-dev' >&2; exit 1; }
 
-test-all: test cpp  ## lint and run every test
-	$(PYTHON_TESTS) -m slow
+test-all: cpp-packages $(VENV)/.installed-cpp  ## lint and run every test
+	$(MAKE) --jobs 2 lint cpp-build
+	$(PYTHON_TESTS)
+	$(PYTEST) $(NATIVE)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(VENV)/bin/ruff check .
@@ -88,7 +93,8 @@ $(VENV)/.installed-embed: $(VENV)/bin/pip pyproject.toml constraints.txt
 
 # TensorRT's headers come with a package whose own code and dependencies are not wanted; its lean runtime, whose
 # registry loads plugins, asks for a CUDA runtime that it does not need for that.
-$(VENV)/.installed-cpp: $(VENV)/.installed-dev
+$(VENV)/.installed-cpp: $(VENV)/bin/pip pyproject.toml constraints.txt
+	@echo 'Installing into $(VENV): PyTorch and TensorRT are large, this takes minutes the first time.'
 	$(INSTALL) -e '.[native]'
 	$(INSTALL) --no-deps kernel-lens tensorrt-lean-cu13-bindings tensorrt-lean-cu13-libs
-	touch $@ $(VENV)/.installed-embed
+	touch $@ $(VENV)/.installed-dev $(VENV)/.installed-embed $(VENV)/.installed

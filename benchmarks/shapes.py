@@ -86,9 +86,13 @@ def shards(tensors: Shapes, limit: int) -> list[Shapes]:
     return result
 
 
-def make_checkpoint(shape: str, directory: Path, sparse: bool) -> Path:
-    """Write the checkpoint of a shape, or return the existing one."""
+def make_checkpoint(
+    shape: str, directory: Path, sparse: bool, *, layers: int | None = None
+) -> Path:
+    """Write the checkpoint of a shape, or return the existing one; `layers` are fewer than the shape has."""
     config = config_of(shape)
+    if layers is not None:
+        config["num_hidden_layers"] = config["max_window_layers"] = layers
     if (directory / "config.json").is_file():  # written last
         return directory
     if directory.exists():

@@ -20,6 +20,7 @@ from qwenport.engines.errors import (
     EngineError,
     LoweringError,
     MeasuringError,
+    ProofError,
     SessionError,
     SnapshotError,
 )
@@ -37,6 +38,17 @@ from qwenport.engines.measuring import Measurement, measure
 from qwenport.engines.onnxruntime_session import OnnxRuntimeSession, start_onnxruntime
 from qwenport.engines.open import open_session
 from qwenport.engines.perplexity import Perplexity, perplexity
+from qwenport.engines.proof import (
+    MOST_PROOF_BYTES,
+    PROJECTIONS,
+    TOP,
+    Fingerprints,
+    Kind,
+    Operation,
+    Proof,
+    read_proof,
+    write_proof,
+)
 from qwenport.engines.sampling import (
     Sampler,
     SamplingError,
@@ -45,6 +57,8 @@ from qwenport.engines.sampling import (
     TokenLogprob,
 )
 from qwenport.engines.saved_session import SavedSession
+from qwenport.engines.self_test import SelfTest, SelfTestFailure, engine_proof, run_proof, self_test
+from qwenport.engines.self_test_passes import has_passed
 from qwenport.engines.session import CachedSession, Session, Step
 from qwenport.engines.stream_decoder import StreamDecoder
 from qwenport.engines.targets import FLAVOURS, FP16_ONLY
@@ -57,6 +71,9 @@ __all__ = [
     "MAX_STEP_LOGITS",
     "MAX_STEP_TOKENS",
     "MOST_CACHE_BYTES",
+    "MOST_PROOF_BYTES",
+    "PROJECTIONS",
+    "TOP",
     "BuildError",
     "CacheError",
     "CachedSession",
@@ -66,24 +83,31 @@ __all__ = [
     "Engine",
     "EngineError",
     "Entry",
+    "Fingerprints",
     "FinishReason",
     "GenerateOptions",
     "Generated",
     "Generation",
     "GenerationError",
     "InstallError",
+    "Kind",
     "LoweringError",
     "Measurement",
     "MeasuringError",
     "OnLogits",
     "OnnxRuntimeSession",
+    "Operation",
     "Perplexity",
     "Piece",
+    "Proof",
+    "ProofError",
     "Sampler",
     "SamplingError",
     "SamplingParams",
     "SamplingParamsError",
     "SavedSession",
+    "SelfTest",
+    "SelfTestFailure",
     "Session",
     "SessionError",
     "SnapshotError",
@@ -97,12 +121,18 @@ __all__ = [
     "cache_key",
     "cached",
     "clear_cache",
+    "engine_proof",
     "generate",
+    "has_passed",
     "install_cpp_library",
     "keep",
     "load_engine",
     "measure",
     "open_session",
     "perplexity",
+    "read_proof",
+    "run_proof",
+    "self_test",
     "start_onnxruntime",
+    "write_proof",
 ]

@@ -3,10 +3,12 @@
 engine.plan or model.onnx with weights.safetensors, see tensorrt_builder.py and onnxruntime_builder.py
 qwenport.json   the manifest: bindings, profiles, the runtime that runs it, hashes
 config.json, tokenizer and generation files, as in the package
+proof.safetensors   what the engine must reproduce, if the package has it
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +21,7 @@ from qwenport.contract import (
     ENGINE_VERSION,
     MANIFEST,
     ONNXRUNTIME,
+    PROOF,
     TARGETS,
     Progress,
     caches,
@@ -29,9 +32,11 @@ from qwenport.contract import (
 from qwenport.engines.engine import Engine
 from qwenport.engines.errors import BuildError
 from qwenport.engines.onnxruntime_builder import check_for_onnxruntime, fill_for_onnxruntime
+from qwenport.engines.proof import read_proof
 from qwenport.engines.request import Filled, Request
 from qwenport.engines.tensorrt_builder import check_for_tensorrt, fill_for_tensorrt
 from qwenport.exporter import (
+    Package,
     as_json,
     atomic_directory,
     copy_companions,
@@ -52,6 +57,7 @@ def build(
     plugins: Path | str | None = None,
     attention: str = AUTO,
     force_clean: bool = False,
+    make_proof: Callable[[Package], None] = lambda package: None,
     progress: Progress = no_progress,
     note: Callable[[str], None] = lambda text: None,
 ) -> Engine:
@@ -70,10 +76,12 @@ def build(
         attention: form of attention over the cache, one of ATTENTIONS; "auto" takes the one that moves the fewest bytes
             on the GPUs that the engine is for. TensorRT only.
         force_clean: remove scratch directories of builds for the same path, even of builds that may still run.
+        make_proof: called with the package once the request is checked; may keep a proof in it.
         progress: called with (what, done, total).
         note: called with messages for the user.
 
     Raises:
+        ProofError: the package's proof is damaged, or of another package.
         PackageError, MissingExtraError, PluginError, LoweringError, BuildError, ExportError: the build failed; nothing
             is left at engine_path.
     """
@@ -93,9 +101,15 @@ def build(
     check, fill = _BUILDERS.get(target, (check_for_tensorrt, fill_for_tensorrt))
     check(request)
     package.check_graph()
+    make_proof(package)
+    proof = package.path / PROOF
+    if proof.exists():
+        read_proof(proof, sha256(package.path / MANIFEST))
     with atomic_directory(engine_path, force_clean=force_clean, note=note) as scratch:
         filled = fill(request, scratch, progress)
         copy_companions(package.path, scratch)
+        if proof.exists():
+            shutil.copyfile(proof, scratch / PROOF)
         manifest = _manifest(request, filled, scratch)
         write_json(scratch / MANIFEST, manifest)
     return Engine(engine_path, as_json(manifest))

@@ -192,7 +192,10 @@ def _check_attention(manifest: dict[str, Any]) -> None:
     layers = manifest["model"]["num_hidden_layers"] if form in WITH_QUERIES else 0
     outputs = [binding["name"] for binding in manifest["bindings"]["outputs"]]
     if sorted(filter(is_query, outputs)) != sorted(query(layer) for layer in range(layers)):
-        raise ValueError(f"attention of form {form}, but {len(outputs)} outputs")
+        raise ValueError(
+            f"attention of form {form}, but the outputs of queries are not "
+            + ("one per layer" if layers else "none")
+        )
     if not manifest["profiles"]:
         raise ValueError("profiles is empty")
     for profile in manifest["profiles"]:

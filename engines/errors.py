@@ -27,5 +27,9 @@ class SnapshotError(SessionError):
     """The bytes to restore are not a snapshot, are damaged, or are from another model or session."""
 
 
+class ProofError(QwenportError):
+    """A proof is missing, damaged or of another package, or cannot be made or run here."""
+
+
 class MeasuringError(QwenportError):
     """What was asked to be measured does not fit the target or the text, or the result is not a number."""

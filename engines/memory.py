@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwenport.contract import FP16, Dtype
+
 if TYPE_CHECKING:
     import torch
+
+POISON = 2.0**100
+"""Large against any key or value, and yet its product with a query is finite; bf16 and fp32 have it exactly."""
+POISON_FP16 = 2.0**12
 
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's, not defined in Python 3.11
 
@@ -49,3 +55,29 @@ def write_slots(cache: torch.Tensor, row: int, data: NDArray[np.uint8]) -> None:
 
     values = torch.from_numpy(np.ascontiguousarray(data)).view(cache.dtype)
     cache[row, :, : data.shape[1]] = values.to(cache.device)
+
+
+def poison(dtype: Dtype, start: int, end: int) -> NDArray[Any]:
+    """The bits of what unused slots are filled with: +P for even slots and -P for odd ones, [end - start].
+
+    Args:
+        dtype: the cache's.
+        start: the first slot.
+        end: the slot after the last one.
+    """
+    if dtype == FP16:
+        bits = np.array([POISON_FP16, -POISON_FP16], np.float16).view(np.uint16)
+    else:
+        bits = np.array([POISON, -POISON], np.float32).view(np.uint32)
+        if dtype.itemsize == 2:  # bf16 is the upper half
+            bits = (bits >> 16).astype(np.uint16)
+    pattern: NDArray[Any] = bits[np.arange(start, end) % 2]
+    return pattern
+
+
+def poison_slots(cache: torch.Tensor, row: int, bits: NDArray[Any]) -> None:
+    """Fill a row's last slots of a cache [rows, heads, slots, head_dim] with `poison`."""
+    import torch
+
+    values = torch.from_numpy(bits).view(cache.dtype).to(cache.device)
+    cache[row, :, cache.shape[2] - len(bits) :] = values[:, None]

@@ -27,7 +27,7 @@ from qwenport.contract import (
 )
 from qwenport.engines.engine import Engine
 from qwenport.engines.errors import EngineError, SessionError
-from qwenport.engines.memory import untouched_zeros
+from qwenport.engines.memory import poison, untouched_zeros
 from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.session import Bytes, Float32, Int64, whole
 from qwenport.exporter import Package, damaged, sha256
@@ -159,6 +159,12 @@ class OnnxRuntimeSession(SavedSession):
     def _write_slots(self, name: str, row: int, data: Bytes) -> None:
         values = self._values(name)
         values[row, :, : data.shape[1]] = data.view(values.dtype)
+        if self.device != "cpu":
+            self._cache[name].owner.update_inplace(values)
+
+    def _poison_slots(self, name: str, row: int, start: int) -> None:
+        values = self._values(name)
+        values[row, :, start:] = poison(DTYPES[self._dtype], start, values.shape[2])[:, None]
         if self.device != "cpu":
             self._cache[name].owner.update_inplace(values)
 

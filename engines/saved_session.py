@@ -46,6 +46,16 @@ class SavedSession(CachedSession):
         self._first_position = first
         self._lengths[:] = lengths
 
+    def poison(self) -> None:
+        """Fill every cache slot that holds no token with huge finite values, so that a step that reads one shows it.
+
+        Even slots get +P, odd slots -P: of two neighbours one has a positive score, whatever the query. NaN would
+        spread through correct kernels too, as 0 x NaN.
+        """
+        for row, length in enumerate(map(int, self._lengths)):
+            for name in self._cache_names():
+                self._poison_slots(name, row, length)
+
     def _facts(self, facts: Mapping[str, Any]) -> tuple[int, list[int]]:
         """The first position and the rows' lengths of a snapshot.
 
@@ -102,6 +112,10 @@ class SavedSession(CachedSession):
     @abstractmethod
     def _write_slots(self, name: str, row: int, data: Bytes) -> None:
         """The inverse of `_read_slots`."""
+
+    @abstractmethod
+    def _poison_slots(self, name: str, row: int, start: int) -> None:
+        """Fill a row's slots of a cache from `start` on with +P in even slots and -P in odd ones; see `poison`."""
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

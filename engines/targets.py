@@ -80,30 +80,28 @@ def parse_gpus(text: str | None, flavour: Flavour, dtype: str) -> tuple[str, ...
     Raises:
         BuildError: an unknown name, a repeated one, or one that cannot run the model; says which.
     """
-    if text is None:
-        return (
-            tuple(gpu for gpu in flavour.gpus if dtype == "fp16" or gpu not in FP16_ONLY)
-            if flavour.builds_anywhere
-            else (current_gpu(),)
-        )
-    asked = [part.strip() for part in text.split(",")]
+    if text is None and flavour.builds_anywhere:
+        return tuple(gpu for gpu in flavour.gpus if dtype == "fp16" or gpu not in FP16_ONLY)
+    asked = [current_gpu()] if text is None else [part.strip() for part in text.split(",")]
     gpus = tuple(map(str.lower, asked))
     for gpu, word in zip(gpus, asked, strict=True):
-        if not any(gpu in known.gpus for known in FLAVOURS.values()):
+        serving = [known.name for known in FLAVOURS.values() if gpu in known.gpus]
+        if text is not None and not serving:
             raise BuildError(
                 f"no such GPU architecture: {word!r}; known: {', '.join(flavour.gpus)} "
                 "(`qwenport inspect` names the architecture of common GPUs)"
             )
-        if gpu not in flavour.gpus:
+        if flavour.name not in serving:
+            other = f"; --target {serving[0]} has" if serving else ""
             raise BuildError(
-                f"{flavour.name} has no kernels for {gpu}; it serves {', '.join(flavour.gpus)}"
+                f"{flavour.name} has no kernels for {gpu}, it serves {', '.join(flavour.gpus)}{other}"
             )
         if dtype != "fp16" and gpu in FP16_ONLY:
             raise BuildError(f"{gpu} has no kernels for {dtype}; export with --dtype fp16 for it")
         if gpus.count(gpu) > 1:
             raise BuildError(f"{gpu} is named twice")
-    if not flavour.builds_anywhere and gpus != (current_gpu(),):
-        raise BuildError(f"tensorrt builds only for the local GPU ({current_gpu()})")
+    if text is not None and not flavour.builds_anywhere and gpus != (current_gpu(),):
+        raise BuildError(f"{flavour.name} builds only for the local GPU ({current_gpu()})")
     return gpus
 
 

@@ -33,7 +33,7 @@ from qwenport.engines.engine import Engine
 from qwenport.engines.errors import EngineError, SessionError
 from qwenport.engines.gpu import Gpu
 from qwenport.engines.jit_cache import JitCache
-from qwenport.engines.memory import read_slots, write_slots
+from qwenport.engines.memory import poison, poison_slots, read_slots, write_slots
 from qwenport.engines.plan import load_plan
 from qwenport.engines.plugin_library import register_for_run
 from qwenport.engines.saved_session import SavedSession
@@ -142,7 +142,10 @@ class TensorRTSession(SavedSession):
         self._runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
         for name in manifest["plugins"]:
             register_for_run(self._runtime, engine.path / name)
-        self._engine = load_plan(tensorrt, self._runtime, engine.plan)
+        try:
+            self._engine = load_plan(tensorrt, self._runtime, engine.plan)
+        except OSError as error:
+            raise EngineError(f"{engine.plan}: cannot be read: {error.strerror}") from error
         if self._engine is None:
             raise EngineError(
                 f"{engine.path}: TensorRT refused the plan; build it again on this version"
@@ -158,7 +161,8 @@ class TensorRTSession(SavedSession):
         """Everything but the workspace and the logits of more than one token per row."""
         import torch
 
-        dtype, rows = DTYPES[manifest["dtype"]].torch, self.max_batch
+        self._dtype, rows = DTYPES[manifest["dtype"]], self.max_batch
+        dtype = self._dtype.torch
         # zeros, not uninitialised memory: a masked slot is still multiplied, and 0 x NaN is NaN
         self._cache = {
             past: self._gpu.zeros((rows, *self._row_shape), dtype)
@@ -327,6 +331,11 @@ class TensorRTSession(SavedSession):
     def _write_slots(self, name: str, row: int, data: Bytes) -> None:
         with self._gpu.used():
             write_slots(self._cache[name], row, data)
+
+    def _poison_slots(self, name: str, row: int, start: int) -> None:
+        cache = self._cache[name]
+        with self._gpu.used():
+            poison_slots(cache, row, poison(self._dtype, start, cache.shape[2]))
 
     def _step(self, feeds: dict[str, Int64]) -> Float32:
         rows, wanted = feeds[LOGITS_INDICES].shape

@@ -214,8 +214,10 @@ def damaged(file: Path) -> Iterator[None]:
         raise PackageError(f"{file}: damaged ({error})") from error
 
 
-def check_listed(path: Path, names: Sequence[str], needed: Sequence[str]) -> None:
-    """Compare a directory's files with its manifest's list: no other files, and no links.
+def check_listed(
+    path: Path, names: Sequence[str], needed: Sequence[str], *, unlisted: Sequence[str] = ()
+) -> None:
+    """Compare a directory's files with its manifest's list: no other files but `unlisted`, and no links.
 
     Raises:
         PackageError: a name leads outside, a file is a symbolic link or not listed, or a needed file is not listed.
@@ -227,7 +229,7 @@ def check_listed(path: Path, names: Sequence[str], needed: Sequence[str]) -> Non
     missing = [name for name in needed if name not in names]
     if missing:
         raise PackageError(f"{path / MANIFEST} does not list {missing[0]}")
-    listed = {*names, MANIFEST}
+    listed = {*names, MANIFEST, *unlisted}
     for folder, folders, files in os.walk(path):
         for name in (*files, *folders):
             found = Path(folder) / name

@@ -4,6 +4,7 @@ model.onnx       the graph, opset 24, weights by reference
 qwenport.json    the manifest
 rope.safetensors cos and sin tables, fp32
 weights/         the checkpoint's safetensors files (links), or the package's own files
+proof.safetensors   what engines of it must reproduce, once `validate` or `build` has made it
 config.json, tokenizer and generation files, as in the checkpoint
 """
 
@@ -27,6 +28,7 @@ from qwenport.contract import (
     MODEL,
     PACKAGE_FORMAT,
     PACKAGE_VERSION,
+    PROOF,
     ROPE,
     WEIGHT_MODES,
     Progress,
@@ -481,7 +483,13 @@ def load_package(path: Path | str) -> Package:
             check_shape(manifest, SHAPE)
             _check_limits(manifest)
             weights = manifest["weights"]["files"]
-            check_listed(path, [*manifest["files"], *weights], (MODEL, ROPE, "config.json"))
+            # a proof is made later, and names the manifest that it belongs to
+            check_listed(
+                path,
+                [*manifest["files"], *weights],
+                (MODEL, ROPE, "config.json"),
+                unlisted=(PROOF,),
+            )
             check_files(path, manifest["files"])
             check_weight_files(path, weights)
             if not weights:

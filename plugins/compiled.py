@@ -152,6 +152,6 @@ def _headers(given: Path | None) -> Path:
             f"{given}: no NvInferRuntime.h there; give the folder of TensorRT's headers (of NvInfer.h)"
         )
     raise PluginError(
-        "TensorRT's headers are missing: install them (on Debian and Ubuntu libnvinfer-headers-dev), or say "
-        "where they are with --tensorrt-include"
+        "TensorRT's headers are missing: unpack NVIDIA's archive of the release that will load the plugins "
+        "(https://developer.nvidia.com/tensorrt), and say where it is with --tensorrt-include FOLDER/include"
     )

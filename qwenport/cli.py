@@ -35,6 +35,10 @@ COMMANDS = {
     "export": ("qwenport.commands.export", "Write a checkpoint as an ONNX package."),
     "build": ("qwenport.commands.build", "Build a TensorRT engine from a package."),
     "validate": ("qwenport.commands.validate", "Compare a package or an engine with PyTorch."),
+    "selftest": (
+        "qwenport.commands.selftest",
+        "Check an engine on this machine against its proof.",
+    ),
     "generate": ("qwenport.commands.generate", "Generate text with a package or an engine."),
     "bench": ("qwenport.commands.bench", "Measure speed, load time and memory on this machine."),
     "perplexity": ("qwenport.commands.perplexity", "Score a text with a package or an engine."),

@@ -150,9 +150,16 @@ MANIFEST = "qwenport.json"
 PACKAGE_FORMAT, PACKAGE_VERSION = "qwenport-package", 3
 ENGINE_FORMAT, ENGINE_VERSION = "qwenport-engine", 4
 CACHE_FORMAT, CACHE_VERSION = "qwenport-cache-entry", 1
+PROOF_FORMAT, PROOF_VERSION = "qwenport-proof", 1
+SELF_TEST_FORMAT, SELF_TEST_VERSION = "qwenport-self-test", 1
+"""Of the file that remembers a self-test that passed."""
+SELF_TESTS = "self-tests"
+"""The folder of those files in the cache."""
 MODEL, ROPE, PLAN = "model.onnx", "rope.safetensors", "engine.plan"
 ENGINE_WEIGHTS = "weights.safetensors"
 """The weights and rope tables of an onnxruntime engine, which its model.onnx refers to."""
+PROOF = "proof.safetensors"
+"""What an engine must reproduce; docs/reference/proof.md."""
 JIT_CACHE = "kernels.bin"
 """In an entry of the cache: what TensorRT-RTX compiled for one engine on one GPU."""
 COS_TABLE, SIN_TABLE = "rope.cos", "rope.sin"
@@ -187,10 +194,10 @@ MOST_EXPERTS, MOST_CHOSEN = 512, 16
 """Limits of the kernels: experts per layer, and experts per token."""
 GPUS = {
     TENSORRT_RTX: ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
-    TENSORRT: ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "sm121"),
+    TENSORRT: tuple("sm80 sm86 sm87 sm89 sm90 sm100 sm103 sm110 sm120 sm121".split()),
     "plugins": ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120"),
 }
-"""The architectures that each target has code for."""
+"""The architectures that each target has code for; the plugins' code also runs on newer GPUs of a generation."""
 OLDEST_PLUGIN_GPU = 80
 
 # --- progress
@@ -214,6 +221,12 @@ FOR_CPP = {
     "most_threads": MOST_THREADS,
     "engine_format": ENGINE_FORMAT,
     "engine_version": ENGINE_VERSION,
+    "proof_name": PROOF,
+    "proof_format": PROOF_FORMAT,
+    "proof_version": PROOF_VERSION,
+    "self_test_format": SELF_TEST_FORMAT,
+    "self_test_version": SELF_TEST_VERSION,
+    "self_tests_folder": SELF_TESTS,
     "plugin_namespace": PLUGIN_NAMESPACE,
     "plugin_version": PLUGIN_VERSION,
     "rotary_embedding_qk": ROTARY_EMBEDDING_QK,

@@ -300,6 +300,37 @@ def test_exit_code_is_1_if_our_own_fails_or_a_strict_bar_does_not_hold(
     assert (data["summary"], data["bars"][0]["holds"]) == (ROWS, False)
 
 
+@pytest.mark.parametrize("peers", [True, False])
+def test_plugins_end_in_three_minutes_and_leave_out_peers_only(
+    peers: bool, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that we move: 0.8 s for a contender of ours, 25 s for one that is compiled."""
+    plugins, report = load("plugins"), load("report").Report("plugins", False, {"peers": peers})
+    now = [0.0]
+    who = {"plugin": 0.8, "plugin, as for many tokens": 0.8, "torch": 1.0, "torch.compile": 25.0}
+
+    def seconds_of(setup: Any, call: float, inputs: Any, *, capture: bool) -> float:
+        now[0] += call
+        return call
+
+    def cases(setup: Any, layers: Any, tokens: Any) -> Any:
+        for number in range(3 * len(layers) * len(tokens)):
+            contenders = {name: (seconds, True) for name, seconds in who.items()}
+            yield plugins.Case(f"case {number}, 8 tokens", [], contenders, 1)
+
+    monkeypatch.setattr(plugins, "seconds_of", seconds_of)
+    monkeypatch.setattr(plugins, "cases", cases)
+    plugins.measure_all(None, plugins.LAYERS, plugins.TOKENS, report, lambda: now[0])
+    assert now[0] <= 180
+    rows = plugins.summarise(report)
+    timed = {
+        name: [r for r in rows if r["contender"] == name and r["microseconds"]] for name in who
+    }
+    assert len(timed["plugin"]) == len(timed["plugin, as for many tokens"]) == 72
+    assert 0 < len(timed["torch.compile"]) < 72 if peers else not timed["torch.compile"]
+    assert len(rows) == 72 * (4 if peers else 2) and not any(row["error"] for row in rows)
+
+
 def test_requirements_pin_everything_and_name_no_index() -> None:
     for file in (BENCHMARKS / "requirements").glob("*.txt"):
         lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]

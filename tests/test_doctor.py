@@ -81,7 +81,8 @@ def test_gpu_older_than_turing_does_not_run_engines_but_runs_onnxruntime() -> No
 
 @pytest.mark.parametrize(
     ("gpu", "rtx", "tensorrt"),
-    [("7.5", True, False), ("8.9", True, True), ("9.0", False, True), ("10.0", False, True)],
+    [("7.5", True, False), ("8.9", True, True)]
+    + [(gpu, False, True) for gpu in ("8.7", "9.0", "10.0", "10.3", "11.0")],
 )
 def test_a_target_runs_on_the_gpus_that_its_builds_serve(
     gpu: str, rtx: bool, tensorrt: bool

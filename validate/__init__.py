@@ -6,6 +6,8 @@
 from qwenport.validate.candidate import open_candidate
 from qwenport.validate.errors import NetworkError, ValidationError
 from qwenport.validate.localisation import Fault, OperatorError
+from qwenport.validate.proof_making import BUILD_SECONDS as PROOF_SECONDS
+from qwenport.validate.proof_making import keep_proof, make_proof
 from qwenport.validate.report import Check, Report, ScenarioResult
 from qwenport.validate.report import prepare as prepare_report
 from qwenport.validate.target import Target, check_source, open_target
@@ -13,6 +15,7 @@ from qwenport.validate.thresholds import parse_overrides
 from qwenport.validate.validation import Options, Validation, validate
 
 __all__ = [
+    "PROOF_SECONDS",
     "Check",
     "Fault",
     "NetworkError",
@@ -24,6 +27,8 @@ __all__ = [
     "Validation",
     "ValidationError",
     "check_source",
+    "keep_proof",
+    "make_proof",
     "open_candidate",
     "open_target",
     "parse_overrides",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,18 +23,23 @@ from qwenport.validate.sites import LOGITS, hidden_states
 from qwenport.validate.streaming import Feeds, Geometry, Run
 from qwenport.wording import cut
 
+on_cpu = partial(for_onnxruntime, on_cpu=True)
+
 FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
 class PackageParts:
     """`streaming.Parts` of a package, on the CPU in fp32."""
 
-    def __init__(self, package: Package, layers: int) -> None:
+    def __init__(
+        self, package: Package, layers: int, lower: Callable[[ir.Model], ir.Model] = on_cpu
+    ) -> None:
         """Lower the graph; no weight is read.
 
         Args:
             package: the whole package.
             layers: how many decoder layers to run before the final norm.
+            lower: lowers the package's graph.
 
         Raises:
             ValidationError: a node uses a value that no node produces.
@@ -42,7 +48,7 @@ class PackageParts:
         self._package = package
         model = package.read_model()
         _check_values(model, package)
-        self._model = for_onnxruntime(model, on_cpu=True)
+        self._model = lower(model)
         self._inputs = [str(value.name) for value in self._model.graph.inputs]
         self._hidden = hidden_states(package.config.num_hidden_layers)
 

@@ -32,7 +32,11 @@ def _addresses(tensors: Sequence[torch.Tensor]) -> c.Array[c.c_void_p]:
 
 
 class PluginCall:
-    """A plugin opened for tensors of given sizes; calling it with tensors of these sizes enqueues it."""
+    """A plugin opened for tensors of given sizes; calling it with tensors of these sizes enqueues it.
+
+    Attributes:
+        workspace: memory that the plugin may write, of the size that it asked for.
+    """
 
     def __init__(
         self,
@@ -72,7 +76,7 @@ class PluginCall:
             raise RuntimeError(f"{name} cannot be opened")
         self._call, self._name = c.c_void_p(opened), name
         size = self._c.plugin_workspace(self._call)
-        self._workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=inputs[0].device)
+        self.workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=inputs[0].device)
         self._on_gpu = inputs[0].is_cuda
 
     def __del__(self) -> None:
@@ -85,7 +89,7 @@ class PluginCall:
             self._call,
             _addresses(inputs),
             _addresses(outputs),
-            c.c_void_p(self._workspace.data_ptr()),
+            c.c_void_p(self.workspace.data_ptr()),
             c.c_void_p(stream),
         )
         if status:

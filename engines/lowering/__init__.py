@@ -11,11 +11,14 @@ from qwenport.engines.lowering.constants import DropCasts, FoldConstants
 from qwenport.engines.lowering.experts import SplitExperts
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
+from qwenport.engines.lowering.read_experts_once import ReadExpertsOnce
 from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables, folded
+from qwenport.engines.lowering.rounded import RoundResults
 from qwenport.engines.lowering.stored import ALIGNMENT, StoredWeight, StoreInFloat32
 from qwenport.engines.lowering.targets import (
     for_onnxruntime,
     for_onnxruntime_engine,
+    for_onnxruntime_rounded,
     for_tensorrt,
 )
 from qwenport.engines.lowering.use_plugins import UsePlugins, plugin_layers
@@ -31,6 +34,8 @@ __all__ = [
     "FoldConstants",
     "FoldRopeTables",
     "FuseTransposedMatMul",
+    "ReadExpertsOnce",
+    "RoundResults",
     "SplitExperts",
     "StaticCapacity",
     "StoreInFloat32",
@@ -43,6 +48,7 @@ __all__ = [
     "folded",
     "for_onnxruntime",
     "for_onnxruntime_engine",
+    "for_onnxruntime_rounded",
     "for_tensorrt",
     "plugin_layers",
 ]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import Sequential
 
+from qwenport.contract import Dtype
 from qwenport.engines.lowering.attention import DecomposeAttention
 from qwenport.engines.lowering.capacity import StaticCapacity
 from qwenport.engines.lowering.constants import DropCasts, FoldConstants
 from qwenport.engines.lowering.experts import SplitExperts
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
+from qwenport.engines.lowering.read_experts_once import ReadExpertsOnce
 from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables
+from qwenport.engines.lowering.rounded import RoundResults
 from qwenport.engines.lowering.stored import StoredWeight, StoreInFloat32
 from qwenport.engines.lowering.use_plugins import UsePlugins
 
@@ -22,6 +25,12 @@ def for_onnxruntime(model: ir.Model, *, on_cpu: bool) -> ir.Model:
         passes = (SplitExperts(), ComputeInFloat32(), FuseTransposedMatMul())
         return Sequential(*passes)(model).model
     return model
+
+
+def for_onnxruntime_rounded(model: ir.Model, dtype: Dtype) -> ir.Model:
+    """Lower a package's graph for onnxruntime's CPU, with each result rounded to bf16 or fp16. Changes `model`."""
+    rounded = RoundResults(model, dtype)
+    return Sequential(SplitExperts(), ComputeInFloat32(), rounded)(model).model
 
 
 def for_onnxruntime_engine(
@@ -80,4 +89,5 @@ def for_tensorrt(
         passes.append(DecomposeAttention(kv_heads))
     if plugins:
         passes.append(UsePlugins())
+    passes.append(ReadExpertsOnce())
     return Sequential(*passes)(model).model

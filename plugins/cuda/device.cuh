@@ -110,6 +110,28 @@ __host__ __device__ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t
   return (a + b - 1) / b;
 }
 
+/// Let a kernel have `shared` bytes of dynamic shared memory, which may exceed the 48 KiB available by default.
+template <typename... Parameters>
+cudaError_t allow_shared(void (*kernel)(Parameters...), std::size_t shared) {
+  if (shared <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+}
+
+/// The number of a kernel's blocks that the GPU runs at once: the grid of a persistent kernel.
+template <typename... Parameters>
+cudaError_t find_resident_blocks(void (*kernel)(Parameters...), int threads, std::size_t shared,
+                                 const Gpu& gpu, std::int64_t& blocks) {
+  cudaError_t status = allow_shared(kernel, shared);
+  if (status != cudaSuccess) return status;
+  int on_each = 0;
+  status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_each, reinterpret_cast<const void*>(kernel),
+                                                         threads, shared);
+  if (status != cudaSuccess) return status;
+  blocks = std::int64_t{on_each} * gpu.multiprocessors;
+  return blocks == 0 ? cudaErrorLaunchOutOfResources : cudaSuccess;
+}
+
 #ifdef QWENPORT_CUDA_ON_CPU
 
 using cuda_on_cpu::copy_16_bytes;
@@ -172,17 +194,13 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
-/// Launch a kernel. `shared` may exceed the 48 KiB available by default.
+/// Launch a kernel.
 /// \param early see may_begin_next; only where runs_on_hopper.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared,
                    cudaStream_t stream, bool early, Arguments... arguments) {
-  if (shared > 48 * 1024) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (status != cudaSuccess) return status;
-  }
+  const cudaError_t status = allow_shared(kernel, shared);
+  if (status != cudaSuccess) return status;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;

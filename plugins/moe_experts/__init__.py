@@ -16,7 +16,7 @@ Qwen3Moe and Mixtral.
 """
 
 from qwenport.plugins.moe_experts.emission import emit
-from qwenport.plugins.moe_experts.function import function_body
+from qwenport.plugins.moe_experts.function import function_body, tensorrt_body
 from qwenport.plugins.moe_experts.lowering import use_plugin
 from qwenport.plugins.moe_experts.reference import moe_experts
 from qwenport.plugins.moe_experts.schema import NAME, VERSION, schema
@@ -31,4 +31,4 @@ OPERATOR = Operator(
     plugin=Plugin(NAME, use_plugin),
 )
 
-__all__ = ["NAME", "OPERATOR", "VERSION", "function_body", "moe_experts", "schema"]
+__all__ = ["NAME", "OPERATOR", "VERSION", "function_body", "moe_experts", "schema", "tensorrt_body"]

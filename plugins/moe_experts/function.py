@@ -4,9 +4,15 @@ The T*k pairs (token, expert) are ordered by expert and each expert's group is p
 a block has one expert and the work is one batched matmul over blocks. b = ceil(T*k / E) grows with the number of
 tokens: one token reads the weights of k experts, and however many tokens there are, at most 2E blocks of weights are
 gathered. The maximum number of blocks follows from the shapes, so no shape depends on data.
+
+TensorRT gets another body, which a pass of its lowering puts in this one's place. Its kernel generator reads a gathered
+weight once if the product is written as multiplications and a sum, while a matmul needs the gathered weights in memory.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -26,9 +32,30 @@ def function_body(opset: int, *, by_expert: bool = False) -> ir.Function:
     return body.function(NAME, {"y": y}, opset, [ir.AttrInt64("by_expert", int(by_expert))])
 
 
+def tensorrt_body(opset: int) -> ir.Function:
+    """Return the function, by token, for TensorRT: a decode step reads each pair's weights once and copies none.
+
+    Up to E pairs are multiplied one by one, more are computed in at most 2E blocks. Both ways are in the graph, and one
+    of them gets no tokens.
+    """
+    body = FunctionBody(*INPUTS)
+    y = _by_token_for_tensorrt(body)
+    return body.function(NAME, {"y": y}, opset, [ir.AttrInt64("by_expert", 0)])
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """How pairs are laid out: vectors of one element. `spare` is `divisor` - 1, `divisor` is `rows`, or 1 for 0."""
+
+    blocks: ir.Value
+    rows: ir.Value
+    divisor: ir.Value
+    spare: ir.Value
+
+
 def _by_token(body: FunctionBody) -> ir.Value:
-    op, one, zero = body.op, body.integers(1), body.integers(0)
-    given, experts, weights, gate_up, down = body.inputs
+    op, one, _ = body.op, body.integers(1), body.integers(0)
+    given, experts, weights, gate_up, _ = body.inputs
 
     # leading axes become one of tokens; `given` keeps the shape to return to
     width = body.size(given, -1)
@@ -39,6 +66,77 @@ def _by_token(body: FunctionBody) -> ir.Value:
     rows = op("Max", op("Div", op("Sub", op("Add", pairs, count), one), count), one)
     spare = op("Sub", rows, one)
     blocks = op("Div", op("Add", pairs, op("Mul", spare, op("Min", count, pairs))), rows)
+    layout = _Blocks(blocks, rows, rows, spare)
+    y = _in_blocks(body, x, experts, weights, (tokens, k, count, width), pairs, layout, _swiglu)
+    return op("Reshape", op("CastLike", y, x), op("Shape", given))
+
+
+def _by_token_for_tensorrt(body: FunctionBody) -> ir.Value:
+    op, one, zero = body.op, body.integers(1), body.integers(0)
+    given, experts, weights, gate_up, _ = body.inputs
+    width, k, count = body.size(given, -1), body.size(experts, -1), body.size(gate_up, 0)
+    flat = [
+        op("Reshape", value, op("Concat", body.integers(-1), size, axis=0))
+        for value, size in ((given, width), (experts, k), (weights, k))
+    ]
+    x = flat[0]
+    tokens = body.size(x, 0)
+    most = op("Div", count, k)
+    few = op("Min", op("Div", most, op("Max", tokens, one)), one)  # 1 or 0
+    direct = op("Mul", few, op("Min", tokens, most))
+    one_by_one = _one_by_one(body, *(op("Slice", value, zero, direct, zero) for value in flat))
+
+    rest = [op("Slice", value, direct, tokens, zero) for value in flat]
+    left = body.size(rest[0], 0)
+    pairs = op("Mul", left, k)
+    rows = op("Div", op("Sub", op("Add", pairs, count), one), count)
+    divisor = op("Max", rows, one)
+    layout = _Blocks(
+        op("Min", op("Mul", count, body.integers(2)), pairs), rows, divisor, op("Sub", divisor, one)
+    )
+    sizes = left, k, count, width
+    y = op(
+        "Concat",
+        one_by_one,
+        _in_blocks(body, *rest, sizes, pairs, layout, _swiglu_of_rows),
+        axis=0,
+    )
+    return op("Reshape", op("CastLike", y, x), op("Shape", given))
+
+
+def _one_by_one(body: FunctionBody, x: ir.Value, experts: ir.Value, weights: ir.Value) -> ir.Value:
+    """x [T, H], experts and weights [T, k] -> fp32 [T, H]. Sums are fp32, products are rounded as a matmul's."""
+    op = body.op
+    *_, gate_up, down = body.inputs
+
+    def product(matrix: ir.Value, vector: ir.Value) -> ir.Value:
+        chosen = op("Cast", op("Gather", matrix, experts), to=FLOAT)
+        terms = op("Mul", chosen, op("Cast", vector, to=FLOAT))
+        return op("CastLike", op("ReduceSum", terms, body.integers(-1), keepdims=0), x)
+
+    inner = product(gate_up, op("Unsqueeze", x, body.integers(1, 2)))
+    gate, up = body.ops(2, "Split", inner, axis=2, num_outputs=2)
+    active = op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
+    outer = product(down, op("Unsqueeze", active, body.integers(2)))
+    parts = op("Mul", op("Cast", outer, to=FLOAT), op("Unsqueeze", weights, body.integers(-1)))
+    return op("ReduceSum", parts, body.integers(1), keepdims=0)
+
+
+def _in_blocks(
+    body: FunctionBody,
+    x: ir.Value,
+    experts: ir.Value,
+    weights: ir.Value,
+    sizes: tuple[ir.Value, ir.Value, ir.Value, ir.Value],
+    pairs: ir.Value,
+    layout: _Blocks,
+    swiglu: Callable[[FunctionBody, ir.Value, ir.Value, ir.Value], ir.Value],
+) -> ir.Value:
+    """x [T, H], experts and weights [..., k] -> fp32 [T, H]. `sizes` are T, k, E and H, `pairs` is T k."""
+    op, one, zero = body.op, body.integers(1), body.integers(0)
+    *_, gate_up, down = body.inputs
+    tokens, k, count, width = sizes
+    blocks, rows = layout.blocks, layout.rows
 
     # the place of each pair: its expert's first block, then its rank among that expert's pairs
     flat = op("Reshape", experts, body.integers(-1))
@@ -47,7 +145,7 @@ def _by_token(body: FunctionBody) -> ir.Value:
     running = op("CumSum", chosen, body.integer(0))
     rank = op("Sub", op("Squeeze", op("GatherElements", running, column, axis=1), one), one)
     group = op("ReduceSum", chosen, zero, keepdims=0)
-    group_blocks = op("Div", op("Add", group, spare), rows)
+    group_blocks = op("Div", op("Add", group, layout.spare), layout.divisor)
     ends = op("CumSum", group_blocks, body.integer(0))
     first = op("Gather", op("Sub", ends, group_blocks), flat)
     place = op("Add", op("Mul", first, rows), rank)
@@ -61,14 +159,13 @@ def _by_token(body: FunctionBody) -> ir.Value:
 
     shape = op("Concat", blocks, rows, width, axis=0)
     gathered = op("Reshape", op("Gather", x, source), shape)
-    outer = _swiglu(body, gathered, op("Gather", gate_up, expert), op("Gather", down, expert))
+    outer = swiglu(body, gathered, op("Gather", gate_up, expert), op("Gather", down, expert))
     by_row = op("Reshape", outer, op("Concat", body.integers(-1), width, axis=0))
     by_pair = op("Reshape", op("Gather", by_row, place), op("Concat", tokens, k, width, axis=0))
 
     parts = op("Cast", by_pair, to=FLOAT)
     factors = op("Reshape", weights, op("Concat", tokens, k, one, axis=0))
-    y = op("ReduceSum", op("Mul", parts, factors), one, keepdims=0)
-    return op("Reshape", op("CastLike", y, x), op("Shape", given))
+    return op("ReduceSum", op("Mul", parts, factors), one, keepdims=0)
 
 
 def _by_expert(body: FunctionBody) -> ir.Value:
@@ -94,3 +191,12 @@ def _swiglu(body: FunctionBody, x: ir.Value, gate_up: ir.Value, down: ir.Value) 
     gate, up = body.ops(2, "Split", inner, axis=1, num_outputs=2)
     active = op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
     return op("Transpose", op("MatMul", down, active), perm=[0, 2, 1])
+
+
+def _swiglu_of_rows(body: FunctionBody, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
+    """The same with the weights transposed, which TensorRT's matmuls do as they read them; they then pad nothing."""
+    op = body.op
+    inner = op("MatMul", x, op("Transpose", gate_up, perm=[0, 2, 1]))
+    gate, up = body.ops(2, "Split", inner, axis=2, num_outputs=2)
+    active = op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
+    return op("MatMul", active, op("Transpose", down, perm=[0, 2, 1]))

@@ -11,7 +11,7 @@ using Sizes = TileShape<128, 128, 32, 64>;
 constexpr int threads = 256;
 constexpr int warps_across = Sizes::rows_of_b / Sizes::warp_rows_of_b;
 constexpr int stages = 3;
-constexpr int blocks = 2;  // per multiprocessor, if they fit
+constexpr int blocks = 2;  // per multiprocessor, by registers; shared memory may hold one
 constexpr std::size_t shared = std::size_t{stages} * Sizes::stage_pieces * 16;
 static_assert(threads / warp_size / warps_across * Sizes::warp_rows == Sizes::rows);
 

@@ -87,27 +87,29 @@ static_assert(std::min({sm90::Sizes::rows, sm80::Sizes::rows, simt_rows}) == lea
 template <typename T, bool Swiglu>
 cudaError_t launch_grouped_gemm(Kind kind, const GroupedArguments<T>& g, std::int64_t tiles, const Gpu& gpu,
                                 cudaStream_t stream) {
-  const auto start = [&](auto* kernel, int columns, std::int64_t most_blocks, int threads,
-                         std::size_t shared) {
-    const std::int64_t work_tiles = tiles * ceil_div(g.columns, columns);
-    if (work_tiles > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidValue;
-    return launch(kernel, dim3(static_cast<unsigned>(std::min(work_tiles, most_blocks))),
-                  dim3(static_cast<unsigned>(threads)), shared, stream, false, g);
+  const auto start = [&](auto* kernel, int columns, int threads, std::size_t shared, bool persistent) {
+    std::int64_t blocks = tiles * ceil_div(g.columns, columns);  // one per work tile
+    if (blocks > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidValue;
+    if (persistent) {
+      std::int64_t resident = 0;
+      const cudaError_t status = find_resident_blocks(kernel, threads, shared, gpu, resident);
+      if (status != cudaSuccess) return status;
+      blocks = std::min(blocks, resident);
+    }
+    return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), shared,
+                  stream, false, g);
   };
   if constexpr (sizeof(T) == 2) {
     if (kind == Kind::sm90) {
       using namespace sm90;
-      return start(sm90::grouped_gemm<T, Swiglu>, Sizes::columns<Swiglu>, gpu.multiprocessors, threads,
-                   sizeof(Shared));
+      return start(sm90::grouped_gemm<T, Swiglu>, Sizes::columns<Swiglu>, threads, sizeof(Shared), true);
     }
     if (kind == Kind::sm80) {
       using namespace sm80;
-      return start(sm80::grouped_gemm<T, Swiglu>, Sizes::columns<Swiglu>,
-                   std::int64_t{gpu.multiprocessors} * blocks, threads, shared);
+      return start(sm80::grouped_gemm<T, Swiglu>, Sizes::columns<Swiglu>, threads, shared, true);
     }
   }
-  return start(grouped_gemm_simt<T, Swiglu>, simt_columns, std::numeric_limits<int>::max(), simt_threads,
-               simt_shared);
+  return start(grouped_gemm_simt<T, Swiglu>, simt_columns, simt_threads, simt_shared, false);
 }
 
 constexpr int combine_threads = 256;

@@ -18,6 +18,7 @@ from qwenport.contract import ONNXRUNTIME
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+EXIT_NO_PARITY = 1
 PATH = click.Path(path_type=Path)
 
 

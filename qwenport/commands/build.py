@@ -20,7 +20,7 @@ from qwenport.commands._common import (
     whole_or_interrupted,
 )
 from qwenport.commands._progress import progress_bar
-from qwenport.contract import ATTENTIONS, AUTO, ONNXRUNTIME, TARGETS
+from qwenport.contract import ATTENTIONS, AUTO, ONNXRUNTIME, PROOF, TARGETS
 from qwenport.wording import size
 
 if TYPE_CHECKING:
@@ -79,7 +79,11 @@ def command(
 
     ENGINE_DIR is created and must not exist. It holds TensorRT's plan, or for onnxruntime a graph and
     fp32 weights that load as they are; a manifest; and the tokenizer. What TensorRT would drop or misread in
-    the graph fails the build and is named.
+    the graph fails the build and is named. It carries the package's proof, which `qwenport selftest` runs; if
+    the package has none, and making it takes less than a minute, it is made now.
+
+    A C++ program runs TensorRT engines in a library compiled with the headers of the same flavour: see
+    `qwenport cpp install`.
 
     \b
     Examples:
@@ -92,6 +96,7 @@ def command(
     """
     runnable_kind(package)
     from qwenport import engines
+    from qwenport.validate import PROOF_SECONDS, keep_proof
 
     start = time.perf_counter()
     with whole_or_interrupted(engine_dir):
@@ -106,6 +111,9 @@ def command(
                 plugins=plugins,
                 attention=attention,
                 force_clean=force_clean,
+                make_proof=lambda opened: note(
+                    keep_proof(opened, seconds=PROOF_SECONDS, progress=progress), quiet
+                ),
                 progress=progress,
                 note=lambda text: note(text, quiet),
             )
@@ -154,5 +162,6 @@ def _report(engine: Engine, seconds: float) -> dict[str, Any]:
         ),
         "weight_bytes": manifest["package"]["weight_bytes"],
         "network_layers": manifest["layers"],
+        "proof": PROOF in manifest["files"],
         "seconds": round(seconds, 3),
     }

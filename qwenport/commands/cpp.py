@@ -39,9 +39,10 @@ def install(prefix: Path, tensorrt_include: Path | None, quiet: bool, as_json: b
     """Compile the C++ library and install it into PREFIX, where CMake's find_package finds it.
 
     Needs cmake and nlohmann/json, which `pip install 'qwenport[cpp]'` installs, and a C++17 compiler ($CXX, if
-    that is set). The library runs engines for onnxruntime; with TensorRT's headers and a CUDA toolkit of version
-    12.5 or newer also those for TensorRT. Files of an earlier installation are replaced, and nothing is
-    installed if compiling fails.
+    that is set). The library runs engines for onnxruntime; with the headers of TensorRT or of TensorRT-RTX and a
+    CUDA toolkit of version 12.5 or newer also those for tensorrt or for tensorrt-rtx. The headers are in NVIDIA's
+    archives; the Python packages have none. Files of an earlier installation are replaced, and nothing is installed
+    if compiling fails.
 
     \b
     Examples:

@@ -12,10 +12,11 @@ import click
 
 from qwenport.commands._common import PATH, note, print_json, runtime_of
 from qwenport.commands._gpus import USABLE, fits
-from qwenport.contract import CHUNKED, DIRECT, DTYPES, MASKED, ONNXRUNTIME, SPLIT
+from qwenport.contract import CHUNKED, DIRECT, DTYPES, MASKED, ONNXRUNTIME, PROOF, SPLIT
 from qwenport.wording import size
 
 if TYPE_CHECKING:
+    from qwenport.engines import Engine
     from qwenport.exporter import ModelConfig, Package
 
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -116,6 +117,7 @@ def engine(path: Path) -> dict[str, Any]:
         "model": dataclasses.asdict(config),
         **{key: manifest[key] for key in same},
         "runtime": runtime_of(manifest),
+        "proof": proof_of(opened),
         "notes": [],
         "bindings": manifest["bindings"],
         "attention": manifest["attention"],
@@ -143,6 +145,30 @@ def engine(path: Path) -> dict[str, Any]:
         },
         **memory(config, manifest["dtype"], manifest["max_seq_len"], plan_bytes, manifest),
     }
+
+
+def proof_of(opened: Engine) -> dict[str, Any] | None:
+    """What the proof of an engine holds; None if it carries none."""
+    from qwenport.engines import engine_proof
+
+    proof = engine_proof(opened)
+    if proof is None:
+        return None
+    return {
+        "bytes": opened.manifest["files"][PROOF]["bytes"],
+        "cases": len(proof.cases),
+        "marks": len(proof.marks),
+        "experts": list(proof.experts),
+        "made_by": dict(proof.made_by),
+    }
+
+
+def _proof_line(proof: dict[str, Any] | None) -> str:
+    if proof is None:
+        return "proof     none: `qwenport selftest` cannot check it; validate the package and build again"
+    reached, experts = proof["experts"]
+    of_experts = f", {reached} of {experts} experts" if experts else ""
+    return f"proof     {proof['cases']} cases, {proof['marks']} fingerprints{of_experts} (qwenport selftest)"
 
 
 def operators(package: Package) -> dict[str, Any]:
@@ -272,6 +298,8 @@ def headline(facts: dict[str, Any]) -> list[str]:
         )
     if "graph" in facts:
         lines.append(f"engine    graph of {facts['graph']['nodes']} nodes, by {facts['runtime']}")
+    if "proof" in facts:
+        lines.append(_proof_line(facts["proof"]))
     lines.append(
         f"KV cache  {size(kv['bytes_per_token'])} per token, "
         f"{size(kv['bytes_per_text'])} per text of {facts['max_seq_len']}"

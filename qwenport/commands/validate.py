@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qwenport.commands._common import PATH, output_options, print_json, runnable_kind
+from qwenport.commands._common import (
+    EXIT_NO_PARITY,
+    PATH,
+    note,
+    output_options,
+    print_json,
+    runnable_kind,
+)
 from qwenport.commands._progress import progress_bar
-from qwenport.contract import ATTENTIONS, AUTO, BUDGETS, NETWORK, STANDARD
+from qwenport.contract import ATTENTIONS, AUTO, BUDGETS, NETWORK, PACKAGE, STANDARD, Progress
 
 if TYPE_CHECKING:
-    from qwenport.validate import Report, ScenarioResult
-
-EXIT_NO_PARITY = 1
+    from qwenport.validate import Report, ScenarioResult, Validation
 
 
 @click.command("validate")
@@ -122,7 +127,8 @@ def command(
     Weights, graph and files are compared with the checkpoint's byte for byte. Then prompts are run
     through both in every way a program could: with the last logits or all, steps of many widths,
     token by token, batches, small caches, to the end of the context, at random. If they differ, the
-    operator where the error starts is named. The verdict says what was judged.
+    operator where the error starts is named. The verdict says what was judged. A package that passes gets
+    a proof, which engines built from it carry (`qwenport selftest`).
 
     Exit codes: 0 parity holds, 1 it does not, 2 the two cannot be compared.
 
@@ -157,7 +163,8 @@ def command(
             if report_dir is not None:  # what is known so far, marked as incomplete
                 validation.report().write(report_dir)
             raise
-    report = validation.report()
+        report = validation.report()
+        said = _keep_proof(validation, report, progress)
     if report_dir is not None:
         report.write(report_dir)
     if as_json:
@@ -165,8 +172,21 @@ def command(
     else:
         for line in lines_of(report):
             click.echo(line)
+    note(said, quiet)
     if not report.passed:
         raise click.exceptions.Exit(EXIT_NO_PARITY)
+
+
+def _keep_proof(validation: Validation, report: Report, progress: Progress) -> str | None:
+    """Keep a proof in a package of which everything was judged, and all of it passed."""
+    from qwenport.validate import keep_proof
+
+    package, judged = validation.target.package, validation.target.judged_as
+    if not report.passed or package is None or judged != PACKAGE:
+        return None
+    if report.layers_judged < report.layers:
+        return None
+    return keep_proof(package, streamed=validation.streamed, progress=progress)
 
 
 def lines_of(report: Report) -> list[str]:

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,18 +19,23 @@ ROOT = Path(__file__).parents[2]
 BUILDS = ROOT / "build" / "cpp"
 MANY_TOKENS_ONLY = "-DQWENPORT_MANY_TOKENS_ONLY=ON"
 ONNXRUNTIME_ONLY = "-DQWENPORT_TENSORRT=OFF"
+OLDEST_CMAKE = "3.22.6"
+"""The last release of the minor version that every CMakeLists.txt asks for; all other builds use the newest."""
 OPTIMISED, CHECKED = "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS=-O1"
+PLAIN = (
+    "-DCMAKE_BUILD_TYPE=None"  # not optimised: compiles in less time, where speed is not looked at
+)
 # name -> what is built, and how
 SETTINGS = {
     "release": ("tests/cpp", OPTIMISED),
     "onnxruntime": ("engines/cpp", OPTIMISED, ONNXRUNTIME_ONLY),
-    "onnxruntime-static": ("engines/cpp", OPTIMISED, ONNXRUNTIME_ONLY, "-DBUILD_SHARED_LIBS=OFF"),
-    "static": ("engines/cpp", OPTIMISED, "-DBUILD_SHARED_LIBS=OFF"),
+    "onnxruntime-static": ("engines/cpp", PLAIN, ONNXRUNTIME_ONLY, "-DBUILD_SHARED_LIBS=OFF"),
+    "static": ("engines/cpp", PLAIN, "-DBUILD_SHARED_LIBS=OFF"),
     "address": ("tests/cpp", "-DSANITIZE=address,undefined", CHECKED),
     "thread": ("tests/cpp", "-DSANITIZE=thread", CHECKED),
     "plugins": ("tests/plugins/native", OPTIMISED),
     "plugins-address": ("tests/plugins/native", "-DSANITIZE=address,undefined", CHECKED),
-    "plugins-many": ("tests/plugins/native", OPTIMISED, MANY_TOKENS_ONLY),
+    "plugins-many": ("tests/plugins/native", PLAIN, MANY_TOKENS_ONLY),
     "plugins-cuda": ("plugins", OPTIMISED),
     "plugins-cuda-many": ("plugins", OPTIMISED, MANY_TOKENS_ONLY),
     # what the driver translates for a newer GPU
@@ -74,22 +79,48 @@ def configure(source: Path, build: Path, *settings: object) -> list[str]:
     return [tool("cmake"), "-S", str(source), "-B", str(build), *ninja, *map(str, settings)]
 
 
-def built(setting: str) -> Path:
-    """The folder of an up-to-date build in one of SETTINGS."""
-    folder = BUILDS / setting
-    with _locked(setting):
+def oldest_cmake() -> Path:
+    """CMake of release OLDEST_CMAKE, installed below BUILDS."""
+    name = f"cmake-{OLDEST_CMAKE}"
+    folder = BUILDS / name
+    program = folder / "cmake" / "data" / "bin" / "cmake"
+    with _locked(name):
+        if not program.exists():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+            run(*pip, "--target", folder, f"cmake=={OLDEST_CMAKE}")
+    return program
+
+
+def built(setting: str, *, gpu: str | None = None, targets: Sequence[str] = ("all",)) -> Path:
+    """The folder of an up-to-date build in one of SETTINGS.
+
+    Args:
+        gpu: compile for this architecture alone, "sm90", in a folder of its own.
+        targets: what of the build is needed.
+    """
+    folder = BUILDS / (setting if gpu is None else f"{setting}-{gpu}")
+    with _locked(folder.name):
         source, *settings = SETTINGS[setting]
-        headers = f"-DTENSORRT_INCLUDE_DIR={tensorrt_headers()}"
-        run(*configure(ROOT / source, folder, headers, *settings))
-        run(tool("cmake"), "--build", folder)
+        settings.append(f"-DTENSORRT_INCLUDE_DIR={tensorrt_headers()}")
+        if gpu is not None:
+            settings.append(f"-DCMAKE_CUDA_ARCHITECTURES={gpu.removeprefix('sm')}")
+        run(*configure(ROOT / source, folder, *settings))
+        run(tool("cmake"), "--build", folder, "--target", *targets)
     return folder
 
 
-def built_example(name: str) -> Path:
-    """The program of an example, compiled against an installed library that runs onnxruntime's engines only."""
-    library, prefix, folder = built("onnxruntime"), BUILDS / "installed", BUILDS / f"example-{name}"
+def installed() -> Path:
+    """The prefix of an installed library that runs onnxruntime's engines only."""
+    library, prefix = built("onnxruntime"), BUILDS / "installed"
     with _locked("installed"):
         run(tool("cmake"), "--install", library, "--prefix", prefix)
+    return prefix
+
+
+def built_example(name: str) -> Path:
+    """The program of an example, compiled against the installed library."""
+    prefix, folder = installed(), BUILDS / f"example-{name}"
+    with _locked("installed"):
         found = f"-DCMAKE_PREFIX_PATH={prefix}"
         run(*configure(ROOT / "examples" / "cpp" / name, folder, found, OPTIMISED))
         run(tool("cmake"), "--build", folder)

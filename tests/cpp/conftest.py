@@ -6,13 +6,17 @@ import importlib.util
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwenport import engines, exporter
+from qwenport.contract import MANIFEST
 
+from . import proofs
 from .builds import ROOT, built
 from .runtime import Library
+from .toy import VOCAB, toy_directory, toy_logits
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +69,30 @@ def engine_of(
         return made[name]
 
     return make
+
+
+@pytest.fixture
+def passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where self-tests that passed are remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "qwenport" / "self-tests"
+
+
+@pytest.fixture(scope="session")
+def toy_proof(library: Library, tmp_path_factory) -> tuple[dict[str, Any], dict[str, str]]:
+    """Tensors and metadata of a proof of the toy network."""
+    manifest = (toy_directory(library, tmp_path_factory.mktemp("toy")) / MANIFEST).read_text()
+    cases = proofs.small_cases(proofs.TOY_TEXTS)
+    tensors = proofs.tensors_of(
+        lambda tokens: toy_logits(library, manifest, tokens), proofs.TOY_TEXTS, cases, 1e-6
+    )
+    return tensors, proofs.metadata_of(cases, VOCAB, proofs.PACKAGE)
+
+
+@pytest.fixture
+def toy(library: Library, toy_proof, tmp_path: Path) -> Path:
+    """A toy engine that carries its proof."""
+    return proofs.toy_with(library, tmp_path / "toy", proofs.write(*toy_proof))
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ ERRORS = {
     8: "bad snapshot",
     9: "device",
     10: "internal",
+    11: "not proven",
 }
 REASONS: tuple[FinishReason, ...] = ("stop", "length", "capacity", "cancelled")
 IDLE = -1
@@ -38,6 +39,7 @@ class EngineInfo(c.Structure):
         *((name, c.c_int) for name in ("vocab_size", "capacity", "max_batch", "max_step_tokens")),
         *((name, c.c_char_p) for name in ("dtype", "flavour", "runtime_version", "gpus")),
         ("cache_bytes_per_row", c.c_size_t),
+        ("has_proof", c.c_int),
     ]
 
 
@@ -45,6 +47,18 @@ class EngineOptions(c.Structure):
     _fields_ = [
         *((name, c.c_int) for name in ("gpu", "threads", "load")),
         ("onnxruntime", c.c_char_p),
+        ("require_self_test", c.c_int),
+    ]
+
+
+class SelfTestReport(c.Structure):
+    _fields_ = [
+        *((n, c.c_int) for n in ("passed", "cases", "skipped", "steps", "marks", "remembered")),
+        ("seconds", c.c_double),
+        *((name, c.c_int) for name in ("call", "row", "position", "span")),
+        *((name, c.c_double) for name in ("error", "bound")),
+        ("case_name", c.c_char * 64),
+        ("summary", c.c_char * 256),
     ]
 
 
@@ -121,8 +135,10 @@ class Library:
         threads: int = 0,
         load: str | int = "fast_steps",
         onnxruntime: Path | None = None,
+        require_self_test: bool = False,
     ) -> Engine:
         given = self.c.qwenport_engine_defaults()
+        given.require_self_test = require_self_test
         given.threads, given.load = threads, LOAD_MODES.get(load, load)  # type: ignore[call-overload]
         given.onnxruntime = str(onnxruntime).encode() if onnxruntime else None
         engine = c.c_void_p()
@@ -141,6 +157,11 @@ class Engine:
 
     def info(self) -> EngineInfo:
         return self.library.c.qwenport_engine_get_info(self.handle)
+
+    def self_test(self) -> SelfTestReport:
+        report = SelfTestReport()
+        self.library.check(self.library.c.qwenport_engine_self_test(self.handle, c.byref(report)))
+        return report
 
     def session(self, **options: int) -> Session:
         given = self.library.c.qwenport_session_defaults()

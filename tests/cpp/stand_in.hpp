@@ -112,6 +112,9 @@ class StandInModel final : public qwenport::detail::Model {
       : Model(std::move(manifest)), make_network_(std::move(make_network)) {}
 
   [[nodiscard]] std::unique_ptr<qwenport::detail::Device> make_device() const override;
+  [[nodiscard]] qwenport::detail::Machine machine() const override {
+    return {"GPU-stand-in", "1.0", "10.14.1.48"};
+  }
   [[nodiscard]] int allocated_slots(int /*capacity*/) const override { return manifest().attention.slots; }
   [[nodiscard]] std::unique_ptr<qwenport::detail::Executor> make_executor(qwenport::detail::Device& device,
                                                                           int profile) const override;

@@ -60,7 +60,7 @@ def refused(library: Library, code: int) -> str:
 
 
 def test_the_header_is_read() -> None:
-    assert len(declared()) == 9
+    assert len(declared()) == 10
     assert ("generate", "prompts") in POINTERS
 
 

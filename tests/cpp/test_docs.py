@@ -24,6 +24,7 @@ def test_the_commands_of_the_page_build_a_program(tmp_path: Path) -> None:
         **os.environ,
         "TENSORRT": str(tmp_path / "sdk"),
         "PREFIX": str(tmp_path / "prefix"),
+        "CMAKE_BUILD_TYPE": "None",  # compiles in less time than what is optimised
         "PATH": f"{Path(tool('cmake')).parent}:{os.environ['PATH']}",
     }
     commands = "".join(blocks("sh"))
@@ -49,7 +50,7 @@ def test_the_page_has_the_codes_of_the_headers() -> None:
     enum = re.search(r"enum class ErrorCode.*?};", header, re.DOTALL)
     assert enum
     codes = re.findall(r"(\w+) = (\d+),", enum[0])
-    assert len(codes) == 10
+    assert len(codes) == 11
     assert re.findall(r"^\| `(\w+)` \| (\d+) \|", PAGE, re.MULTILINE) == codes
     c_header = (ROOT / "engines/cpp/include/qwenport/qwenport.h").read_text()
     for name, number in codes:

@@ -19,6 +19,12 @@ def test_units_pass_in(setting: str) -> None:
     run(built(setting) / "unit")
 
 
+@pytest.mark.parametrize("setting", ["release", "address", "thread"])
+def test_the_code_for_cuda_runs_on_a_stand_in_for_cuda_in(setting: str) -> None:
+    """tests/gpu/test_cuda_on_gpu.py runs the same on a GPU."""
+    run(built(setting) / "cuda_on_cpu")
+
+
 def test_no_bytes_of_a_manifest_do_harm(library: Library, engine_of, tmp_path: Path) -> None:
     """A short run of the fuzz target under ASan and UBSan, from a real manifest and a small one."""
     real = tmp_path / "real.json"

@@ -182,6 +182,30 @@ class RuntimeCache:
         return memoryview(b"\n".join([self.MAGIC, *sorted(self._before | run)]))
 
 
+_sessions: dict[tuple[Path, int], ort.InferenceSession] = {}
+
+
+def _loaded(package: exporter.Package, slots: int) -> ort.InferenceSession:
+    """The network, loaded once."""
+    key = package.path, slots
+    if key not in _sessions:
+        model = for_tensorrt(
+            ir.load(package.model),
+            dtype="fp32",
+            capacity=slots,
+            positions=slots,
+            kv_heads=package.config.num_key_value_heads,
+        )
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(package.path)
+        )
+        model = ir.to_proto(model).SerializeToString()
+        _sessions[key] = ort.InferenceSession(model, options)
+    return _sessions[key]
+
+
 class Context:
     """An IExecutionContext over onnxruntime.
 
@@ -194,20 +218,7 @@ class Context:
         self, engine: engines.Engine, package: exporter.Package, gpu: HostGpu, calls: list[Any]
     ) -> None:
         self.manifest, self.gpu, self.calls = engine.manifest, gpu, calls
-        attention = self.manifest["attention"]
-        model = for_tensorrt(
-            ir.load(package.model),
-            dtype="fp32",
-            capacity=attention["slots"],
-            positions=self.manifest["max_seq_len"],
-            kv_heads=package.config.num_key_value_heads,
-        )
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(Path(package.path))
-        )
-        self.session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+        self.session = _loaded(package, self.manifest["attention"]["slots"])
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.profile, self.workspace, self.extra = 0, (0, 0), 0

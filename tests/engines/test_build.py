@@ -36,13 +36,43 @@ def test_gpu_lists_are_taken_as_written_unless_a_gpu_lacks_the_dtype(gpus, dtype
         ("sm999", "no such GPU architecture: 'sm999'"),
         ("", "no such GPU architecture"),
         ("sm86,,sm89", "no such GPU architecture"),
-        ("sm90", "tensorrt-rtx has no kernels for sm90"),
+        *[
+            (
+                gpu,
+                f"tensorrt-rtx has no kernels for {gpu}, it serves .*sm121; --target tensorrt has",
+            )
+            for gpu in ("sm87", "sm90", "sm100", "sm103", "sm110")
+        ],
         ("sm86,sm86", "named twice"),
     ],
 )
 def test_gpus_that_cannot_be_served_are_named(text, complaint):
     with pytest.raises(engines.BuildError, match=complaint):
         parse_gpus(text, RTX, "fp16")
+
+
+def test_the_gpus_of_tensorrt_rtx_are_those_that_its_builder_knows() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    known = {name.lower() for name in dir(trt.ComputeCapability) if name.startswith("SM")}
+    assert set(RTX_GPUS) == known
+
+
+@pytest.mark.parametrize(
+    ("gpu", "complaint"),
+    [
+        *[(gpu, None) for gpu in GPUS["tensorrt"]],
+        ("sm75", "tensorrt has no kernels for sm75, it serves sm80, .*; --target tensorrt-rtx has"),
+        ("sm70", "tensorrt has no kernels for sm70, it serves sm80, "),
+    ],
+)
+def test_tensorrt_judges_the_local_gpu_whether_it_is_named_or_not(gpu, complaint, monkeypatch):
+    monkeypatch.setattr("qwenport.engines.targets.current_gpu", lambda: gpu)
+    for text in (None, gpu):
+        if complaint is None:
+            assert parse_gpus(text, FLAVOURS["tensorrt"], "bf16") == (gpu,)
+        elif text is None or gpu == "sm75":
+            with pytest.raises(engines.BuildError, match=complaint):
+                parse_gpus(text, FLAVOURS["tensorrt"], "bf16")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

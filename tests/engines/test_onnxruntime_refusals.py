@@ -138,6 +138,27 @@ def append(name: str) -> Callable[[Path], None]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another form of attention": (
+        edit(attention={"form": "chunked", "span_multiple": 96, "slots": 96}),
+        "attention of form masked",
+    ),
+    "no such form": (
+        edit(attention={"form": "x", "span_multiple": 64, "slots": 96}),
+        "attention.form is 'x'",
+    ),
+    "other slots": (
+        edit(attention={"form": "masked", "span_multiple": 64, "slots": 128}),
+        "attention of form masked over 128 slots in spans of 64, and max_seq_len 96",
+    ),
+    "queries that are not there": (
+        edit(attention={"form": "direct", "span_multiple": 96, "slots": 96}),
+        "attention of form direct, but the outputs of queries are not one per layer",
+    ),
+    "no profile": (edit(profiles=[]), "profiles is empty"),
+    "a profile of fewer rows": (
+        edit(profiles=[{"input_ids": {"max": [1, 96]}}]),
+        "a profile's input_ids is not of max_batch rows",
+    ),
     "older format": (edit(format_version=2), "format version 2.*build the engine again"),
     "unknown flavour": (edit(flavour="openvino"), "flavour is 'openvino'"),
     "another flavour": (edit(flavour="tensorrt"), "does not list engine.plan"),
@@ -150,7 +171,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "another header": (rename_a_tensor, "weights.safetensors does not match the manifest"),
     "changed graph": (append(MODEL), "model.onnx does not match the manifest"),
     "changed tokenizer": (append("tokenizer.json"), "tokenizer.json does not match the manifest"),
-    "longer than its tables": (edit(max_seq_len=97), "max_seq_len is 97, and the rope tables"),
+    "longer than its tables": (
+        edit(max_seq_len=97, attention={"form": "masked", "span_multiple": 64, "slots": 97}),
+        "max_seq_len is 97, and the rope tables",
+    ),
     "another file": (lambda path: (path / "more").touch(), "more is not in the manifest"),
 }
 

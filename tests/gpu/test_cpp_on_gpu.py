@@ -5,25 +5,19 @@ Each case is a process of its own, in which `tensorrt` has loaded the library th
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+from able import this_machine
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and there is none here"
-    ),
-    pytest.mark.skipif(
-        importlib.util.find_spec("tensorrt") is None, reason="tensorrt is not installed"
-    ),
-]
+REASON = this_machine().no_target("tensorrt", "fp32") or this_machine().no_builds()
+
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 PROGRAM = """
 import json, sys

@@ -5,22 +5,21 @@ Each case is a process of its own, since one process uses one TensorRT flavour.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+from able import this_machine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 every_checkpoint = pytest.mark.parametrize("name", ["tiny-qwen2.5", "tiny-qwen2-moe"])
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and there is none here"
-)
+HERE = this_machine()
+
+pytestmark = pytest.mark.skipif(HERE.gpu is None, reason=str(HERE.no_gpu()))
 
 
 def qwenport(*arguments: object) -> str:
@@ -35,20 +34,15 @@ def qwenport(*arguments: object) -> str:
 
 
 @every_checkpoint
-@pytest.mark.parametrize(
-    ("target", "module"), [("tensorrt-rtx", "tensorrt_rtx"), ("tensorrt", "tensorrt")]
-)
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_an_engine_has_parity_and_writes_what_its_package_writes(
-    target, module, dtype, name, tmp_path
-):
-    if importlib.util.find_spec(module) is None:
-        pytest.skip(f"{module} is not installed")
+def test_an_engine_has_parity_and_writes_what_its_package_writes(target, dtype, name, tmp_path):
+    if reason := HERE.no_target(target, dtype):
+        pytest.skip(reason)
     package, engine = tmp_path / "package", tmp_path / "engine"
     checkpoint = EXAMPLES / name
     qwenport("export", checkpoint, package, "--dtype", dtype)
-    major, minor = torch.cuda.get_device_capability(0)
-    qwenport("build", package, engine, "--target", target, "--gpu", f"sm{major}{minor}")
+    qwenport("build", package, engine, "--target", target, "--gpu", HERE.gpu)
     report = json.loads(qwenport("validate", engine, "--reference", checkpoint, "--json"))
     assert report["passed"]
     if dtype == "fp32":
@@ -60,8 +54,7 @@ def test_an_engine_has_parity_and_writes_what_its_package_writes(
 @every_checkpoint
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_a_package_has_parity_on_the_cuda_provider(dtype, name, tmp_path):
-    import onnxruntime
-
+    onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime here has no CUDA provider")
     from qwenport import exporter, validate

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from able import this_machine
 from cpp.builds import built
 from plugin_checks import DTYPES, check_experts, check_rotary, check_router
 from plugin_driver import Driver
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and there is none here"
-)
+REASON = this_machine().no_plugins()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

@@ -16,7 +16,7 @@ from calls import ELEMENTS, model_of_call, session_of
 from hypothesis import strategies as st
 
 from qwenport.plugins import moe_experts as op
-from qwenport.plugins.moe_experts import function_body
+from qwenport.plugins.moe_experts import function_body, tensorrt_body
 
 OPERATOR = torch.ops.qwenport.moe_experts.default
 
@@ -191,7 +191,12 @@ def sums_that_need_fp32(dtype: torch.dtype, by_expert: bool) -> list[tuple[Argum
 
 
 def model_of(
-    opset: int, *, by_expert: bool = False, dtype: torch.dtype = torch.float32, rank: int = 2
+    opset: int,
+    *,
+    by_expert: bool = False,
+    for_tensorrt: bool = False,
+    dtype: torch.dtype = torch.float32,
+    rank: int = 2,
 ) -> onnx.ModelProto:
     element = ELEMENTS[dtype]
     inputs = {
@@ -201,7 +206,7 @@ def model_of(
         "gate_up": (element, 3),
         "down": (element, 3),
     }
-    body = function_body(opset, by_expert=by_expert)
+    body = tensorrt_body(opset) if for_tensorrt else function_body(opset, by_expert=by_expert)
     return model_of_call(op.NAME, body, inputs, {"y": (element, rank)}, by_expert=int(by_expert))
 
 

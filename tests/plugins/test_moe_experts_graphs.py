@@ -50,6 +50,27 @@ def test_the_function_body_in_onnxruntime_is_transformers_experts(
     assert_close(y, moe_experts(*drawn), drawn)
 
 
+@settings(max_examples=60)
+@given(drawn=by_token(DTYPES[:2]))
+def test_the_body_for_tensorrt_in_onnxruntime_is_transformers_experts(drawn: Arguments) -> None:
+    form: dict[str, Any] = {"dtype": drawn[0].dtype, "rank": drawn[0].ndim}
+    (y,) = run_in_session(session(24, for_tensorrt=True, **form), *drawn)
+    assert_close(y, transformers_experts(drawn), drawn)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 4, 5, 40])
+def test_the_body_for_tensorrt_changes_its_way_at_as_many_pairs_as_experts(tokens: int) -> None:
+    """7 experts, 2 per token: 3 tokens are the most that are multiplied one by one."""
+    generator = torch.Generator().manual_seed(tokens)
+    gate_up, down = stacks(Sizes((tokens,), 7, 2), generator)
+    scores = torch.rand(tokens, 7, generator=generator)
+    weights, indices = scores.topk(2)
+    x = torch.randn(tokens, down.shape[1], generator=generator)
+    drawn = (x, indices, weights, gate_up, down)
+    (y,) = run_in_session(session(24, for_tensorrt=True), *drawn)
+    assert_close(y, moe_experts(*drawn), drawn)
+
+
 @pytest.mark.parametrize("opset", [18, 24])
 @given(drawn=by_expert(DTYPES[:2]))
 def test_by_expert_the_function_body_in_onnxruntime_is_the_reference(

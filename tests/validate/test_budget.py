@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenport.contract import SPAN_MULTIPLE
+from qwenport.engines.spans import Spans
 from qwenport.exporter import ModelConfig, parse_config
 from qwenport.validate import ValidationError
 from qwenport.validate.budget import (
@@ -59,7 +60,7 @@ def test_a_plan_fits_the_target(given_: dict[str, Any], budget: str) -> None:
     assert all(2 <= width <= widest for width in plan.widths[1:])
     assert 1 <= plan.context <= capacity == plan.capacity
     assert 1 <= plan.distance <= capacity and plan.distance <= plan.max_positions
-    assert all(edge % SPAN_MULTIPLE == 0 and 0 < edge < plan.context for edge in plan.edges)
+    assert all(edge in plan.spans and 0 < edge < plan.context for edge in plan.edges)
     assert list(plan.edges) == sorted(set(plan.edges))
     assert 1 <= plan.wide_batch <= widest
     assert 0 <= plan.dense_logits <= plan.context
@@ -84,12 +85,14 @@ def test_a_larger_budget_runs_no_less(given_: dict[str, Any]) -> None:
 @given(limits(), st.sampled_from(QUICK_FIRST))
 def test_edges_are_all_there_are_or_both_ends_of_them(given_: dict[str, Any], budget: str) -> None:
     plan = plan_of(given_, budget)
-    every = list(range(SPAN_MULTIPLE, plan.context, SPAN_MULTIPLE))
+    every = [span for span in plan.spans if span < plan.context]
+    assert list(plan.spans) == list(Spans(SPAN_MULTIPLE, given_["capacity"]))
     if len(plan.edges) < len(every):
         assert len(plan.edges) >= 2
         assert (plan.edges[0], plan.edges[-1]) == (every[0], every[-1])
-        gaps = [b - a for a, b in itertools.pairwise(plan.edges)]
-        assert max(gaps) - min(gaps) <= SPAN_MULTIPLE, "spread evenly"
+        places = [every.index(edge) for edge in plan.edges]
+        gaps = [b - a for a, b in itertools.pairwise(places)]
+        assert max(gaps) - min(gaps) <= 1, "spread evenly"
     else:
         assert list(plan.edges) == every
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenport.engines import Step
+from qwenport.engines.spans import Spans
 from qwenport.validate.budget import Plan, make_plan
 from qwenport.validate.run import NotApplicable, Observation
 from qwenport.validate.scenarios import LOOKED_INTO, SCENARIOS, Scenario, scenarios
@@ -131,7 +132,7 @@ def test_the_scenarios_reach_every_width_row_and_edge_of_the_plan() -> None:
     assert rows == set(range(5))
     for edge in plan.edges:
         assert {edge - 1, edge, edge + 1} <= singles
-        assert {edge, edge + 64} <= spans
+        assert {edge, plan.spans.holding(edge + 1)} <= spans
 
 
 def test_small_caches_are_filled_to_their_last_slot() -> None:
@@ -145,8 +146,8 @@ def test_small_caches_are_filled_to_their_last_slot() -> None:
 
 @given(plans())
 def test_of_a_small_model_every_cache_position_batch_and_id_is_run(plan: Plan) -> None:
-    sizes = range(64, plan.capacity, 64)
-    assert set(plan.caches) <= set(sizes) and plan.cache_sizes == -(-plan.capacity // 64)
+    sizes = [size for size in Spans(64, plan.capacity) if size < plan.capacity]
+    assert set(plan.caches) <= set(sizes) and plan.cache_sizes == len(sizes) + 1
     assert {64, 192} & set(sizes) <= set(plan.caches)
     if not plan.every_id:  # a large model, or a quick judgement
         return

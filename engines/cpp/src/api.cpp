@@ -4,6 +4,7 @@
 #include "backend.hpp"
 #include "generation.hpp"
 #include "qwenport/qwenport.hpp"
+#include "self_test.hpp"
 #include "session.hpp"
 
 namespace qwenport {
@@ -36,10 +37,19 @@ std::string one_line(std::string text) {
 Error::Error(ErrorCode code, const std::string& message)
     : std::runtime_error(one_line(message)), code_(code) {}
 
+Engine::Engine(std::shared_ptr<const detail::Model> model, const std::string& directory,
+               bool require_self_test)
+    : model_(std::move(model)),
+      self_test_(std::make_shared<detail::SelfTest>(model_, directory, require_self_test)) {}
+
+SelfTestReport Engine::self_test() const { return self_test_->run(); }
+
 const EngineInfo& Engine::info() const noexcept { return model_->manifest().info; }
 
-Session::Session(const Engine& engine, const SessionOptions& options)
-    : core_(std::make_shared<SessionCore>(engine.model_, options)) {}
+Session::Session(const Engine& engine, const SessionOptions& options) {
+  engine.self_test_->check_allowed();
+  core_ = std::make_shared<SessionCore>(engine.model_, options);
+}
 Session::Session(Session&&) noexcept = default;
 Session& Session::operator=(Session&&) noexcept = default;
 Session::~Session() = default;

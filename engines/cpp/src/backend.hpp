@@ -80,6 +80,13 @@ class Executor {
   virtual void enqueue() = 0;
 };
 
+/// Where an engine runs, in the words of a remembered self-test (docs/reference/proof.md).
+struct Machine {
+  std::string device;           ///< "cpu", or a GPU's UUID
+  std::string driver;           ///< "-" for the CPU
+  std::string runtime_version;  ///< of the library that is loaded
+};
+
 /// A loaded engine. Its methods may be called from several threads at once.
 class Model {
  public:
@@ -90,6 +97,7 @@ class Model {
 
   [[nodiscard]] const Manifest& manifest() const noexcept { return manifest_; }
   [[nodiscard]] virtual std::unique_ptr<Device> make_device() const = 0;
+  [[nodiscard]] virtual Machine machine() const = 0;
   /// The slots of a cache for a session that uses `capacity` of them: more if the engine fixes its length.
   [[nodiscard]] virtual int allocated_slots(int capacity) const = 0;
   /// \param profile its place in the manifest's list; the executor's shapes must be within it.

@@ -41,6 +41,7 @@ static_assert(static_cast<int>(ErrorCode::sampling) == QWENPORT_SAMPLING);
 static_assert(static_cast<int>(ErrorCode::bad_snapshot) == QWENPORT_BAD_SNAPSHOT);
 static_assert(static_cast<int>(ErrorCode::device) == QWENPORT_DEVICE);
 static_assert(static_cast<int>(ErrorCode::internal) == QWENPORT_INTERNAL);
+static_assert(static_cast<int>(ErrorCode::not_proven) == QWENPORT_NOT_PROVEN);
 static_assert(static_cast<int>(qwenport::FinishReason::stop) == QWENPORT_FINISH_STOP);
 static_assert(static_cast<int>(qwenport::FinishReason::length) == QWENPORT_FINISH_LENGTH);
 static_assert(static_cast<int>(qwenport::FinishReason::capacity) == QWENPORT_FINISH_CAPACITY);
@@ -171,7 +172,8 @@ const char* qwenport_last_error(void) { return last_error; }
 
 qwenport_engine_options qwenport_engine_defaults(void) {
   const qwenport::EngineOptions options;
-  return {options.gpu, options.threads, static_cast<int>(options.load), nullptr};
+  return {options.gpu, options.threads, static_cast<int>(options.load), nullptr,
+          options.require_self_test ? 1 : 0};
 }
 
 int qwenport_engine_load(const char* directory, const qwenport_engine_options* options,
@@ -181,7 +183,7 @@ int qwenport_engine_load(const char* directory, const qwenport_engine_options* o
     const qwenport_engine_options given = options != nullptr ? *options : qwenport_engine_defaults();
     qwenport::Engine loaded = qwenport::Engine::load(
         directory, {given.gpu, given.threads, static_cast<qwenport::LoadMode>(given.load),
-                    given.onnxruntime != nullptr ? given.onnxruntime : ""});
+                    given.onnxruntime != nullptr ? given.onnxruntime : "", given.require_self_test != 0});
     std::string gpus;
     for (const std::string& name : loaded.info().gpus) gpus += (gpus.empty() ? "" : ",") + name;
     *engine = new qwenport_engine{std::move(loaded), std::move(gpus)};
@@ -203,9 +205,25 @@ qwenport_engine_info qwenport_engine_get_info(const qwenport_engine* engine) {
              info.flavour.c_str(),
              info.runtime_version.c_str(),
              engine->gpus.c_str(),
-             info.cache_bytes_per_row};
+             info.cache_bytes_per_row,
+             info.has_proof ? 1 : 0};
   });
   return found;
+}
+
+int qwenport_engine_self_test(const qwenport_engine* engine, qwenport_self_test_report* report) {
+  return guarded([&] {
+    need({{"engine", engine}, {"report", report}});
+    const qwenport::SelfTestReport found = engine->engine.self_test();
+    const qwenport::SelfTestFailure& failure = found.failure;
+    *report = {found.passed ? 1 : 0, found.cases,  found.skipped,
+               found.steps,          found.marks,  found.remembered ? 1 : 0,
+               found.seconds,        failure.call, failure.row,
+               failure.position,     failure.span, failure.error,
+               failure.bound,        {},           {}};
+    std::strncpy(report->case_name, failure.case_name.c_str(), sizeof report->case_name - 1);
+    std::strncpy(report->summary, found.summary.c_str(), sizeof report->summary - 1);
+  });
 }
 
 qwenport_session_options qwenport_session_defaults(void) {

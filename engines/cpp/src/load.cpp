@@ -33,7 +33,8 @@ Engine Engine::load(const std::string& directory, const EngineOptions& options) 
   detail::check_flavour(manifest, directory, flavours);
   for (const Backend& backend : backends) {
     if (manifest.info.flavour != backend.flavour) continue;
-    return Engine(backend.load(std::move(manifest), directory, options));
+    return Engine(backend.load(std::move(manifest), directory, options), directory,
+                  options.require_self_test);
   }
   throw Error(ErrorCode::internal, "a flavour without a backend");
 }

@@ -253,6 +253,11 @@ void read_target(const Node& root, Manifest& manifest) {
 
 void read_files(const Node& root, Manifest& manifest) {
   const Node files = root.at("files");
+  if (files.has(contract::proof_name)) {
+    manifest.proof = file_record(files, contract::proof_name);
+    manifest.package_sha256 = root.at("package").at("manifest_sha256").text();
+    manifest.info.has_proof = true;
+  }
   if (manifest.is_onnxruntime()) {
     manifest.model = file_record(files, contract::model_name);
     manifest.weights = file_record(root.at("weights").at("files"), contract::weights_name, "header_sha256");
@@ -291,7 +296,8 @@ Manifest parse_manifest(std::string_view text, const std::string& where) {
   read_bindings(root, manifest);
   read_files(root, manifest);
   // The hashes of an onnxruntime engine's files do not cover its weights: the manifest says more about them.
-  manifest.identity = manifest.is_onnxruntime() ? sha256(text.data(), text.size()) : manifest.model.sha256;
+  manifest.sha256 = sha256(text.data(), text.size());
+  manifest.identity = manifest.is_onnxruntime() ? manifest.sha256 : manifest.model.sha256;
   manifest.info.cache_bytes_per_row = manifest.caches.size() * manifest.row_bytes(manifest.attention.slots);
   return manifest;
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -42,8 +43,11 @@ struct Manifest {
   int element_bytes = 0;  ///< of a cache element
   FileRecord model;       ///< TensorRT's plan, or onnxruntime's graph
   FileRecord weights;     ///< onnxruntime only; the SHA-256 is that of its safetensors header
+  std::string sha256;     ///< of the manifest's text
   std::string identity;   ///< 64 characters that tell this engine's snapshots from another's
   std::vector<FileRecord> plugins;
+  std::optional<FileRecord> proof;
+  std::string package_sha256;  ///< of the package's manifest; only if there is a proof
   std::vector<CacheBinding> caches;  ///< ordered by the names of their outputs
   std::vector<std::string> queries;  ///< outputs whose values are not used
 

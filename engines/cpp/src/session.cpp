@@ -246,7 +246,8 @@ void SessionCore::run_step(std::int64_t rows, std::int64_t width, bool whole,
     for (std::int64_t i = 0; i < width; ++i) position_ids_.values()[b * width + i] = start + i;
     end = std::max(end, start + width);
   }
-  const StepShape step{rows, width, span_of(end)};
+  span_ = span_of(end);
+  const StepShape step{rows, width, span_};
   failed_ = true;  // until the step has finished
   const bool by_graph = width == 1 && cuda_graphs_ && issue_by_graph(step);
   if (!by_graph) {

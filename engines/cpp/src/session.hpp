@@ -62,6 +62,10 @@ class SessionCore {
   /// Tokens per row that one step takes.
   [[nodiscard]] int max_step_tokens() const noexcept { return max_step_tokens_; }
   [[nodiscard]] bool cuda_graphs() const noexcept { return cuda_graphs_; }
+  /// Slots that the last step attended to.
+  [[nodiscard]] int span() const noexcept { return static_cast<int>(span_); }
+  /// Fill every slot that holds no token with large finite numbers; see self_test.cpp.
+  void poison();
 
   /// Before a caller's use. \throws Error invalid_argument: a generation is running, so a callback made the call.
   void check_idle();
@@ -135,6 +139,7 @@ class SessionCore {
   bool generating_ = false;
   bool misused_ = false;  // by a callback of that generation
   std::uint64_t steps_ = 0;
+  std::int64_t span_ = 0;
   Rows held_;                        // the tokens whose keys and values are in the cache
   std::vector<char> present_;        // for the last call's logits
   std::vector<TokenView> views_;     // scratch of decode

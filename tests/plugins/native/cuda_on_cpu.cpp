@@ -1,7 +1,10 @@
 // The few calls of the CUDA runtime that the plugins make besides launching, on a machine without it.
 #include "cuda_on_cpu.hpp"
 
+#include <algorithm>
+
 using cuda_on_cpu::capability;
+using cuda_on_cpu::most_shared;
 
 extern "C" {
 cudaError_t cudaGetDevice(int* device) {
@@ -22,6 +25,19 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*d
     default:
       return cudaErrorInvalidValue;
   }
+}
+cudaError_t cudaFuncSetAttribute(const void* /*kernel*/, cudaFuncAttribute attribute, int value) {
+  const bool fits = static_cast<std::size_t>(value) <= most_shared();
+  return attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && fits ? cudaSuccess
+                                                                          : cudaErrorInvalidValue;
+}
+/// By threads and shared memory: registers are unknown here.
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* /*kernel*/, int threads,
+                                                          std::size_t shared) {
+  constexpr std::size_t reserved = 1024;  // per block
+  const std::size_t by_shared = (most_shared() + reserved) / (shared + reserved);
+  *blocks = std::min(2048 / threads, static_cast<int>(by_shared));
+  return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() {
   cuda_on_cpu::synchronize();

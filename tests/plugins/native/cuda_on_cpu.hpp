@@ -69,11 +69,30 @@ struct UnderWay {
   unsigned group;
 };
 
+/// Where a fibre goes on. It begins by setcontext, which asks the kernel for signal masks: too slow for every switch.
+struct Context {
+  ucontext_t beginning{};
+  void* place[5]{};
+  bool begun = true;
+};
+
+/// Not instrumented, and a function of its own, for the sake of the built-ins.
+__attribute__((noinline, no_sanitize("address", "undefined"))) inline void jump(Context& from, Context& to) {
+  if (__builtin_setjmp(from.place) != 0) return;
+  if (!to.begun) {
+    to.begun = true;
+    setcontext(&to.beginning);
+  }
+  __builtin_longjmp(to.place, 1);
+}
+
 struct Fibre {
-  ucontext_t context{};
+  Context context;
   std::unique_ptr<char[]> stack{new char[stack_bytes]};
   void* fake_stack = nullptr;
   bool finished = false;
+  const unsigned* awaited = nullptr;  // goes on when this is no longer `seen`
+  unsigned seen = 0;
   dim3 index{};
   unsigned number = 0;
   std::deque<std::vector<Copy>> copies;  // the last group is still open
@@ -95,7 +114,7 @@ struct Block {
   std::vector<unsigned char> shared;
   // the operands of each product of each warpgroup, told by whichever thread came first
   std::vector<std::vector<std::pair<std::uint64_t, std::uint64_t>>> products;
-  ucontext_t scheduler{};
+  Context scheduler;
   const void* scheduler_stack = nullptr;
   std::size_t scheduler_stack_bytes = 0;
   Fibre* running = nullptr;
@@ -121,14 +140,14 @@ inline std::size_t most_shared() {
 inline Block* current = nullptr;
 
 /// Switch between the scheduler and a fibre, and tell the address sanitizer.
-inline void switch_context(ucontext_t& from, ucontext_t& to, void** fake_stack, const void* stack,
+inline void switch_context(Context& from, Context& to, void** fake_stack, const void* stack,
                            std::size_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(fake_stack, stack, bytes);
 #else
   (void)fake_stack, (void)stack, (void)bytes;
 #endif
-  swapcontext(&from, &to);
+  jump(from, to);
 }
 
 inline void arrived_in_fibre(Fibre& fibre) {
@@ -147,12 +166,23 @@ inline void yield() {
   arrived_in_fibre(fibre);
 }
 
-inline void release_if_all_wait() {
+/// Until another fibre changes `generation`.
+inline void wait_for_next(const unsigned& generation) {
+  Fibre& fibre = *current->running;
+  fibre.seen = generation;
+  fibre.awaited = &generation;
+  yield();
+  fibre.awaited = nullptr;
+}
+
+/// Whether the barrier opened.
+inline bool release_if_all_wait() {
   Block& block = *current;
-  if (block.waiting == 0 || block.waiting != block.unfinished) return;
+  if (block.waiting == 0 || block.waiting != block.unfinished) return false;
   block.waiting = 0;
   ++block.generation;
   ++block.progress;
+  return true;
 }
 
 inline void fibre_main() {
@@ -169,10 +199,12 @@ inline void fibre_main() {
 
 /// Make a fibre begin the kernel as thread `i`.
 inline void begin(const Block& block, Fibre& fibre, unsigned i) {
-  getcontext(&fibre.context);
-  fibre.context.uc_stack.ss_sp = fibre.stack.get();
-  fibre.context.uc_stack.ss_size = stack_bytes;
-  fibre.context.uc_link = nullptr;
+  ucontext_t& beginning = fibre.context.beginning;
+  getcontext(&beginning);
+  beginning.uc_stack.ss_sp = fibre.stack.get();
+  beginning.uc_stack.ss_size = stack_bytes;
+  beginning.uc_link = nullptr;
+  fibre.context.begun = false;
   fibre.fake_stack = nullptr;
   fibre.finished = false;
   fibre.number = i;
@@ -181,7 +213,7 @@ inline void begin(const Block& block, Fibre& fibre, unsigned i) {
   fibre.waited_for_previous = fibre.sums_fenced = false;
   fibre.shared_fenced = true;
   fibre.group = fibre.products = 0;
-  makecontext(&fibre.context, fibre_main, 0);
+  makecontext(&beginning, fibre_main, 0);
 }
 
 inline void run(Block& block) {
@@ -206,7 +238,7 @@ inline void run(Block& block) {
     const unsigned long before = block.progress;
     for (const unsigned i : order) {
       Fibre& fibre = *block.fibres[i];
-      if (fibre.finished) continue;
+      if (fibre.finished || (fibre.awaited != nullptr && *fibre.awaited == fibre.seen)) continue;
       block.running = &fibre;
       switch_context(block.scheduler, fibre.context, &fake_stack, fibre.stack.get(), stack_bytes);
 #ifdef __SANITIZE_ADDRESS__
@@ -262,7 +294,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block_size, st
       }
     }
     if (const char* const path = std::getenv("QWENPORT_TEST_LAUNCHES")) {
-      std::ofstream(path, std::ios::app) << shared << ' ' << block.bytes_read_once << '\n';
+      std::ofstream(path, std::ios::app) << shared << ' ' << block.bytes_read_once << ' ' << grid.x << '\n';
     }
   };
   if (early) {
@@ -299,14 +331,13 @@ const T* exchange(const T& value) {
   Fibre& fibre = *current->running;
   Warp& warp = current->warps[fibre.number / lanes];
   auto* told = warp.told[warp.generation % 2];
-  const unsigned generation = warp.generation;
   std::memcpy(told[fibre.number % lanes], &value, sizeof value);
   if (++warp.arrived == lanes) {
     warp.arrived = 0;
     ++warp.generation;
     ++current->progress;
   } else {
-    while (warp.generation == generation) yield();
+    wait_for_next(warp.generation);
   }
   return reinterpret_cast<const T*>(told);
 }
@@ -407,10 +438,8 @@ using std::isnan;  // CUDA's are in the global namespace
 
 inline void __syncthreads() {
   cuda_on_cpu::Block& block = *cuda_on_cpu::current;
-  const unsigned generation = block.generation;
   ++block.waiting;
-  cuda_on_cpu::release_if_all_wait();
-  while (block.generation == generation) cuda_on_cpu::yield();
+  if (!cuda_on_cpu::release_if_all_wait()) cuda_on_cpu::wait_for_next(block.generation);
 }
 
 inline void __syncwarp() { cuda_on_cpu::exchange(0); }

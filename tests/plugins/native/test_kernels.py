@@ -200,10 +200,11 @@ def test_the_kernels_are_clean_under_sanitizers(
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel: its bytes of shared memory, and how many it read of what is read once (weights, rows)."""
+    """A kernel: its bytes of shared memory, how many it read of what is read once (weights, rows), its grid's x."""
 
     shared: int
     read: int
+    blocks: int
 
 
 def launches_of(
@@ -257,3 +258,16 @@ def test_products_are_those_of_the_gpu_and_fit_its_shared_memory(
     launches = launches_of(replace(on_cpu, gpu=gpu), "MoEExperts", experts_of(9), at)
     most = max(launch.shared for launch in launches)
     assert (most > 99 * 1024) == (gpu == "90")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "blocks"), [("80", 3), ("86", 3), ("89", 3), ("90", 3), ("100", 6), ("120", 3)]
+)
+def test_persistent_products_have_as_many_blocks_as_the_gpu_runs_at_once(
+    on_cpu: Driver, gpu: str, blocks: int, tmp_path: Path
+) -> None:
+    """Of the stand-in's 3 multiprocessors, those of SM100 hold two blocks of 96 KiB each."""
+    driver = replace(on_cpu, gpu=gpu)
+    launches = launches_of(driver, "MoEExperts", experts_of(300), tmp_path / "launches")
+    products = sorted(launches, key=lambda launch: launch.shared)[-2:]
+    assert [product.blocks for product in products] == [blocks, blocks]

@@ -53,7 +53,8 @@ enum {
   QWENPORT_SAMPLING = 7,
   QWENPORT_BAD_SNAPSHOT = 8,
   QWENPORT_DEVICE = 9,
-  QWENPORT_INTERNAL = 10
+  QWENPORT_INTERNAL = 10,
+  QWENPORT_NOT_PROVEN = 11
 };
 
 /** Why a row ended. */
@@ -79,6 +80,7 @@ typedef struct {
   const char* runtime_version;
   const char* gpus; /**< "sm80,sm90"; "" for onnxruntime */
   size_t cache_bytes_per_row;
+  int has_proof; /**< 1: it carries what qwenport_engine_self_test compares with */
 } qwenport_engine_info;
 
 /** How onnxruntime loads an engine; see LoadMode in qwenport.hpp. */
@@ -90,7 +92,27 @@ typedef struct {
   int threads;             /**< onnxruntime: CPU threads of a step, at most 1024; 0 lets onnxruntime choose */
   int load;                /**< onnxruntime: QWENPORT_LOAD_... */
   const char* onnxruntime; /**< the onnxruntime library; NULL: where EngineOptions in qwenport.hpp says */
+  int require_self_test;   /**< 1: make no session until qwenport_engine_self_test has passed here */
 } qwenport_engine_options;
+
+/** What a self-test found; see SelfTestReport in qwenport.hpp. */
+typedef struct {
+  int passed;
+  int cases;
+  int skipped;
+  int steps;
+  int marks;
+  int remembered;
+  double seconds;
+  int call; /**< this and the following, up to case_name: the first wrong row of logits, if it has not passed */
+  int row;
+  int position;
+  int span;
+  double error;
+  double bound;
+  char case_name[64]; /**< cut to its size, as summary is */
+  char summary[256];  /**< one line */
+} qwenport_self_test_report;
 
 typedef struct {
   int max_batch;   /**< rows */
@@ -160,6 +182,11 @@ QWENPORT_EXPORT int qwenport_engine_load(const char* directory, const qwenport_e
 QWENPORT_EXPORT void qwenport_engine_free(qwenport_engine* engine);
 /** All zero if engine is NULL. */
 QWENPORT_EXPORT qwenport_engine_info qwenport_engine_get_info(const qwenport_engine* engine);
+
+/** Run the vectors that the engine carries; see Engine::self_test in qwenport.hpp. Returns 0 if they have run: whether they
+ *  passed is in the report. */
+QWENPORT_EXPORT int qwenport_engine_self_test(const qwenport_engine* engine,
+                                              qwenport_self_test_report* report);
 
 QWENPORT_EXPORT qwenport_session_options qwenport_session_defaults(void);
 /** options may be NULL for the defaults. */

@@ -62,6 +62,7 @@ enum class ErrorCode : int {
   bad_snapshot = 8,      ///< restore: not a snapshot, damaged, or from another engine
   device = 9,            ///< the runtime or CUDA failed; the session is unusable, the message says why
   internal = 10,         ///< a bug in Qwenport: please report it
+  not_proven = 11,       ///< the engine carries no proof, or a self-test is required and has not passed here
 };
 
 /// The exception that this library throws. Its message is one line and says what to do. Apart from it, only
@@ -87,6 +88,7 @@ struct EngineInfo {
   std::string runtime_version;    ///< the TensorRT that built it, or the oldest onnxruntime that runs it
   std::vector<std::string> gpus;  ///< the GPUs it was built for: "sm90", ...; none for onnxruntime
   std::size_t cache_bytes_per_row = 0;  ///< memory of a session's caches per row, at the engine's capacity
+  bool has_proof = false;               ///< it carries what self_test compares with
 };
 
 /// How onnxruntime loads an engine.
@@ -103,10 +105,38 @@ struct EngineOptions {
   /// The onnxruntime library, a path; empty: the environment's QWENPORT_ONNXRUNTIME, else libonnxruntime.so.1 beside
   /// this library, beside the program, or where the loader finds it.
   std::string onnxruntime;
+  /// Make no session until Engine::self_test has passed for this engine, GPU, driver and runtime.
+  bool require_self_test = false;
+};
+
+/// The first wrong row of logits of a self-test.
+struct SelfTestFailure {
+  std::string case_name;
+  int call = 0;      ///< as numbered in the proof
+  int row = 0;       ///< of the session
+  int position = 0;  ///< of the token whose logits they are, from 0
+  int span = 0;      ///< cache slots that the step attended to
+  double error = 0;  ///< relative to the norm of the logits; infinity if one of them is not finite
+  double bound = 0;  ///< what is allowed
+};
+
+/// What a self-test found.
+struct SelfTestReport {
+  bool passed = false;
+  int cases = 0;    ///< that ran to their end
+  int skipped = 0;  ///< cases that need more rows or slots than the engine has
+  int steps = 0;    ///< calls of prefill
+  int marks = 0;    ///< rows of logits that were compared
+  double seconds = 0;
+  SelfTestFailure failure;  ///< if it has not passed
+  /// A pass is written to the user's cache, where other processes find it. If that fails, it counts for this engine only.
+  bool remembered = false;
+  std::string summary;  ///< one line
 };
 
 namespace detail {
 class Model;
+class SelfTest;
 class SessionCore;
 }  // namespace detail
 
@@ -123,11 +153,20 @@ class QWENPORT_EXPORT Engine {
 
   [[nodiscard]] const EngineInfo& info() const noexcept;
 
-  explicit Engine(std::shared_ptr<const detail::Model> model) : model_(std::move(model)) {}
+  /// Whether this GPU (or CPU), driver and runtime reproduce what the judged package computes: runs the vectors that the
+  /// engine carries through a session of its own, up to the first wrong row of logits. A pass is remembered.
+  /// \throws Error not_proven (it carries none, or none that fits its sizes), bad_engine (they are damaged, or another
+  ///   engine's), device.
+  [[nodiscard]] SelfTestReport self_test() const;
+
+  /// Of load, and of tests: an engine of any backend, and its directory.
+  explicit Engine(std::shared_ptr<const detail::Model> model, const std::string& directory = "",
+                  bool require_self_test = false);
 
  private:
   friend class Session;
   std::shared_ptr<const detail::Model> model_;
+  std::shared_ptr<detail::SelfTest> self_test_;
 };
 
 struct SessionOptions {
@@ -135,8 +174,7 @@ struct SessionOptions {
   /// Usable cache slots per row, at most the engine's; 0 means the engine's. onnxruntime allocates these; with TensorRT
   /// the memory is the engine's capacity either way.
   int capacity = 0;
-  /// Replay single-token steps as CUDA graphs. Each shape (rows, and the cache span in units of 64 slots) has
-  /// one, captured in its first two steps: it costs a few milliseconds and an execution context's memory. No
+  /// Replay single-token steps as CUDA graphs. Each shape (rows, and the cache's active span) has one, captured in its first two steps: it costs a few milliseconds and an execution context's memory. No
   /// effect on TensorRT-RTX, which compiles better kernels while it runs (a graph would keep the first ones), and on
   /// onnxruntime.
   bool cuda_graphs = true;
@@ -261,7 +299,8 @@ using OnToken = std::function<void(int row, Token token)>;
 /// generation has ended.
 class QWENPORT_EXPORT Session {
  public:
-  /// \throws Error invalid_argument (more rows or slots than the engine has), device (out of memory).
+  /// \throws Error invalid_argument (more rows or slots than the engine has), device (out of memory), not_proven
+  ///   (EngineOptions::require_self_test).
   explicit Session(const Engine& engine, const SessionOptions& options = {});
   Session(Session&&) noexcept;
   Session& operator=(Session&&) noexcept;

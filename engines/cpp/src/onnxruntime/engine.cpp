@@ -161,6 +161,7 @@ class OnnxRuntimeModel final : public Model {
   [[nodiscard]] std::unique_ptr<Device> make_device() const override {
     return std::make_unique<HostDevice>();
   }
+  [[nodiscard]] Machine machine() const override { return {"cpu", "-", runtime_.version()}; }
   [[nodiscard]] int allocated_slots(int capacity) const override { return capacity; }
   [[nodiscard]] std::unique_ptr<Executor> make_executor(Device& /*device*/, int /*profile*/) const override {
     return std::make_unique<OnnxRuntimeExecutor>(runtime_, session_.get(), manifest());

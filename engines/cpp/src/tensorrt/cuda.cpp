@@ -1,5 +1,9 @@
 #include "cuda.hpp"
 
+#include <dlfcn.h>
+
+#include <cstdio>
+
 namespace qwenport::detail {
 namespace {
 
@@ -69,6 +73,39 @@ std::string gpu_architecture(int gpu, const std::string& needed) {
   check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, gpu),
              "cudaDeviceGetAttribute");
   return "sm" + std::to_string(major) + std::to_string(minor);
+}
+
+std::string gpu_uuid(int gpu) {
+  cudaDeviceProp properties{};
+  check_cuda(cudaGetDeviceProperties(&properties, gpu), "cudaGetDeviceProperties");
+  std::string text = "GPU";
+  for (std::size_t i = 0; i < sizeof properties.uuid.bytes; ++i) {
+    char digits[4];
+    const bool begins_group = i == 0 || i == 4 || i == 6 || i == 8 || i == 10;
+    std::snprintf(digits, sizeof digits, "%s%02x", begins_group ? "-" : "",
+                  static_cast<unsigned char>(properties.uuid.bytes[i]));
+    text += digits;
+  }
+  return text;
+}
+
+std::string driver_version() {
+  if (void* const nvml = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL)) {
+    const auto init = reinterpret_cast<int (*)()>(dlsym(nvml, "nvmlInit_v2"));
+    const auto version =
+        reinterpret_cast<int (*)(char*, unsigned)>(dlsym(nvml, "nvmlSystemGetDriverVersion"));
+    const auto shutdown = reinterpret_cast<int (*)()>(dlsym(nvml, "nvmlShutdown"));
+    char text[80] = "";
+    if (init != nullptr && version != nullptr && shutdown != nullptr && init() == 0) {
+      if (version(text, sizeof text) != 0) text[0] = 0;
+      shutdown();
+    }
+    dlclose(nvml);
+    if (text[0] != 0) return text;
+  }
+  int version = 0;
+  check_cuda(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+  return "cuda " + std::to_string(version);
 }
 
 Gpu::Gpu(int number)

@@ -18,6 +18,12 @@ void check_cuda(cudaError_t status, const char* call);
 /// \throws Error missing_library (no driver), wrong_gpu (no such GPU).
 std::string gpu_architecture(int gpu, const std::string& needed);
 
+/// A GPU as `nvidia-smi -L` names it: "GPU-" and its UUID. \throws Error device.
+std::string gpu_uuid(int gpu);
+
+/// The driver's version, "570.86.15"; without NVML "cuda " and what CUDA says. \throws Error device.
+std::string driver_version();
+
 /// A GPU by its number and its primary context, the one that the CUDA runtime uses. The context
 /// stays until the process ends, as for any user of the CUDA runtime.
 class Gpu {

@@ -83,6 +83,9 @@ class TensorRTModel final : public Model {
   [[nodiscard]] std::unique_ptr<Device> make_device() const override {
     return std::make_unique<CudaDevice>(gpu_);
   }
+  [[nodiscard]] Machine machine() const override {  // load_tensorrt compared the version with the library's
+    return {gpu_uuid(gpu_.number()), driver_version(), manifest().info.runtime_version};
+  }
   [[nodiscard]] int allocated_slots(int /*capacity*/) const override { return manifest().attention.slots; }
   [[nodiscard]] std::unique_ptr<Executor> make_executor(Device& device, int profile) const override {
     const CurrentGpu current(gpu_);

@@ -1,0 +1,22 @@
+"""MoEExperts for TensorRT without the plugin: a body whose decode steps read the chosen experts' weights once."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from qwenport.contract import DOMAIN, MOE_EXPERTS
+from qwenport.plugins.moe_experts import tensorrt_body
+
+
+class ReadExpertsOnce(InPlacePass):
+    """The package's body of MoEExperts by token -> the one for TensorRT."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Change `model` in place."""
+        identifier = (DOMAIN, MOE_EXPERTS, "")
+        function = model.functions.get(identifier)
+        if function is None or function.attributes["by_expert"].as_int():
+            return PassResult(model, modified=False)
+        model.functions[identifier] = tensorrt_body(function.opset_imports[""])
+        return PassResult(model, modified=True)

@@ -1,0 +1,235 @@
+"""The self-test: an engine must reproduce the proof that it carries, on the machine where it will run.
+
+Nothing is passed that has not run: cases that the engine has no room for are counted, and a proof without a case that
+runs is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+from qwenport import QwenportError
+from qwenport.contract import FP32, KEY_POSITIONS, PROOF, Progress, no_progress
+from qwenport.engines.engine import Engine, load_engine
+from qwenport.engines.errors import EngineError, ProofError
+from qwenport.engines.open import open_session
+from qwenport.engines.proof import Kind, Operation, Proof, read_proof
+from qwenport.engines.saved_session import SavedSession
+from qwenport.engines.self_test_passes import forget_pass, remember_pass
+from qwenport.engines.session import Step
+from qwenport.wording import one_line
+
+IN_FP32, IN_PACKAGE_DTYPE = 0, 1
+"""Columns of a proof's bounds."""
+
+
+@dataclass(frozen=True)
+class SelfTestFailure:
+    """Logits that are not the proof's, the first of a case.
+
+    Attributes:
+        case: the case's name.
+        call: which call of the proof.
+        row: of the session.
+        sequence: the proof's token sequence.
+        position: the token of that sequence, counted from 0, whose logits they are.
+        span: cache slots that the step attended to.
+        error, bound: relative L2; an infinite error for logits that are not finite.
+    """
+
+    case: str
+    call: int
+    row: int
+    sequence: int
+    position: int
+    span: int
+    error: float
+    bound: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.case}: call {self.call}, row {self.row}, position {self.position} of sequence {self.sequence}, "
+            f"span {self.span}: error {self.error:.2g}, allowed {self.bound:.2g}"
+        )
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What a self-test found.
+
+    Attributes:
+        cases: cases that ran.
+        left_out: cases that need more rows or slots than the engine has.
+        marks: rows of logits that were compared.
+        worst: the largest error, in units of its bound.
+        failures: the first of each case that failed.
+    """
+
+    cases: int
+    left_out: int
+    marks: int = 0
+    worst: float = 0.0
+    failures: tuple[SelfTestFailure, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every case that ran was reproduced."""
+        return not self.failures
+
+
+def engine_proof(engine: Engine) -> Proof | None:
+    """The proof that an engine carries; None if it has none.
+
+    Raises:
+        ProofError: it is damaged, or of another package.
+    """
+    if PROOF not in engine.manifest["files"]:
+        return None
+    proof = read_proof(engine.path / PROOF, engine.manifest["package"]["manifest_sha256"])
+    manifest = engine.manifest
+    if (proof.vocab_size, proof.dtype) != (
+        manifest["model"]["vocab_size"],
+        manifest["package"]["dtype"],
+    ):
+        raise ProofError(f"{engine.path / PROOF}: damaged (of another vocabulary or dtype)")
+    if manifest["dtype"] not in (FP32.name, proof.dtype):
+        raise ProofError(f"{engine.path}: in {manifest['dtype']}, its proof is for {proof.dtype}")
+    return proof
+
+
+def self_test(target: Path | str, *, progress: Progress = no_progress) -> SelfTest:
+    """Run an engine's proof here and remember a pass, see `has_passed`; a failure forgets an earlier one.
+
+    Args:
+        target: an engine directory.
+        progress: called with (what, cases done, cases).
+
+    Raises:
+        ProofError: the engine carries no proof, or a damaged one, or has no room for any of its cases.
+        EngineError, SessionError, MissingExtraError: it is no engine, damaged, or cannot run here.
+    """
+    engine = load_engine(target)
+    proof = engine_proof(engine)
+    if proof is None:
+        raise ProofError(
+            f"{engine.path}: carries no proof; `qwenport validate` keeps one in a package, and engines built after "
+            "that carry it"
+        )
+    rows, slots = engine.manifest["max_batch"], engine.manifest["max_seq_len"]
+    begins = [o for o in proof.operations if o.kind is Kind.BEGIN]
+    fitting = [o for o in begins if o.row <= rows and o.end <= slots]
+    if not fitting:
+        raise ProofError(f"{engine.path}: no case of its proof fits {rows} rows of {slots} slots")
+    session = open_session(
+        engine.path, max_batch=max(o.row for o in fitting), capacity=max(o.end for o in fitting)
+    )
+    column = IN_FP32 if engine.manifest["dtype"] == FP32.name else IN_PACKAGE_DTYPE
+    found = run_proof(session, proof, column, progress)
+    if found.passed:
+        remember_pass(engine, found.cases, found.left_out, found.marks)
+    else:
+        forget_pass(engine)
+    return found
+
+
+def run_proof(
+    session: SavedSession, proof: Proof, column: int, progress: Progress = no_progress
+) -> SelfTest:
+    """Run a proof's cases that fit a session.
+
+    Args:
+        session: it is reset for each case and afterwards; its `on_step` is used.
+        proof: of the session's package.
+        column: of the bounds, IN_FP32 or IN_PACKAGE_DTYPE.
+        progress: called with (what, cases done, cases).
+
+    Raises:
+        EngineError: the runtime fails in a step.
+    """
+    runner = _Runner(session, proof, column)
+    session.on_step = runner.note
+    result = SelfTest(cases=0, left_out=0)
+    for number, (case, several) in enumerate(groupby(proof.operations, lambda o: o.case)):
+        progress(f"self-test: {proof.cases[case]}", number, len(proof.cases))
+        operations = list(several)
+        begin = operations[0]
+        if begin.row > session.max_batch or begin.end > session.capacity:
+            result = replace(result, left_out=result.left_out + 1)
+            continue
+        failures = runner.failures(operations)
+        first = next(failures, None)
+        result = replace(
+            result,
+            cases=result.cases + 1,
+            failures=(*result.failures, *([] if first is None else [first])),
+        )
+    session.reset()
+    session.on_step = None
+    return replace(result, marks=runner.marks, worst=runner.worst)
+
+
+class _Runner:
+    """Runs cases on a session; `marks` and `worst` as in `SelfTest`."""
+
+    def __init__(self, session: SavedSession, proof: Proof, column: int) -> None:
+        self._session, self._proof, self._column = session, proof, column
+        self._marks = {(s, n): index for index, (s, n) in enumerate(proof.marks.tolist())}
+        self.marks, self.worst = 0, 0.0
+        self._span = 0
+
+    def failures(self, operations: Sequence[Operation]) -> Iterator[SelfTestFailure]:
+        """Run one case, as far as its failures are asked for."""
+        session = self._session
+        session.reset()
+        for _, several in groupby(operations, lambda o: o.call):
+            call = list(several)
+            (first, *_) = call
+            if first.kind is Kind.FEED:
+                yield from self._feed(call)
+            elif first.kind is Kind.TRUNCATE:
+                session.truncate(first.end, first.row)
+            elif first.kind is Kind.POISON:
+                session.poison()
+            elif first.kind is Kind.RESET:
+                session.reset()
+
+    def note(self, step: Step) -> None:
+        """Called after each step."""
+        self._span = len(step.feeds[KEY_POSITIONS])
+
+    def _feed(self, call: Sequence[Operation]) -> Iterator[SelfTestFailure]:
+        tokens: list[list[int]] = [[] for _ in range(call[-1].row + 1)]
+        held = self._session.lengths
+        for o in call:
+            tokens[o.row] = self._proof.sequence(o.sequence)[held[o.row] : o.end].tolist()
+        try:
+            results = self._session.prefill(tokens)
+        except QwenportError:
+            raise
+        except Exception as failure:  # onnxruntime's have no base class
+            said = one_line(failure)
+            raise EngineError(
+                f"{self._proof.cases[call[0].case]}: call {call[0].call}: the runtime fails: {said}"
+            ) from failure
+        for o in call:
+            mark = self._marks.get((o.sequence, o.end))
+            if mark is None:
+                continue
+            (error,) = self._proof.fingerprints.errors([mark], results[o.row])
+            bound = float(self._proof.bounds[mark, self._column])
+            self.marks += 1
+            self.worst = max(self.worst, float(error) / bound)
+            if not error <= bound:
+                yield SelfTestFailure(
+                    self._proof.cases[o.case],
+                    o.call,
+                    o.row,
+                    o.sequence,
+                    o.end - 1,
+                    self._span,
+                    float(error),
+                    bound,
+                )

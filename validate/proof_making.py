@@ -1,0 +1,428 @@
+"""Making a package's proof: its logits on the CPU in fp32, and how far a correct engine may be from them.
+
+Two programs run the same sequences, one after the other: the package as `validate` judges it, and the package with
+every result rounded to half precision. The second measures what rounding does to this model's logits, and from that
+follow both bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwenport import __version__
+from qwenport.contract import BF16, DTYPES, MANIFEST, MOE_ROUTER, PROOF, Progress, no_progress
+from qwenport.engines import (
+    MOST_PROOF_BYTES,
+    PROJECTIONS,
+    TOP,
+    CachedSession,
+    Fingerprints,
+    OnnxRuntimeSession,
+    Proof,
+    ProofError,
+    read_proof,
+    start_onnxruntime,
+    write_proof,
+)
+from qwenport.engines.onnxruntime_session import MAX_STEP_TOKENS
+from qwenport.exporter import Package, sha256
+from qwenport.validate.proof_cases import (
+    BASIC,
+    CONTEXTS,
+    Case,
+    Mark,
+    expert_case,
+    make_cases,
+    make_sequences,
+    operations,
+)
+from qwenport.validate.streaming import Geometry, Use, stream
+from qwenport.validate.thresholds import (
+    FP32_REL_L2,
+    FP32_REL_L2_MOST_DENSE,
+    FP32_TIMES_OWN_ROUNDING,
+    HALF_TIMES_OWN,
+)
+
+CHUNK = 64  # tokens whose logits are in memory at a time
+LEAST_BYTES = 48 << 10
+SHARE = 0.01  # of the weights
+EXPERTS_SHARE = 0.4  # of the proof
+BUILD_SECONDS = 60
+FLOPS_A_SECOND = 3e10  # assumed: two slow cores
+RUNS = 2
+MARK_BYTES = 8 * TOP + 4 + 4 * PROJECTIONS + 8 + 8
+
+# A fingerprint estimates a relative L2 error from 64 projections: the standard deviation of the estimate is 9%.
+ESTIMATE_MARGIN = 1.5
+# Rounding errors of the rest of a bf16 or fp16 program, in units of fp32's.
+TIMES_FP32 = {"bf16": 2.0**16, "fp16": 2.0**13}
+# The error of a mark is one draw of rounding's; other correct programs draw others. So many of all positions have less.
+HALF_QUANTILE = 0.9
+# A router's choice may fall the other way if its margin is less than so many times what rounding moves its logits by.
+ROUTER_SIGMAS = 6.0
+# No model's own rounding measured less over many positions; a model of one layer that is exact by chance may.
+HALF_LEAST = {"bf16": 2.0**-9, "fp16": 2.0**-12}
+
+Float64 = NDArray[np.float64]
+Open = Callable[[Callable[[CachedSession], Any], Sequence[str]], CachedSession]
+"""(what will be done, values to observe) -> a session to do it with."""
+
+
+@dataclass(frozen=True)
+class Router:
+    """The values of a sparse layer: its router's logits [B, S, E], and the experts chosen [B, S, k]."""
+
+    logits: str
+    chosen: str
+
+
+def make_proof(
+    package: Package,
+    *,
+    streamed: bool = False,
+    context: int = CONTEXTS[0],
+    progress: Progress = no_progress,
+) -> Proof:
+    """Make the proof of a package by running it on the CPU.
+
+    Args:
+        package: a verified package.
+        streamed: load one decoder layer at a time.
+        context: tokens of the longest sequence, at most the package's max_seq_len.
+        progress: called with (what, done, total).
+
+    Raises:
+        ProofError: the logits are not finite.
+        PackageError, SessionError, MissingExtraError: the package cannot be run here.
+    """
+    context = min(context, package.max_seq_len)
+    routers = _routers(package)
+    vocab_size = package.manifest["model"]["vocab_size"]
+    sequences = make_sequences(vocab_size, context, experts=bool(routers))
+    run = _Run(sequences, routers, progress)
+    exact = _opener(package, streamed, context, None)
+    prints = run.exact(exact)
+    dtype = BF16 if package.dtype == "fp32" else DTYPES[package.dtype]
+    rounded = run.rounded(_opener(package, streamed, context, dtype), prints)
+    whole = context == package.max_seq_len
+    wanted, experts = make_cases(context, package.max_batch, whole=whole), (0, 0)
+    if routers:
+        case, experts = _expert_case(run, int(EXPERTS_SHARE * _limit(package)))
+        wanted.insert(BASIC, case)
+    cases = _fitting(wanted, sequences, _limit(package))
+    marks = sorted({mark for case in cases for mark in case.marks})
+    bounds = _bounds(marks, rounded, run, package.dtype, dtype.name)
+    import onnxruntime
+
+    starts = np.cumsum([0, *map(len, sequences)])[:-1]
+    return Proof(
+        tokens=np.array([t for tokens in sequences for t in tokens], dtype=np.int32),
+        sequences=np.array([[s, len(t)] for s, t in zip(starts, sequences, strict=True)], np.int32),
+        marks=np.array(marks, dtype=np.int32),
+        fingerprints=Fingerprints.join([prints[s].take([n - 1]) for s, n in marks]),
+        bounds=bounds,
+        operations=tuple(operations(cases)),
+        package_sha256=sha256(package.path / MANIFEST),
+        dtype=package.dtype,
+        vocab_size=vocab_size,
+        cases=tuple(case.name for case in cases),
+        experts=experts,
+        made_by={"qwenport": __version__, "onnxruntime": onnxruntime.__version__},
+    )
+
+
+def keep_proof(
+    package: Package,
+    *,
+    streamed: bool = False,
+    seconds: float | None = None,
+    progress: Progress = no_progress,
+) -> str | None:
+    """Make a package's proof and keep it in the package, unless it has one.
+
+    Args:
+        package: a verified package.
+        streamed: load one decoder layer at a time.
+        seconds: do nothing if it is estimated to take longer.
+        progress: called with (what, done, total).
+
+    Returns:
+        None if the package has a proof now, otherwise why not, in a sentence that says what to do.
+
+    Raises:
+        ProofError: the package has a proof that is damaged or of another package, or its logits are not finite.
+        PackageError, SessionError, MissingExtraError: as `make_proof`.
+    """
+    file = package.path / PROOF
+    if file.exists():
+        read_proof(file, sha256(package.path / MANIFEST))
+        return None
+    context = CONTEXTS[0] if seconds is None else _longest(package, seconds)
+    if context is None:
+        return (
+            f"no proof for `qwenport selftest`: making it would take more than {seconds:g} s; "
+            f"`qwenport validate {package.path}` makes one when parity holds"
+        )
+    proof = make_proof(package, streamed=streamed, context=context, progress=progress)
+    try:
+        write_proof(file, proof)
+    except OSError as error:
+        return f"no proof for `qwenport selftest`: {file} cannot be written ({error.strerror})"
+    return None
+
+
+def _longest(package: Package, seconds: float) -> int | None:
+    """The longest context that is estimated to take at most `seconds`."""
+    weights = package.manifest["weights"]["bytes"] / DTYPES[package.dtype].itemsize
+    for context in CONTEXTS:
+        tokens = sum(
+            map(
+                len,
+                make_sequences(
+                    2, min(context, package.max_seq_len), experts=bool(package.config.moe)
+                ),
+            )
+        )
+        if RUNS * 2 * weights * tokens / FLOPS_A_SECOND <= seconds:
+            return context
+    return None
+
+
+def _routers(package: Package) -> list[Router]:
+    if package.config.moe is None:
+        return []
+    return [
+        Router(str(node.inputs[0].name), str(node.outputs[1].name))
+        for node in package.read_model().graph
+        if node.op_type == MOE_ROUTER and node.inputs[0] is not None
+    ]
+
+
+def _opener(package: Package, streamed: bool, context: int, rounded: Any) -> Open:
+    """Opens sessions of one row; with `rounded`, a dtype, each result is rounded to it."""
+    from qwenport.engines.lowering import for_onnxruntime_rounded
+    from qwenport.validate.package_parts import PackageParts, on_cpu
+
+    lower = on_cpu if rounded is None else partial(for_onnxruntime_rounded, dtype=rounded)
+    vocab_size = package.manifest["model"]["vocab_size"]
+
+    def open_streamed(act: Callable[[CachedSession], Any], observe: Sequence[str]) -> CachedSession:
+        geometry = Geometry(
+            1, context, vocab_size, MAX_STEP_TOKENS, MAX_STEP_TOKENS, package.max_seq_len
+        )
+        parts = PackageParts(package, package.config.num_hidden_layers, lower=lower)
+        (session,) = stream(parts, [Use(geometry, act)], observe)
+        return session
+
+    def open_whole(act: Callable[[CachedSession], Any], observe: Sequence[str]) -> CachedSession:
+        def load() -> Any:
+            if rounded is None:
+                return None
+            import onnx_ir as ir
+
+            model = lower(package.read_model())
+            values = {value.name: value for node in model.graph for value in node.outputs}
+            model.graph.outputs.extend(values[name] for name in observe)
+            return start_onnxruntime(ir.to_proto(model).SerializeToString(), package.path)
+
+        return OnnxRuntimeSession(package, capacity=context, observe=observe, load=load)
+
+    return open_streamed if streamed else open_whole
+
+
+class _Run:
+    """Runs the sequences, and keeps what the routers did.
+
+    Attributes:
+        sequence: the last sequence's number, the one for experts.
+        chosen: the experts that its tokens go to, int64 [layers, tokens, k].
+        experts: experts of a layer.
+    """
+
+    def __init__(
+        self, sequences: Sequence[Sequence[int]], routers: Sequence[Router], progress: Progress
+    ) -> None:
+        self._sequences, self._routers, self._progress = sequences, routers, progress
+        self.sequence, self.experts = len(sequences) - 1, 0
+        self.chosen = np.zeros((0, 0, 0), dtype=np.int64)
+        self._margins: list[Float64] = []
+        self._logits: list[list[Float64]] = []
+        self._moved = np.zeros(len(routers))
+
+    def exact(self, opened: Open) -> list[Fingerprints]:
+        """Fingerprints of all positions, for each sequence.
+
+        Raises:
+            ProofError: a logit is not finite.
+        """
+        found: list[list[Fingerprints]] = [[] for _ in self._sequences]
+
+        def take(sequence: int, start: int, logits: Any) -> None:
+            if not np.isfinite(logits).all():
+                raise ProofError("the package's logits are not all finite; validate says where")
+            found[sequence].append(Fingerprints.of(logits))
+
+        for values in self._feed(opened, take, "running the package for its proof"):
+            margins = []
+            for router in self._routers:
+                logits, self.experts = values[router.logits], values[router.logits].shape[1]
+                ordered, k = np.sort(logits, axis=1)[:, ::-1], values[router.chosen].shape[1]
+                rest = ordered[:, k] if k < self.experts else -np.inf
+                margins.append(ordered[:, k - 1] - rest)
+            self._logits.append([values[router.logits] for router in self._routers])
+            self._margins.append(np.stack(margins) if margins else np.zeros((0, 0)))
+            if self._routers:
+                self.chosen = np.stack([values[r.chosen] for r in self._routers]).astype(np.int64)
+        return [Fingerprints.join(parts) for parts in found]
+
+    def rounded(self, opened: Open, prints: Sequence[Fingerprints]) -> list[Float64]:
+        """The errors at all positions, for each sequence, of a program that rounds its results."""
+        found = [np.zeros(len(tokens)) for tokens in self._sequences]
+
+        def take(sequence: int, start: int, logits: Any) -> None:
+            at = slice(start, start + len(logits))
+            found[sequence][at] = prints[sequence].errors(range(start, at.stop), logits)
+
+        squares: list[list[Float64]] = [[] for _ in self._routers]
+        runs = self._feed(opened, take, "measuring what rounding does")
+        for sequence, values in enumerate(runs):
+            for layer, router in enumerate(self._routers):
+                moved = values[router.logits] - self._logits[sequence][layer]
+                squares[layer].append((moved**2).mean(axis=1))
+        self._moved = np.array([math.sqrt(np.concatenate(s).mean()) for s in squares])
+        return found
+
+    def near_ties(self, sequence: int, rounding: float = 1.0) -> NDArray[np.bool_]:
+        """The tokens that rounding may send to other experts, bool [tokens].
+
+        Args:
+            sequence: which one.
+            rounding: the program's rounding, in units of that of `rounded`.
+        """
+        if not self._routers:
+            return np.zeros(len(self._sequences[sequence]), dtype=bool)
+        limit = ROUTER_SIGMAS * rounding * self._moved
+        near: NDArray[np.bool_] = np.any(self._margins[sequence] < limit[:, None], axis=0)
+        return near
+
+    def _feed(
+        self, opened: Open, take: Callable[[int, int, Any], None], what: str
+    ) -> list[dict[str, Any]]:
+        """Feed every sequence; returns the observed values of each, [tokens, ...]."""
+        total, done = sum(map(len, self._sequences)), 0
+        observe = [name for router in self._routers for name in (router.logits, router.chosen)]
+        session = opened(lambda session: [*self._steps(session)], observe)
+        found: list[list[dict[str, Any]]] = [[] for _ in self._sequences]
+        for sequence, start, logits in self._steps(session):
+            take(sequence, start, logits)
+            found[sequence].append(session.observed)
+            done += len(logits)
+            self._progress(what, done, total)
+        return [
+            {name: np.concatenate([step[name][0] for step in steps]) for name in observe}
+            for steps in found
+        ]
+
+    def _steps(self, session: CachedSession) -> Iterator[tuple[int, int, Any]]:
+        """Feed every sequence to a session; yields sequence, position and logits [n, vocab]."""
+        for number, tokens in enumerate(self._sequences):
+            session.reset()
+            for start in range(0, len(tokens), CHUNK):
+                (logits,) = session.prefill([tokens[start : start + CHUNK]], all_logits=True)
+                yield number, start, logits
+
+
+def _bounds(
+    marks: Sequence[Mark], rounded: Sequence[Float64], run: _Run, dtype: str, measured: str
+) -> NDArray[np.float32]:
+    """The errors allowed at each mark, fp32 [M, 2]: in fp32, and in the package's dtype.
+
+    Args:
+        marks: the marks.
+        rounded: for each sequence, the errors at all positions of a program that rounds to `measured`.
+        run: knows which tokens may go to other experts.
+        dtype: the package's.
+        measured: "bf16" or "fp16".
+    """
+    every = np.concatenate(rounded)
+    typical, high, largest = (float(np.quantile(every, q)) for q in (0.5, HALF_QUANTILE, 1.0))
+    scale = 1 / TIMES_FP32[measured]
+    near = [run.near_ties(s) for s in range(len(rounded))]
+    # in fp32 a bound is far below the effect of a token that went to another expert, so any before counts
+    tainted = [
+        np.cumsum(run.near_ties(s, FP32_TIMES_OWN_ROUNDING * scale)) > 0
+        for s in range(len(rounded))
+    ]
+    found = []
+    for sequence, n in marks:
+        own = float(rounded[sequence][n - 1])
+        half = max(own, largest if near[sequence][n - 1] else high, HALF_LEAST[measured])
+        half *= ESTIMATE_MARGIN * HALF_TIMES_OWN
+        single = max(FP32_REL_L2, FP32_TIMES_OWN_ROUNDING * max(own, typical) * scale)
+        single = ESTIMATE_MARGIN * min(single, FP32_REL_L2_MOST_DENSE)
+        if bool(tainted[sequence][n - 1]):
+            single = half
+        found.append((single, single if dtype == "fp32" else half))
+    return np.array(found, dtype=np.float32)
+
+
+def _limit(package: Package) -> int:
+    """The most bytes of a package's proof."""
+    share = int(SHARE * package.manifest["weights"]["bytes"])
+    return min(MOST_PROOF_BYTES, max(LEAST_BYTES, share))
+
+
+def _fitting(
+    cases: Sequence[Case], sequences: Sequence[Sequence[int]], limit: int
+) -> tuple[Case, ...]:
+    """The cases that fit into `limit` bytes, in their order of importance."""
+    found: list[Case] = []
+    for case in cases:
+        if _bytes([*found, case], sequences) <= limit:
+            found.append(case)
+    return tuple(found)
+
+
+def _bytes(cases: Sequence[Case], sequences: Sequence[Sequence[int]]) -> int:
+    """The size of a proof, or a bit more."""
+    marks = len({mark for case in cases for mark in case.marks})
+    names = sum(len(case.name) + 6 for case in cases)
+    lengths = sum(4 * len(tokens) + 8 for tokens in sequences)
+    return 2048 + names + lengths + MARK_BYTES * marks + 24 * sum(1 for _ in operations(cases))
+
+
+def _expert_case(run: _Run, limit: int) -> tuple[Case, tuple[int, int]]:
+    """Marks whose own tokens together reach every expert, as far as the last sequence does and `limit` bytes allow.
+
+    Returns:
+        The case, and how many experts its marks reach, of how many.
+    """
+    layers, tokens, _ = run.chosen.shape
+    reach = [
+        {(layer, int(expert)) for layer in range(layers) for expert in run.chosen[layer, token]}
+        for token in range(tokens)
+    ]
+    reached: set[tuple[int, int]] = set()
+    ends: list[int] = []
+    near = run.near_ties(run.sequence)
+
+    def value(token: int) -> tuple[bool, int]:
+        """Tokens whose experts are certain come first: their bounds are tighter."""
+        new = len(reach[token] - reached)
+        return bool(new and not near[token]), new
+
+    while len(ends) < limit // (MARK_BYTES + 48):
+        best = max(range(tokens), key=value)
+        if reach[best] <= reached:
+            break
+        reached |= reach[best]
+        ends.append(best + 1)
+    return expert_case(run.sequence, sorted(ends)), (len(reached), layers * run.experts)
