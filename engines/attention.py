@@ -23,8 +23,6 @@ from qwenport.exporter import ModelConfig
 
 READS_CACHES_IN_PLACE = ("sm89", "sm120", "sm121")
 """Architectures whose fused attention with lengths reads K and V as they lie, if the engine is for no other."""
-COPIES_IN_CHUNKS = ("sm75",)
-"""Architectures on which the chunks are not fused with the read of the cache."""
 
 
 def choose_attention(
@@ -71,8 +69,6 @@ def _objection(
             return f"for {', '.join(others)} it copies the cache; it is for {', '.join(READS_CACHES_IN_PLACE)} alone"
         if config.num_attention_heads == config.num_key_value_heads:
             return "without groups of query heads it copies the cache"
-    elif set(gpus) & set(COPIES_IN_CHUNKS):
-        return f"for {', '.join(COPIES_IN_CHUNKS)} it is slower than masked"
     return None
 
 

@@ -81,6 +81,66 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class DecodeStep:
+    """A step of one token per row over caches of `span` used slots, in an engine of chunks of `chunk` keys.
+
+    `sliced` are the keys in the slices of caches that are copied for fused attention.
+    """
+
+    rows: int
+    span: int
+    sliced: int
+    chunk: int
+
+    def bytes_of(self, layer: Layer) -> int:
+        """Bytes that a layer reads and writes, without its constants."""
+        if layer.updates_cache:  # one token of each cache that it writes, and no more
+            caches = [t for t in layer.outputs if t.is_cache]
+            token = sum(self._bytes(t, keys=1) for t in caches)
+            others = [t for t in (*layer.inputs, *layer.outputs) if not t.is_cache]
+            read = [t for t in layer.inputs if t.is_cache and t not in caches]
+            return (
+                token
+                + sum(map(self._bytes, others))
+                + sum(self._bytes(t, keys=self.span) for t in read)
+            )
+        if layer.copies_cache:
+            return 2 * sum(self._bytes(t, keys=self.sliced) for t in layer.inputs)
+        kv_heads = {t.dims[1] for t in layer.inputs if t.is_cache}
+        total = 0
+        for tensor in (*layer.inputs, *layer.outputs):
+            if tensor.is_cache:
+                total += self._bytes(tensor, keys=self.span)
+            elif layer.name.startswith("_gemm_mha") and not kv_heads and _is_slice(tensor):
+                total += self._bytes(tensor, keys=self.sliced)
+            else:
+                total += self._bytes(tensor)
+        return total
+
+    def _bytes(self, tensor: Tensor, keys: int = 1) -> int:
+        dims = list(tensor.dims)
+        if tensor.is_cache:
+            dims[2] = keys
+        elif len(dims) >= 5:  # [batch, kv_heads, chunks, ...]
+            dims = [
+                -(-self.span // self.chunk) if i == 2 and d < 0 else d for i, d in enumerate(dims)
+            ]
+        elif len(dims) == 4 and dims[3] < 0:  # a mask
+            dims[3] = self.sliced
+        elif keys > 1:
+            dims[2] = keys
+        if tensor.name == "key_positions":
+            dims = [self.span]
+        sizes = [self.rows if i == 0 and d < 0 else 1 if d < 0 else d for i, d in enumerate(dims)]
+        return math.prod(sizes) * SIZES[tensor.dtype]
+
+
+def _is_slice(tensor: Tensor) -> bool:
+    """Whether an input of fused attention is K or V: [batch, kv_heads, keys, head_dim]."""
+    return len(tensor.dims) == 4 and tensor.dims[2] < 0 < tensor.dims[3] and tensor.dims[1] > 1
+
+
+@dataclass(frozen=True)
 class LayerList:
     """The kernels of an engine in order, and what TensorRT says of its memory, in bytes."""
 

@@ -72,6 +72,7 @@ def config() -> Any:
         (TENSORRT_RTX, "sm89 sm120 sm121", "fp16", DIRECT),
         (TENSORRT_RTX, "sm86", "bf16", CHUNKED),
         (TENSORRT_RTX, "sm80 sm89", "bf16", CHUNKED),
+        (TENSORRT_RTX, "sm75", "fp16", CHUNKED),
         (TENSORRT_RTX, "sm80 sm86 sm89 sm120 sm121", "bf16", CHUNKED),
         (TENSORRT_RTX, "sm89", "fp32", MASKED),
         (TENSORRT, "sm90", "bf16", MASKED),

@@ -171,7 +171,8 @@ def test_parameters_that_onnx_has_no_words_for_are_refused_too() -> None:
         x=random_array(1, (1, 2, 3, 4)), n=np.array([3], np.int32)
     )
     softmax_op = trt.AttentionNormalizationOp.SOFTMAX
-    attention = parsed.network.add_attention(heads, heads, heads, softmax_op, False)
+    upper_left = trt.CausalMaskKind.UPPER_LEFT
+    attention = parsed.network.add_attention_v2(heads, heads, heads, softmax_op, upper_left)
     attention.key_value_lengths = lengths
     refused(parsed, attention.get_output(0), "attention with lengths")
 

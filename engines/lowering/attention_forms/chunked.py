@@ -15,9 +15,8 @@ from qwenport.engines.lowering.attention_forms.surgery import CachedAttention, S
 
 CHUNK = 256
 """Keys per chunk; spans and the cache are multiples of it."""
-MASKED_SCORE, LOWEST_MAXIMUM = -3e38, -1e38
-"""The score of a masked key, and the least maximum of a chunk: e to the power of their difference is 0, so that a chunk
-without visible keys sums to 0 and its values, whatever they are, do not count."""
+MASKED_SCORE = -3e38
+"""The score of a masked key: finite, since the maximum of a chunk without visible keys is subtracted from itself."""
 
 
 class Chunked:
@@ -95,17 +94,19 @@ class Chunked:
         products = surgery.elementwise(
             surgery.cast(queries, float32), "PROD", surgery.cast(keys, float32)
         )
+        seen = surgery.reshape(self._decode_mask, 0, 1, -1, 1, CHUNK)
         scores = surgery.select(
-            surgery.reshape(self._decode_mask, 0, 1, -1, 1, CHUNK),
+            seen,
             surgery.reduce(products, "SUM", 5, keep=False),
             surgery.number(MASKED_SCORE, 5, float32),
         )
-        maxima = surgery.elementwise(
-            surgery.reduce(scores, "MAX", 4, keep=True),
-            "MAX",
-            surgery.number(LOWEST_MAXIMUM, 5, float32),
+        maxima = surgery.reduce(scores, "MAX", 4, keep=True)
+        # a chunk without visible keys has the maximum MASKED_SCORE: its weights would be 1, not 0
+        weights = surgery.select(
+            seen,
+            surgery.exp(surgery.elementwise(scores, "SUB", maxima)),
+            surgery.number(0, 5, float32),
         )
-        weights = surgery.exp(surgery.elementwise(scores, "SUB", maxima))
         weighted = surgery.elementwise(
             surgery.unsqueeze(weights, 5), "PROD", surgery.cast(values, float32)
         )

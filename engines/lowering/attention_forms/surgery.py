@@ -107,7 +107,7 @@ class Surgery:
             held = (keys.name, values.name)
             if held not in numbers or v != 1:
                 raise LoweringError(f"{name}: it attends to {keys.name} and {values.name}")
-            if not self._is_causal(attention.mask):
+            if attention.mask is None or not self._is_causal(attention.mask):
                 raise LoweringError(f"{name}: its mask is not {KEY_POSITIONS} <= {POSITION_IDS}")
             result, rotation = attention.get_output(0), self._makers.get(queries.name, (None,))[0]
             reading = tuple(readers.get(result.name, ()))
