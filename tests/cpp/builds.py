@@ -23,9 +23,7 @@ OLDEST_CMAKE = "3.22.6"
 """The last release of the minor version that every CMakeLists.txt asks for; all other builds use the newest."""
 PREBUILT = False  # benchmarks/gpu/prebuilt.py takes this module's place where nothing can be built
 OPTIMISED, CHECKED = "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS=-O1"
-PLAIN = (
-    "-DCMAKE_BUILD_TYPE=None"  # not optimised: compiles in less time, where speed is not looked at
-)
+PLAIN = "-DCMAKE_BUILD_TYPE=None"  # not optimised: compiles in less time
 # name -> what is built, and how
 SETTINGS = {
     "release": ("tests/cpp", OPTIMISED),
