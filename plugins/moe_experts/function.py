@@ -86,8 +86,10 @@ def _by_token_for_tensorrt(body: FunctionBody) -> ir.Value:
     direct = op("Mul", few, op("Min", tokens, most))
     one_by_one = _one_by_one(body, *(op("Slice", value, zero, direct, zero) for value in flat))
 
-    rest = [op("Slice", value, direct, tokens, zero) for value in flat]
-    left = body.size(rest[0], 0)
+    left_x, left_experts, left_weights = (
+        op("Slice", value, direct, tokens, zero) for value in flat
+    )
+    left = body.size(left_x, 0)
     pairs = op("Mul", left, k)
     rows = op("Div", op("Sub", op("Add", pairs, count), one), count)
     divisor = op("Max", rows, one)
@@ -95,12 +97,10 @@ def _by_token_for_tensorrt(body: FunctionBody) -> ir.Value:
         op("Min", op("Mul", count, body.integers(2)), pairs), rows, divisor, op("Sub", divisor, one)
     )
     sizes = left, k, count, width
-    y = op(
-        "Concat",
-        one_by_one,
-        _in_blocks(body, *rest, sizes, pairs, layout, _swiglu_of_rows),
-        axis=0,
+    in_blocks = _in_blocks(
+        body, left_x, left_experts, left_weights, sizes, pairs, layout, _swiglu_of_rows
     )
+    y = op("Concat", one_by_one, in_blocks, axis=0)
     return op("Reshape", op("CastLike", y, x), op("Shape", given))
 
 
