@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenport import __version__
-from qwenport.contract import BF16, DTYPES, MANIFEST, MOE_ROUTER, PROOF, Progress, no_progress
+from qwenport.contract import BF16, DTYPES, FP16, MANIFEST, MOE_ROUTER, PROOF, Progress, no_progress
 from qwenport.engines import (
     MOST_PROOF_BYTES,
     PROJECTIONS,
@@ -63,13 +63,13 @@ MARK_BYTES = 8 * TOP + 4 + 4 * PROJECTIONS + 8 + 8
 # A fingerprint estimates a relative L2 error from 64 projections: the standard deviation of the estimate is 9%.
 ESTIMATE_MARGIN = 1.5
 # Rounding errors of the rest of a bf16 or fp16 program, in units of fp32's.
-TIMES_FP32 = {"bf16": 2.0**16, "fp16": 2.0**13}
+TIMES_FP32 = {BF16.name: 2.0**16, FP16.name: 2.0**13}
 # The error of a mark is one draw of rounding's; other correct programs draw others. So many of all positions have less.
 HALF_QUANTILE = 0.9
 # A router's choice may fall the other way if its margin is less than so many times what rounding moves its logits by.
 ROUTER_SIGMAS = 6.0
 # No model's own rounding measured less over many positions; a model of one layer that is exact by chance may.
-HALF_LEAST = {"bf16": 2.0**-9, "fp16": 2.0**-12}
+HALF_LEAST = {BF16.name: 2.0**-9, FP16.name: 2.0**-12}
 
 Float64 = NDArray[np.float64]
 Open = Callable[[Callable[[CachedSession], Any], Sequence[str]], CachedSession]
