@@ -77,13 +77,13 @@ def test_links_between_pages_lead_somewhere(page: Path):
 
 def keys_on_the_page(section: str) -> set[str]:
     """The keys in the first column of a section's tables."""
-    text = MANIFESTS.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    text = MANIFESTS.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0].split("\n### ")[0]
     cells = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
     return {key for cell in cells for key in re.findall(r"`(.*?)`", cell)}
 
 
 FREE = re.compile(
-    r"(?:.*\.)?files|ops|profile|aliases|plugin_layers|source\.converted"
+    r"(?:.*\.)?files|ops|profiles\[\]|aliases|plugin_layers|source\.converted"
 )  # their keys are names
 
 

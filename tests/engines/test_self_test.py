@@ -23,7 +23,7 @@ from qwenport.validate import make_proof
 from . import stand_in_tensorrt
 from .proofs import DENSE, Proven
 from .proofs import proven as proven
-from .session_faults import inject, lost_write
+from .session_faults import inject, lost_write, stale_graph
 
 Proofs = Callable[[str], Proven]
 
@@ -218,12 +218,8 @@ def on_stand_in(
 ) -> tuple[engines.TensorRTSession, engines.Proof]:
     """An fp32 TensorRT session of three rows on the stand-in, and its package's proof."""
     package, engine = package_of("fp32"), engine_of("fp32")
-    session = engines.TensorRTSession(
-        engine,
-        max_batch=3,
-        device="cpu",
-        tensorrt=stand_in_tensorrt.stand_in(engine, package),
-    )
+    runtime = stand_in_tensorrt.stand_in(engine, package)
+    session = engines.TensorRTSession(engine, max_batch=3, tensorrt=runtime, gpu=runtime.gpu)
     return session, make_proof(package, context=130)
 
 
@@ -238,25 +234,12 @@ def test_tensorrt_session_reproduces_the_proof_on_the_stand_in(
 def test_fault_of_a_tensorrt_session_is_caught(
     on_stand_in: tuple[engines.TensorRTSession, engines.Proof],
 ) -> None:
-    """Rows of the cache exchanged in the address book of the context."""
     session, proof = on_stand_in
-    names = list(session.cache_addresses())[:2]
-    addresses = dict(session._context.addresses)
-    half = session.cache_addresses()[names[0]][1] // 3
-    for name in names:
-        session._context.set_tensor_address(name, addresses[name] + half)
+    inject(session, stale_graph)
     try:
-        # two rows still fit; the memory is poisoned where the session puts it, and written a row later
-        cut = run_proof(_two_rows(session), proof, IN_FP32)
+        assert not run_proof(session, proof, IN_FP32).passed
     finally:
-        for name in names:
-            session._context.set_tensor_address(name, addresses[name])
-    assert not cut.passed
-
-
-def _two_rows(session: engines.TensorRTSession) -> engines.TensorRTSession:
-    session.max_batch = 2
-    return session
+        del session.__dict__["_step"]
 
 
 def test_a_fault_between_two_runs_does_not_stay(proven: Proofs) -> None:
