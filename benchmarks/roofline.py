@@ -18,8 +18,7 @@ import click
 from measure import ROOT
 from shapes import BYTES, config_of, matrices, tensors_of
 
-from qwenport.contract import CHUNKED, DIRECT, MASKED, SPLIT
-from qwenport.engines.lowering import CHUNK
+from qwenport.contract import CHUNK, CHUNKED, DIRECT, MASKED, SPLIT
 
 SHAPES = ("qwen2.5-0.5b-instruct", "qwen2.5-7b-instruct")
 CONTEXTS = (1024, 32768)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from qwenport.contract import (
     ATTENTIONS,
     AUTO,
+    CHUNK,
     CHUNKED,
     DIRECT,
     FP32,
@@ -17,7 +18,6 @@ from qwenport.contract import (
     WITH_QUERIES,
 )
 from qwenport.engines.errors import BuildError
-from qwenport.engines.lowering import CHUNK
 from qwenport.engines.request import Attention
 from qwenport.exporter import ModelConfig
 

@@ -143,6 +143,8 @@ WITH_QUERIES = (DIRECT, SPLIT)
 """The forms whose engines have `query` outputs."""
 SPAN_MULTIPLE = 64
 """Spans of the form MASKED begin with this many slots, and are multiples of it."""
+CHUNK = 256
+"""The same of CHUNKED and SPLIT, whose caches are multiples of it too: the keys of one partial sum."""
 
 # --- directories
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qwenport.contract import SPAN_MULTIPLE
+from qwenport.contract import CHUNK, SPAN_MULTIPLE
 from qwenport.engines import Kind, Operation
-from qwenport.engines.lowering import CHUNK
 from qwenport.engines.spans import Spans
 
 SEED = 20240919

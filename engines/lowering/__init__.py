@@ -4,7 +4,7 @@ A pass changes one thing, is one class with one `call`, and has its own test.
 """
 
 from qwenport.engines.lowering.attention import DecomposeAttention
-from qwenport.engines.lowering.attention_forms import CHUNK, Changed, change_attention
+from qwenport.engines.lowering.attention_forms import Changed, change_attention
 from qwenport.engines.lowering.capacity import StaticCapacity
 from qwenport.engines.lowering.checks import check_changed, check_graph, check_network
 from qwenport.engines.lowering.constants import DropCasts, FoldConstants
@@ -25,7 +25,6 @@ from qwenport.engines.lowering.use_plugins import UsePlugins, plugin_layers
 
 __all__ = [
     "ALIGNMENT",
-    "CHUNK",
     "Changed",
     "ComputeInFloat32",
     "CutRopeTables",

@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 
-from qwenport.contract import CHUNKED, DIRECT
-from qwenport.engines.lowering import CHUNK
+from qwenport.contract import CHUNK, CHUNKED, DIRECT
 from qwenport.exporter import export
 
 from .layer_list import DecodeStep, LayerList, layer_list

@@ -10,6 +10,8 @@ import pytest
 from defects import ends
 from defects.tools import seed
 
+from qwenport.contract import CHUNK, SPAN_MULTIPLE
+from qwenport.engines.spans import Spans
 from qwenport.exporter import export, load_package
 from qwenport.validate import Report, validate
 from qwenport.validate.scenarios import SCENARIOS
@@ -95,17 +97,17 @@ def test_bundled_checkpoint_passes_every_row(
     assert bool(report.rounding) == rounds
     assert bool(report.routing) == (checkpoint == MIXTURE)
     assert seen[-1] == ("done", 1, 1)
-    _assert_covered(report)
+    _assert_covered(report, spans=len(Spans(CHUNK if way == "network" else SPAN_MULTIPLE, 512)))
     _assert_written(report, tmp_path / "new" / "folder", package)
 
 
-def _assert_covered(report: Report) -> None:
+def _assert_covered(report: Report, *, spans: int) -> None:
     coverage = report.coverage
     assert coverage is not None
     assert report.verdict.startswith("parity holds: ")
     assert report.verdict.endswith(f"; judged: {coverage}")
     assert coverage.step_widths[0] == 1 and coverage.step_widths[-1] == coverage.widest_step == 512
-    assert coverage.rows == tuple(range(8)) and len(coverage.spans) == coverage.all_spans == 8
+    assert coverage.rows == tuple(range(8)) and len(coverage.spans) == coverage.all_spans == spans
     assert coverage.embedded_ids == coverage.vocab_size == 2048
     assert not any(layer.without_tokens for layer in coverage.experts)
     said = " ".join(coverage.left_out)

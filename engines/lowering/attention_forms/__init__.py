@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwenport.contract import CHUNKED, DIRECT, MASKED, SPLIT
-from qwenport.engines.lowering.attention_forms.chunked import CHUNK, Chunked
+from qwenport.engines.lowering.attention_forms.chunked import Chunked
 from qwenport.engines.lowering.attention_forms.direct import Direct
 from qwenport.engines.lowering.attention_forms.split import Split
 from qwenport.engines.lowering.attention_forms.surgery import Surgery
 
-__all__ = ["CHUNK", "Changed", "change_attention"]
+__all__ = ["Changed", "change_attention"]
 
 _FORMS = {DIRECT: Direct, CHUNKED: Chunked, SPLIT: Split}
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwenport.contract import KEY_POSITIONS, POSITION_IDS
+from qwenport.contract import CHUNK, KEY_POSITIONS, POSITION_IDS
 from qwenport.engines.errors import LoweringError
 from qwenport.engines.lowering.attention_forms.surgery import CachedAttention, Surgery
 
-CHUNK = 256
-"""Keys per chunk; spans and the cache are multiples of it."""
 MASKED_SCORE = -3e38
 """The score of a masked key: finite, since the maximum of a chunk without visible keys is subtracted from itself."""
 
