@@ -24,6 +24,8 @@ from qwenport.engines.errors import ProofError
 TOP = 32  # logits that a mark has themselves
 PROJECTIONS = 64
 MOST_PROOF_BYTES = 32 << 20
+NO_PROOF = 0.5
+"""Of a bound: so large an error is compared with it, and counts as nothing compared."""
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -280,8 +282,8 @@ def _parse(metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> 
     experts, made_by = json.loads(metadata["experts"]), json.loads(metadata["made_by"])
     if str(vocab_size) != metadata["vocab_size"] or vocab_size < 1:
         raise ValueError("vocab_size is not a number")
-    if not (isinstance(cases, list) and cases and all(isinstance(c, str) for c in cases)):
-        raise ValueError("cases is not a list of names")
+    if not (isinstance(cases, list) and cases and all(map(_is_line, cases))):
+        raise ValueError("cases is not a list of names in printable ASCII")
     if not (
         isinstance(experts, list) and len(experts) == 2 and all(type(n) is int for n in experts)
     ):
@@ -305,6 +307,10 @@ def _parse(metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> 
         (experts[0], experts[1]),
         made_by,
     )
+
+
+def _is_line(name: Any) -> bool:
+    return isinstance(name, str) and name.isascii() and name.isprintable()
 
 
 def _check_tensors(proof: Proof) -> None:

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+
 from qwenport import QwenportError
 from qwenport.contract import FP32, KEY_POSITIONS, PROOF, Progress, no_progress
 from qwenport.engines.engine import Engine, load_engine
 from qwenport.engines.errors import EngineError, ProofError
 from qwenport.engines.open import open_session
-from qwenport.engines.proof import Kind, Operation, Proof, read_proof
+from qwenport.engines.proof import NO_PROOF, Kind, Operation, Proof, read_proof
 from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.self_test_passes import forget_pass, remember_pass
 from qwenport.engines.session import Step
@@ -63,7 +65,7 @@ class SelfTest:
     Attributes:
         cases: cases that ran.
         left_out: cases that need more rows or slots than the engine has.
-        marks: rows of logits that were compared.
+        marks: rows of logits that were compared, with a bound that proves something.
         worst: the largest error, in units of its bound.
         failures: the first of each case that failed.
     """
@@ -108,7 +110,8 @@ def self_test(target: Path | str, *, progress: Progress = no_progress) -> SelfTe
         progress: called with (what, cases done, cases).
 
     Raises:
-        ProofError: the engine carries no proof, or a damaged one, or has no room for any of its cases.
+        ProofError: the engine carries no proof, or a damaged one, or has no room for any of its cases, or none of
+            them compares anything.
         EngineError, SessionError, MissingExtraError: it is no engine, damaged, or cannot run here.
     """
     engine = load_engine(target)
@@ -128,6 +131,9 @@ def self_test(target: Path | str, *, progress: Progress = no_progress) -> SelfTe
     )
     column = IN_FP32 if engine.manifest["dtype"] == FP32.name else IN_PACKAGE_DTYPE
     found = run_proof(session, proof, column, progress)
+    if not found.marks and found.passed:
+        dtype = engine.manifest["dtype"]
+        raise ProofError(f"{engine.path}: its proof has nothing to compare in {dtype}")
     if found.passed:
         remember_pass(engine, found.cases, found.left_out, found.marks)
     else:
@@ -214,14 +220,16 @@ class _Runner:
             raise EngineError(
                 f"{self._proof.cases[call[0].case]}: call {call[0].call}: the runtime fails: {said}"
             ) from failure
-        for o in call:
-            mark = self._marks.get((o.sequence, o.end))
-            if mark is None:
-                continue
-            (error,) = self._proof.fingerprints.errors([mark], results[o.row])
-            bound = float(self._proof.bounds[mark, self._column])
-            self.marks += 1
-            self.worst = max(self.worst, float(error) / bound)
+        judged = [o for o in call if (o.sequence, o.end) in self._marks]
+        if not judged:
+            return
+        marks = [self._marks[o.sequence, o.end] for o in judged]
+        logits = np.concatenate([results[o.row] for o in judged])
+        bounds = self._proof.bounds[marks, self._column].astype(np.float64)
+        errors = self._proof.fingerprints.errors(marks, logits)
+        self.marks += int((bounds < NO_PROOF).sum())
+        self.worst = max(self.worst, float((errors / bounds).max()))
+        for o, error, bound in zip(judged, errors, bounds, strict=True):
             if not error <= bound:
                 yield SelfTestFailure(
                     self._proof.cases[o.case],
@@ -231,5 +239,5 @@ class _Runner:
                     o.end - 1,
                     self._span,
                     float(error),
-                    bound,
+                    float(bound),
                 )

@@ -234,15 +234,17 @@ def _ragged(rows: int) -> Case:
 
 def _edges(edges: Sequence[int], context: int) -> Case:
     """The last slot of each span and the first one after it, by single tokens; then the last span's by prefill."""
-    case = Case(f"span edges up to {edges[-1]}")
+    last = edges[-1]
+    case = Case(f"span edges up to {last}")
     case.poison()
     for edge in edges:
         case.step(MAIN, edge - 1, judged=False)
         case.step(MAIN, *(n for n in (edge, edge + 1) if n <= context))
-    for end in (edges[-1], edges[-1] + 1):
-        if end <= context:
-            case.reset()
-            case.step(MAIN, end)
+    if last < context:
+        case.reset()
+        case.step(MAIN, last + 1)
+    case.truncate(last - ROW_LENGTH)
+    case.step(MAIN, last)
     return case
 
 
