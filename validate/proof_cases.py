@@ -259,9 +259,11 @@ def _across(edge: int) -> Case:
 
 
 def _full(context: int, max_batch: int) -> Case:
-    """The last slot; an idle full row replays its last token, which must change nothing."""
+    """A prompt that fills it, then its last slot alone; an idle full row replays its last token and changes nothing."""
     case = Case("full cache")
-    case.step(MAIN, context - 1, judged=False)
+    case.step(MAIN, context)
+    case.truncate(context - 1)
+    case.poison()
     case.step(MAIN, context)
     if max_batch > 1:
         case.feed({1: (ROWS + 1, 6)})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 from defects.catalogue import ALWAYS_WRONG, RUN_DEPENDENT
 from defects.defect import DENSE, MIXTURE, PACKAGE, Defect
@@ -21,17 +21,40 @@ from .session_faults import FAULTS, Fault, bucket_of_the_start, inject
 
 Proofs = Callable[[str], Proven]
 
+NOT_IN_THE_ENGINE = {"scores_in_fp16"}
+"""Lowered for the CPU, where everything is fp32, the engine has no such cast."""
 # Kernels of a package that is exported as it is; what needs another config has another proof.
 GRAPH_FAULTS = tuple(
-    d for d in ALWAYS_WRONG if PACKAGE in d.forms and not (d.config or d.rope_scaling or d.dtype)
+    d
+    for d in ALWAYS_WRONG
+    if PACKAGE in d.forms
+    and not (d.config or d.rope_scaling or d.dtype or d.name in NOT_IN_THE_ENGINE)
+)
+DEPENDENT = tuple(
+    d for d in RUN_DEPENDENT if PACKAGE in d.forms and not (d.config or d.rope_scaling)
 )
 RUNTIME_FAILS = {"cache_slot_off_by_one", "short_rope_table"}
 """onnxruntime notices them, where a kernel on a GPU reads or writes elsewhere."""
 NOT_IN_THE_PROOF = {
-    "logits_beyond_64_repeat_the_64th",
-    # the session's own prefill asks for one position a row
+    # a self-test asks for one position per row
     "several_positions_picked_in_reverse",
     "two_positions_picked_from_the_first_row",
+    "logits_beyond_64_repeat_the_64th",
+    # a token, a place, a capacity or a neighbour that no case has
+    "joining_rows_lose_their_first_token",
+    "first_decode_beside_a_prefill_damped",
+    "decoding_from_340_to_350_damped",
+    "mask_counts_slots_instead_of_positions",
+    "second_token_of_a_block_turned",
+    "smaller_caches_damped",
+    "a_cache_of_64_slots_turned",
+    "a_cache_of_320_slots_damped",
+    "one_token_looked_up_as_another",
+    "highest_id_out_of_reach",
+    "one_token_damped_inside",
+    "one_token_is_zero",
+    "one_token_is_nan",
+    "special_tokens_are_zero",
 }
 
 
@@ -85,36 +108,39 @@ def test_fault_of_a_graph_is_caught(defect: Defect, proven: Proofs, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_most_faults_that_depend_on_the_way_of_running_are_caught(
-    proven: Proofs, tmp_path: Path
+@pytest.mark.parametrize("defect", DEPENDENT, ids=lambda defect: defect.name)
+def test_fault_that_depends_on_the_way_of_running(
+    defect: Defect, proven: Proofs, tmp_path: Path
 ) -> None:
-    """They are contrived to hide; validate finds them all, a self-test of two seconds most. The count is asserted."""
-    outcomes = Counter()
-    asked = [d for d in RUN_DEPENDENT if PACKAGE in d.forms and not (d.config or d.rope_scaling)]
-    for number, defect in enumerate(asked):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        caught = not _self_test(defect, proven, folder).passed
-        outcomes[caught] += 1
-        if defect.name in NOT_IN_THE_PROOF:
-            assert not caught
-    assert outcomes[True] >= len(asked) // 2
+    """They are contrived to hide; validate finds them all, a self-test of two seconds most of them."""
+    caught = not _self_test(defect, proven, tmp_path).passed
+    assert caught == (defect.name not in NOT_IN_THE_PROOF)
 
 
 def test_there_are_enough_faults() -> None:
     assert len({*FAULTS}) >= 20
     assert len(GRAPH_FAULTS) >= 20
+    assert NOT_IN_THE_PROOF < {defect.name for defect in DEPENDENT}
 
 
 def _self_test(defect: Defect, proven: Proofs, folder: Path) -> engines.SelfTest:
     healthy = proven(defect.checkpoint)
+    if (
+        defect.family == "tables"
+    ):  # cut for an engine only where they lie outside the graph: changed after that
+        model = ir.load(healthy.engine.model)
+        defect.change(model)
+        return _run(healthy, healthy.engine, ir.to_proto(model).SerializeToString())
     faulty = seed(healthy.package.path, folder / "package", defect.change)
     (faulty / "proof.safetensors").unlink()
     engine = engines.build(faulty, folder / "engine", target="onnxruntime")
+    return _run(healthy, engine, str(engine.model))
+
+
+def _run(healthy: Proven, engine: engines.Engine, model: bytes | str) -> engines.SelfTest:
     session = engines.OnnxRuntimeSession(
         engine,
         max_batch=engine.manifest["max_batch"],
-        capacity=engine.manifest["max_seq_len"],
-        threads=1,
+        load=lambda: engines.start_onnxruntime(model, engine.path, threads=1),
     )
     return run_proof(session, healthy.proof, IN_FP32)
