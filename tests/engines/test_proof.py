@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,11 @@ def test_cut_or_changed_bytes_are_read_or_refused(data: st.DataObject, tmp_path:
 def test_a_missing_file_is_an_error_of_ours(tmp_path: Path) -> None:
     with pytest.raises(ProofError, match="cannot be read"):
         read_proof(tmp_path / "proof.safetensors", PACKAGE)
+
+
+@pytest.mark.parametrize("name", ["caf\u00e9", "two\nlines", "\x7f"])
+def test_names_of_cases_are_printable_ascii(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "proof.safetensors"
+    write_proof(file, replace(make_proof(), cases=("one row", name)))
+    with pytest.raises(ProofError, match="printable ASCII"):
+        read_proof(file, PACKAGE)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from qwenport.validate import make_proof
 from . import stand_in_tensorrt
 from .proofs import DENSE, Proven
 from .proofs import proven as proven
-from .session_faults import inject, lost_write, stale_graph
+from .session_faults import inject, lost_write, one_infinite_logit, stale_graph
 
 Proofs = Callable[[str], Proven]
 
@@ -256,3 +257,14 @@ def test_dtypes_have_a_poison() -> None:
     for dtype in DTYPES.values():
         assert len(poison(dtype, 3, 8)) == 5
         assert poison(dtype, 0, 2).dtype.itemsize == dtype.itemsize
+
+
+def test_comparisons_whose_bound_proves_nothing_do_not_count(proven: Proofs) -> None:
+    """They are made all the same: NaN fails."""
+    found = proven(DENSE)
+    loose = replace(found.proof, bounds=np.full_like(found.proof.bounds, 0.5))
+    healthy = run_proof(found.new_session(), loose, IN_FP32)
+    assert healthy.passed and healthy.marks == 0
+    session = found.new_session()
+    inject(session, one_infinite_logit)
+    assert not run_proof(session, loose, IN_FP32).passed
