@@ -126,7 +126,7 @@ struct SelfTestReport {
   int cases = 0;    ///< that ran to their end
   int skipped = 0;  ///< cases that need more rows or slots than the engine has
   int steps = 0;    ///< calls of prefill
-  int marks = 0;    ///< rows of logits that were compared
+  int marks = 0;    ///< rows of logits that were compared, with a bound that proves something (below 0.5)
   double seconds = 0;
   SelfTestFailure failure;  ///< if it has not passed
   /// A pass is written to the user's cache, where other processes find it. If that fails, it counts for this engine only.
