@@ -185,7 +185,7 @@ def _tensor(found: tuple[str, str, str]) -> Tensor:
 
 def _name(name: str) -> str:
     """Without the numbers that change from build to build."""
-    return re.sub(r"^_*myl_|_U\d+(?=\+|_|$)|_myl\d+_\d+$", "", name)
+    return re.sub(r"^_*myl_|_U\d+(?=\+|_|$)|_myl\d+_\d+$|_*mye\d+", "", name)
 
 
 def main(package: str, gpus: str, form: str, max_batch: str) -> None:
