@@ -25,8 +25,8 @@ MAX_STEP_TOKENS = 2048
 MAX_STEP_LOGITS = 64
 """Positions per row whose logits one step returns; generation needs one."""
 DECODE = (1, 2, 2)
-"""Tokens of a step that the profile for decoding is tuned for, its most, and its most logits. Two, since TensorRT has no
-fused attention for a fixed length of one."""
+"""Tokens of a step that the profile for decoding is tuned for, its most, and its most logits: TensorRT has no fused
+attention for exactly one token."""
 PREFILL = (1024, MAX_STEP_TOKENS, MAX_STEP_LOGITS)
 ONLY = (1, MAX_STEP_TOKENS, MAX_STEP_LOGITS)
 """The profile for all steps, of the flavour whose engines nobody has measured with two."""

@@ -206,13 +206,11 @@ MOST_BYTES = 18e9
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["sm86", "sm89"])
-def test_one_row_at_32768_tokens_needs_at_most_18_gb(
-    shapes: Any, gpu: str, tmp_path: Path
-) -> None:
+def test_one_row_at_32768_tokens_needs_at_most_18_gb(shapes: Any, gpu: str, tmp_path: Path) -> None:
     """The weights, one row's cache, and the workspace that the builder states for one row of the longest steps.
 
-    A session of one row in an engine for more allocates what TensorRT states for the session's shapes. Only a context on
-    a GPU says that, so the engine here is one whose largest shapes these are.
+    A session of one row in an engine for more allocates what TensorRT states for the session's shapes. Only a context
+    on a GPU says that, so the engine here is one whose largest shapes these are.
     """
     config = shapes.config_of(SHAPE)
     checkpoint = shapes.make_checkpoint(SHAPE, tmp_path / "checkpoint", sparse=True, layers=2)
