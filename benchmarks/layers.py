@@ -39,15 +39,18 @@ def main(shape: str, gpu: str, attention: str, layers: int, max_batch: int) -> N
         checkpoint = Path(scratch) / "checkpoint"
         make_checkpoint(shape, checkpoint, sparse=True, layers=layers)
         package = exporter.export(checkpoint, Path(scratch) / "package")
-        found = layer_list(package.path, gpu, attention, max_batch)
+        decode, prefill = layer_list(package.path, gpu, attention, max_batch)
     report = {
         "shape": shape,
         "gpu": gpu,
         "attention": attention,
         "layers": layers,
         "max_batch": max_batch,
-        "kernels": len(found.layers),
-        "activation_bytes": found.activation_bytes,
+        "kernels": {"decode": len(decode.layers), "prefill": len(prefill.layers)},
+        "activation_bytes": {
+            "decode": decode.activation_bytes,
+            "prefill": prefill.activation_bytes,
+        },
         "seconds": round(time.perf_counter() - start, 1),
     }
     click.echo(json.dumps(report))

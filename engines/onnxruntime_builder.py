@@ -21,15 +21,17 @@ from qwenport.contract import (
     BY_ONNX,
     ENGINE_WEIGHTS,
     FP32,
+    MASKED,
     MODEL,
     OLDEST_ONNXRUNTIME,
     ONNXRUNTIME,
     Dtype,
     Progress,
 )
+from qwenport.engines.attention import attention_of
 from qwenport.engines.errors import BuildError
 from qwenport.engines.onnxruntime_session import MAX_STEP_TOKENS
-from qwenport.engines.request import Attention, Filled, Request
+from qwenport.engines.request import Filled, Request
 from qwenport.engines.session import Float32
 from qwenport.exporter import (
     CHUNK_BYTES,
@@ -77,7 +79,7 @@ def fill_for_onnxruntime(request: Request, folder: Path, progress: Progress) -> 
         ExportError: the disk is too small.
         PackageError, LoweringError: the package's graph cannot be lowered.
     """
-    attention = Attention.masked(request.capacity)
+    attention = attention_of(MASKED, request.capacity)
     model, weights = lower_for_onnxruntime(request.package, request.capacity, ENGINE_WEIGHTS)
     write_lowered(request.package, folder, model, weights, progress)
     file, entries = read_safetensors_header(folder / ENGINE_WEIGHTS)
@@ -89,7 +91,7 @@ def fill_for_onnxruntime(request: Request, folder: Path, progress: Progress) -> 
         attention=attention,
         profiles=[
             request.profile(
-                MAX_STEP_TOKENS, MAX_STEP_TOKENS, attention=attention, fixed_cache=False
+                1, MAX_STEP_TOKENS, MAX_STEP_TOKENS, attention=attention, fixed_cache=False
             )
         ],
         bindings=describe_graph(model)["bindings"],

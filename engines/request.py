@@ -13,7 +13,6 @@ from qwenport.contract import (
     LOGITS_INDICES,
     MASKED,
     POSITION_IDS,
-    SPAN_MULTIPLE,
     WRITE_INDICES,
     caches,
     past,
@@ -40,11 +39,6 @@ class Attention:
     span_multiple: int
     slots: int
 
-    @classmethod
-    def masked(cls, capacity: int) -> Attention:
-        """Over the active span of a cache of `capacity` slots, with a mask."""
-        return cls(MASKED, SPAN_MULTIPLE, capacity)
-
 
 @dataclass(frozen=True)
 class Request:
@@ -69,18 +63,25 @@ class Request:
     attention: str
 
     def profile(
-        self, max_tokens: int, max_logits: int, *, attention: Attention, fixed_cache: bool
+        self,
+        tuned_tokens: int,
+        max_tokens: int,
+        max_logits: int,
+        *,
+        attention: Attention,
+        fixed_cache: bool,
     ) -> Profile:
-        """One dynamic profile, tuned for single-token decoding: input name -> its min, opt and max shape.
+        """One dynamic profile: input name -> its min, opt and max shape.
 
         Args:
+            tuned_tokens: tokens of a step of one row that it is tuned for, if the cache is as long.
             max_tokens: tokens per row in one step, if the cache is as long.
             max_logits: positions per row whose logits one step returns.
             attention: the engine's, with the slots of its caches.
             fixed_cache: whether a cache always has all slots, rather than at most.
         """
         config, slots, batch = self.package.config, attention.slots, self.batch
-        tokens = min(max_tokens, self.capacity)
+        tokens, tuned = min(max_tokens, self.capacity), min(tuned_tokens, self.capacity)
         shortest = 1 if attention.form == MASKED else attention.span_multiple
         span = max(shortest, min(TYPICAL_SPAN, slots))
 
@@ -88,8 +89,8 @@ class Request:
             return {"min": list(least), "opt": opt, "max": most}
 
         profile = {
-            INPUT_IDS: shapes(1, 1, opt=[1, 1], most=[batch, tokens]),
-            POSITION_IDS: shapes(1, 1, opt=[1, 1], most=[batch, tokens]),
+            INPUT_IDS: shapes(1, 1, opt=[1, tuned], most=[batch, tokens]),
+            POSITION_IDS: shapes(1, 1, opt=[1, tuned], most=[batch, tokens]),
             WRITE_INDICES: shapes(1, opt=[1], most=[batch]),
             KEY_POSITIONS: shapes(shortest, opt=[span], most=[slots]),
             LOGITS_INDICES: shapes(1, 1, opt=[1, 1], most=[batch, min(max_logits, tokens)]),

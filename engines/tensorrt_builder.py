@@ -24,6 +24,12 @@ MAX_STEP_TOKENS = 2048
 """Tokens per row in one session step: longer prompts are prefilled in chunks, so that activations stay bounded."""
 MAX_STEP_LOGITS = 64
 """Positions per row whose logits one step returns; generation needs one."""
+DECODE = (1, 2, 2)
+"""Tokens of a step that the profile for decoding is tuned for, its most, and its most logits: TensorRT has no fused
+attention for exactly one token."""
+PREFILL = (1024, MAX_STEP_TOKENS, MAX_STEP_LOGITS)
+ONLY = (1, MAX_STEP_TOKENS, MAX_STEP_LOGITS)
+"""The profile for all steps, of the flavour whose engines nobody has measured with two."""
 
 
 def check_for_tensorrt(request: Request) -> None:
@@ -64,7 +70,8 @@ def fill_for_tensorrt(request: Request, folder: Path, progress: Progress) -> Fil
         request, folder / "lowered", attention.slots, plugins=plugins is not None
     )
     profiles = [
-        request.profile(MAX_STEP_TOKENS, MAX_STEP_LOGITS, attention=attention, fixed_cache=True)
+        request.profile(*tokens, attention=attention, fixed_cache=True)
+        for tokens in ((DECODE, PREFILL) if flavour.builds_anywhere else (ONLY,))
     ]
     built = build_plan(
         trt,

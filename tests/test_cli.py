@@ -72,7 +72,7 @@ def package(checkpoint: Path) -> Path:
 def engine(package: Path) -> Path:
     """Its TensorRT-RTX engine for two GPUs."""
     path = package.parent / "tiny.engine"
-    options = ["--target", "tensorrt-rtx", "--gpu", "sm86,sm120", "--max-seq-len", "256", "--quiet"]
+    options = ["--target", "tensorrt-rtx", "--gpu", "sm86,sm120", "--max-seq-len", "200", "--quiet"]
     assert cli.main(["build", str(package), str(path), *options]) == 0
     return path
 
@@ -206,7 +206,10 @@ def test_inspect_tells_of_experts_before_and_after_the_export(
 
 def test_inspect_engine_shows_its_gpus_ranges_and_bytes(engine: Path, run: Run) -> None:
     facts = run("inspect", engine, "--json").json
-    assert facts["architectures"] == ["sm86", "sm120"] and facts["max_seq_len"] == 256
+    assert facts["architectures"] == ["sm86", "sm120"] and facts["max_seq_len"] == 200
+    assert facts["attention"] == {"form": "chunked", "span_multiple": 256, "slots": 256}
+    assert facts["kv_cache"]["bytes_per_text"] == 256 * facts["kv_cache"]["bytes_per_token"]
+    assert {gpu["max_context"] for gpu in facts["gpus"]} == {200}
     assert facts["plan"]["bytes"] == (engine / "engine.plan").stat().st_size
     assert {gpu["architecture"] for gpu in facts["gpus"]} == {"sm86", "sm120"}
     assert {tuple(gpu["targets"]) for gpu in facts["gpus"]} == {("tensorrt-rtx",)}

@@ -202,16 +202,17 @@ def memory(
 ) -> dict[str, Any]:
     """KV cache and GPUs. `resident` bytes stay on the GPU whatever is generated.
 
-    An engine runs with its own TensorRT on the GPUs it was built for, and its cache has a fixed size.
+    An engine runs with its own TensorRT on the GPUs it was built for, and its cache has a fixed number of slots.
     """
-    kv = kv_cache(config, dtype, max_seq_len)
+    slots = max_seq_len if engine_manifest is None else engine_manifest["attention"]["slots"]
+    kv = kv_cache(config, dtype, slots)
     gpus = []
-    for fit in fits(resident, kv["bytes_per_token"], max_seq_len):
+    for fit in fits(resident, kv["bytes_per_token"], slots):
         context, targets = fit.context, targets_of(fit.gpu.architecture, dtype)
         if engine_manifest is not None:
             if fit.gpu.architecture not in engine_manifest["gpus"]:
                 continue
-            context, targets = context if fit.full else 0, [engine_manifest["flavour"]]
+            context, targets = max_seq_len if fit.full else 0, [engine_manifest["flavour"]]
         gpus.append(
             {
                 "name": fit.gpu.name,
@@ -229,10 +230,10 @@ def memory(
     }
 
 
-def kv_cache(config: ModelConfig, dtype: str, max_seq_len: int) -> dict[str, int]:
-    """Bytes of the KV cache, per token and for one text as long as possible."""
+def kv_cache(config: ModelConfig, dtype: str, slots: int) -> dict[str, int]:
+    """Bytes of the KV cache, per token and for one text that may fill all slots."""
     per_token = config.kv_bytes_per_token(DTYPES[dtype].itemsize)
-    return {"bytes_per_token": per_token, "bytes_per_text": per_token * max_seq_len}
+    return {"bytes_per_token": per_token, "bytes_per_text": per_token * slots}
 
 
 def targets_of(architecture: str, dtype: str) -> list[str]:

@@ -57,7 +57,7 @@ def test_what_build_writes_is_read(
         model["vocab_size"],
         manifest["max_seq_len"],
         manifest["max_batch"],
-        manifest["profiles"][0]["input_ids"]["max"][1],
+        manifest["profiles"][-1]["input_ids"]["max"][1],
         2 * model["num_hidden_layers"],
         2 * model["num_hidden_layers"] * row * element,
         engine.plan.stat().st_size,

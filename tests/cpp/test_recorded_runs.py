@@ -69,7 +69,7 @@ def recorded(
         directory = tmp_path_factory.mktemp("recorded")
         engine = engine_of(name)
         manifest = json.loads(json.dumps(engine.manifest))
-        manifest["profiles"][0]["input_ids"]["max"][1] = MAX_STEP_TOKENS
+        manifest["profiles"][-1]["input_ids"]["max"][1] = MAX_STEP_TOKENS
         manifest["flavour"] = "tensorrt"  # which has graphs
         (directory / "qwenport.json").write_text(json.dumps(manifest))
         session = OnnxRuntimeSession(package_of(name), max_batch=3, threads=1)

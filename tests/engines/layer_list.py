@@ -29,6 +29,8 @@ BINDINGS = (
 )
 SIZES = {"Half": 2, "BFloat16": 2, "Float": 4, "Int32": 4, "Int64": 8, "Bool": 1}
 NOT_KERNELS = ("shape_call", "signal", "wait", "assertion")
+_PROFILE = re.compile(r" \[profile \d+\]")
+_GRAPH = re.compile(r"_myl(\d+)_\d+, LayerType")  # a number per profile
 _TENSOR = re.compile(r"Name: ([^,]+), Dimensions: \[([^\]]*)\], .*?Datatype: (\w+)")
 _LAYER = re.compile(
     r"Name: (.*?), LayerType: (\w+), Inputs: \[(.*)\], Constants: \[(.*)\], Outputs: \[(.*)\], TacticName"
@@ -142,34 +144,38 @@ def _is_slice(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class LayerList:
-    """The kernels of an engine in order, and what TensorRT says of its memory, in bytes."""
+    """The kernels of an engine's profile in order, and what TensorRT says of its memory, in bytes.
+
+    The weights are the engine's: profiles share them.
+    """
 
     layers: tuple[Layer, ...]
     activation_bytes: int
     weights_bytes: int
 
 
-def layer_list(package: Path, gpus: str, form: str, max_batch: int) -> LayerList:
-    """Build an engine of a package in another process and read the builder's log."""
+def layer_list(package: Path, gpus: str, form: str, max_batch: int) -> tuple[LayerList, ...]:
+    """Build an engine of a package in another process and read the builder's log: a list per profile."""
     command = [sys.executable, __file__, str(package), gpus, form, str(max_batch)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return parse(done.stdout)
 
 
-def parse(log: str) -> LayerList:
-    """The layer list of a builder's log."""
-    layers = []
+def parse(log: str) -> tuple[LayerList, ...]:
+    """The layer lists of a builder's log, one per profile."""
+    layers: dict[str, list[Layer]] = {}
     for line in log.splitlines():
-        match = _LAYER.match(line)
-        if match and match[2] not in NOT_KERNELS:
+        graph, match = _GRAPH.search(line), _LAYER.match(_PROFILE.sub("", line))
+        if graph and match and match[2] not in NOT_KERNELS:
             parts = [tuple(map(_tensor, _TENSOR.findall(part))) for part in match.groups()[2:]]
-            layers.append(Layer(_name(match[1]), match[2], *parts))
-    sizes = [
-        int(re.findall(rf"^Total {what} Memory: (\d+)", log, re.M)[-1])
-        for what in ("Activation", "Weights")
-    ]
-    return LayerList(tuple(layers), *sizes)
+            layers.setdefault(graph[1], []).append(Layer(_name(match[1]), match[2], *parts))
+    activations = re.findall(r"^Total Activation Memory: (\d+)", log, re.M)
+    (weights,) = re.findall(r"^Total Weights Memory: (\d+)", log, re.M)
+    return tuple(
+        LayerList(tuple(made), int(size), int(weights))
+        for made, size in zip(layers.values(), activations, strict=True)
+    )
 
 
 def _tensor(found: tuple[str, str, str]) -> Tensor:
@@ -179,7 +185,7 @@ def _tensor(found: tuple[str, str, str]) -> Tensor:
 
 def _name(name: str) -> str:
     """Without the numbers that change from build to build."""
-    return re.sub(r"^_*myl_|_U\d+(?=\+|_|$)|_myl\d+_\d+$", "", name)
+    return re.sub(r"^_*myl_|_U\d+(?=\+|_|$)|_myl\d+_\d+$|_*mye\d+", "", name)
 
 
 def main(package: str, gpus: str, form: str, max_batch: str) -> None:

@@ -88,7 +88,12 @@ def test_an_engine_directory_says_what_it_holds(engine_of, package_of, dtype):
         "sha256": exporter.sha256(engine.plan),
     }
     names = {b["name"] for b in manifest["bindings"]["inputs"]}
-    assert names == set(manifest["profiles"][0])
+    decode, prefill = manifest["profiles"]
+    assert names == set(decode) == set(prefill)
+    for name in ("input_ids", "position_ids"):
+        assert decode[name] == {"min": [1, 1], "opt": [1, 1], "max": [3, 2]}
+        assert prefill[name] == {"min": [1, 1], "opt": [1, 512], "max": [3, 512]}  # the whole cache
+    assert decode["logits_indices"]["max"] == [3, 2]
     assert all("capacity" not in b["shape"] for b in manifest["bindings"]["outputs"])
     assert {path.name for path in engine.path.iterdir()} == {
         "engine.plan",
@@ -98,15 +103,15 @@ def test_an_engine_directory_says_what_it_holds(engine_of, package_of, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])  # fp32 has no fused attention
-def test_a_decoder_layer_is_at_most_160_tensorrt_layers(engine_of, package_of, dtype):
+def test_a_decoder_layer_is_at_most_240_tensorrt_layers(engine_of, package_of, dtype):
     layers = package_of(dtype).config.num_hidden_layers
-    assert engine_of(dtype).manifest["layers"] / layers <= 160
+    assert engine_of(dtype).manifest["layers"] / layers <= 240
 
 
 def test_an_engine_holds_each_weight_once(engine_of, package_of):
-    """Code and tables cost something on a model this small: half its size again, not twice."""
+    """Beside them, kernels for five GPUs in two profiles: 1.6 times the size of a model this small."""
     weights = package_of("bf16").manifest["weights"]["bytes"]
-    assert weights < engine_of("bf16").plan.stat().st_size < 1.7 * weights
+    assert weights < engine_of("bf16").plan.stat().st_size < 2.8 * weights
 
 
 def test_a_package_is_the_same_after_a_build(engine_of, package_of):

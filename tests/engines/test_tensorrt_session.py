@@ -76,8 +76,8 @@ def close(found: Any, expected: Any) -> None:
 def test_rtx_is_configured_before_its_contexts_are_made(started: Any) -> None:
     _, trt = started()
     kinds = [call[0] for call in trt.calls]
-    assert kinds == ["deserialize", "create_execution_context", "create_execution_context"]
-    single, wide = (call[1] for call in trt.calls[1:])
+    assert kinds == ["deserialize", *["create_execution_context"] * 2, "profile"]
+    single, wide = (call[1] for call in trt.calls[1:3])
     assert single.pop("cuda_graph_strategy") is CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     assert wide.pop("cuda_graph_strategy") is CudaGraphStrategy.DISABLED
     assert single == wide and isinstance(single.pop("cache"), stand_in_tensorrt.RuntimeCache)
@@ -90,7 +90,7 @@ def test_rtx_is_configured_before_its_contexts_are_made(started: Any) -> None:
 def test_rtx_s_options_are_passed_on(started: Any) -> None:
     for name in ("lazy", "eager", "none"):
         _, trt = started(specialization=name, cuda_graphs=False)
-        for _, config in trt.calls[-2:]:
+        for _, config in (call for call in trt.calls if call[0] == "create_execution_context"):
             strategy = config["dynamic_shapes_kernel_specialization_strategy"]
             assert strategy is Specialization[name.upper()]
             assert config["cuda_graph_strategy"] is CudaGraphStrategy.DISABLED
@@ -102,7 +102,7 @@ def test_tensorrt_has_no_such_configuration(started: Any) -> None:
     session, trt = started(lambda manifest: manifest.update(flavour="tensorrt"), max_batch=ROWS)
     run(session)
     contexts = [("create_execution_context", AllocationStrategy.USER_MANAGED)] * 2
-    assert trt.calls == [("deserialize",), *contexts]
+    assert trt.calls == [("deserialize",), *contexts, ("profile", 1)]
     del session
     assert not [entry for entry in cache_entries() if entry.kind == "kernels"]
 
@@ -135,7 +135,7 @@ def test_logits_with_and_without_all_of_them_are_the_same(started: Any) -> None:
 def test_only_logits_that_are_asked_for_are_copied(started: Any) -> None:
     def narrow(manifest: dict[str, Any]) -> None:
         for name in ("input_ids", "position_ids"):
-            manifest["profiles"][0][name]["max"][1] = 32
+            manifest["profiles"][1][name]["max"][1] = 32
 
     session, trt = started(narrow, max_batch=ROWS)
 
@@ -149,27 +149,24 @@ def test_only_logits_that_are_asked_for_are_copied(started: Any) -> None:
     assert copied(lambda: session.prefill([[], [1, 2]], all_logits=True)) == 2
 
 
-def two(manifest: dict[str, Any]) -> None:
-    """A profile for single tokens before the one for all steps."""
-    decode = copy.deepcopy(manifest["profiles"][0])
-    for name in ("input_ids", "position_ids", "logits_indices"):
-        decode[name]["max"][1] = 1
-    manifest["profiles"].insert(0, decode)
-
-
 def test_each_context_has_the_first_profile_that_admits_its_steps(
     started: Any, logits_of: Any
 ) -> None:
-    session, trt = started(two, max_batch=ROWS)
+    session, trt = started(max_batch=ROWS)
     assert [context.profile for context in trt.contexts] == [0, 1]
     close(run(session), logits_of(texts()))
     assert {ids[1] for ids, _ in trt.contexts[0].ran} == {1}
     assert min(ids[1] for ids, _ in trt.contexts[1].ran) > 1
 
+    session, trt = started(lambda manifest: manifest["profiles"].pop(0), max_batch=ROWS)
+    assert [context.profile for context in trt.contexts] == [0, 0]
+    close(run(session), logits_of(texts()))
+
 
 def test_steps_beyond_every_profile_are_an_error(started: Any) -> None:
     def small(manifest: dict[str, Any]) -> None:
-        manifest["profiles"][0]["key_positions"]["max"] = [64]
+        for profile in manifest["profiles"]:
+            profile["key_positions"]["max"] = [64]
 
     with pytest.raises(EngineError, match="no profile of the engine admits steps of"):
         started(small)
