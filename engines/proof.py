@@ -340,7 +340,7 @@ def _check_tensors(proof: Proof) -> None:
 def _check_operations(proof: Proof) -> None:
     """Raises ValueError: the operations are not a run that a session can make."""
     case = call = -1
-    slots, before = 0, proof.operations[0]
+    rows, slots, before, nothing = 0, 0, proof.operations[0], proof.tokens[:0]
     held: dict[int, Int32] = {}
     for number, o in enumerate(proof.operations):
         same_call = o.call == call
@@ -348,24 +348,24 @@ def _check_operations(proof: Proof) -> None:
             if o.case != case + 1 or o.row < 1 or o.end < 1 or o.sequence != -1:
                 raise ValueError(f"operation {number} begins no case")
             case, rows, slots, held = o.case, o.row, o.end, {}
-            held = dict.fromkeys(range(rows), proof.tokens[:0])
         elif number == 0 or o.case != case:
             raise ValueError(f"operation {number} is of no case that has begun")
         if o.call != call + 1 and not (
             same_call and o.kind is Kind.FEED is before.kind and o.row > before.row
         ):
             raise ValueError(f"operation {number} has the call {o.call}")
-        if o.kind in (Kind.FEED, Kind.TRUNCATE) and o.row not in held:
+        if o.kind in (Kind.FEED, Kind.TRUNCATE) and not 0 <= o.row < rows:
             raise ValueError(f"operation {number} is for row {o.row}")
         if o.kind is Kind.FEED:
-            _check_feed(proof, o, held[o.row], slots, number)
+            _check_feed(proof, o, held.get(o.row, nothing), slots, number)
             held[o.row] = proof.sequence(o.sequence)[: o.end]
         elif o.kind is Kind.TRUNCATE:
-            if not 0 <= o.end <= len(held[o.row]):
+            kept = held.get(o.row, nothing)
+            if not 0 <= o.end <= len(kept):
                 raise ValueError(f"operation {number} keeps more than there is")
-            held[o.row] = held[o.row][: o.end]
+            held[o.row] = kept[: o.end]
         elif o.kind is Kind.RESET:
-            held = dict.fromkeys(held, proof.tokens[:0])
+            held = {}
         call, before = o.call, o
     if case + 1 != len(proof.cases):
         raise ValueError(f"{case + 1} cases for {len(proof.cases)} names")

@@ -68,6 +68,7 @@ class SelfTest:
         marks: rows of logits that were compared, with a bound that proves something.
         worst: the largest error, in units of its bound.
         failures: the first of each case that failed.
+        remembered: whether it passed and that could be written down, for `require_self_test`.
     """
 
     cases: int
@@ -75,6 +76,7 @@ class SelfTest:
     marks: int = 0
     worst: float = 0.0
     failures: tuple[SelfTestFailure, ...] = ()
+    remembered: bool = False
 
     @property
     def passed(self) -> bool:
@@ -125,7 +127,9 @@ def self_test(target: Path | str, *, progress: Progress = no_progress) -> SelfTe
     begins = [o for o in proof.operations if o.kind is Kind.BEGIN]
     fitting = [o for o in begins if o.row <= rows and o.end <= slots]
     if not fitting:
-        raise ProofError(f"{engine.path}: no case of its proof fits {rows} rows of {slots} slots")
+        raise ProofError(
+            f"{engine.path}: no case of its proof fits a batch of {rows} with {slots} slots"
+        )
     session = open_session(
         engine.path, max_batch=max(o.row for o in fitting), capacity=max(o.end for o in fitting)
     )
@@ -135,9 +139,9 @@ def self_test(target: Path | str, *, progress: Progress = no_progress) -> SelfTe
         dtype = engine.manifest["dtype"]
         raise ProofError(f"{engine.path}: its proof has nothing to compare in {dtype}")
     if found.passed:
-        remember_pass(engine, found.cases, found.left_out, found.marks)
-    else:
-        forget_pass(engine)
+        kept = remember_pass(engine, found.cases, found.left_out, found.marks)
+        return replace(found, remembered=kept)
+    forget_pass(engine)
     return found
 
 

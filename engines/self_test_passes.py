@@ -23,7 +23,7 @@ def has_passed(engine: Engine) -> bool:
     key = _key(engine)
     try:
         found = json.loads(_file(key).read_text(encoding="utf-8"))
-    except (OSError, ValueError, CacheError):
+    except (OSError, ValueError, RecursionError, CacheError):
         return False
     return (
         isinstance(found, dict)
@@ -33,8 +33,8 @@ def has_passed(engine: Engine) -> bool:
     )
 
 
-def remember_pass(engine: Engine, cases: int, left_out: int, marks: int) -> None:
-    """Remember that a self-test passed here; where there is no place for it, it is forgotten."""
+def remember_pass(engine: Engine, cases: int, left_out: int, marks: int) -> bool:
+    """Remember that a self-test passed here; False if there is no place for it."""
     key = _key(engine)
     data = {
         "format": SELF_TEST_FORMAT,
@@ -51,8 +51,10 @@ def remember_pass(engine: Engine, cases: int, left_out: int, marks: int) -> None
         try:
             scratch.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
             scratch.replace(file)
+            return True
         finally:
             scratch.unlink(missing_ok=True)
+    return False
 
 
 def forget_pass(engine: Engine) -> None:

@@ -12,6 +12,7 @@ from qwenport import QwenportError
 from qwenport.commands._common import (
     EXIT_NO_PARITY,
     PATH,
+    note,
     output_options,
     print_json,
     runnable_kind,
@@ -59,12 +60,17 @@ def command(engine_dir: Path, quiet: bool, as_json: bool) -> None:
         click.echo(f"{engine_dir}: {_verdict(found)}")
     if not found.passed:
         raise click.exceptions.Exit(EXIT_NO_PARITY)
+    if not found.remembered:
+        note(
+            "the pass could not be written down, see XDG_CACHE_HOME: it counts for no program",
+            quiet,
+        )
 
 
 def _verdict(found: SelfTest) -> str:
     ran = f"{found.cases} cases, {found.marks} comparisons"
     if found.left_out:
-        ran += f"; {found.left_out} cases left out, which need more rows or slots than it has"
+        ran += f"; cases left out, which need more rows or slots than it has: {found.left_out}"
     if not found.passed:
         return f"FAILED its self-test in {len(found.failures)} of {ran}"
     return f"passed its self-test: {ran}; largest error {found.worst:.2g} of what is allowed"
@@ -78,6 +84,7 @@ def _facts(engine: Path, found: SelfTest) -> dict[str, Any]:
     return {
         "engine": str(engine),
         "passed": found.passed,
+        "remembered": found.remembered,
         "cases": found.cases,
         "left_out": found.left_out,
         "comparisons": found.marks,

@@ -105,8 +105,10 @@ std::string ProofFile::bytes(
     marks.insert(marks.end(), {sequence, length});
     std::vector<std::int32_t> ids(vocab);
     std::iota(ids.begin(), ids.end(), 0);
-    std::stable_sort(ids.begin(), ids.end(), [&row](std::int32_t a, std::int32_t b) {
-      return row[static_cast<std::size_t>(a)] > row[static_cast<std::size_t>(b)];
+    std::sort(ids.begin(), ids.end(), [&row](std::int32_t a, std::int32_t b) {
+      const float first = row[static_cast<std::size_t>(a)];
+      const float second = row[static_cast<std::size_t>(b)];
+      return first > second || (first == second && a < b);
     });
     for (std::size_t i = 0; i < top; ++i) {
       top_ids.push_back(ids[i]);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -218,6 +219,20 @@ def test_cut_or_changed_bytes_are_read_or_refused(data: st.DataObject, tmp_path:
     file.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
     with contextlib.suppress(ProofError):
         assert isinstance(read_proof(file, PACKAGE), Proof)
+
+
+def test_a_case_of_very_many_rows_costs_no_memory(tmp_path: Path) -> None:
+    file = tmp_path / "proof.safetensors"
+    write_proof(file, make_proof())
+    with safe_open(file, "np") as opened:
+        metadata = dict(opened.metadata())
+    tensors = {name: array.copy() for name, array in load_file(file).items()}
+    tensors["operations"][0, 3] = 2**31 - 1
+    save_file(tensors, file, metadata)
+    tracemalloc.start()
+    assert read_proof(file, PACKAGE).operations[0].row == 2**31 - 1
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
 
 
 def test_a_missing_file_is_an_error_of_ours(tmp_path: Path) -> None:

@@ -92,13 +92,28 @@ def test_a_failure_forgets_an_earlier_pass(proven: Proofs, faulty: Path, cache: 
     assert not has_passed(engine)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "qwenport-self-test"}', "\0"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": "qwenport-self-test"}', "\0", "[" * 100_000]
+)
 def test_a_damaged_memory_is_no_pass(proven: Proofs, cache: Path, content: str) -> None:
     engine = proven(DENSE).engine
     assert self_test(engine.path).passed
     (file,) = cache.iterdir()
     file.write_text(content)
     assert not has_passed(engine)
+
+
+def test_a_pass_that_cannot_be_written_down_is_said_to_be_none(
+    proven: Proofs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    engine = proven(DENSE).engine
+    assert cli.main(["selftest", str(engine.path), "--json"]) == 0
+    shown = capsys.readouterr()
+    facts = json.loads(shown.out)
+    assert facts["passed"] and not facts["remembered"] and not has_passed(engine)
+    assert "note: the pass could not be written down" in shown.err
 
 
 def test_another_runtime_needs_another_pass(
@@ -132,7 +147,9 @@ def test_an_engine_with_room_for_no_case_is_refused(proven: Proofs, tmp_path: Pa
     tiny = engines.build(
         proven(DENSE).package.path, tmp_path / "tiny", target="onnxruntime", max_seq_len=2
     )
-    with pytest.raises(engines.ProofError, match="no case of its proof fits 8 rows of 2 slots"):
+    with pytest.raises(
+        engines.ProofError, match="no case of its proof fits a batch of 8 with 2 slots"
+    ):
         self_test(tiny.path)
 
 
@@ -145,6 +162,7 @@ def test_command_passes_with_0_and_fails_with_1(
     assert cli.main(["selftest", str(engine), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["passed"] and facts["failures"] == [] and facts["left_out"] == 0
+    assert facts["remembered"]
     assert cli.main(["selftest", str(faulty), "-q"]) == 1
     out = capsys.readouterr().out
     assert re.search(
