@@ -8,6 +8,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -38,7 +39,7 @@ thread_local cudaError_t last_error = cudaSuccess;
 thread_local std::vector<CUcontext> contexts;
 thread_local CUstream_st* captured = nullptr;  // by this thread
 std::mutex mutex;
-std::multimap<std::size_t, void*> released;
+std::multimap<std::size_t, std::unique_ptr<void, decltype(&std::free)>> released;  // by their size
 std::map<void*, std::size_t> sizes;
 
 cudaError_t failed(cudaError_t error) { return last_error = error; }
@@ -164,7 +165,7 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
   const std::scoped_lock lock(mutex);
   const auto again = released.find(bytes);
   if (again != released.end()) {
-    *memory = again->second;
+    *memory = again->second.release();
     released.erase(again);
   } else {
     *memory = std::aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
@@ -175,7 +176,8 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
 }
 cudaError_t cudaFree(void* memory) {
   const std::scoped_lock lock(mutex);
-  if (memory != nullptr) released.emplace(sizes.at(memory), memory);
+  if (memory != nullptr)
+    released.emplace(sizes.at(memory), std::unique_ptr<void, decltype(&std::free)>(memory, &std::free));
   return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned /*flags*/) {
