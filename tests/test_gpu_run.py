@@ -48,7 +48,7 @@ def test_a_step_ends_at_its_limit_with_all_that_it_started(run, monkeypatch, tmp
         "print('{\"case\": 1}', flush=True)\n"
         "time.sleep(600)"
     )
-    steps = [script(run, "slow", code, 3, read=run.json_lines), script(run, "next", "print(7)")]
+    steps = [script(run, "slow", code, 8, read=run.json_lines), script(run, "next", "print(7)")]
     exit_code, found = ended(run, monkeypatch, tmp_path / "run.json", steps)
     assert exit_code == 1
     assert [step["status"] for step in found] == ["timed out", "passed"]

@@ -219,10 +219,13 @@ print(json.dumps({"torch": torch.__version__, "gpu": gpu}))
 def machine() -> Found:
     """The GPU, its driver, the versions and the tools; without the machine's name."""
     facts: Found = {"python": platform.python_version(), "cores": os.cpu_count(), "gpu": None}
-    done = subprocess.run(
-        [sys.executable, "-c", ASK_TORCH], capture_output=True, text=True, timeout=120
-    )
-    facts |= json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr[-KEPT:]}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ASK_TORCH], capture_output=True, text=True, timeout=120
+        )
+        facts |= json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr[-KEPT:]}
+    except subprocess.TimeoutExpired:
+        facts["error"] = "PyTorch did not say within 120 s which GPU there is"
     if shutil.which("nvidia-smi"):
         asked = "name,compute_cap,driver_version,memory.total,clocks.max.sm,clocks.max.memory"
         command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
@@ -348,6 +351,7 @@ def main() -> int:
         parser.error(f"no step {', '.join(sorted(unknown))}; the steps are {', '.join(names)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a step that runs is stopped, too
     end = time.monotonic() + given.budget
+    print("looking at the machine ...", flush=True)
     data: Found = {
         "benchmark": "gpu-run",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -385,4 +389,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the JSON has the steps that ended, if any did")
