@@ -29,7 +29,7 @@ DECODE = (1, 2, 2)
 attention for exactly one token."""
 PREFILL = (1024, MAX_STEP_TOKENS, MAX_STEP_LOGITS)
 ONLY = (1, MAX_STEP_TOKENS, MAX_STEP_LOGITS)
-"""The profile for all steps, of the flavour whose engines nobody has measured with two."""
+"""The profile for all steps, of the flavour for which the size of a plan with two is not known."""
 
 
 def check_for_tensorrt(request: Request) -> None:
