@@ -46,6 +46,7 @@ from qwenport.engines.proof import (
     Kind,
     Operation,
     Proof,
+    kept_proof,
     read_proof,
     write_proof,
 )
@@ -57,8 +58,15 @@ from qwenport.engines.sampling import (
     TokenLogprob,
 )
 from qwenport.engines.saved_session import SavedSession
-from qwenport.engines.self_test import SelfTest, SelfTestFailure, engine_proof, run_proof, self_test
-from qwenport.engines.self_test_passes import has_passed
+from qwenport.engines.self_test import (
+    SelfTest,
+    SelfTestFailure,
+    engine_proof,
+    fitting_cases,
+    run_proof,
+    self_test,
+)
+from qwenport.engines.self_test_passes import count_passes, has_passed
 from qwenport.engines.session import CachedSession, Session, Step
 from qwenport.engines.stream_decoder import StreamDecoder
 from qwenport.engines.targets import FLAVOURS, FP16_ONLY
@@ -121,11 +129,14 @@ __all__ = [
     "cache_key",
     "cached",
     "clear_cache",
+    "count_passes",
     "engine_proof",
+    "fitting_cases",
     "generate",
     "has_passed",
     "install_cpp_library",
     "keep",
+    "kept_proof",
     "load_engine",
     "measure",
     "open_session",

@@ -8,7 +8,6 @@ proof.safetensors   what the engine must reproduce, if the package has it
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +31,7 @@ from qwenport.contract import (
 from qwenport.engines.engine import Engine
 from qwenport.engines.errors import BuildError
 from qwenport.engines.onnxruntime_builder import check_for_onnxruntime, fill_for_onnxruntime
-from qwenport.engines.proof import read_proof
+from qwenport.engines.proof import Proof, kept_proof, write_proof
 from qwenport.engines.request import Filled, Request
 from qwenport.engines.tensorrt_builder import check_for_tensorrt, fill_for_tensorrt
 from qwenport.exporter import (
@@ -57,7 +56,7 @@ def build(
     plugins: Path | str | None = None,
     attention: str = AUTO,
     force_clean: bool = False,
-    make_proof: Callable[[Package], None] = lambda package: None,
+    make_proof: Callable[[Package], Proof | None] = kept_proof,
     progress: Progress = no_progress,
     note: Callable[[str], None] = lambda text: None,
 ) -> Engine:
@@ -76,7 +75,8 @@ def build(
         attention: form of attention over the cache, one of ATTENTIONS; "auto" takes the one that moves the fewest bytes
             on the GPUs that the engine is for. TensorRT only.
         force_clean: remove scratch directories of builds for the same path, even of builds that may still run.
-        make_proof: called with the package once the request is checked; may keep a proof in it.
+        make_proof: called with the package once the request is checked; returns the proof that the engine will carry,
+            by default the package's.
         progress: called with (what, done, total).
         note: called with messages for the user.
 
@@ -101,15 +101,12 @@ def build(
     check, fill = _BUILDERS.get(target, (check_for_tensorrt, fill_for_tensorrt))
     check(request)
     package.check_graph()
-    make_proof(package)
-    proof = package.path / PROOF
-    if proof.exists():
-        read_proof(proof, sha256(package.path / MANIFEST))
+    proof = make_proof(package)
     with atomic_directory(engine_path, force_clean=force_clean, note=note) as scratch:
         filled = fill(request, scratch, progress)
         copy_companions(package.path, scratch)
-        if proof.exists():
-            shutil.copyfile(proof, scratch / PROOF)
+        if proof is not None:
+            write_proof(scratch / PROOF, proof)
         manifest = _manifest(request, filled, scratch)
         write_json(scratch / MANIFEST, manifest)
     return Engine(engine_path, as_json(manifest))

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwenport.contract import DTYPES, PROOF_FORMAT, PROOF_VERSION
+from qwenport.contract import DTYPES, MANIFEST, PROOF, PROOF_FORMAT, PROOF_VERSION
 from qwenport.engines.errors import ProofError
+from qwenport.exporter import Package, sha256
 
 TOP = 32  # logits that a mark has themselves
 PROJECTIONS = 64
@@ -210,6 +211,16 @@ def write_proof(file: Path, proof: Proof) -> None:
         scratch.replace(file)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def kept_proof(package: Package) -> Proof | None:
+    """The proof that a package holds; None if it has none.
+
+    Raises:
+        ProofError: it is damaged, or of another package.
+    """
+    file = package.path / PROOF
+    return read_proof(file, sha256(package.path / MANIFEST)) if file.exists() else None
 
 
 def read_proof(file: Path, package_sha256: str) -> Proof:

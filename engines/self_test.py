@@ -54,7 +54,7 @@ class SelfTestFailure:
     def __str__(self) -> str:
         return (
             f"{self.case}: call {self.call}, row {self.row}, position {self.position} of sequence {self.sequence}, "
-            f"span {self.span}: error {self.error:.2g}, allowed {self.bound:.2g}"
+            f"span {self.span}: error {self.error:.4g}, allowed {self.bound:.4g}"
         )
 
 
@@ -104,6 +104,13 @@ def engine_proof(engine: Engine) -> Proof | None:
     return proof
 
 
+def fitting_cases(engine: Engine, proof: Proof) -> list[Operation]:
+    """The first operations of the cases for which an engine has rows and slots."""
+    rows, slots = engine.manifest["max_batch"], engine.manifest["max_seq_len"]
+    begins = (o for o in proof.operations if o.kind is Kind.BEGIN)
+    return [o for o in begins if o.row <= rows and o.end <= slots]
+
+
 def self_test(target: Path | str, *, progress: Progress = no_progress) -> SelfTest:
     """Run an engine's proof here and remember a pass, see `has_passed`; a failure forgets an earlier one.
 
@@ -123,10 +130,9 @@ def self_test(target: Path | str, *, progress: Progress = no_progress) -> SelfTe
             f"{engine.path}: carries no proof; `qwenport validate` keeps one in a package, and engines built after "
             "that carry it"
         )
-    rows, slots = engine.manifest["max_batch"], engine.manifest["max_seq_len"]
-    begins = [o for o in proof.operations if o.kind is Kind.BEGIN]
-    fitting = [o for o in begins if o.row <= rows and o.end <= slots]
+    fitting = fitting_cases(engine, proof)
     if not fitting:
+        rows, slots = engine.manifest["max_batch"], engine.manifest["max_seq_len"]
         raise ProofError(
             f"{engine.path}: no case of its proof fits a batch of {rows} with {slots} slots"
         )

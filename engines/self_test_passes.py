@@ -67,6 +67,15 @@ def forget_pass(engine: Engine) -> None:
         _file(_key(engine)).unlink(missing_ok=True)
 
 
+def count_passes() -> int:
+    """How many passes are remembered here.
+
+    Raises:
+        CacheError: there is no place for a cache.
+    """
+    return sum(1 for _ in (cache_folder() / SELF_TESTS).glob("[!.]*.json"))
+
+
 def _file(key: list[str]) -> Path:
     """Where a pass is remembered.
 

@@ -88,11 +88,13 @@ def parse_gpus(text: str | None, flavour: Flavour, dtype: str) -> tuple[str, ...
         serving = [known.name for known in FLAVOURS.values() if gpu in known.gpus]
         if text is not None and not serving:
             raise BuildError(
-                f"no such GPU architecture: {word!r}; known: {', '.join(flavour.gpus)} "
-                "(`qwenport inspect` names the architecture of common GPUs)"
+                f"TensorRT has no kernels for a GPU architecture {word!r}; {flavour.name} serves "
+                f"{', '.join(flavour.gpus)} (`qwenport inspect` names the architecture of common GPUs)"
             )
         if flavour.name not in serving:
             other = f"; --target {serving[0]} has" if serving else ""
+            if other and dtype != "fp16" and gpu in FP16_ONLY:
+                other += ", in fp16 (export with --dtype fp16)"
             raise BuildError(
                 f"{flavour.name} has no kernels for {gpu}, it serves {', '.join(flavour.gpus)}{other}"
             )

@@ -41,6 +41,7 @@ def check_for_tensorrt(request: Request) -> None:
         MissingExtraError: the flavour is not installed.
     """
     flavour = FLAVOURS[request.target]
+    _attention(request, ())  # what no GPU can have needs none to be refused
     gpus = parse_gpus(request.gpus, flavour, request.package.dtype)
     _attention(request, gpus)
     if request.plugins is not None:

@@ -19,6 +19,11 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def counted(count: int, what: str) -> str:
+    """For example "1 row", "2 rows"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def one_line(text: object, most: int = MOST) -> str:
     """The text on one line of at most `most` characters; the excess is cut out, mostly near the end."""
     return _cut(text, most, most // 6)

@@ -7,7 +7,7 @@ from qwenport.validate.candidate import open_candidate
 from qwenport.validate.errors import NetworkError, ValidationError
 from qwenport.validate.localisation import Fault, OperatorError
 from qwenport.validate.proof_making import BUILD_SECONDS as PROOF_SECONDS
-from qwenport.validate.proof_making import keep_proof, make_proof
+from qwenport.validate.proof_making import KeptProof, keep_proof, make_proof
 from qwenport.validate.report import Check, Report, ScenarioResult
 from qwenport.validate.report import prepare as prepare_report
 from qwenport.validate.target import Target, check_source, open_target
@@ -18,6 +18,7 @@ __all__ = [
     "PROOF_SECONDS",
     "Check",
     "Fault",
+    "KeptProof",
     "NetworkError",
     "OperatorError",
     "Options",

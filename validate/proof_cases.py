@@ -136,7 +136,12 @@ def make_cases(context: int, max_batch: int, *, whole: bool) -> list[Case]:
         [edge for edge in edges if top // 2 < edge <= top] for top in (64, 128, 256, 512, 1024)
     ]
     found += ragged[:1] + ragged[-1:] if len(ragged) > 1 else ragged
-    found += [_edges(group, context) for group in groups if group]
+    before = [0, *(group[-1] for group in groups if group)]
+    found += [
+        _edges(last, group) for last, group in zip(before, filter(None, groups), strict=False)
+    ]
+    if edges:
+        found.append(_beyond(edges[-1]))
     found += [_across(edge) for edge in edges[:1] if max_batch > 1]
     if whole:
         found.append(_full(context, max_batch))
@@ -232,20 +237,42 @@ def _ragged(rows: int) -> Case:
     return case
 
 
-def _edges(edges: Sequence[int], context: int) -> Case:
-    """The last slot of each span and the first one after it, by single tokens; then the last span's by prefill."""
+def _edges(before: int, edges: Sequence[int]) -> Case:
+    """The first slot after a span and the last one of each following span, by prefill and by single tokens.
+
+    It needs no slot after the last edge: an engine with so many slots is tested up to its own end.
+
+    Args:
+        before: the edge before `edges`, 0 if there is none.
+        edges: rising.
+    """
     last = edges[-1]
     case = Case(f"span edges up to {last}")
     case.poison()
+    if before:
+        _cross(case, before)
     for edge in edges:
         case.step(MAIN, edge - 1, judged=False)
-        case.step(MAIN, *(n for n in (edge, edge + 1) if n <= context))
-    if last < context:
-        case.reset()
-        case.step(MAIN, last + 1)
+        case.step(MAIN, edge, *([edge + 1] if edge < last else []))
+    case.reset()
+    case.step(MAIN, last)
     case.truncate(last - ROW_LENGTH)
     case.step(MAIN, last)
     return case
+
+
+def _beyond(edge: int) -> Case:
+    case = Case(f"beyond span edge {edge}")
+    case.poison()
+    _cross(case, edge)
+    return case
+
+
+def _cross(case: Case, edge: int) -> None:
+    """The first slot after an edge: of a prompt, and by a single token."""
+    case.step(MAIN, edge + 1)
+    case.truncate(edge)
+    case.step(MAIN, edge + 1)
 
 
 def _across(edge: int) -> Case:

@@ -27,7 +27,7 @@ from qwenport.engines import (
     OnnxRuntimeSession,
     Proof,
     ProofError,
-    read_proof,
+    kept_proof,
     start_onnxruntime,
     write_proof,
 )
@@ -82,6 +82,19 @@ class Router:
 
     logits: str
     chosen: str
+
+
+@dataclass(frozen=True)
+class KeptProof:
+    """A package's proof.
+
+    Attributes:
+        proof: None if making it would take too long.
+        note: why the package keeps none, in a sentence that says what to do; None if it keeps it.
+    """
+
+    proof: Proof | None
+    note: str | None = None
 
 
 def make_proof(
@@ -145,7 +158,7 @@ def keep_proof(
     streamed: bool = False,
     seconds: float | None = None,
     progress: Progress = no_progress,
-) -> str | None:
+) -> KeptProof:
     """Make a package's proof and keep it in the package, unless it has one.
 
     Args:
@@ -154,29 +167,32 @@ def keep_proof(
         seconds: do nothing if it is estimated to take longer.
         progress: called with (what, done, total).
 
-    Returns:
-        None if the package has a proof now, otherwise why not, in a sentence that says what to do.
-
     Raises:
         ProofError: the package has a proof that is damaged or of another package, or its logits are not finite.
         PackageError, SessionError, MissingExtraError: as `make_proof`.
     """
-    file = package.path / PROOF
-    if file.exists():
-        read_proof(file, sha256(package.path / MANIFEST))
-        return None
+    kept = kept_proof(package)
+    if kept is not None:
+        return KeptProof(kept)
     context = CONTEXTS[0] if seconds is None else _longest(package, seconds)
     if context is None:
-        return (
+        return KeptProof(
+            None,
             f"no proof for `qwenport selftest`: making it would take more than {seconds:g} s; "
-            f"`qwenport validate {package.path}` makes one when parity holds"
+            f"`qwenport validate {package.path}` makes one when parity holds",
         )
-    proof = make_proof(package, streamed=streamed, context=context, progress=progress)
+    proof, file = (
+        make_proof(package, streamed=streamed, context=context, progress=progress),
+        package.path / PROOF,
+    )
     try:
         write_proof(file, proof)
     except OSError as error:
-        return f"no proof for `qwenport selftest`: {file} cannot be written ({error.strerror})"
-    return None
+        return KeptProof(
+            proof,
+            f"the package keeps no proof for `qwenport selftest`: {file} cannot be written ({error.strerror})",
+        )
+    return KeptProof(proof)
 
 
 def _longest(package: Package, seconds: float) -> int | None:

@@ -189,7 +189,11 @@ class Report:
         }
         told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
         judged = "nothing" if self.coverage is None else str(self.coverage)
-        return f"{text}: {told}; judged: {judged}"
+        attention = self.environment.get(
+            "attention"
+        )  # of a network: its form, and the GPUs it is for
+        network = "" if attention is None else f"; attention {attention}"
+        return f"{text}: {told}{network}; judged: {judged}"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; non-finite numbers become the strings "NaN", "Infinity", "-Infinity"."""

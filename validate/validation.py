@@ -164,6 +164,11 @@ class Validation:
 
         Raises the same errors as `validate`.
         """
+        engine = self.target.engine
+        if engine is not None and self.target.for_onnxruntime is None:
+            from qwenport.engines.tensorrt_session import check_gpu
+
+            check_gpu(engine)  # before work that takes long
         identity = check_identity(self.target, self.checkpoint, self._progress)
         self.results += identity.rows
         self.weights_sha256 = identity.weights_sha256

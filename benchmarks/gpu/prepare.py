@@ -87,11 +87,12 @@ def make_engines(bundle: Path, gpu: str, quick: bool) -> None:
                 engines.build(package.path, folder, target=target, gpus=gpus, make_proof=prove)
 
 
-def prove(package: exporter.Package) -> None:
+def prove(package: exporter.Package) -> engines.Proof:
     """Keep a proof in a package, for its engines to carry."""
-    why_not = validate.keep_proof(package, seconds=validate.PROOF_SECONDS)
-    if why_not:
-        raise click.ClickException(why_not)
+    kept = validate.keep_proof(package, seconds=validate.PROOF_SECONDS)
+    if kept.proof is None:
+        raise click.ClickException(kept.note)
+    return kept.proof
 
 
 def pack(bundle: Path, out: Path, part_bytes: int) -> list[Path]:

@@ -20,11 +20,12 @@ from qwenport.commands._common import (
     whole_or_interrupted,
 )
 from qwenport.commands._progress import progress_bar
-from qwenport.contract import ATTENTIONS, AUTO, ONNXRUNTIME, PROOF, TARGETS
+from qwenport.contract import ATTENTIONS, AUTO, ONNXRUNTIME, PROOF, TARGETS, Progress
 from qwenport.wording import size
 
 if TYPE_CHECKING:
-    from qwenport.engines import Engine
+    from qwenport.engines import Engine, Proof
+    from qwenport.exporter import Package
 
 
 @click.command("build")
@@ -96,7 +97,6 @@ def command(
     """
     runnable_kind(package)
     from qwenport import engines
-    from qwenport.validate import PROOF_SECONDS, keep_proof
 
     start = time.perf_counter()
     with whole_or_interrupted(engine_dir):
@@ -111,9 +111,7 @@ def command(
                 plugins=plugins,
                 attention=attention,
                 force_clean=force_clean,
-                make_proof=lambda opened: note(
-                    keep_proof(opened, seconds=PROOF_SECONDS, progress=progress), quiet
-                ),
+                make_proof=lambda opened: _proof(opened, quiet, progress),
                 progress=progress,
                 note=lambda text: note(text, quiet),
             )
@@ -127,6 +125,15 @@ def command(
             + _contents(report)
             + f", built in {report['seconds']:.1f} s"
         )
+
+
+def _proof(package: Package, quiet: bool, progress: Progress) -> Proof | None:
+    """The package's proof, which is made and kept if that does not take long."""
+    from qwenport.validate import PROOF_SECONDS, keep_proof
+
+    kept = keep_proof(package, seconds=PROOF_SECONDS, progress=progress)
+    note(kept.note, quiet)
+    return kept.proof
 
 
 def _contents(report: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import time
 import click
 
 from qwenport.commands._common import print_json
-from qwenport.wording import size
+from qwenport.wording import counted, size
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
@@ -20,7 +20,7 @@ def command() -> None:
 
     The first run of a package writes its lowered model and its tokenizer here, later runs read them. The cache is
     bounded, old entries make room for new ones, and it is safe to delete. It is the folder qwenport in
-    $XDG_CACHE_HOME, by default ~/.cache.
+    $XDG_CACHE_HOME, by default ~/.cache. Beside the entries is the memory of self-tests that passed, which stays.
 
     \b
     Examples:
@@ -39,9 +39,9 @@ def list_(as_json: bool) -> None:
       qwenport cache list
       qwenport cache list --json
     """
-    from qwenport.engines import MOST_CACHE_BYTES, cache_entries, cache_folder
+    from qwenport.engines import MOST_CACHE_BYTES, cache_entries, cache_folder, count_passes
 
-    folder, entries = cache_folder(), cache_entries()
+    folder, entries, passes = cache_folder(), cache_entries(), count_passes()
     total = sum(entry.bytes for entry in entries)
     if as_json:
         print_json(
@@ -49,6 +49,7 @@ def list_(as_json: bool) -> None:
                 "folder": str(folder),
                 "bytes": total,
                 "most_bytes": MOST_CACHE_BYTES,
+                "self_tests_passed": passes,
                 "entries": [
                     {
                         "path": str(entry.path),
@@ -66,6 +67,8 @@ def list_(as_json: bool) -> None:
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         click.echo(f"{size(entry.bytes):>9}  {used}  {entry.kind:<9}  {entry.of}")
+    if passes:
+        click.echo(f"and the memory of {counted(passes, 'self-test')} that passed")
 
 
 @command.command("clear")
@@ -73,7 +76,7 @@ def list_(as_json: bool) -> None:
 def clear(as_json: bool) -> None:
     """Remove all entries, except those that another process is writing or opening.
 
-    Sessions that are open keep running.
+    Sessions that are open keep running, and self-tests that passed stay so.
 
     \b
     Examples:

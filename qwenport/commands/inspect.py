@@ -13,7 +13,7 @@ import click
 from qwenport.commands._common import PATH, note, print_json, runtime_of
 from qwenport.commands._gpus import USABLE, fits
 from qwenport.contract import CHUNKED, DIRECT, DTYPES, MASKED, ONNXRUNTIME, PROOF, SPLIT
-from qwenport.wording import size
+from qwenport.wording import counted, size
 
 if TYPE_CHECKING:
     from qwenport.engines import Engine
@@ -149,7 +149,7 @@ def engine(path: Path) -> dict[str, Any]:
 
 def proof_of(opened: Engine) -> dict[str, Any] | None:
     """What the proof of an engine holds; None if it carries none."""
-    from qwenport.engines import engine_proof
+    from qwenport.engines import engine_proof, fitting_cases
 
     proof = engine_proof(opened)
     if proof is None:
@@ -157,6 +157,7 @@ def proof_of(opened: Engine) -> dict[str, Any] | None:
     return {
         "bytes": opened.manifest["files"][PROOF]["bytes"],
         "cases": len(proof.cases),
+        "cases_that_fit": len(fitting_cases(opened, proof)),
         "marks": len(proof.marks),
         "experts": list(proof.experts),
         "made_by": dict(proof.made_by),
@@ -168,7 +169,9 @@ def _proof_line(proof: dict[str, Any] | None) -> str:
         return "proof     none: `qwenport selftest` cannot check it; validate the package and build again"
     reached, experts = proof["experts"]
     of_experts = f", {reached} of {experts} experts" if experts else ""
-    return f"proof     {proof['cases']} cases, {proof['marks']} fingerprints{of_experts} (qwenport selftest)"
+    cases, fit = counted(proof["cases"], "case"), proof["cases_that_fit"]
+    room = "" if fit == proof["cases"] else f", {fit} of which fit its batch and slots"
+    return f"proof     {cases}{room}, {proof['marks']} fingerprints{of_experts} (qwenport selftest)"
 
 
 def operators(package: Package) -> dict[str, Any]:

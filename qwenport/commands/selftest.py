@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from qwenport.commands._common import (
     runnable_kind,
 )
 from qwenport.commands._progress import progress_bar
+from qwenport.wording import counted
 
 if TYPE_CHECKING:
     from qwenport.engines import SelfTest
@@ -68,7 +70,7 @@ def command(engine_dir: Path, quiet: bool, as_json: bool) -> None:
 
 
 def _verdict(found: SelfTest) -> str:
-    ran = f"{found.cases} cases, {found.marks} comparisons"
+    ran = f"{counted(found.cases, 'case')}, {counted(found.marks, 'comparison')}"
     if found.left_out:
         ran += f"; cases left out, which need more rows or slots than it has: {found.left_out}"
     if not found.passed:
@@ -78,8 +80,7 @@ def _verdict(found: SelfTest) -> str:
 
 def _facts(engine: Path, found: SelfTest) -> dict[str, Any]:
     def failure(fields: dict[str, Any]) -> dict[str, Any]:
-        finite = fields["error"] != float("inf")
-        return {**fields, "error": fields["error"] if finite else None}
+        return {**fields, "error": fields["error"] if math.isfinite(fields["error"]) else None}
 
     return {
         "engine": str(engine),
@@ -88,6 +89,6 @@ def _facts(engine: Path, found: SelfTest) -> dict[str, Any]:
         "cases": found.cases,
         "left_out": found.left_out,
         "comparisons": found.marks,
-        "largest_error_of_bound": found.worst if found.passed else None,
+        "largest_error_of_bound": found.worst if math.isfinite(found.worst) else None,
         "failures": [failure(dataclasses.asdict(f)) for f in found.failures],
     }

@@ -186,7 +186,7 @@ def _keep_proof(validation: Validation, report: Report, progress: Progress) -> s
         return None
     if report.layers_judged < report.layers:
         return None
-    return keep_proof(package, streamed=validation.streamed, progress=progress)
+    return keep_proof(package, streamed=validation.streamed, progress=progress).note
 
 
 def lines_of(report: Report) -> list[str]:

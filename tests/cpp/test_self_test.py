@@ -139,7 +139,7 @@ def proven_of(tmp_path_factory) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         if name not in made:
             package = exporter.export(ROOT / "examples" / name, folder / f"{name}.package")
-            assert keep_proof(package) is None
+            assert keep_proof(package).note is None
             made[name] = engines.build(package.path, folder / name, target=ONNXRUNTIME).path
         return made[name]
 

@@ -42,7 +42,7 @@ def proven(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Proven]:
             package = exporter.export(
                 EXAMPLES / checkpoint, folder / f"{checkpoint}.package", weights="copy"
             )
-            assert keep_proof(package) is None
+            assert keep_proof(package).note is None
             engine = engines.build(
                 package.path, folder / f"{checkpoint}.engine", target="onnxruntime"
             )

@@ -33,9 +33,10 @@ def test_gpu_lists_are_taken_as_written_unless_a_gpu_lacks_the_dtype(gpus, dtype
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("sm999", "no such GPU architecture: 'sm999'"),
-        ("", "no such GPU architecture"),
-        ("sm86,,sm89", "no such GPU architecture"),
+        ("sm999", "no kernels for a GPU architecture 'sm999'; tensorrt-rtx serves sm75, "),
+        ("sm70", "no kernels for a GPU architecture 'sm70'"),
+        ("", "no kernels for a GPU architecture ''"),
+        ("sm86,,sm89", "no kernels for a GPU architecture ''"),
         *[
             (
                 gpu,
@@ -61,7 +62,10 @@ def test_the_gpus_of_tensorrt_rtx_are_those_that_its_builder_knows() -> None:
     ("gpu", "complaint"),
     [
         *[(gpu, None) for gpu in GPUS["tensorrt"]],
-        ("sm75", "tensorrt has no kernels for sm75, it serves sm80, .*; --target tensorrt-rtx has"),
+        (
+            "sm75",
+            "tensorrt has no kernels for sm75, it serves sm80, .*; --target tensorrt-rtx has, in fp16",
+        ),
         ("sm70", "tensorrt has no kernels for sm70, it serves sm80, "),
     ],
 )
@@ -126,7 +130,7 @@ def test_a_package_is_the_same_after_a_build(engine_of, package_of):
         ({"max_seq_len": 513}, "max sequence length 513"),
         ({"max_seq_len": 0}, "max sequence length 0"),
         ({"max_batch": 9}, "max batch 9"),
-        ({"gpus": "sm42"}, "no such GPU"),
+        ({"gpus": "sm42"}, "no kernels for a GPU"),
         ({"target": "tpu"}, "target 'tpu'"),
     ],
 )

@@ -97,7 +97,8 @@ def test_bundled_checkpoint_passes_every_row(
     assert bool(report.rounding) == rounds
     assert bool(report.routing) == (checkpoint == MIXTURE)
     assert seen[-1] == ("done", 1, 1)
-    _assert_covered(report, spans=len(Spans(CHUNK if way.startswith("network") else SPAN_MULTIPLE, 512)))
+    spans = Spans(CHUNK if report.judged_as == "tensorrt-network" else SPAN_MULTIPLE, 512)
+    _assert_covered(report, spans=len(spans))
     _assert_written(report, tmp_path / "new" / "folder", package)
 
 

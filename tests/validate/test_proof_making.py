@@ -104,12 +104,12 @@ def test_a_package_keeps_its_proof_and_makes_it_once(
     source, _ = proven(DENSE)
     shutil.copytree(source.path, tmp_path / "package")
     package = exporter.load_package(tmp_path / "package")
-    said = keep_proof(package, seconds=1e-9)
-    assert said is not None and "qwenport validate" in said
+    kept = keep_proof(package, seconds=1e-9)
+    assert kept.proof is None and kept.note is not None and "qwenport validate" in kept.note
     assert not (package.path / PROOF).exists()
-    assert keep_proof(package) is None
+    assert keep_proof(package).note is None
     before = sha256(package.path / PROOF)
-    assert keep_proof(package) is None
+    assert keep_proof(package).note is None
     assert sha256(package.path / PROOF) == before
     assert exporter.load_package(package.path) == package
 

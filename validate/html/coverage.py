@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwenport.validate.html.words import counted, ranges, runs
+from qwenport.validate.html.words import ranges, runs
+from qwenport.wording import counted
 
 SHOWN = 8  # parts of a list that are shown; all of them if the reader expands it
 

@@ -23,9 +23,10 @@ from qwenport.validate.html.svg import (
     text,
     whisker,
 )
-from qwenport.validate.html.words import counted, figure
+from qwenport.validate.html.words import figure
 from qwenport.validate.localisation import WHOLE_LAYER
 from qwenport.validate.thresholds import ROUNDING_SYSTEMATIC_TIMES_OWN, ROUNDING_TIMES_OWN
+from qwenport.wording import counted
 
 BOUNDS = {"relative": ROUNDING_TIMES_OWN, "systematic": ROUNDING_SYSTEMATIC_TIMES_OWN}
 TITLES = {

@@ -64,8 +64,3 @@ def ranges(pairs: Iterable[Sequence[int]]) -> list[str]:
         between = ", " if last == first + 1 else " to "
         found.append(f"{first:,}" if first == last else f"{first:,}{between}{last:,}")
     return found
-
-
-def counted(count: int, what: str) -> str:
-    """For example "1 row", "2 rows"."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
