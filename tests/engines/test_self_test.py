@@ -126,21 +126,23 @@ def test_another_runtime_needs_another_pass(
 
 
 def test_cases_without_room_are_left_out_and_counted(
-    proven: Proofs, tmp_path: Path, cache: Path
+    proven: Proofs, tmp_path: Path, cache: Path, capsys: Capture
 ) -> None:
     package = proven(DENSE).package.path
     small = engines.build(
-        package, tmp_path / "small", target="onnxruntime", max_seq_len=70, max_batch=2
+        package, tmp_path / "small", target="onnxruntime", max_seq_len=128, max_batch=2
     )
     found = self_test(small.path)
     names = [
-        n for n in proven(DENSE).proof.cases if not re.search(r"full|up to [125]..|[348] rag", n)
+        n for n in proven(DENSE).proof.cases if not re.search(r"full|up to [25]..|[348] rag", n)
     ]
     assert found.passed
     assert (found.cases, found.cases + found.left_out) == (
         len(names),
         len(proven(DENSE).proof.cases),
     )
+    assert cli.main(["inspect", str(small.path), "--brief"]) == 0
+    assert f"cases, {found.cases} of which fit its batch" in capsys.readouterr().out
 
 
 def test_an_engine_with_room_for_no_case_is_refused(proven: Proofs, tmp_path: Path) -> None:
@@ -163,6 +165,11 @@ def test_command_passes_with_0_and_fails_with_1(
     facts = json.loads(capsys.readouterr().out)
     assert facts["passed"] and facts["failures"] == [] and facts["left_out"] == 0
     assert facts["remembered"]
+    assert cli.main(["cache", "clear"]) == 0 and has_passed(engines.load_engine(engine))
+    assert cli.main(["cache", "list", "--json"]) == 0
+    assert (
+        json.loads(capsys.readouterr().out.partition("removed, 0 B\n")[2])["self_tests_passed"] == 1
+    )
     assert cli.main(["selftest", str(faulty), "-q"]) == 1
     out = capsys.readouterr().out
     assert re.search(
@@ -172,6 +179,7 @@ def test_command_passes_with_0_and_fails_with_1(
     assert cli.main(["selftest", str(faulty), "--json"]) == 1
     facts = json.loads(capsys.readouterr().out)
     assert not facts["passed"] and len(facts["failures"]) >= 1
+    assert facts["largest_error_of_bound"] > 1
 
 
 def test_command_refuses_what_has_no_proof(unproven: Path, proven: Proofs, capsys: Capture) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenport import engines, exporter
+from qwenport import cli, engines, exporter
 from qwenport.contract import DTYPES, PROOF
 from qwenport.engines import Kind, OnnxRuntimeSession, Proof, read_proof, run_proof, write_proof
 from qwenport.engines.memory import poison, poison_slots
@@ -21,7 +23,13 @@ from qwenport.engines.self_test import IN_FP32, IN_PACKAGE_DTYPE
 from qwenport.exporter import sha256
 from qwenport.validate import keep_proof, make_proof, open_target
 from qwenport.validate.candidate import Candidate
-from qwenport.validate.proof_cases import make_cases, make_sequences, operations, span_edges
+from qwenport.validate.proof_cases import (
+    MAIN,
+    make_cases,
+    make_sequences,
+    operations,
+    span_edges,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DENSE, MIXTURE = "tiny-qwen2.5", "tiny-qwen2-moe"
@@ -62,6 +70,13 @@ def test_cases_are_runs_that_sessions_can_make(context: int, batch: int, whole: 
         for sequence, n in case.marks:
             assert 1 <= n <= len(sequences[sequence])
     assert max(case.rows for case in cases) == min(batch, 64) or context < 16
+    for edge in span_edges(context):
+        assert any((MAIN, edge) in case.marks for case in cases)
+        assert edge == context or any((MAIN, edge + 1) in case.marks for case in cases)
+        # an engine with so many slots is tested to its own end, by a whole prompt and by a single token
+        if edge.bit_count() == 1:
+            (own,) = [c for c in cases if (MAIN, edge) in c.marks and c.name.endswith(f"to {edge}")]
+            assert own.slots == edge
     numbers = [o.call for o in operations(cases)]
     assert numbers == sorted(numbers) and set(numbers) == set(range(max(numbers) + 1))
 
@@ -112,6 +127,28 @@ def test_a_package_keeps_its_proof_and_makes_it_once(
     assert keep_proof(package).note is None
     assert sha256(package.path / PROOF) == before
     assert exporter.load_package(package.path) == package
+
+
+def test_an_engine_carries_the_proof_of_a_package_that_cannot_keep_it(
+    proven: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A package on a disk that is read-only."""
+    source, proof = proven(DENSE)
+    shutil.copytree(source.path, tmp_path / "package")
+
+    def refuse(file: Path, proof: Proof) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), file)
+
+    monkeypatch.setattr("qwenport.validate.proof_making.write_proof", refuse)
+    args = [str(tmp_path / "package"), str(tmp_path / "engine"), "--target", "onnxruntime"]
+    assert cli.main(["build", *args]) == 0
+    assert "the package keeps no proof" in capsys.readouterr().err
+    assert not (tmp_path / "package" / PROOF).exists()
+    carried = engines.engine_proof(engines.load_engine(tmp_path / "engine"))
+    assert carried is not None and carried.operations == proof.operations
 
 
 @pytest.mark.parametrize("checkpoint", [DENSE, pytest.param(MIXTURE, marks=pytest.mark.slow)])
