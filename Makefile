@@ -3,6 +3,8 @@
 # CMake writes Makefiles, and make says at length that it enters and leaves their folders.
 MAKEFLAGS += --no-print-directory
 VENV := .venv
+# Python may keep what it compiles: pip does not compile (below), and the tests start hundreds of processes.
+export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 
 # The second variable is newer pip's name for the first where the build backend is concerned. Python compiles what it

@@ -22,9 +22,12 @@ from qwenport.contract import DTYPES, MANIFEST, PROOF, PROOF_FORMAT, PROOF_VERSI
 from qwenport.engines.errors import ProofError
 from qwenport.exporter import Package, sha256
 
-TOP = 32  # logits that a mark has themselves
+TOP = 32
+"""Logits whose values a mark has, the largest ones."""
 PROJECTIONS = 64
+"""Random projections of all logits that a mark has."""
 MOST_PROOF_BYTES = 32 << 20
+"""The size of the largest file that is read, or made."""
 NO_PROOF = 0.5
 """Of a bound: so large an error is compared with it, and counts as nothing compared."""
 
@@ -34,7 +37,11 @@ Float64 = NDArray[np.float64]
 
 
 class Kind(IntEnum):
-    """What an operation does; see the table in docs/reference/proof.md."""
+    """What an operation does.
+
+    `BEGIN` starts a case, `FEED` appends tokens to a row, `TRUNCATE` goes back in it, `POISON` fills the slots that hold
+    no token, and `RESET` forgets all tokens; docs/reference/proof.md says it exactly.
+    """
 
     BEGIN = 0
     FEED = 1
@@ -45,7 +52,13 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Operation:
-    """A row of `operations`; -1 where a field has no meaning."""
+    """A row of `operations`; -1 where a field has no meaning.
+
+    Attributes:
+        case, call: its numbers; FEEDs of one call are one call of `prefill`.
+        kind: what it does.
+        row, sequence, end: what it is done to; see the table in docs/reference/proof.md.
+    """
 
     case: int
     call: int
@@ -114,9 +127,14 @@ class Fingerprints:
 
 @dataclass(frozen=True)
 class Proof:
-    """The contents of a proof; every field but the last ones is a tensor of docs/reference/proof.md.
+    """The contents of a proof, as docs/reference/proof.md defines them.
 
     Attributes:
+        tokens, sequences: the token ids, int32 [T], and each sequence's start and length in them, int32 [S, 2].
+        marks: sequence and n of the logits that are compared, int32 [M, 2].
+        fingerprints: of each mark's logits.
+        bounds: the errors allowed, fp32 [M, 2]: to an engine that computes in fp32, and to one in the package's dtype.
+        operations: what is done, in order.
         package_sha256: of the manifest of the package that the logits are of.
         dtype: that package's.
         vocab_size: columns of the logits.

@@ -56,6 +56,7 @@ LEAST_BYTES = 48 << 10
 SHARE = 0.01  # of the weights
 EXPERTS_SHARE = 0.4  # of the proof
 BUILD_SECONDS = 60
+"""What `qwenport build` may spend on a proof, by estimate."""
 FLOPS_A_SECOND = 3e10  # assumed: two slow cores
 RUNS = 2
 MARK_BYTES = 8 * TOP + 4 + 4 * PROJECTIONS + 8 + 8
