@@ -39,8 +39,8 @@ Float64 = NDArray[np.float64]
 class Kind(IntEnum):
     """What an operation does.
 
-    `BEGIN` starts a case, `FEED` appends tokens to a row, `TRUNCATE` goes back in it, `POISON` fills the slots that hold
-    no token, and `RESET` forgets all tokens; docs/reference/proof.md says it exactly.
+    `BEGIN` starts a case, `FEED` appends tokens to a row, `TRUNCATE` goes back in it, `POISON` fills the slots that
+    hold no token, and `RESET` forgets all tokens; docs/reference/proof.md says it exactly.
     """
 
     BEGIN = 0

@@ -97,7 +97,9 @@ def test_bundled_checkpoint_passes_every_row(
     assert bool(report.rounding) == rounds
     assert bool(report.routing) == (checkpoint == MIXTURE)
     assert seen[-1] == ("done", 1, 1)
-    spans = Spans(CHUNK if report.judged_as == "tensorrt-network" else SPAN_MULTIPLE, 512)
+    is_network = report.judged_as == "tensorrt-network"
+    assert ("; attention chunked, for sm80, sm86, " in report.verdict) == is_network
+    spans = Spans(CHUNK if is_network else SPAN_MULTIPLE, 512)
     _assert_covered(report, spans=len(spans))
     _assert_written(report, tmp_path / "new" / "folder", package)
 
