@@ -25,10 +25,10 @@ constexpr std::size_t BYTES = COUNT * sizeof(float);
 
 /// A device with one array, and page-locked memory to look at it.
 struct Array {
-  explicit Array(const Gpu& gpu) : device(gpu) {
-    data = static_cast<float*>(device.allocate(BYTES));
-    host = static_cast<float*>(device.allocate_pinned(BYTES));
-  }
+  explicit Array(const Gpu& gpu)
+      : device(gpu),
+        data(static_cast<float*>(device.allocate(BYTES))),
+        host(static_cast<float*>(device.allocate_pinned(BYTES))) {}
   ~Array() {
     device.release(data);
     device.release_pinned(host);
@@ -36,7 +36,7 @@ struct Array {
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;
 
-  void add(float value) { check_cuda(::add(data, COUNT, value, device.stream()), "add"); }
+  void add(float value) const { check_cuda(::add(data, COUNT, value, device.stream()), "add"); }
   /// Whether every element has the value.
   bool holds(float value) {
     device.copy_to_host(host, data, BYTES);
@@ -58,8 +58,8 @@ struct Array {
   }
 
   CudaDevice device;
-  float* data = nullptr;
-  float* host = nullptr;
+  float* data;
+  float* host;
 };
 
 ErrorCode code_of(const std::function<void()>& work) {
@@ -105,7 +105,7 @@ TEST_CASE("memory is zeroed although others wrote to it, and aligned") {
 TEST_CASE("memory that the GPU does not have is refused, and the device goes on") {
   const Gpu gpu(0);
   Array array(gpu);
-  CHECK(code_of([&] { array.device.allocate(std::size_t{1} << 46); }) == ErrorCode::device);
+  CHECK(code_of([&] { array.device.allocate(std::size_t{1} << 46U); }) == ErrorCode::device);
   CHECK(array.works());
 }
 
@@ -165,7 +165,7 @@ TEST_CASE("what may not be captured is an error, and the device goes on") {
   };
   CHECK(refused([&] { array.device.synchronize(); }) == ErrorCode::device);
   CHECK(array.works());
-  CHECK(refused([&] { array.device.allocate(1 << 20); }) == ErrorCode::device);
+  CHECK(refused([&] { array.device.allocate(1U << 20U); }) == ErrorCode::device);
   CHECK(array.works());
   // an error that the work does not see ends the capture all the same
   CHECK(refused([&] { (void)cudaStreamSynchronize(array.device.stream()); }) == ErrorCode::device);

@@ -116,7 +116,7 @@ const char* cudaGetErrorString(cudaError_t /*error*/) { return "an error"; }
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 cudaError_t cudaPeekAtLastError() { return last_error; }
 
-cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned /*version*/,
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** funcPtr, unsigned /*version*/,
                                              unsigned long long /*flags*/,
                                              cudaDriverEntryPointQueryResult* /*status*/) {
   static const std::map<std::string, void*> functions = {
@@ -126,7 +126,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
       {"cuInit", reinterpret_cast<void*>(initialize)},
       {"cuDeviceGet", reinterpret_cast<void*>(device_of)},
       {"cuDevicePrimaryCtxRetain", reinterpret_cast<void*>(retain)}};
-  *function = functions.at(name);
+  *funcPtr = functions.at(symbol);
   return cudaSuccess;
 }
 
@@ -180,25 +180,26 @@ cudaError_t cudaFree(void* memory) {
     released.emplace(sizes.at(memory), std::unique_ptr<void, decltype(&std::free)>(memory, &std::free));
   return cudaSuccess;
 }
-cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned /*flags*/) {
+cudaError_t cudaHostAlloc(void** pHost, std::size_t size, unsigned /*flags*/) {
   if (forbidden()) return failed(cudaErrorStreamCaptureUnsupported);
-  *memory = std::malloc(bytes);
+  *pHost = std::malloc(size);
   return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* memory) {
   std::free(memory);
   return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t stream) {
-  return issue(stream, [=] { std::memset(memory, value, bytes); });
+cudaError_t cudaMemsetAsync(void* devPtr, int value, std::size_t count, cudaStream_t stream) {
+  return issue(stream, [=] { std::memset(devPtr, value, count); });
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind /*kind*/,
+cudaError_t cudaMemcpyAsync(void* dst, const void* src, std::size_t count, cudaMemcpyKind /*kind*/,
                             cudaStream_t stream) {
-  return issue(stream, [=] { std::memcpy(to, from, bytes); });
+  return issue(stream, [=] { std::memcpy(dst, src, count); });
 }
 
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t* made, cudaGraph_t graph, unsigned long long /*flags*/) {
-  *made = new CUgraphExec_st{graph->work};
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* pGraphExec, cudaGraph_t graph,
+                                 unsigned long long /*flags*/) {
+  *pGraphExec = new CUgraphExec_st{graph->work};
   return cudaSuccess;
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {

@@ -136,7 +136,10 @@ Network stale_graph() {
   };
   const auto seen = std::make_shared<std::map<std::pair<std::int64_t, std::int64_t>, First>>();
   return [seen, healthy = stand_in::toy_network(manifest())](const Call& call) {
-    if (call.width() != 1) return healthy(call);
+    if (call.width() != 1) {
+      healthy(call);
+      return;
+    }
     First& first = (*seen)[{call.rows(), call.span()}];
     if (first.ids.empty()) first.ids.assign(call.ints("input_ids"), call.ints("input_ids") + call.rows());
     Call stale = call;
@@ -149,6 +152,7 @@ Network stale_graph() {
 Network lost_write(std::int64_t slot) {
   return [slot, healthy = stand_in::toy_network(manifest())](const Call& call) {
     std::vector<float> before;
+    before.reserve(static_cast<std::size_t>(call.rows()));
     for (std::int64_t b = 0; b < call.rows(); ++b) before.push_back(slot_of(call, b, slot));
     healthy(call);
     for (std::int64_t b = 0; b < call.rows(); ++b)
@@ -388,6 +392,7 @@ TEST_CASE("several threads may test one engine") {
   const Proof proof(bytes_of(proof_file(), manifest()), "proof", manifest().info.vocab_size);
   const auto model = model_of([] { return stand_in::toy_network(manifest()); });
   std::vector<std::thread> threads;
+  threads.reserve(3);
   std::atomic<int> passed{0};
   for (int i = 0; i < 3; ++i) {
     threads.emplace_back([&] {

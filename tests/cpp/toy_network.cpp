@@ -93,7 +93,8 @@ std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, 
   constexpr int layers = 2;
   const bool in_chunks = form == "chunked" || form == "split";
   const int slots = in_chunks ? (capacity + 255) / 256 * 256 : capacity;
-  const int multiple = in_chunks ? 256 : form == "direct" ? slots : 64;
+  const int first = form == "direct" ? slots : 64;
+  const int multiple = in_chunks ? 256 : first;
   std::ostringstream inputs;
   std::ostringstream outputs;
   std::ostringstream aliases;

@@ -189,7 +189,7 @@ class Operations {
   }
 
  private:
-  enum { none = -1, begin = 0, feed, truncate, poison, reset };
+  enum { none = -1, begin = 0, feed = 1, truncate = 2, poison = 3, reset = 4 };
 
   void add_feed(ProofStep& step, int row, int sequence, int end, Sequence& held, int slots) {
     expect(step.feeds.empty() || step.feeds.back().row < row, "rows of a call that do not rise");

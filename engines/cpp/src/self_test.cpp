@@ -187,7 +187,7 @@ std::string SelfTest::path() const { return directory_ + "/" + contract::proof_n
 
 SelfTestReport SelfTest::run() {
   const Manifest& manifest = model_->manifest();
-  if (!file_) {
+  if (!file_ || !manifest.proof) {
     throw Error(ErrorCode::not_proven,
                 directory_ + ": carries no proof; run `qwenport validate` on its package and build it again");
   }
@@ -215,14 +215,16 @@ void SelfTest::check_allowed() {
   // A pass of another process counts until this one fails.
   if (!passed_ && file_ && is_remembered(key_of(*model_))) passed_ = true;
   if (passed_.value_or(false)) return;
-  throw Error(
-      ErrorCode::not_proven,
-      directory_ + (!file_    ? ": carries no proof, which EngineOptions::require_self_test needs; run "
-                                "`qwenport validate` on its package and build it again"
-                    : passed_ ? ": failed its self-test, and EngineOptions::require_self_test is set"
-                              : ": has not passed its self-test on this machine, and "
-                                "EngineOptions::require_self_test is set; call Engine::self_test, or run "
-                                "`qwenport selftest`"));
+  const char* why =
+      ": has not passed its self-test on this machine, and EngineOptions::require_self_test is set; call "
+      "Engine::self_test, or run `qwenport selftest`";
+  if (passed_) why = ": failed its self-test, and EngineOptions::require_self_test is set";
+  if (!file_) {
+    why =
+        ": carries no proof, which EngineOptions::require_self_test needs; run `qwenport validate` on its package "
+        "and build it again";
+  }
+  throw Error(ErrorCode::not_proven, directory_ + why);
 }
 
 }  // namespace qwenport::detail
