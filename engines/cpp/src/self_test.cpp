@@ -221,7 +221,8 @@ void SelfTest::check_allowed() {
   if (passed_) why = ": failed its self-test, and EngineOptions::require_self_test is set";
   if (!file_) {
     why =
-        ": carries no proof, which EngineOptions::require_self_test needs; run `qwenport validate` on its package "
+        ": carries no proof, which EngineOptions::require_self_test needs; run `qwenport validate` on its "
+        "package "
         "and build it again";
   }
   throw Error(ErrorCode::not_proven, directory_ + why);
