@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenport.contract import Progress
+from qwenport.engines.apart import run_apart
 from qwenport.engines.errors import BuildError
 from qwenport.engines.request import Profile
 from qwenport.exporter import CHUNK_BYTES
@@ -70,26 +71,32 @@ def build_plan(
 
     monitor = _monitor(trt, progress)
     writer = _plan_writer(trt, plan)
+
+    def build() -> int | None:
+        """The number of layers in the network; None if TensorRT refused it."""
+        builder, network, parser = network_from_onnx_path(str(model), strongly_typed=True)
+        check_network(network, trt)
+        changed = change_attention(network, trt, attention)
+        check_changed(network, trt, attention)
+        create = CreateConfig(profiles=shapes, progress_monitor=monitor)
+        config = PostprocessConfig(create, choose_gpus)(builder, network)
+        built = builder.build_serialized_network_to_stream(network, config, writer)
+        layers: int = network.num_layers
+        del parser, changed  # they own the weights and constants that the network references
+        return layers if built else None
+
     with _tensorrt_messages() as messages:
         try:
-            builder, network, parser = network_from_onnx_path(str(model), strongly_typed=True)
-            check_network(network, trt)
-            changed = change_attention(network, trt, attention)
-            check_changed(network, trt, attention)
-            create = CreateConfig(profiles=shapes, progress_monitor=monitor)
-            config = PostprocessConfig(create, choose_gpus)(builder, network)
-            built = builder.build_serialized_network_to_stream(network, config, writer)
+            layers = run_apart(build, monitor.stop)
         except PolygraphyException:
-            built = False
+            layers = None
         finally:
             writer.close()
         for failure in (monitor.failure, writer.failure):
             if failure is not None:
                 raise failure
-        if not built:
+        if layers is None:
             raise BuildError(f"TensorRT could not build the engine: {_first_error(messages)}")
-        layers = network.num_layers
-        del parser, changed  # they own the weights and constants that the network references
     return {"sha256": writer.hexdigest(), "layers": layers}
 
 
@@ -213,7 +220,7 @@ def _plan_reader(trt: Any, path: Path) -> Any:
 
 def _monitor(trt: Any, progress: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """Reports TensorRT's outermost phases; stops the build at the first exception (Ctrl-C)."""
+        """Reports TensorRT's outermost phases; stops the build when asked to, or when that raises an exception."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -232,6 +239,9 @@ def _monitor(trt: Any, progress: Progress) -> Any:
         def phase_finish(self, phase_name: str) -> None:
             if phase_name in self.steps and self.failure is None:
                 self.tell(phase_name, self.steps[phase_name])
+
+        def stop(self, reason: BaseException) -> None:
+            self.failure = self.failure or reason
 
         def tell(self, phase_name: str, done: int) -> None:
             try:

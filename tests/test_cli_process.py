@@ -88,6 +88,40 @@ def test_sigterm_during_a_build_leaves_nothing(package: Path, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+SIGNALLED_WHILE_IT_LOGS = """
+import os, signal, sys
+
+os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
+from polygraphy.backend.trt import get_trt_logger
+
+from qwenport import cli
+
+
+left = 2 * [getattr(signal, sys.argv[1])]
+
+
+def log(self, severity, message):
+    if left:
+        os.kill(os.getpid(), left.pop())
+
+
+type(get_trt_logger()).log = log
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_while_tensorrt_calls_python_ends_a_build(
+    name: str, code: int, package: Path, tmp_path: Path
+) -> None:
+    """Between Python and C++ an exception would be lost, and the build would go on to its end."""
+    script = [sys.executable, "-c", SIGNALLED_WHILE_IT_LOGS, name]
+    command = [*script, "build", package, "out", "--target", "tensorrt-rtx", "--gpu", "sm89"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nohup_keeps_an_export_alive(tmp_path: Path) -> None:
     with start("inspect", TINY, "--json", folder=tmp_path, hang_up=signal.SIG_IGN) as process:
         process.send_signal(signal.SIGHUP)

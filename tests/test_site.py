@@ -22,6 +22,7 @@ FOLDERS = (
     "validate",
     "examples",
     "benchmarks",
+    "tests",  # pages link to some
 )
 FILES = ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 

@@ -241,7 +241,9 @@ def open_candidate(
 
     Args:
         path: the package or engine directory.
-        judged_as, gpus, attention: as in `open_target`. A network's arithmetic is in fp32, as its scenarios are judged.
+        judged_as: as in `open_target`. A network's arithmetic is in fp32, as its scenarios are judged.
+        gpus: as in `open_target`.
+        attention: as in `open_target`.
         max_batch: rows.
         capacity: cache slots per row; the target's by default.
 

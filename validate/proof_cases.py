@@ -269,10 +269,10 @@ def _beyond(edge: int) -> Case:
 
 
 def _cross(case: Case, edge: int) -> None:
-    """The first slot after an edge: of a prompt, and by a single token."""
+    """The first slot after an edge, of a prompt and by a single token; between these it is stale, behind the span."""
     case.step(MAIN, edge + 1)
-    case.truncate(edge)
-    case.step(MAIN, edge + 1)
+    case.truncate(edge - ROW_LENGTH)
+    case.step(MAIN, edge, edge + 1)
 
 
 def _across(edge: int) -> Case:

@@ -109,7 +109,8 @@ def open_target(
         judged_as: "tensorrt-network" to judge the network that TensorRT's parser makes from a package; by default a
             package is run by onnxruntime and an engine by what it was built for.
         exact: judge a network's arithmetic only, not the rounding of the types it declares.
-        gpus, attention: judge the network of the engine that `build` with these options makes for tensorrt-rtx.
+        gpus: judge the network of the engine that `build` with this option makes for tensorrt-rtx.
+        attention: the same of its option for the form of attention.
         device: "cpu" or "cuda", where a package would run.
 
     Raises:

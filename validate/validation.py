@@ -80,7 +80,8 @@ def validate(
         reference: the checkpoint directory, the oracle's only source.
         judged_as: "tensorrt-network" to judge the network that TensorRT's parser makes from a package.
         exact: judge only a network's arithmetic, not the rounding of the types that it declares.
-        gpus, attention: judge the network of the engine that `build` with these options makes for tensorrt-rtx.
+        gpus: judge the network of the engine that `build` with this option makes for tensorrt-rtx.
+        attention: the same of its option for the form of attention.
         streamed: load one decoder layer at a time on both sides; by default if memory requires it.
         layers: run only this many decoder layers, then the final norm and the head; implies `streamed`.
         prompts: UTF-8 text file to take prompts from.

@@ -84,7 +84,7 @@ def test_failure_names_the_call_row_position_and_span(proven: Proofs) -> None:
     inject(session, bucket_of_the_start)
     (first, *_) = run_proof(session, found.proof, IN_FP32).failures
     assert (first.case, first.row, first.position, first.span) == (
-        "span edges up to 64",
+        "span edges up to 128",
         0,
         64,
         128,

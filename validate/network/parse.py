@@ -17,6 +17,7 @@ import torch
 
 from qwenport.contract import BF16, DTYPES, FP16, FP32, MASKED
 from qwenport.engines import FLAVOURS, LoweringError
+from qwenport.engines.apart import run_apart
 from qwenport.engines.attention import attention_of
 from qwenport.engines.lowering import (
     change_attention,
@@ -166,6 +167,10 @@ def parse_model(model: ir.Model, folder: Path, dtype: str | None = None) -> Pars
     Raises:
         MissingExtraError, NetworkError: see `parse_package`.
     """
+    return run_apart(lambda: _parse(model, folder, dtype))
+
+
+def _parse(model: ir.Model, folder: Path, dtype: str | None) -> ParsedNetwork:
     trt = load_tensorrt(FLAVOURS[FLAVOUR], "parse the network")
     from polygraphy.backend.trt import get_trt_logger  # of the flavour just chosen
     from polygraphy.logger import G_LOGGER
