@@ -60,7 +60,7 @@ def _objection(
     if form == MASKED:
         return None
     if dtype == FP32.name:
-        return "there is no fused attention in fp32"
+        return f"TensorRT has no fused attention in fp32; such an engine is {MASKED}"
     if form in WITH_QUERIES:
         if flavour != TENSORRT_RTX:
             return f"{flavour} has no attention with lengths"

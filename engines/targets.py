@@ -87,12 +87,9 @@ def parse_gpus(text: str | None, flavour: Flavour, dtype: str) -> tuple[str, ...
     for gpu, word in zip(gpus, asked, strict=True):
         serving = [known.name for known in FLAVOURS.values() if gpu in known.gpus]
         if text is not None and not serving:
-            raise BuildError(
-                f"TensorRT has no kernels for a GPU architecture {word!r}; {flavour.name} serves "
-                f"{', '.join(flavour.gpus)} (`qwenport inspect` names the architecture of common GPUs)"
-            )
+            raise BuildError(_unknown(word, flavour))
         if flavour.name not in serving:
-            other = f"; --target {serving[0]} has" if serving else ""
+            other = f"; `build --target {serving[0]}` has" if serving else ""
             if other and dtype != "fp16" and gpu in FP16_ONLY:
                 other += ", in fp16 (export with --dtype fp16)"
             raise BuildError(
@@ -102,9 +99,34 @@ def parse_gpus(text: str | None, flavour: Flavour, dtype: str) -> tuple[str, ...
             raise BuildError(f"{gpu} has no kernels for {dtype}; export with --dtype fp16 for it")
         if gpus.count(gpu) > 1:
             raise BuildError(f"{gpu} is named twice")
-    if text is not None and not flavour.builds_anywhere and gpus != (current_gpu(),):
-        raise BuildError(f"{flavour.name} builds only for the local GPU ({current_gpu()})")
+    if text is not None and not flavour.builds_anywhere:
+        _check_local(gpus, flavour)
     return gpus
+
+
+def _unknown(word: str, flavour: Flavour) -> str:
+    """Why a name in a list of GPUs is refused."""
+    if not word:
+        return "an empty name in the list of GPUs"
+    known = {gpu for other in FLAVOURS.values() for gpu in other.gpus}
+    meant = f" (did you mean sm{word}?)" if f"sm{word}" in known else ""
+    return (
+        f"no TensorRT has kernels for {word!r}{meant}; {flavour.name} serves {', '.join(flavour.gpus)} "
+        "(`qwenport inspect` names the architecture of common GPUs)"
+    )
+
+
+def _check_local(gpus: tuple[str, ...], flavour: Flavour) -> None:
+    """Raises BuildError: the local GPU is not the one asked for, or there is none."""
+    try:
+        local = current_gpu()
+    except BuildError as error:
+        raise BuildError(
+            f"{flavour.name} builds on the GPU that the engine is for, and there is none here: build on a machine "
+            f"with an {gpus[0]} GPU"
+        ) from error
+    if gpus != (local,):
+        raise BuildError(f"{flavour.name} builds only for the local GPU ({local})")
 
 
 def current_gpu() -> str:

@@ -120,8 +120,12 @@ def open_target(
     """
     if exact and judged_as != NETWORK:
         raise ValidationError(f"exact arithmetic (--exact) needs --as {NETWORK}")
-    if (gpus is not None or attention != AUTO) and judged_as != NETWORK:
-        raise ValidationError(f"GPUs and a form of attention need --as {NETWORK}")
+    for asked, option in (
+        (gpus is not None, "GPUs (--gpu)"),
+        (attention != AUTO, "attention (--attention)"),
+    ):
+        if asked and judged_as != NETWORK:
+            raise ValidationError(f"a choice of {option} needs --as {NETWORK}")
     kind = kind_of(path)
     if kind == "engine":
         if judged_as not in (None, ENGINE):

@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     type=click.Choice((AUTO, *ATTENTIONS)),
     default=AUTO,
     help="How a TensorRT engine attends to its cache: direct and split read it in place on sm89, sm120 and sm121, "
-    "chunked reads it in place for single tokens on any GPU, masked copies it. auto moves the fewest bytes; if a "
-    "GPU decodes slowly with direct, measure split.",
+    "chunked reads it in place for single tokens on any GPU, masked copies it and is what fp32 gets. auto moves the "
+    "fewest bytes; if a GPU decodes slowly with direct, measure split.",
 )
 @limits("the package")
 @force_clean_option

@@ -33,14 +33,15 @@ def test_gpu_lists_are_taken_as_written_unless_a_gpu_lacks_the_dtype(gpus, dtype
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("sm999", "no kernels for a GPU architecture 'sm999'; tensorrt-rtx serves sm75, "),
-        ("sm70", "no kernels for a GPU architecture 'sm70'"),
-        ("", "no kernels for a GPU architecture ''"),
-        ("sm86,,sm89", "no kernels for a GPU architecture ''"),
+        ("sm999", "no TensorRT has kernels for 'sm999'; tensorrt-rtx serves sm75, "),
+        ("sm70", "no TensorRT has kernels for 'sm70'"),
+        ("89", r"no TensorRT has kernels for '89' \(did you mean sm89\?\)"),
+        ("", "an empty name in the list of GPUs"),
+        ("sm86,,sm89", "an empty name"),
         *[
             (
                 gpu,
-                f"tensorrt-rtx has no kernels for {gpu}, it serves .*sm121; --target tensorrt has",
+                f"tensorrt-rtx has no kernels for {gpu}, it serves .*sm121; `build --target tensorrt` has",
             )
             for gpu in ("sm87", "sm90", "sm100", "sm103", "sm110")
         ],
@@ -64,7 +65,7 @@ def test_the_gpus_of_tensorrt_rtx_are_those_that_its_builder_knows() -> None:
         *[(gpu, None) for gpu in GPUS["tensorrt"]],
         (
             "sm75",
-            "tensorrt has no kernels for sm75, it serves sm80, .*; --target tensorrt-rtx has, in fp16",
+            "tensorrt has no kernels for sm75, it serves sm80, .*; `build --target tensorrt-rtx` has, in fp16",
         ),
         ("sm70", "tensorrt has no kernels for sm70, it serves sm80, "),
     ],
@@ -77,6 +78,12 @@ def test_tensorrt_judges_the_local_gpu_whether_it_is_named_or_not(gpu, complaint
         elif text is None or gpu == "sm75":
             with pytest.raises(engines.BuildError, match=complaint):
                 parse_gpus(text, FLAVOURS["tensorrt"], "bf16")
+
+
+def test_tensorrt_is_built_where_its_gpu_is(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(engines.BuildError, match="build on a machine with an sm87 GPU"):
+        parse_gpus("sm87", FLAVOURS["tensorrt"], "fp16")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -130,7 +137,7 @@ def test_a_package_is_the_same_after_a_build(engine_of, package_of):
         ({"max_seq_len": 513}, "max sequence length 513"),
         ({"max_seq_len": 0}, "max sequence length 0"),
         ({"max_batch": 9}, "max batch 9"),
-        ({"gpus": "sm42"}, "no kernels for a GPU"),
+        ({"gpus": "sm42"}, "no TensorRT has kernels"),
         ({"target": "tpu"}, "target 'tpu'"),
     ],
 )
