@@ -33,7 +33,7 @@ struct CUgraphExec_st {
 namespace {
 
 constexpr std::size_t ALIGNMENT = 256;
-constexpr std::size_t MEMORY = std::size_t{1} << 40;
+constexpr std::size_t MEMORY = std::size_t{1} << 40U;
 
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local std::vector<CUcontext> contexts;
@@ -159,25 +159,25 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
   return cudaSuccess;
 }
 
-cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
+cudaError_t cudaMalloc(void** devPtr, std::size_t size) {
   if (forbidden()) return failed(cudaErrorStreamCaptureUnsupported);
-  if (bytes > MEMORY) return failed(cudaErrorMemoryAllocation);
+  if (size > MEMORY) return failed(cudaErrorMemoryAllocation);
   const std::scoped_lock lock(mutex);
-  const auto again = released.find(bytes);
+  const auto again = released.find(size);
   if (again != released.end()) {
-    *memory = again->second.release();
+    *devPtr = again->second.release();
     released.erase(again);
   } else {
-    *memory = std::aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
-    std::memset(*memory, 0x7B, bytes);
-    sizes[*memory] = bytes;
+    *devPtr = std::aligned_alloc(ALIGNMENT, (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    std::memset(*devPtr, 0x7B, size);
+    sizes[*devPtr] = size;
   }
   return cudaSuccess;
 }
-cudaError_t cudaFree(void* memory) {
+cudaError_t cudaFree(void* devPtr) {
   const std::scoped_lock lock(mutex);
-  if (memory != nullptr)
-    released.emplace(sizes.at(memory), std::unique_ptr<void, decltype(&std::free)>(memory, &std::free));
+  if (devPtr != nullptr)
+    released.emplace(sizes.at(devPtr), std::unique_ptr<void, decltype(&std::free)>(devPtr, &std::free));
   return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** pHost, std::size_t size, unsigned /*flags*/) {
@@ -185,8 +185,8 @@ cudaError_t cudaHostAlloc(void** pHost, std::size_t size, unsigned /*flags*/) {
   *pHost = std::malloc(size);
   return cudaSuccess;
 }
-cudaError_t cudaFreeHost(void* memory) {
-  std::free(memory);
+cudaError_t cudaFreeHost(void* ptr) {
+  std::free(ptr);
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* devPtr, int value, std::size_t count, cudaStream_t stream) {
