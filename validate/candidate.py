@@ -74,7 +74,7 @@ class Candidate:
         self.complaints: tuple[str, ...] = ()
         self.parsed: Any = None
         self._interpreter: Any = None
-        self._loaded: OnnxRuntimeSession | None = None
+        self._loaded: dict[tuple[str, ...], OnnxRuntimeSession] = {}
         if target.judged_as == NETWORK:
             self._parse()
 
@@ -204,17 +204,14 @@ class Candidate:
             )
         if source is None:
             return open_session(target.path, max_batch=max_batch, capacity=capacity)
-        if observe:
-            return OnnxRuntimeSession(
-                source,
-                max_batch=max_batch,
-                capacity=capacity,
-                device=target.device,
-                observe=observe,
+        names = tuple(observe)
+        if names not in self._loaded:
+            if names:  # at most one model that shows its inner values stays in memory
+                self._loaded = {known: s for known, s in self._loaded.items() if not known}
+            self._loaded[names] = OnnxRuntimeSession(
+                source, max_batch=1, capacity=1, device=target.device, observe=names
             )
-        if self._loaded is None:
-            self._loaded = OnnxRuntimeSession(source, max_batch=1, capacity=1, device=target.device)
-        return self._loaded.beside(max_batch=max_batch, capacity=capacity)
+        return self._loaded[names].beside(max_batch=max_batch, capacity=capacity)
 
     def parts(self) -> Parts:
         """The target in parts, to run one of them alone."""

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwenport.engines import start_onnxruntime
 from qwenport.exporter import Package, export
 from qwenport.validate import validate
 from qwenport.validate.candidate import Candidate
@@ -57,6 +58,30 @@ def package(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     raw = checkpoints.mini(request.param, torch_dtype="float32")
     checkpoint = checkpoints.write_checkpoint(folder / "checkpoint", raw)
     return checkpoint, export(checkpoint, folder / "package", weights="copy")
+
+
+def test_a_model_is_loaded_once_for_the_values_that_are_observed(
+    package: tuple[Path, Package], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Failures are looked into one after the other; each session has its own cache and its own values."""
+    loads: list[Path] = []
+
+    def start(model: Any, folder: Path, **options: Any) -> Any:
+        loads.append(folder)
+        return start_onnxruntime(model, folder, **options)
+
+    monkeypatch.setattr("qwenport.engines.onnxruntime_session.start_onnxruntime", start)
+    _, made = package
+    candidate = Candidate(open_target(made.path), layers=2, streamed=False)
+    names = hidden_states(2)
+    for rows in (1, 2, 3):
+        plain, seen = (candidate.open([(rows, 8, lambda s: None)], o)[0] for o in ((), names))
+        seen.prefill([[1, 2]] * rows)
+        assert set(seen.observed) == set(names)
+        assert plain.lengths.tolist() == [0] * rows
+    assert len(loads) == 2
+    candidate.open([(1, 8, lambda s: None)], names[:1])
+    assert len(loads) == 3 and len(candidate._loaded) == 2
 
 
 @pytest.mark.parametrize("judged_as", [None, "tensorrt-network"])
