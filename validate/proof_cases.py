@@ -262,6 +262,7 @@ def _edges(before: int, edges: Sequence[int]) -> Case:
 
 
 def _beyond(edge: int) -> Case:
+    """What follows the last edge that the sequence reaches."""
     case = Case(f"beyond span edge {edge}")
     case.poison()
     _cross(case, edge)

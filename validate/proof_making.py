@@ -182,10 +182,8 @@ def keep_proof(
             f"no proof for `qwenport selftest`: making it would take more than {seconds:g} s; "
             f"`qwenport validate {package.path}` makes one when parity holds",
         )
-    proof, file = (
-        make_proof(package, streamed=streamed, context=context, progress=progress),
-        package.path / PROOF,
-    )
+    proof = make_proof(package, streamed=streamed, context=context, progress=progress)
+    file = package.path / PROOF
     try:
         write_proof(file, proof)
     except OSError as error:

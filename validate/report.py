@@ -189,9 +189,7 @@ class Report:
         }
         told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
         judged = "nothing" if self.coverage is None else str(self.coverage)
-        attention = self.environment.get(
-            "attention"
-        )  # of a network: its form, and the GPUs it is for
+        attention = self.environment.get("attention")  # a network's form, and its GPUs
         network = "" if attention is None else f"; attention {attention}"
         return f"{text}: {told}{network}; judged: {judged}"
 
