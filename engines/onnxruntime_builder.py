@@ -1,7 +1,7 @@
-"""The onnxruntime part of `build`: the lowered graph and its weights in fp32, ready to load.
+"""The onnxruntime part of `build`: the lowered graph and its weights, ready to load.
 
 model.onnx            the graph, without functions, casts of weights or constants to compute
-weights.safetensors   weights and rope tables; model.onnx refers to them by offset
+weights.safetensors   weights and rope tables in fp32, codes of quantized weights as bytes; model.onnx refers to them
 
 Weights are always written, also those of an fp32 package: the engine has one file with other places and shorter rope
 tables, and it must stay whole when the package is gone.
@@ -9,7 +9,7 @@ tables, and it must stay whole when the package is gone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -157,22 +157,45 @@ def _write_weights(
     with file.open("xb") as writer:
         writer.write(safetensors_header([w.entry for w in weights], alignment=ALIGNMENT))
         for weight in weights:
-            source, written = weight.source, 0
-            dtype = BY_ONNX[source.dtype.name]
-            stored = TensorEntry(
-                weight.entry.name,
-                str(source.location),
-                source.dtype.name,
-                weight.entry.shape,
-                source.offset or 0,
-                source.nbytes,
-            )
-            for chunk in chunks(package, stored):
-                written += writer.write(_in_float32(chunk, dtype, buffer))
-                progress("writing weights in fp32", done + written, total)
+            written = 0
+            for chunk in _made(package, weight, buffer):
+                written += writer.write(chunk)
+                progress("writing weights", done + written, total)
             if written != weight.entry.length:
-                raise PackageError(f"{package / source.location}: shorter than {MODEL} says")
+                raise PackageError(f"{package / weight.source.location}: shorter than {MODEL} says")
             done += written
+
+
+def _made(package: Path, weight: StoredWeight, buffer: Float32) -> Iterator[bytes | memoryview]:
+    """The bytes of a tensor of the engine, in chunks; each is valid until the next."""
+    from qwenport.engines.lowering import BYTES, repeated_zero_points
+
+    source = weight.source
+    stored = TensorEntry(
+        weight.entry.name,
+        str(source.location),
+        source.dtype.name,
+        weight.entry.shape,
+        source.offset or 0,
+        source.nbytes,
+    )
+    if weight.entry.dtype == BYTES and weight.repeats is not None:
+        data = b"".join(chunks(package, stored))  # few: at most a byte for 16 values of the weight
+        if len(data) == source.nbytes:
+            rows, blocks = source.shape.numpy()
+            shape, bits = (rows, blocks), source.dtype.bitwidth
+            yield repeated_zero_points(data, bits, shape, weight.repeats).data.cast("B")
+        return
+    for chunk in chunks(package, stored):
+        if weight.entry.dtype == BYTES:
+            yield chunk
+        elif weight.repeats is None:
+            yield _in_float32(chunk, BY_ONNX[source.dtype.name], buffer)
+        else:
+            values = np.frombuffer(
+                _in_float32(chunk, BY_ONNX[source.dtype.name], buffer), np.float32
+            )
+            yield np.repeat(values, weight.repeats).data.cast("B")
 
 
 def _in_float32(chunk: bytes, dtype: Dtype, buffer: Float32) -> memoryview:

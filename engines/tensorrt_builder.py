@@ -13,6 +13,7 @@ from typing import Any
 
 from qwenport.contract import CAPACITY, DTYPES, MODEL, PLAN, WITH_QUERIES, Progress, query
 from qwenport.engines.attention import attention_of, choose_attention
+from qwenport.engines.errors import BuildError
 from qwenport.engines.plan import build_plan
 from qwenport.engines.plugin_library import check_library, register_for_build
 from qwenport.engines.request import Attention, Filled, Request
@@ -41,6 +42,11 @@ def check_for_tensorrt(request: Request) -> None:
         MissingExtraError: the flavour is not installed.
     """
     flavour = FLAVOURS[request.target]
+    if request.package.config.quantization is not None:
+        raise BuildError(
+            f"{request.package.path} is quantized, and engines for {flavour.name} of such packages are not supported; "
+            "--target onnxruntime runs it"
+        )
     _attention(request, ())  # what no GPU can have needs none to be refused
     gpus = parse_gpus(request.gpus, flavour, request.package.dtype)
     _attention(request, gpus)

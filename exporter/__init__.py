@@ -8,6 +8,7 @@ from qwenport.exporter.checkpoint import (
     Checkpoint,
     expert_stacks,
     open_checkpoint,
+    quantized_linears,
     stacked_shape,
 )
 from qwenport.exporter.companions import COMPANIONS, check_companions, copy_companions, stop_ids
@@ -52,6 +53,7 @@ from qwenport.exporter.package import (
     export,
     load_package,
 )
+from qwenport.exporter.quantization import CODES, SCALES, ZEROS
 from qwenport.exporter.rope import Rope, rope_tables
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
@@ -65,9 +67,12 @@ from qwenport.exporter.safetensors_file import (
 __all__ = [
     "BINDINGS",
     "CHUNK_BYTES",
+    "CODES",
     "COMPANIONS",
     "FILES",
+    "SCALES",
     "SOURCE",
+    "ZEROS",
     "Adapter",
     "Checkpoint",
     "CheckpointError",
@@ -103,6 +108,7 @@ __all__ = [
     "parse_config",
     "plan_safetensors",
     "published",
+    "quantized_linears",
     "read_config_json",
     "read_json",
     "read_manifest",

@@ -15,10 +15,11 @@ from pathlib import Path
 from qwenport.contract import BY_SAFETENSORS, MANIFEST
 from qwenport.exporter.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, read_adapter
 from qwenport.exporter.config import ModelConfig, parse_config, read_config_json
-from qwenport.exporter.errors import CheckpointError
+from qwenport.exporter.errors import CheckpointError, ConfigError
 from qwenport.exporter.json_file import read_json
 from qwenport.exporter.manifest import why_no_directory
 from qwenport.exporter.names import rotary_buffers, understood
+from qwenport.exporter.quantization import WEIGHT
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
     TensorEntry,
@@ -113,6 +114,12 @@ def open_checkpoint(
     if len(tensors) < len(given):
         notes.append("lm_head.weight repeats the embedding, which is tied to it: not used")
     _compare(expected_tensors(config, tensors), tensors)
+    _compare_types(config, tensors)
+    if config.quantization is not None:
+        repeated = config.quantization.repeated(path, tensors)
+        if repeated:
+            notes.append(f"{_name_some(sorted(repeated))}: as config.json implies, not needed")
+        tensors = {name: entry for name, entry in tensors.items() if name not in repeated}
     dtype = config.dtype or BY_SAFETENSORS[tensors["model.embed_tokens.weight"].dtype].name
     adapter = read_adapter(path, tensors) if merged else None
     if adapter is not None:
@@ -151,21 +158,57 @@ def expected_tensors(
 ) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that a checkpoint with this config must hold, no more and no fewer.
 
-    A sparse layer's experts are separate tensors, as published, unless the stacked tensors are among `present`.
+    A sparse layer's experts are separate tensors, as published, unless the stacked tensors are among `present`. A
+    quantized linear has the tensors of its format.
+
+    Raises:
+        ConfigError: the format cannot store a linear of this size.
     """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in _parameters(config, present):
+        shapes |= _stored(config, name, shape)
+    return shapes
+
+
+def quantized_linears(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The linears whose weights are quantized -> [N, K] of their weights; the experts of a layer are single ones."""
+    if config.quantization is None:
+        return {}
+    return {
+        name.removesuffix(WEIGHT): (shape[0], shape[1])
+        for name, shape in _parameters(config)
+        if config.is_quantized(name)
+    }
+
+
+def _parameters(
+    config: ModelConfig, present: Container[str] = ()
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every parameter and its shape; experts are stacked only if the stacks are among `present`."""
     from qwenport.exporter.decoder import parameter_shapes  # imports torch
 
-    shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in parameter_shapes(config).items():
         layer, _, _ = name.rpartition("experts.")
         stacked = any(f"{layer}{stack}" in present for stack in (GATE_UP, DOWN))
         if not name.endswith((GATE_UP, DOWN)) or stacked:
-            shapes[name] = shape
+            yield name, shape
             continue
         experts, rows, columns = shape
         parts = expert_parts(name, experts)
-        shapes |= dict.fromkeys(parts, (rows * experts // len(parts), columns))
-    return shapes
+        for part in parts:
+            yield part, (rows * experts // len(parts), columns)
+
+
+def _stored(config: ModelConfig, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The checkpoint's tensors of one parameter."""
+    if config.quantization is None or not config.is_quantized(name):
+        return {name: shape}
+    linear, objection = name.removesuffix(WEIGHT), config.quantization.objection(shape)
+    if objection is not None:
+        raise ConfigError(f"quantization_config: {linear} cannot be stored so: {objection}")
+    return {
+        f"{linear}.{suffix}": each for suffix, each in config.quantization.stored(shape).items()
+    }
 
 
 def expert_parts(name: str, experts: int) -> list[str]:
@@ -367,6 +410,21 @@ def _compare(expected: dict[str, tuple[int, ...]], tensors: dict[str, TensorEntr
         if tensors[name].shape != shape:
             raise CheckpointError(
                 f"tensor {name} has shape {list(tensors[name].shape)}; config.json implies {list(shape)}"
+            )
+
+
+def _compare_types(config: ModelConfig, tensors: dict[str, TensorEntry]) -> None:
+    """Integers are where the format has them, and nowhere else."""
+    integers = {} if config.quantization is None else config.quantization.integers
+    for name, entry in tensors.items():
+        wanted = integers.get(name.rpartition(".")[2])
+        if wanted is None and entry.dtype not in BY_SAFETENSORS:
+            raise CheckpointError(
+                f"tensor {cut(name)} has dtype {entry.dtype}; supported: {', '.join(BY_SAFETENSORS)}"
+            )
+        if wanted is not None and entry.dtype != wanted:
+            raise CheckpointError(
+                f"tensor {cut(name)} has dtype {entry.dtype}; the format needs {wanted}"
             )
 
 

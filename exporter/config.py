@@ -16,6 +16,7 @@ from qwenport.exporter.errors import ConfigError
 from qwenport.exporter.families import FAMILIES, MoEConfig
 from qwenport.exporter.json_file import read_json
 from qwenport.exporter.keys import MOST, Keys, short
+from qwenport.exporter.quantization import Quantization, parse_quantization
 from qwenport.exporter.rope import Rope, parse_rope
 
 __all__ = ["MoEConfig", "ModelConfig", "parse_config", "read_config_json"]
@@ -37,6 +38,7 @@ class ModelConfig:
         context_note: a sentence on what limits or changes the context; None if there is nothing to say.
         rope: the rotary settings.
         moe: the sparse layers; None for a dense model.
+        quantization: how linears are stored; None if all are as they are computed with.
         dtype: the checkpoint's ("bf16", "fp16", "fp32"), or None if config.json names none.
         unread_keys: keys of config.json that nothing reads.
     """
@@ -61,11 +63,16 @@ class ModelConfig:
     rope: Rope
     moe: MoEConfig | None
     dtype: str | None
+    quantization: Quantization | None = None
     unread_keys: tuple[str, ...] = ()
 
     def moe_of(self, layer: int) -> MoEConfig | None:
         """The experts of a decoder layer; None if its MLP is dense."""
         return self.moe if self.moe is not None and layer in self.moe.layers else None
+
+    def is_quantized(self, parameter: str) -> bool:
+        """Whether a parameter, in transformers' names, is the weight of a quantized linear."""
+        return self.quantization is not None and self.quantization.covers(parameter)
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Bytes of KV cache per token, over all layers."""
@@ -173,6 +180,9 @@ def parse_config(
         rope=rope,
         moe=moe,
         dtype=_dtype(raw),
+        quantization=parse_quantization(
+            keys.take("quantization_config", object, default=None, null=None)
+        ),
         unread_keys=(*keys.unread(), *unread),
     )
 

@@ -19,9 +19,10 @@ from qwenport.contract import (
     WRITE_INDICES,
 )
 from qwenport.exporter import emission, tracing
-from qwenport.exporter.checkpoint import expert_parts
+from qwenport.exporter.checkpoint import DOWN, GATE_UP, expert_parts
 from qwenport.exporter.config import ModelConfig, MoEConfig
 from qwenport.exporter.decoder import DecoderLayer, Epilogue, Prologue, checkpoint_name
+from qwenport.exporter.quantization import CODES, SCALES, WEIGHT, ZEROS
 from qwenport.plugins.operator import operators
 
 OPSET = 24
@@ -54,12 +55,15 @@ def build_graph(
         assert found is not None, name
         return builder.initializer(found)
 
+    def matrix(name: str) -> ir.Value:
+        return _dequantized(builder, name, stored) if config.is_quantized(name) else stored(name)
+
     def weight(name: str, shape: tracing.Shape) -> ir.Value:
-        found = tensor(name)
-        if found is not None:
-            return builder.initializer(found)
+        stack = name.endswith((GATE_UP, DOWN)) and tensor(name) is None
+        if not stack:
+            return matrix(name)
         experts, rows, columns = (int(size) for size in shape)
-        parts = [stored(part) for part in expert_parts(name, experts)]
+        parts = [matrix(part) for part in expert_parts(name, experts)]
         return _stack(builder, name, parts, (experts, rows, columns))
 
     def weights(traced: tracing.Trace, prefix: str) -> dict[str, ir.Value]:
@@ -139,6 +143,23 @@ def build_graph(
     known = {operator.name: operator for operator in operators()}
     functions = [known[name].function_body(OPSET) for name in used]
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="qwenport", functions=functions)
+
+
+def _dequantized(
+    builder: emission.GraphBuilder, name: str, stored: Callable[[str], ir.Value]
+) -> ir.Value:
+    """The weight [N, K] of its codes, scales and zero points; made once, wherever it is used."""
+    codes, scales, zeros = (stored(f"{name}.{part}") for part in (CODES, SCALES, ZEROS))
+    assert codes.shape is not None and scales.shape is not None and scales.dtype is not None
+    (_, columns), (_, blocks) = codes.shape.numpy(), scales.shape.numpy()
+    return builder.add(
+        "DequantizeLinear",
+        [codes, scales, zeros],
+        f"{name.removesuffix(WEIGHT)}.DequantizeLinear",
+        dtype=scales.dtype,
+        shape=codes.shape,
+        attributes={"axis": 1, "block_size": columns // blocks},
+    )
 
 
 def _stack(

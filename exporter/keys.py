@@ -52,7 +52,6 @@ NEUTRAL = frozenset(
 ONLY: Mapping[str, tuple[Any, ...]] = {
     "is_causal": (True,),  # null is false to transformers: attention in both directions
     "is_encoder_decoder": (False, None),
-    "quantization_config": (None,),
     "partial_rotary_factor": (1, 1.0, None),
     "attention_chunk_size": (None,),
     "per_layer_config": (None,),
@@ -207,7 +206,5 @@ def short(value: Any, most: int = 60) -> str:
 
 def _refused(key: str, value: Any) -> str:
     told = short(value)
-    if key == "quantization_config":
-        return f"config.json: quantized checkpoints are not supported (quantization_config {told})"
     harmless = ", ".join(map(short, ONLY[key]))
     return f"config.json: {key} {told} changes what the model computes and is not supported; supported: {harmless}"

@@ -10,14 +10,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qwenport.contract import BY_SAFETENSORS
+from qwenport.contract import BY_SAFETENSORS, INTEGER_BYTES
 from qwenport.exporter.errors import CheckpointError
 from qwenport.exporter.keys import short
 from qwenport.wording import cut
@@ -26,6 +26,7 @@ CHUNK_BYTES = 1 << 24
 """Bytes of weights in memory at a time."""
 MOST_HEADER_BYTES = 1 << 23  # a published shard has at most a few thousand tensors
 MOST_TENSORS = 1 << 16
+_BYTES = {**{name: dtype.itemsize for name, dtype in BY_SAFETENSORS.items()}, **INTEGER_BYTES}
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,12 @@ def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
             f"{file}: corrupt safetensors header (the shape or offsets of {cut(name)} are not natural numbers)"
         )
     begin, end = offsets
-    if dtype not in BY_SAFETENSORS:
+    if dtype not in _BYTES:
         raise CheckpointError(
             f"{file}: tensor {name} has dtype {short(dtype)}; supported: {', '.join(BY_SAFETENSORS)}; "
             "convert it first, by loading and saving the model with transformers"
         )
-    if end - begin != math.prod(shape) * BY_SAFETENSORS[dtype].itemsize:
+    if end - begin != math.prod(shape) * _BYTES[dtype]:
         raise CheckpointError(
             f"{file}: corrupt safetensors header: {name} does not fill its byte range"
         )
@@ -167,21 +168,27 @@ def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
 
 
 def plan_safetensors(
-    file: str, dtype: str, shapes: dict[str, tuple[int, ...]], *, alignment: int = 8
+    file: str,
+    dtype: str | Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    alignment: int = 8,
 ) -> dict[str, TensorEntry]:
-    """Lay out tensors of one dtype in a safetensors file of that name; the first lies at a multiple of `alignment`."""
-    sizes = dict.fromkeys(shapes, BY_SAFETENSORS[dtype].itemsize)
-    for name, shape in shapes.items():
-        for size in shape:
-            sizes[name] *= size
-    header = safetensors_header(
-        [TensorEntry(name, file, dtype, shape, 0, sizes[name]) for name, shape in shapes.items()],
-        alignment=alignment,
-    )
-    offset, entries = len(header), {}
-    for name, shape in shapes.items():
-        entries[name] = TensorEntry(name, file, dtype, shape, offset, sizes[name])
-        offset += sizes[name]
+    """Lay out tensors in a safetensors file of that name, in the order of `shapes`.
+
+    Args:
+        file: its name.
+        dtype: the dtype of all tensors as in the header, or tensor -> dtype.
+        shapes: tensor -> shape.
+        alignment: the first tensor lies at a multiple of it.
+    """
+    dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, str) else dtype
+    sizes = {name: math.prod(shape) * _BYTES[dtypes[name]] for name, shape in shapes.items()}
+    places = [TensorEntry(n, file, dtypes[n], shape, 0, sizes[n]) for n, shape in shapes.items()]
+    offset, entries = len(safetensors_header(places, alignment=alignment)), {}
+    for place in places:
+        entries[place.name] = replace(place, offset=offset)
+        offset += place.length
     return entries
 
 

@@ -17,9 +17,15 @@ import onnx_ir as ir
 import torch
 
 from qwenport.contract import BY_SAFETENSORS, COPY, DTYPES, PACK, Progress
-from qwenport.exporter.checkpoint import Checkpoint, expert_stacks, stacked_shape
+from qwenport.exporter.checkpoint import (
+    Checkpoint,
+    expert_stacks,
+    quantized_linears,
+    stacked_shape,
+)
 from qwenport.exporter.directory import require_space
 from qwenport.exporter.errors import ExportError
+from qwenport.exporter.quantization import SCALES, WEIGHT
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
     TensorEntry,
@@ -27,12 +33,19 @@ from qwenport.exporter.safetensors_file import (
     plan_safetensors,
     safetensors_header,
 )
+from qwenport.exporter.zero_points import ZeroPoints, plan_zero_points, write_zero_points
 
 FOLDER = "weights"
 CONVERTED = "model.safetensors"  # all tensors
 CONVERTED_SOME = "converted.safetensors"  # those whose dtype differs from the rest
 PACKED = "experts-packed.safetensors"
 
+_INTEGERS = {
+    "U4": ir.DataType.UINT4,
+    "U8": ir.DataType.UINT8,
+    "I32": ir.DataType.INT32,
+    "I64": ir.DataType.INT64,
+}
 _FICLONE = 0x40049409  # linux/fs.h: share the extents of a file, copy on write
 
 
@@ -45,11 +58,13 @@ class WeightPlan:
         entries: tensor -> its location in the package, with `file` below weights/.
         written: the tensors among them that go into the package's own file -> the checkpoint's tensors that
             each consists of, concatenated. All others stay in the checkpoint's files.
+        zero_points: those of quantized weights, which have a file of their own.
     """
 
     mode: str
     entries: dict[str, TensorEntry]
     written: dict[str, list[TensorEntry]]
+    zero_points: ZeroPoints
 
     def conversions(self) -> dict[str, int]:
         """ "fp32 to bf16" -> the number of the checkpoint's tensors converted so."""
@@ -75,8 +90,18 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
     Raises:
         ExportError: there is nothing to pack.
     """
+    tensors, zero_points = _as_computed_with(checkpoint), plan_zero_points(checkpoint)
+    _check_scales(checkpoint, tensors, dtype)
     parts = expert_stacks(checkpoint)
-    stacks = {name: [checkpoint.tensors[part] for part in parts[name]] for name in parts}
+    stacks = {
+        name: [tensors[part] for part in parts[name]]
+        for name in parts
+        if not checkpoint.config.is_quantized(parts[name][0])
+    }
+    if mode == PACK and parts and not stacks:
+        raise ExportError(
+            "--weights pack: the experts are quantized, and are not stacked; use --weights link or copy"
+        )
     if mode == PACK and not stacks:
         raise ExportError(
             "--weights pack: the checkpoint has no experts one by one that could be stacked; "
@@ -84,14 +109,17 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
         )
     stored = DTYPES[dtype].safetensors
     stacked = {part.name for parts in stacks.values() for part in parts}
-    single = {name: entry for name, entry in checkpoint.tensors.items() if name not in stacked}
+    single = {name: entry for name, entry in tensors.items() if name not in stacked}
     adapted = checkpoint.adapter.matrices if checkpoint.adapter else {}
-    if all(entry.dtype != stored for entry in checkpoint.tensors.values()):
+    if all(entry.dtype != stored and entry.dtype in BY_SAFETENSORS for entry in tensors.values()):
         written = {**stacks, **{name: [entry] for name, entry in single.items()}}
-        return WeightPlan("convert", _laid_out(checkpoint, CONVERTED, dtype, written), written)
-    kept = single if mode == PACK else checkpoint.tensors
+        entries = _laid_out(checkpoint, CONVERTED, dtype, written)
+        return WeightPlan("convert", entries, written, zero_points)
+    kept = single if mode == PACK else tensors
     written = {
-        name: [entry] for name, entry in kept.items() if entry.dtype != stored or name in adapted
+        name: [entry]
+        for name, entry in kept.items()
+        if entry.dtype in BY_SAFETENSORS and (entry.dtype != stored or name in adapted)
     }
     if mode == PACK:
         written |= stacks
@@ -100,7 +128,49 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
         raise ExportError(
             f"the package would write {file}, which is a file of the checkpoint; rename it there (and in its index)"
         )
-    return WeightPlan(mode, kept | _laid_out(checkpoint, file, dtype, written), written)
+    entries = kept | _laid_out(checkpoint, file, dtype, written) | zero_points.places
+    return WeightPlan(mode, entries, written, zero_points)
+
+
+def _check_scales(checkpoint: Checkpoint, tensors: dict[str, TensorEntry], dtype: str) -> None:
+    """Refuse another dtype than the scales': dequantized values are rounded to theirs.
+
+    Raises:
+        ExportError: names a tensor.
+    """
+    for linear in quantized_linears(checkpoint.config):
+        scales = tensors[f"{linear}{WEIGHT}.{SCALES}"]
+        if scales.dtype != DTYPES[dtype].safetensors:
+            own = BY_SAFETENSORS[scales.dtype].name
+            raise ExportError(
+                f"the scales of {linear} are {own}; a quantized checkpoint is exported in their dtype: --dtype {own}"
+            )
+
+
+def _as_computed_with(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
+    """The checkpoint's tensors as the graph refers to them: of a quantized weight, its codes and scales."""
+    quantization, tensors = checkpoint.config.quantization, checkpoint.tensors
+    if quantization is None:
+        return tensors
+    found = {n: e for n, e in tensors.items() if e.name not in _of_quantized(checkpoint)}
+    for linear, shape in quantized_linears(checkpoint.config).items():
+        for entry in (
+            quantization.codes(linear, shape, tensors),
+            quantization.scales(linear, shape, tensors),
+        ):
+            found[entry.name] = entry
+    return found
+
+
+def _of_quantized(checkpoint: Checkpoint) -> set[str]:
+    """The checkpoint's tensors that quantized weights consist of."""
+    quantization = checkpoint.config.quantization
+    assert quantization is not None
+    return {
+        f"{linear}.{suffix}"
+        for linear, shape in quantized_linears(checkpoint.config).items()
+        for suffix in quantization.stored(shape)
+    }
 
 
 def place_weights(
@@ -136,8 +206,14 @@ def place_weights(
         _place_files(checkpoint, folder, plan.mode, progress)
     if plan.written:
         _write(checkpoint, folder, dtype, plan, progress, lossless)
+    if plan.zero_points.file:
+        write_zero_points(checkpoint, folder, plan.zero_points, progress)
     if check_values:
-        left = [entry for name, entry in plan.entries.items() if name not in plan.written]
+        left = [
+            entry
+            for name, entry in plan.entries.items()
+            if name not in plan.written and entry.dtype in BY_SAFETENSORS
+        ]
         _check_values(checkpoint, left, progress)
     return plan
 
@@ -167,7 +243,7 @@ def external_tensor(name: str, location: str, entry: TensorEntry) -> ir.External
         location,
         entry.offset,
         entry.length,
-        BY_SAFETENSORS[entry.dtype].ir,
+        _INTEGERS[entry.dtype] if entry.dtype in _INTEGERS else BY_SAFETENSORS[entry.dtype].ir,
         shape=ir.Shape(entry.shape),
         name=name,
     )

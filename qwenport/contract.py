@@ -70,6 +70,9 @@ FP64 = Dtype(
     "fp64", "float64", "F64", "DOUBLE", 11, 8
 )  # the oracle's arithmetic; no package has it
 
+INTEGER_BYTES = {"U8": 1, "I32": 4, "I64": 8}
+"""The integer types of quantized weights in a safetensors header, and their bytes."""
+
 DTYPES = {dtype.name: dtype for dtype in (BF16, FP16, FP32)}
 """The dtypes that a package may have, by name."""
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES.values()}
@@ -160,6 +163,8 @@ SELF_TESTS = "self-tests"
 MODEL, ROPE, PLAN = "model.onnx", "rope.safetensors", "engine.plan"
 ENGINE_WEIGHTS = "weights.safetensors"
 """The weights and rope tables of an onnxruntime engine, which its model.onnx refers to."""
+SYMMETRIC_ZEROS = "weights/symmetric-zero-points.safetensors"
+"""The file in a package of the zero points of symmetric weights: all are the middle code."""
 PROOF = "proof.safetensors"
 """What an engine must reproduce; docs/reference/proof.md."""
 JIT_CACHE = "kernels.bin"

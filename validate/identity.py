@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from qwenport import __version__
 from qwenport.contract import (
     BY_ONNX,
-    BY_SAFETENSORS,
     DTYPES,
     ENGINE,
     ENGINE_WEIGHTS,
@@ -280,7 +279,8 @@ def _manifest_errors(package: Package, model: onnx.ModelProto, checkpoint: Check
 
 def _any_as_it_lies(checkpoint: Checkpoint, dtype: str) -> bool:
     """Whether some tensor of the checkpoint needs no conversion."""
-    return any(BY_SAFETENSORS[entry.dtype].name == dtype for entry in checkpoint.tensors.values())
+    own = DTYPES[dtype].safetensors if dtype in DTYPES else None
+    return any(entry.dtype == own for entry in checkpoint.tensors.values())
 
 
 def _weight_types(model: onnx.ModelProto) -> set[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qwenport.contract import DTYPES
 from qwenport.validate.target import Target
 
 # Both sides hold every weight in fp32, and a runtime needs about half as much again while loading (measured with
@@ -28,5 +29,7 @@ def must_stream(target: Target) -> bool:
     if target.package is None or available is None:
         return False
     stored = target.package.manifest["weights"]["bytes"]
-    weights = stored / (4 if target.dtype == "fp32" else 2)
+    quantization = target.config.quantization
+    bits = 8 * DTYPES[target.dtype].itemsize if quantization is None else quantization.bits
+    weights = 8 * stored / bits  # of a quantized model rather too many: not all of it is
     return weights * BYTES_A_WEIGHT > SHARE * available

@@ -15,7 +15,7 @@ from qwenport.validate.failures import reported
 _INTEGERS = {
     onnx.TensorProto.UINT8, onnx.TensorProto.INT8, onnx.TensorProto.UINT16, onnx.TensorProto.INT16,
     onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.UINT32, onnx.TensorProto.UINT64,
-    onnx.TensorProto.BOOL, onnx.TensorProto.STRING,
+    onnx.TensorProto.BOOL, onnx.TensorProto.STRING, onnx.TensorProto.UINT4, onnx.TensorProto.INT4,
 }  # fmt: skip
 MAX_INTEGERS = 64  # in a constant of the graph, such as a target shape
 

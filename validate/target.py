@@ -139,6 +139,8 @@ def open_target(
         raise ValidationError(f"{path}: neither a package nor an engine (no {MANIFEST})")
     package = load_package(path)
     judged_as = judged_as or PACKAGE
+    if judged_as == NETWORK and package.config.quantization is not None:
+        raise ValidationError(f"{path}: quantized, and TensorRT's network of it cannot be judged")
     in_fp32 = judged_as == NETWORK or device == "cpu"
     form: str | None = None
     architectures: tuple[str, ...] = ()

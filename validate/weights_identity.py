@@ -40,6 +40,7 @@ from qwenport.validate.model_file import (
     place_of,
     used_values,
 )
+from qwenport.validate.quantized_identity import QuantizedWeights, compare_quantized
 from qwenport.validate.report import Check
 from qwenport.validate.rope_check import TABLES
 
@@ -97,8 +98,9 @@ def compare_weights(
         progress: called with (what, bytes done, bytes in all), from any thread but one at a time.
     """
     sources = _sources(checkpoint)
-    found, hashes = _compare(model, package, checkpoint, sources, None, progress)
-    known = {*sources, *TABLES}
+    quantized = compare_quantized(model, package, checkpoint, progress)
+    found, hashes = _compare(model, package, checkpoint, sources, quantized, None, progress)
+    known = {*sources, *quantized.tensors, *TABLES}
     others = [tensor for tensor in model.graph.initializer if tensor.name not in known]
     foreign = [tensor for tensor in (*others, *inner_tensors(model)) if _is_large(tensor)]
     return Comparison((*found, _foreign(model, foreign)), hashes)
@@ -118,7 +120,8 @@ def compare_engine_weights(
     """
     sources = _sources(checkpoint)
     sources |= _single_experts(model, sources)
-    found, hashes = _compare(model, engine, checkpoint, sources, dtype, progress)
+    nothing = QuantizedWeights({}, {})
+    found, hashes = _compare(model, engine, checkpoint, sources, nothing, dtype, progress)
     known = {*sources, *TABLES}
     foreign = [
         tensor
@@ -158,13 +161,14 @@ def _compare(
     package: Path,
     checkpoint: Checkpoint,
     sources: dict[str, list[TensorEntry]],
+    quantized: QuantizedWeights,
     through: Dtype | None,
     progress: Progress,
 ) -> tuple[tuple[Check, ...], dict[str, str]]:
     """(the checks, the hashes); `through` is a dtype that values were rounded to on their way, if there is one."""
     hashes, same = _hash_files(package, checkpoint, progress)
     paths = {file.name: file.path for file in checkpoint.files}
-    wrong: dict[str, str] = {}
+    wrong = dict(quantized.wrong)
     chunks: list[_Chunk] = []
     sizes = {name: sum(math.prod(part.shape) for part in parts) for name, parts in sources.items()}
     for tensor in model.graph.initializer:
@@ -193,7 +197,9 @@ def _compare(
     for name, count in counts.items():
         if count:
             wrong.setdefault(name, f"{count} of {sizes[name]} values differ")
-    return (_differ(model, wrong), _usage(model, checkpoint, sources)), hashes
+    made_of = {name: [part.name for part in found] for name, found in sources.items()}
+    made_of |= {name: list(held) for name, held in quantized.tensors.items()}
+    return (_differ(model, wrong), _usage(model, checkpoint, made_of)), hashes
 
 
 def _shape_of(checkpoint: Checkpoint, name: str, parts: list[TensorEntry]) -> tuple[int, ...]:
@@ -204,9 +210,13 @@ def _shape_of(checkpoint: Checkpoint, name: str, parts: list[TensorEntry]) -> tu
 def _sources(checkpoint: Checkpoint) -> dict[str, list[TensorEntry]]:
     """Initializer name -> the checkpoint's tensors that it must equal, concatenated."""
     tensors = checkpoint.tensors
-    single = {name: [entry] for name, entry in tensors.items()}
+    single = {name: [entry] for name, entry in tensors.items() if entry.dtype in BY_SAFETENSORS}
     stacks = expert_stacks(checkpoint)
-    return single | {name: [tensors[part] for part in parts] for name, parts in stacks.items()}
+    return single | {
+        name: [tensors[part] for part in parts]
+        for name, parts in stacks.items()
+        if not checkpoint.config.is_quantized(parts[0])
+    }
 
 
 def _differ(model: onnx.ModelProto, wrong: dict[str, str]) -> Check:
@@ -215,12 +225,10 @@ def _differ(model: onnx.ModelProto, wrong: dict[str, str]) -> Check:
     return Check("tensors that differ", len(wrong), "==", 0, where)
 
 
-def _usage(
-    model: onnx.ModelProto, checkpoint: Checkpoint, sources: dict[str, list[TensorEntry]]
-) -> Check:
+def _usage(model: onnx.ModelProto, checkpoint: Checkpoint, parts: dict[str, list[str]]) -> Check:
     used = used_values(model.graph)
     counts = Counter(tensor.name for tensor in model.graph.initializer)
-    in_use = {part.name for name in counts if name in used for part in sources.get(name, ())}
+    in_use = {part for name in counts if name in used for part in parts.get(name, ())}
     unused = [name for name in checkpoint.tensors if name not in in_use]
     where = f"first without use: {unused[0]}" if unused else None
     total = len(checkpoint.tensors)

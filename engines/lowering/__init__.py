@@ -9,12 +9,17 @@ from qwenport.engines.lowering.capacity import StaticCapacity
 from qwenport.engines.lowering.checks import check_changed, check_graph, check_network
 from qwenport.engines.lowering.constants import DropCasts, FoldConstants
 from qwenport.engines.lowering.experts import SplitExperts
+from qwenport.engines.lowering.few_bits import (
+    DequantizeAtLoad,
+    UseMatMulNBits,
+    repeated_zero_points,
+)
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
 from qwenport.engines.lowering.read_experts_once import ReadExpertsOnce
 from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables, folded
 from qwenport.engines.lowering.rounded import RoundResults
-from qwenport.engines.lowering.stored import ALIGNMENT, StoredWeight, StoreInFloat32
+from qwenport.engines.lowering.stored import ALIGNMENT, BYTES, StoredWeight, StoreWeights
 from qwenport.engines.lowering.targets import (
     for_onnxruntime,
     for_onnxruntime_engine,
@@ -25,10 +30,12 @@ from qwenport.engines.lowering.use_plugins import UsePlugins, plugin_layers
 
 __all__ = [
     "ALIGNMENT",
+    "BYTES",
     "Changed",
     "ComputeInFloat32",
     "CutRopeTables",
     "DecomposeAttention",
+    "DequantizeAtLoad",
     "DropCasts",
     "FoldConstants",
     "FoldRopeTables",
@@ -37,8 +44,9 @@ __all__ = [
     "RoundResults",
     "SplitExperts",
     "StaticCapacity",
-    "StoreInFloat32",
+    "StoreWeights",
     "StoredWeight",
+    "UseMatMulNBits",
     "UsePlugins",
     "change_attention",
     "check_changed",
@@ -50,4 +58,5 @@ __all__ = [
     "for_onnxruntime_rounded",
     "for_tensorrt",
     "plugin_layers",
+    "repeated_zero_points",
 ]

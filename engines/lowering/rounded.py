@@ -11,8 +11,17 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from qwenport import contract
 
-MOVES = {"Concat", "Gather", "Reshape", "Slice", "TensorScatter", "Transpose", "Unsqueeze"}
-"""Operators that compute nothing: what they return is rounded already."""
+MOVES = {
+    "Concat",
+    "DequantizeLinear",
+    "Gather",
+    "Reshape",
+    "Slice",
+    "TensorScatter",
+    "Transpose",
+    "Unsqueeze",
+}
+"""Operators whose results stay: they compute nothing, or a weight."""
 
 
 class RoundResults(InPlacePass):

@@ -1,4 +1,6 @@
-"""Weights in fp32 in one file of the engine's own. Only their places are decided here: nothing is read or written.
+"""Weights in one file of the engine's own. Only their places are decided here: nothing is read or written.
+
+All are in fp32 but the codes and zero points of quantized weights, which `UseMatMulNBits` has made UINT8.
 
 A safetensors file has no gaps, so tensors are ordered by the power of two that divides their size: each lies at a
 multiple of that power, up to ALIGNMENT, and all but a few odd ones at a multiple of ALIGNMENT.
@@ -12,10 +14,14 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from qwenport.contract import FP32
+from qwenport.engines.lowering.few_bits import RepeatedBlocks
 from qwenport.exporter import TensorEntry, plan_safetensors
 
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector register."""
+
+BYTES = "U8"
+"""In a safetensors header: the dtype of what keeps its bytes."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +29,19 @@ class StoredWeight:
     """A tensor of an engine's weight file.
 
     Attributes:
-        entry: its place in the file, in fp32.
-        source: the tensor of the package that it is converted from.
+        entry: its place in the file, in fp32 ("F32") or as bytes ("U8").
+        source: the tensor of the package that it is made from.
+        repeats: how often each value along the last axis is written, see `RepeatedBlocks`; None if the source is
+            converted as it is.
     """
 
     entry: TensorEntry
     source: ir.ExternalTensor
+    repeats: int | None = None
 
 
-class StoreInFloat32(InPlacePass):
-    """Every tensor that lies in a file of the package -> fp32 in `file`; unused ones disappear.
+class StoreWeights(InPlacePass):
+    """Every tensor that lies in a file of the package -> fp32, or the same bytes, in `file`; unused ones disappear.
 
     Attributes:
         weights: the tensors in the order in which the file must hold them, after `call`.
@@ -46,35 +55,47 @@ class StoreInFloat32(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         """Change `model` in place."""
         graph = model.graph
-        sources: dict[str, ir.ExternalTensor] = {}
+        tensors: dict[str, ir.ExternalTensor | RepeatedBlocks] = {}
         for name, value in [*graph.initializers.items()]:
-            if not isinstance(value.const_value, ir.ExternalTensor):
+            if not isinstance(value.const_value, ir.ExternalTensor | RepeatedBlocks):
                 continue
             if value.uses():
-                sources[name] = value.const_value
+                tensors[name] = value.const_value
             else:
                 del graph.initializers[name]
-        shapes = {name: tuple(source.shape.numpy()) for name, source in sources.items()}
-        order = sorted(shapes, key=lambda name: -_divisor(4 * sources[name].size))
+        dtypes = {name: _stored_as(tensor) for name, tensor in tensors.items()}
+        sizes = {name: tensor.size * dtypes[name].bitwidth // 8 for name, tensor in tensors.items()}
+        order = sorted(tensors, key=lambda name: -_divisor(sizes[name]))
+        headers = {ir.DataType.UINT8: BYTES, FP32.ir: FP32.safetensors}
         entries = plan_safetensors(
             self.file,
-            FP32.safetensors,
-            {name: shapes[name] for name in order},
+            {name: headers[dtypes[name]] for name in order},
+            {name: tuple(tensors[name].shape.numpy()) for name in order},
             alignment=ALIGNMENT,
         )
         for name, entry in entries.items():
             value = graph.initializers[name]
-            value.type = ir.TensorType(FP32.ir)
+            value.type = ir.TensorType(dtypes[name])
             value.const_value = ir.ExternalTensor(
                 self.file,
                 entry.offset,
                 entry.length,
-                FP32.ir,
+                dtypes[name],
                 shape=ir.Shape(entry.shape),
                 name=name,
             )
-        self.weights = tuple(StoredWeight(entry, sources[name]) for name, entry in entries.items())
+        self.weights = tuple(_weight(entry, tensors[name]) for name, entry in entries.items())
         return PassResult(model, bool(entries))
+
+
+def _stored_as(tensor: ir.ExternalTensor | RepeatedBlocks) -> ir.DataType:
+    return ir.DataType.UINT8 if tensor.dtype == ir.DataType.UINT8 else FP32.ir
+
+
+def _weight(entry: TensorEntry, tensor: ir.ExternalTensor | RepeatedBlocks) -> StoredWeight:
+    if isinstance(tensor, RepeatedBlocks):
+        return StoredWeight(entry, tensor.source, tensor.repeats)
+    return StoredWeight(entry, tensor)
 
 
 def _divisor(size: int) -> int:

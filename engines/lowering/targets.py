@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
-from onnx_ir.passes import Sequential
+from onnx_ir.passes import PassBase, PassError, Sequential
 
 from qwenport.contract import Dtype
+from qwenport.engines.errors import LoweringError
 from qwenport.engines.lowering.attention import DecomposeAttention
 from qwenport.engines.lowering.capacity import StaticCapacity
 from qwenport.engines.lowering.constants import DropCasts, FoldConstants
 from qwenport.engines.lowering.experts import SplitExperts
+from qwenport.engines.lowering.few_bits import DequantizeAtLoad, UseMatMulNBits
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
 from qwenport.engines.lowering.read_experts_once import ReadExpertsOnce
 from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables
 from qwenport.engines.lowering.rounded import RoundResults
-from qwenport.engines.lowering.stored import StoredWeight, StoreInFloat32
+from qwenport.engines.lowering.stored import StoredWeight, StoreWeights
 from qwenport.engines.lowering.use_plugins import UsePlugins
 
 
 def for_onnxruntime(model: ir.Model, *, on_cpu: bool) -> ir.Model:
-    """Lower a package's graph for onnxruntime; on the CPU it computes in fp32. Changes `model`."""
+    """Lower a package's graph for onnxruntime; on the CPU it computes in fp32. Changes `model`.
+
+    Quantized weights are what DequantizeLinear makes of them, to the last bit, and activations stay in fp32.
+    """
     if on_cpu:
-        passes = (SplitExperts(), ComputeInFloat32(), FuseTransposedMatMul())
-        return Sequential(*passes)(model).model
+        passes = (
+            SplitExperts(),
+            UseMatMulNBits(exact=True),
+            ComputeInFloat32(),
+            DequantizeAtLoad(),
+            FuseTransposedMatMul(),
+        )
+        return _lowered(model, passes)
     return model
 
 
 def for_onnxruntime_rounded(model: ir.Model, dtype: Dtype) -> ir.Model:
     """Lower a package's graph for onnxruntime's CPU, with each result rounded to bf16 or fp16. Changes `model`."""
     rounded = RoundResults(model, dtype)
-    return Sequential(SplitExperts(), ComputeInFloat32(), rounded)(model).model
+    passes = (
+        SplitExperts(),
+        UseMatMulNBits(exact=True),
+        ComputeInFloat32(),
+        DequantizeAtLoad(),
+        rounded,
+    )
+    return _lowered(model, passes)
 
 
 def for_onnxruntime_engine(
     model: ir.Model, *, positions: int, file: str | None
 ) -> tuple[ir.Model, tuple[StoredWeight, ...]]:
     """Lower a package's graph to one that onnxruntime's CPU provider runs as it is, in fp32. Changes `model`.
+
+    Products by quantized weights round activations to int8.
 
     Args:
         model: the package's graph.
@@ -49,11 +71,12 @@ def for_onnxruntime_engine(
     """
     from onnx_ir.passes.common import InlinePass, RemoveUnusedOpsetsPass
 
-    stored = None if file is None else StoreInFloat32(file)
+    stored = None if file is None else StoreWeights(file)
     passes = (
         SplitExperts(),
         InlinePass(),
         CutRopeTables(positions),
+        UseMatMulNBits(exact=False),
         *(() if stored is None else (stored,)),
         ComputeInFloat32(),
         FuseTransposedMatMul(),
@@ -61,7 +84,7 @@ def for_onnxruntime_engine(
         DropCasts(),
         RemoveUnusedOpsetsPass(),
     )
-    lowered = Sequential(*passes)(model).model
+    lowered = _lowered(model, passes)
     return lowered, () if stored is None else stored.weights
 
 
@@ -84,10 +107,20 @@ def for_tensorrt(
         kv_heads: the model's num_key_value_heads.
         plugins: whether the custom operators become plugins.
     """
-    passes = [StaticCapacity(capacity), FoldRopeTables(positions)]
+    passes: list[PassBase] = [StaticCapacity(capacity), FoldRopeTables(positions)]
     if dtype == "fp32":
         passes.append(DecomposeAttention(kv_heads))
     if plugins:
         passes.append(UsePlugins())
     passes.append(ReadExpertsOnce())
-    return Sequential(*passes)(model).model
+    return _lowered(model, passes)
+
+
+def _lowered(model: ir.Model, passes: Sequence[PassBase]) -> ir.Model:
+    """Run passes; their LoweringError is raised as it is, which onnx_ir would wrap."""
+    try:
+        return Sequential(*passes)(model).model
+    except PassError as error:
+        if isinstance(error.__cause__, LoweringError):
+            raise error.__cause__ from None
+        raise

@@ -16,7 +16,7 @@ from qwenport.engines.lowering import (
     CutRopeTables,
     DropCasts,
     FoldConstants,
-    StoreInFloat32,
+    StoreWeights,
     for_onnxruntime,
     for_onnxruntime_engine,
 )
@@ -60,7 +60,7 @@ def stored_model(shapes: list[tuple[int, ...]]) -> ir.Model:
 @given(st.lists(st.lists(st.integers(1, 70), min_size=1, max_size=3).map(tuple), min_size=1))
 def test_tensors_follow_each_other_and_are_as_aligned_as_their_sizes_allow(shapes) -> None:
     model = stored_model(shapes)
-    store = StoreInFloat32("weights")
+    store = StoreWeights("weights")
     assert store(model).modified
     end = None
     for weight in store.weights:
@@ -86,7 +86,7 @@ def test_what_is_not_read_is_not_stored() -> None:
     model = stored_model([(2, 3), (4,)])
     (node,) = model.graph
     node.replace_input_with(1, None)
-    store = StoreInFloat32("weights")
+    store = StoreWeights("weights")
     store(model)
     assert [w.entry.name for w in store.weights] == ["w1"] == [*model.graph.initializers]
 
@@ -185,4 +185,4 @@ def test_the_file_that_a_tensor_is_named_in_does_not_matter(package_of) -> None:
 def test_a_small_constant_stays_in_the_graph() -> None:
     constant = numpy_helper.from_array(np.float32(2), "two")
     model = model_of([helper.make_node("Mul", ["x", "two"], ["y"], name="m")], [constant])
-    assert not StoreInFloat32("weights")(model).modified
+    assert not StoreWeights("weights")(model).modified

@@ -49,8 +49,9 @@ def weight_files(path: Path) -> list[Path]:
 
 def known_name(name: str, prefix: str) -> str:
     """transformers' name of a tensor of a checkpoint that puts `prefix` before the decoder's tensors."""
-    if name.endswith(HEAD + "weight") and name.removesuffix(HEAD + "weight") in _outer(prefix):
-        return HEAD + "weight"
+    for outer in _outer(prefix):
+        if name.startswith(outer + HEAD):
+            return name.removeprefix(outer)
     return DECODER + name.removeprefix(prefix) if name.startswith(prefix) else name
 
 

@@ -54,8 +54,12 @@ def attending(config: Any, attention: str) -> Iterator[None]:
 
 
 def read_config(path: Path, rope_scaling: str | None) -> Any:
-    """transformers' config of a checkpoint, with the rope scaling ("KIND:FACTOR") that the export added."""
+    """transformers' config of a checkpoint, with the rope scaling ("KIND:FACTOR") that the export added.
+
+    It states no quantization: transformers gets weights that are dequantized already.
+    """
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    vars(config).pop("quantization_config", None)
     if rope_scaling is not None:
         kind, _, factor = rope_scaling.partition(":")
         settings = {**config.rope_parameters, "rope_type": kind, "factor": float(factor)}

@@ -1,4 +1,4 @@
-"""The oracle: transformers' own model, in fp32, from the checkpoint itself. None of our code computes here.
+"""The oracle: transformers' own model, in fp32, from the checkpoint itself. None of the exporter's code computes here.
 
 Two settings make the oracle answer the same question as the target: the rope settings requested at export are put
 into the config, and where transformers would change frequencies with the length of the text (dynamic, longrope),
@@ -40,6 +40,7 @@ from qwenport.validate.reference.loading import (
     read_config,
     torch_dtype,
 )
+from qwenport.validate.reference.quantized import read_quantization
 from qwenport.validate.reference.streamed import StreamedModel
 from qwenport.validate.reference.whole import WholeModel
 from qwenport.validate.target import Target
@@ -101,8 +102,12 @@ class Reference:
         with quiet_transformers(), reported(checkpoint_path, "transformers cannot use it"):
             config = _read_config(checkpoint_path, target.rope_scaling)
             adapter = MergedAdapter(checkpoint_path) if target.merged else None
+            quantization = read_quantization(checkpoint_path)
+            if quantization is not None:
+                self.weights_note += f"; dequantized by {quantization.dequantized_by}"
+            prefix = target.source["prefix"]
             self._model: StreamedModel | WholeModel = kind(
-                checkpoint_path, config, rounded_to, layers, target.source["prefix"], adapter
+                checkpoint_path, config, rounded_to, layers, prefix, adapter, quantization
             )
             if target.config.rope.depends_on_length:
                 pin_rope(self._model.rotary, target.rope_length)

@@ -7,7 +7,7 @@ stays open longer than a module needs it, or beyond OPEN_BYTES read.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -24,6 +24,7 @@ from qwenport.validate.reference.files import (
     opened,
     tensor_files,
 )
+from qwenport.validate.reference.quantized import PACKED, SHAPE, Quantization, ReadRows
 from qwenport.wording import cut
 
 # transformers' stacks of experts -> the projections of one expert that are stacked in them
@@ -43,6 +44,7 @@ class StoredWeights:
         rounded_to: torch.dtype | None,
         prefix: str = DECODER,
         adapter: MergedAdapter | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         """Read the names and shapes.
 
@@ -51,11 +53,13 @@ class StoredWeights:
             rounded_to: round every tensor to this dtype before it is cast; None leaves them unchanged.
             prefix: the files' prefix of the decoder's tensors in place of "model.".
             adapter: the adapter to add to the tensors.
+            quantization: how the weights are quantized that are; they are dequantized as they are read.
 
         Raises:
             ValidationError: a file is missing or damaged.
         """
         self._adapter = adapter
+        self._quantization = quantization
         self._path = path
         self._rounded_to = rounded_to
         self._files: dict[str, Path] = {}
@@ -73,25 +77,67 @@ class StoredWeights:
         Raises:
             ValidationError: a tensor is missing, has another shape, or is unused.
         """
-        used = set()
+        used: set[str] = set()
         for name, parameter in module.state_dict().items():
             for part, where in parts_of(prefix + name, parameter.shape, self._files):
-                expected = tuple(parameter[where].shape)
-                if part not in self._files:
-                    raise ValidationError(
-                        f"{cut(self._path)} has no tensor {cut(part)}, which transformers' {_kind(module)} needs"
-                    )
-                if self._shapes[part] != expected:
-                    raise ValidationError(
-                        f"{cut(self._path)}: tensor {cut(part)} has shape {list(self._shapes[part])}; "
-                        f"transformers' {_kind(module)} needs {list(expected)}"
-                    )
-                used.add(part)
+                used |= self._checked(part, tuple(parameter[where].shape), _kind(module))
         for name in sorted(self._files):
             if name.startswith(prefix) and name not in used:
                 raise ValidationError(
                     f"{cut(self._path)}: transformers' {_kind(module)} has no place for tensor {cut(name)}"
                 )
+
+    def _checked(self, weight: str, shape: tuple[int, ...], kind: str) -> set[str]:
+        """The tensors that hold a weight of that shape, after comparing their shapes."""
+        held = {weight: shape}
+        if (quantization := self._quantization_of(weight)) is not None:
+            held = quantization.tensors(weight, shape)
+        self._compare(held, kind)
+        return set(held)
+
+    def _compare(self, expected: Mapping[str, tuple[int, ...]], kind: str) -> None:
+        for name, shape in expected.items():
+            if name not in self._files:
+                raise ValidationError(
+                    f"{cut(self._path)} has no tensor {cut(name)}, which transformers' {kind} needs"
+                )
+            if self._shapes[name] != shape:
+                raise ValidationError(
+                    f"{cut(self._path)}: tensor {cut(name)} has shape {list(self._shapes[name])}; "
+                    f"transformers' {kind} needs {list(shape)}"
+                )
+
+    def _quantization_of(self, weight: str) -> Quantization | None:
+        """None if the weight is stored as it is."""
+        quantized = weight not in self._files and weight + PACKED in self._files
+        return self._quantization if quantized else None
+
+    @property
+    def names(self) -> list[str]:
+        """transformers' names of the stored tensors."""
+        return sorted(self._files)
+
+    def dequantized(self) -> dict[str, torch.Tensor]:
+        """Every tensor in the dtype it is stored in, quantized weights in that of their scales.
+
+        What belongs to no weight is among them under its own name.
+
+        Raises:
+            ValidationError: a quantized weight's tensor is missing or misshapen.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        rest = set(self._files)
+        with _Reader() as reader:
+            for name in self.names:
+                weight = name.removesuffix(PACKED)
+                if (quantization := self._quantization_of(weight)) is not None:
+                    self._compare({weight + SHAPE: (2,)}, "Linear")
+                    shape = quantization.shape(weight, self._reading(reader))
+                    rest -= self._checked(weight, shape, "Linear")
+                    tensors[weight] = self._stored_rows(weight, shape, 0, shape[0], reader)
+            for name in rest:
+                tensors[name] = reader.tensor(self._files[name], self._stored_names[name])
+        return tensors
 
     @contextlib.contextmanager
     def loaded(
@@ -143,12 +189,27 @@ class StoredWeights:
             out = result[where]
             for start in range(0, len(out), ROWS_AT_ONCE):
                 stop = start + ROWS_AT_ONCE
-                stored = reader.rows(self._files[name], self._stored_names[name], start, stop)
+                stored = self._stored_rows(name, out.shape, start, stop, reader)
                 if self._adapter is not None:
                     added = self._adapter.added(name, start, stop)
                     stored = stored if added is None else stored.double() + added
                 out[start:stop] = self._rounded(stored)
         return result
+
+    def _stored_rows(
+        self, weight: str, shape: Sequence[int], start: int, stop: int, reader: _Reader
+    ) -> torch.Tensor:
+        """Rows start..stop-1 of a weight, dequantized if it is quantized."""
+        read = self._reading(reader)
+        if (quantization := self._quantization_of(weight)) is not None:
+            return quantization.rows(weight, shape, start, stop, read)
+        return read(weight, start, stop)
+
+    def _reading(self, reader: _Reader) -> ReadRows:
+        def read(name: str, start: int, stop: int) -> torch.Tensor:
+            return reader.rows(self._files[name], self._stored_names[name], start, stop)
+
+        return read
 
     def _rounded(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self._rounded_to is None else tensor.to(self._rounded_to)
@@ -163,11 +224,20 @@ class _Reader(contextlib.AbstractContextManager["_Reader"]):
 
     def rows(self, file: Path, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop-1 as stored in the file, which stays open while the tensor is kept."""
+        return self._counted(self._content(file).get_slice(name)[start:stop])
+
+    def tensor(self, file: Path, name: str) -> torch.Tensor:
+        """All of a tensor, as `rows`."""
+        return self._counted(self._content(file).get_tensor(name))
+
+    def _content(self, file: Path) -> Any:
         if self._bytes > OPEN_BYTES:
             self.close()
         if file not in self._open:
             self._open[file] = opened(file)
-        found: torch.Tensor = self._open[file].get_slice(name)[start:stop]
+        return self._open[file]
+
+    def _counted(self, found: torch.Tensor) -> torch.Tensor:
         self._bytes += found.nbytes
         return found
 

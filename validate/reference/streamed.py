@@ -16,6 +16,7 @@ from qwenport.validate.reference.files import CONFIG, DECODER
 from qwenport.validate.reference.hooks import Attach, attached
 from qwenport.validate.reference.layers import LayerCalls, call_layer
 from qwenport.validate.reference.loading import keep_layers, model_without_weights, torch_dtype
+from qwenport.validate.reference.quantized import Quantization, refuse_quantized_vocabulary
 from qwenport.validate.reference.stored import StoredWeights
 from qwenport.validate.text import Text
 
@@ -41,6 +42,7 @@ class StreamedModel:
         layers: int | None,
         prefix: str = DECODER,
         adapter: MergedAdapter | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         """Read the checkpoint's names and shapes; no weight is read.
 
@@ -49,18 +51,21 @@ class StreamedModel:
             layers: see `keep_layers`.
             prefix: the files' prefix of the decoder's tensors in place of "model.".
             adapter: the adapter that is added to the weights before they are rounded.
+            quantization: how the weights are quantized that are.
 
         Raises:
             ValidationError: a file is damaged, a tensor is missing, misshapen or unused, or there are not that
                 many layers.
         """
         with reported(path, "its weights cannot be read"):
-            self._stored = StoredWeights(path, rounded_to, prefix, adapter)
+            self._stored = StoredWeights(path, rounded_to, prefix, adapter, quantization)
         with reported(path / CONFIG, "transformers makes no model of it"):
             model = model_without_weights(config)
+        tied = model.config.tie_word_embeddings
+        refuse_quantized_vocabulary(path, self._stored.names, tied=tied)
         for index, layer in enumerate(model.model.layers):
             self._stored.check(_layer_prefix(index), layer)
-        self._head_prefix = EMBEDDING if model.config.tie_word_embeddings else HEAD
+        self._head_prefix = EMBEDDING if tied else HEAD
         self._stored.check(EMBEDDING, model.model.embed_tokens)
         self._stored.check(FINAL_NORM, model.model.norm)
         self._stored.check(self._head_prefix, model.lm_head)

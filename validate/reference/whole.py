@@ -34,7 +34,8 @@ from qwenport.validate.reference.loading import (
     model_without_weights,
     torch_dtype,
 )
-from qwenport.validate.reference.stored import parts_of
+from qwenport.validate.reference.quantized import Quantization, refuse_quantized_vocabulary
+from qwenport.validate.reference.stored import StoredWeights, parts_of
 from qwenport.validate.text import Text
 from qwenport.wording import cut, one_line
 
@@ -58,6 +59,7 @@ class WholeModel:
         layers: int | None,
         prefix: str = DECODER,
         adapter: MergedAdapter | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         """Load the checkpoint with transformers' loader.
 
@@ -66,13 +68,17 @@ class WholeModel:
             layers: see `keep_layers`.
             prefix: the files' prefix of the decoder's tensors in place of "model.".
             adapter: the adapter that is added to the weights before they are rounded.
+            quantization: how the weights are quantized that are; transformers gets them dequantized.
 
         Raises:
             ValidationError: transformers does not load the whole checkpoint, or it does not have that many layers.
         """
         with reported(path / CONFIG, "transformers makes no model of it"):
             skeleton = model_without_weights(copy.deepcopy(config))
-        self._model = _load(path, config, prefix)
+        if quantization is None:
+            self._model = _load(path, config, prefix)
+        else:
+            self._model = _load_dequantized(path, type(skeleton), config, prefix, quantization)
         if adapter is not None:
             _merge(self._model, path, prefix, adapter)
         for model in (self._model, skeleton):
@@ -162,28 +168,69 @@ def _converted(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
 
 
 def _load(path: Path, config: Any, prefix: str) -> Any:
-    with reported(path, "its weights cannot be read"):
-        for file in weight_files(path):
-            with opened(file):
-                pass  # transformers does not say which file is damaged
+    _check_files(path)
     with (
         visible_to_transformers(path) as folder,
         reported(path, "transformers does not load it", {str(folder): str(path)}),
     ):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            key_mapping=key_mapping(prefix),
-            **EAGER,
+        model, info = _from_pretrained(
+            AutoModelForCausalLM, folder, config, key_mapping=key_mapping(prefix)
         )
-    # transformers only warns about these and continues with random weights.
-    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+    _check_loaded(path, info, ("missing_keys", "mismatched_keys", "error_msgs"))
+    _align(model)
+    return model.eval().requires_grad_(False)
+
+
+def _load_dequantized(
+    path: Path, model_class: Any, config: Any, prefix: str, quantization: Quantization
+) -> Any:
+    """As `_load`, with the quantized weights dequantized by `quantized.py`.
+
+    While transformers loads them, the weights are in memory in their own dtype as well.
+    """
+    _check_files(path)
+    with reported(path, "its weights cannot be read"):
+        stored = StoredWeights(path, None, prefix, quantization=quantization)
+        refuse_quantized_vocabulary(path, stored.names, tied=config.tie_word_embeddings)
+        tensors = stored.dequantized()
+    with reported(path, "transformers does not load it"):
+        model, info = _from_pretrained(model_class, None, config, state_dict=tensors)
+    del tensors
+    # Unexpected is, among others, what `dequantized` found no use for.
+    _check_loaded(path, info, ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys"))
+    _align(model)
+    return model.eval().requires_grad_(False)
+
+
+def _check_files(path: Path) -> None:
+    """transformers does not say which file is damaged."""
+    with reported(path, "its weights cannot be read"):
+        for file in weight_files(path):
+            with opened(file):
+                pass
+
+
+def _from_pretrained(
+    model_class: Any, source: Path | None, config: Any, **how: Any
+) -> tuple[Any, dict[str, Any]]:
+    model, info = model_class.from_pretrained(
+        source,
+        config=config,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused by `_check_loaded`, by name
+        **how,
+        **EAGER,
+    )
+    return model, info
+
+
+def _check_loaded(path: Path, info: dict[str, Any], problems: Sequence[str]) -> None:
+    """transformers only warns about these, and continues with random weights."""
+    for problem in problems:
         if info.get(problem):
             first = sorted(map(str, info[problem]))[0]
             raise ValidationError(
@@ -191,8 +238,6 @@ def _load(path: Path, config: Any, prefix: str) -> Any:
                     f"transformers does not load {cut(path)} whole: {problem} {one_line(first, 120)}"
                 )
             )
-    _align(model)
-    return model.eval().requires_grad_(False)
 
 
 def _align(model: torch.nn.Module) -> None:

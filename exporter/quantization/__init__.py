@@ -1,0 +1,49 @@
+"""Low-bit formats of checkpoints: a registry. A new format is one file here, and one line in `METHODS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qwenport.exporter.errors import ConfigError
+from qwenport.exporter.keys import short
+from qwenport.exporter.quantization.pack_quantized import METHOD, parse_pack_quantized
+from qwenport.exporter.quantization.quantization import (
+    CODES,
+    SCALES,
+    WEIGHT,
+    ZEROS,
+    Quantization,
+    viewed,
+)
+
+__all__ = [
+    "CODES",
+    "SCALES",
+    "WEIGHT",
+    "ZEROS",
+    "Quantization",
+    "parse_quantization",
+    "viewed",
+]
+
+METHODS: Mapping[str, Callable[[Mapping[str, Any]], Quantization]] = {METHOD: parse_pack_quantized}
+
+
+def parse_quantization(raw: Any) -> Quantization | None:
+    """Read config.json's `quantization_config`; None if there is none.
+
+    Raises:
+        ConfigError: a method, a format or a setting that is not supported.
+    """
+    if raw is None:
+        return None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config.json: quantization_config must be an object, found {short(raw)}")
+    method = raw.get("quant_method")
+    if not isinstance(method, str) or method not in METHODS:
+        raise ConfigError(
+            f"config.json: checkpoints quantized by {short(method)} are not supported; supported: "
+            f"{', '.join(METHODS)} (quantization_config.quant_method)"
+        )
+    return METHODS[method](raw)

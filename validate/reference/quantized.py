@@ -1,0 +1,318 @@
+"""Dequantizes the weights of a quantized checkpoint: by compressed-tensors where it is installed, else computed here.
+
+The format is compressed-tensors' "pack-quantized". Without the library it is written down once more, apart from the
+exporter's: codes are shifted out of their words, and a weight is (code - zero point) x scale in the scales' dtype.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenport.validate.errors import ValidationError
+from qwenport.validate.failures import reported
+from qwenport.validate.reference.files import CONFIG
+from qwenport.wording import cut, one_line
+
+KEY = "quantization_config"
+LIBRARY, FORMAT = "compressed-tensors", "pack-quantized"
+PACKED, SCALE, SHAPE, ZERO_POINT = "_packed", "_scale", "_shape", "_zero_point"  # after "L.weight"
+WORD = 32  # bits
+BITS = (4, 8)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+# What else a config may say, and what it must say there: anything else changes the values or the arithmetic.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "quant_method": (LIBRARY,),
+    "format": (FORMAT,),
+    "quantization_status": ("compressed",),
+    "kv_cache_scheme": (None,),
+    "sparsity_config": (None, {}),
+    "transform_config": (None, {}),
+}
+_PLAIN_GROUP: dict[str, tuple[Any, ...]] = {
+    "format": (None, FORMAT),
+    "input_activations": (None,),
+    "output_activations": (None,),
+}
+_PLAIN_WEIGHTS: dict[str, tuple[Any, ...]] = {
+    "num_bits": BITS,
+    "type": ("int",),
+    "strategy": ("group", "channel"),
+    "dynamic": (None, False),
+    "actorder": (None, False, "weight", "static"),
+}
+
+ReadRows = Callable[[str, int, int], torch.Tensor]
+"""(tensor, start, stop) -> its rows start..stop-1, as stored."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a group of weights is quantized.
+
+    Attributes:
+        bits: of a code, 4 or 8.
+        group_size: columns with one scale; None if a scale is for a whole row.
+        symmetric: whether the zero point is the middle of the codes; if not, it is stored.
+        targets: the linears: names, "re:" and a pattern, or "Linear" for all.
+        stated: the group as config.json has it, for the library.
+    """
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    targets: tuple[str, ...]
+    stated: Mapping[str, Any]
+
+    @property
+    def per_word(self) -> int:
+        """Codes in an int32."""
+        return WORD // self.bits
+
+    def words(self, codes: int) -> int:
+        """The number of int32 that `codes` codes are packed into."""
+        return -(-codes // self.per_word)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a checkpoint's config.json says of its quantized weights.
+
+    The stored tensors say which weights are quantized: "L.weight" is where there is an "L.weight_packed".
+    """
+
+    path: Path
+    schemes: tuple[Scheme, ...]
+
+    @property
+    def dequantized_by(self) -> str:
+        """Whose implementation dequantizes."""
+        if not _has_library():
+            return "the formula, computed by validate"
+        return f"{LIBRARY} {importlib.metadata.version(LIBRARY)}"
+
+    def scheme_of(self, weight: str) -> Scheme:
+        """The scheme of "L.weight". As in the library, a name goes before a pattern, and a pattern before a class.
+
+        Raises:
+            ValidationError: no group of the config has it as a target.
+        """
+        linear = weight.removesuffix(".weight")
+        by_target = {target: scheme for scheme in self.schemes for target in scheme.targets}
+        patterns = sorted(target for target in by_target if target.startswith("re:"))
+        matching = [target for target in patterns if re.match(target.removeprefix("re:"), linear)]
+        for target in (linear, *matching, "Linear"):
+            if target in by_target:
+                return by_target[target]
+        raise ValidationError(
+            f"{cut(self.path / CONFIG)}: no group of its {KEY} targets {cut(linear)}, whose weight is quantized"
+        )
+
+    def tensors(self, weight: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """The tensors that hold a weight [N, K], with their shapes.
+
+        Raises:
+            ValidationError: no scheme, or groups that do not divide K.
+        """
+        scheme = self.scheme_of(weight)
+        rows, columns = shape
+        group = scheme.group_size or columns
+        if columns % group:
+            raise ValidationError(
+                f"{cut(self.path)}: {cut(weight)} has {columns} columns, which groups of {group} do not divide"
+            )
+        held = {
+            weight + PACKED: (rows, scheme.words(columns)),
+            weight + SCALE: (rows, columns // group),
+            weight + SHAPE: (2,),
+        }
+        if not scheme.symmetric:
+            held[weight + ZERO_POINT] = (scheme.words(rows), columns // group)
+        return held
+
+    def shape(self, weight: str, read: ReadRows) -> tuple[int, ...]:
+        """The shape of a weight as its own tensor states it."""
+        return tuple(read(weight + SHAPE, 0, 2).tolist())
+
+    def rows(
+        self, weight: str, shape: Sequence[int], start: int, stop: int, read: ReadRows
+    ) -> torch.Tensor:
+        """Rows start..stop-1 of a weight of that shape, [N, K], in its scales' dtype; no other row is read.
+
+        With zero points, which are packed along N, the other rows of their first word are dequantized as well.
+
+        Args:
+            read: reads the tensors that `tensors` names, whose shapes have been compared.
+
+        Raises:
+            ValidationError: the checkpoint states another shape, a tensor has a dtype that the format does not, or
+                the library does not accept the config's group.
+        """
+        scheme = self.scheme_of(weight)
+        if (stated := self.shape(weight, read)) != tuple(shape):
+            raise ValidationError(
+                f"{cut(self.path)}: {cut(weight + SHAPE)} is {one_line(list(stated), 40)}; "
+                f"transformers' weight has shape {list(shape)}"
+            )
+        stop = min(stop, shape[0])
+        first = start if scheme.symmetric else start - start % scheme.per_word
+        packed = self._read(weight + PACKED, first, stop, read, (torch.int32,))
+        scale = self._read(weight + SCALE, first, stop, read, FLOATS)
+        zero_point = None
+        if not scheme.symmetric:
+            words = (first // scheme.per_word, scheme.words(stop))
+            zero_point = self._read(weight + ZERO_POINT, *words, read, (torch.int32,))
+        dequantize = by_library if _has_library() else by_formula
+        with reported(self.path, f"{cut(weight)} cannot be dequantized"):
+            return dequantize(scheme, packed, scale, zero_point, shape[1])[start - first :]
+
+    def _read(
+        self, name: str, start: int, stop: int, read: ReadRows, dtypes: Sequence[torch.dtype]
+    ) -> torch.Tensor:
+        tensor = read(name, start, stop)
+        if tensor.dtype not in dtypes:
+            allowed = " or ".join(map(str, dtypes))
+            raise ValidationError(
+                f"{cut(self.path)}: {cut(name)} is {tensor.dtype}; the format has {allowed}"
+            )
+        return tensor
+
+
+def read_quantization(path: Path) -> Quantization | None:
+    """The quantization of a checkpoint; None if its config.json states none.
+
+    Raises:
+        ValidationError: config.json cannot be read, or states one that cannot be dequantized here.
+    """
+    with reported(path / CONFIG, f"its {KEY} cannot be read"):
+        stated = json.loads((path / CONFIG).read_text(encoding="utf-8")).get(KEY)
+        if stated is None:
+            return None
+        _check(path, KEY, stated, _PLAIN)
+        schemes = []
+        for name, group in stated["config_groups"].items():
+            where = f"{KEY}.config_groups.{name}"
+            _check(path, where, group, _PLAIN_GROUP)
+            weights = group["weights"]
+            _check(path, f"{where}.weights", weights, _PLAIN_WEIGHTS)
+            schemes.append(
+                Scheme(
+                    bits=weights["num_bits"],
+                    group_size=_group_size(path, where, weights),
+                    symmetric=weights["symmetric"],
+                    targets=tuple(group["targets"]),
+                    stated=group,
+                )
+            )
+        return Quantization(path, tuple(schemes))
+
+
+def refuse_quantized_vocabulary(path: Path, names: Iterable[str], *, tied: bool) -> None:
+    """Refuse a quantized embedding, and a quantized head beside an embedding that is the head too.
+
+    Raises:
+        ValidationError: it names the tensor.
+    """
+    refused = ("model.embed_tokens.weight_", *(["lm_head.weight_"] if tied else []))
+    for name in sorted(names):
+        if name.startswith(refused):
+            raise ValidationError(
+                f"{cut(path)}: no place for tensor {cut(name)}: "
+                "an embedding, or a head tied to it, cannot be quantized"
+            )
+
+
+def by_library(
+    scheme: Scheme,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    columns: int,
+) -> torch.Tensor:
+    """compressed-tensors' decompression; shapes as for `by_formula`."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    tensors = {
+        "weight_packed": packed,
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([len(packed), columns]),
+    }
+    if zero_point is not None:
+        # With a single row of words, the library takes a view that only column-major words have (0.20.1).
+        columns_first = zero_point.T.clone(memory_format=torch.contiguous_format)
+        tensors["weight_zero_point"] = columns_first.T
+    compressor = BaseCompressor.get_value_from_registry(FORMAT)
+    made = compressor.decompress(tensors, QuantizationScheme.model_validate(dict(scheme.stated)))
+    weight: torch.Tensor = made["weight"]
+    return weight
+
+
+def by_formula(
+    scheme: Scheme,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    columns: int,
+) -> torch.Tensor:
+    """(code - zero point) x scale, rounded once.
+
+    Args:
+        packed: the codes, int32 [rows, words], packed along the columns.
+        scale: [rows, groups], one group or more.
+        zero_point: int32 [words, groups], packed along the rows; None for the middle of the codes.
+        columns: of the result; the last word of a row may have more codes.
+
+    Returns:
+        The weights, [rows, columns] in the dtype of `scale`.
+    """
+    codes = _unpacked(packed, scheme.bits, columns)
+    if zero_point is None:
+        zeros = torch.full(scale.shape, 1 << (scheme.bits - 1), dtype=torch.int16)
+    else:
+        zeros = _unpacked(zero_point.T, scheme.bits, len(packed)).T.to(torch.int16)
+    groups = codes.unflatten(1, (scale.shape[1], -1))
+    steps = groups - zeros[:, :, None]  # at most 255 in size: exact in every dtype
+    return (steps.to(scale.dtype) * scale[:, :, None]).flatten(1)
+
+
+def _unpacked(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The first `count` codes of each row, uint8 [rows, count]; a word has its first code in its lowest bits."""
+    codes = torch.empty((*words.shape, WORD // bits), dtype=torch.uint8)
+    for place in range(WORD // bits):
+        codes[..., place] = (words >> (bits * place)) & ((1 << bits) - 1)
+    return codes.flatten(1)[:, :count]
+
+
+def _has_library() -> bool:
+    return importlib.util.find_spec("compressed_tensors") is not None
+
+
+def _check(path: Path, where: str, stated: Any, plain: Mapping[str, tuple[Any, ...]]) -> None:
+    for key, allowed in plain.items():
+        if stated.get(key) not in allowed:
+            told = " or ".join(json.dumps(value) for value in allowed)
+            raise ValidationError(
+                f"{cut(path / CONFIG)}: {where}.{key} is {one_line(repr(stated.get(key)), 60)}; "
+                f"the oracle dequantizes checkpoints where it is {told}"
+            )
+
+
+def _group_size(path: Path, where: str, weights: Mapping[str, Any]) -> int | None:
+    size = weights.get("group_size")
+    if weights["strategy"] == "channel":
+        return None
+    if not isinstance(size, int) or size < 1:
+        raise ValidationError(
+            f"{cut(path / CONFIG)}: {where}.weights.group_size is {one_line(repr(size), 60)}, no size of a group"
+        )
+    return size
