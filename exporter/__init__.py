@@ -8,7 +8,7 @@ from qwenport.exporter.checkpoint import (
     Checkpoint,
     expert_stacks,
     open_checkpoint,
-    quantized_linears,
+    quantized_weights,
     stacked_shape,
 )
 from qwenport.exporter.companions import COMPANIONS, check_companions, copy_companions, stop_ids
@@ -108,7 +108,7 @@ __all__ = [
     "parse_config",
     "plan_safetensors",
     "published",
-    "quantized_linears",
+    "quantized_weights",
     "read_config_json",
     "read_json",
     "read_manifest",

@@ -19,7 +19,7 @@ from qwenport.exporter.errors import CheckpointError, ConfigError
 from qwenport.exporter.json_file import read_json
 from qwenport.exporter.manifest import why_no_directory
 from qwenport.exporter.names import rotary_buffers, understood
-from qwenport.exporter.quantization import WEIGHT
+from qwenport.exporter.quantization import WEIGHT, Storage
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
     TensorEntry,
@@ -115,11 +115,12 @@ def open_checkpoint(
         notes.append("lm_head.weight repeats the embedding, which is tied to it: not used")
     _compare(expected_tensors(config, tensors), tensors)
     _compare_types(config, tensors)
-    if config.quantization is not None:
-        repeated = config.quantization.repeated(path, tensors)
-        if repeated:
-            notes.append(f"{_name_some(sorted(repeated))}: as config.json implies, not needed")
-        tensors = {name: entry for name, entry in tensors.items() if name not in repeated}
+    implied: set[str] = set()
+    for weight, (storage, shape) in quantized_weights(config).items():
+        implied |= storage.check(weight.removesuffix(WEIGHT), shape, path, tensors)
+    if implied:
+        notes.append(f"{_name_some(sorted(implied))}: as config.json implies, not needed")
+        tensors = {name: entry for name, entry in tensors.items() if name not in implied}
     dtype = config.dtype or BY_SAFETENSORS[tensors["model.embed_tokens.weight"].dtype].name
     adapter = read_adapter(path, tensors) if merged else None
     if adapter is not None:
@@ -159,7 +160,7 @@ def expected_tensors(
     """Name -> shape of every tensor that a checkpoint with this config must hold, no more and no fewer.
 
     A sparse layer's experts are separate tensors, as published, unless the stacked tensors are among `present`. A
-    quantized linear has the tensors of its format.
+    quantized weight has the tensors of its format.
 
     Raises:
         ConfigError: the format cannot store a linear of this size.
@@ -170,14 +171,18 @@ def expected_tensors(
     return shapes
 
 
-def quantized_linears(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The linears whose weights are quantized -> [N, K] of their weights; the experts of a layer are single ones."""
+def quantized_weights(config: ModelConfig) -> dict[str, tuple[Storage, tuple[int, int]]]:
+    """The weights that are quantized -> how they are stored, and their shapes [N, K].
+
+    The experts of a layer are single weights.
+    """
     if config.quantization is None:
         return {}
+    found = ((name, config.storage(name), shape) for name, shape in _parameters(config))
     return {
-        name.removesuffix(WEIGHT): (shape[0], shape[1])
-        for name, shape in _parameters(config)
-        if config.is_quantized(name)
+        name: (storage, (shape[0], shape[1]))
+        for name, storage, shape in found
+        if storage is not None
     }
 
 
@@ -201,14 +206,13 @@ def _parameters(
 
 def _stored(config: ModelConfig, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """The checkpoint's tensors of one parameter."""
-    if config.quantization is None or not config.is_quantized(name):
+    storage, linear = config.storage(name), name.removesuffix(WEIGHT)
+    if storage is None:
         return {name: shape}
-    linear, objection = name.removesuffix(WEIGHT), config.quantization.objection(shape)
+    objection = storage.objection(shape)
     if objection is not None:
         raise ConfigError(f"quantization_config: {linear} cannot be stored so: {objection}")
-    return {
-        f"{linear}.{suffix}": each for suffix, each in config.quantization.stored(shape).items()
-    }
+    return {f"{linear}.{suffix}": each for suffix, each in storage.stored(shape).items()}
 
 
 def expert_parts(name: str, experts: int) -> list[str]:

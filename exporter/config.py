@@ -16,7 +16,7 @@ from qwenport.exporter.errors import ConfigError
 from qwenport.exporter.families import FAMILIES, MoEConfig
 from qwenport.exporter.json_file import read_json
 from qwenport.exporter.keys import MOST, Keys, short
-from qwenport.exporter.quantization import Quantization, parse_quantization
+from qwenport.exporter.quantization import Quantization, Storage, parse_quantization
 from qwenport.exporter.rope import Rope, parse_rope
 
 __all__ = ["MoEConfig", "ModelConfig", "parse_config", "read_config_json"]
@@ -38,7 +38,7 @@ class ModelConfig:
         context_note: a sentence on what limits or changes the context; None if there is nothing to say.
         rope: the rotary settings.
         moe: the sparse layers; None for a dense model.
-        quantization: how linears are stored; None if all are as they are computed with.
+        quantization: which weights are quantized, and how; None if none are.
         dtype: the checkpoint's ("bf16", "fp16", "fp32"), or None if config.json names none.
         unread_keys: keys of config.json that nothing reads.
     """
@@ -71,8 +71,12 @@ class ModelConfig:
         return self.moe if self.moe is not None and layer in self.moe.layers else None
 
     def is_quantized(self, parameter: str) -> bool:
-        """Whether a parameter, in transformers' names, is the weight of a quantized linear."""
-        return self.quantization is not None and self.quantization.covers(parameter)
+        """Whether a parameter, in transformers' names, is quantized."""
+        return self.storage(parameter) is not None
+
+    def storage(self, parameter: str) -> Storage | None:
+        """How a quantized parameter is stored; None if it is stored as it is computed with."""
+        return None if self.quantization is None else self.quantization.storage(parameter)
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Bytes of KV cache per token, over all layers."""

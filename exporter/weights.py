@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,12 @@ from qwenport.contract import BY_SAFETENSORS, COPY, DTYPES, PACK, Progress
 from qwenport.exporter.checkpoint import (
     Checkpoint,
     expert_stacks,
-    quantized_linears,
+    quantized_weights,
     stacked_shape,
 )
 from qwenport.exporter.directory import require_space
 from qwenport.exporter.errors import ExportError
-from qwenport.exporter.quantization import SCALES, WEIGHT
+from qwenport.exporter.quantization import SCALES, WEIGHT, ByReference, Middle, Part
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
     TensorEntry,
@@ -33,7 +33,7 @@ from qwenport.exporter.safetensors_file import (
     plan_safetensors,
     safetensors_header,
 )
-from qwenport.exporter.zero_points import ZeroPoints, plan_zero_points, write_zero_points
+from qwenport.exporter.written_parts import WrittenParts, plan_written_parts, write_parts
 
 FOLDER = "weights"
 CONVERTED = "model.safetensors"  # all tensors
@@ -58,13 +58,13 @@ class WeightPlan:
         entries: tensor -> its location in the package, with `file` below weights/.
         written: the tensors among them that go into the package's own file -> the checkpoint's tensors that
             each consists of, concatenated. All others stay in the checkpoint's files.
-        zero_points: those of quantized weights, which have a file of their own.
+        parts: those of quantized weights that the package writes into files of their own.
     """
 
     mode: str
     entries: dict[str, TensorEntry]
     written: dict[str, list[TensorEntry]]
-    zero_points: ZeroPoints
+    parts: WrittenParts
 
     def conversions(self) -> dict[str, int]:
         """ "fp32 to bf16" -> the number of the checkpoint's tensors converted so."""
@@ -90,15 +90,16 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
     Raises:
         ExportError: there is nothing to pack.
     """
-    tensors, zero_points = _as_computed_with(checkpoint), plan_zero_points(checkpoint)
-    _check_scales(checkpoint, tensors, dtype)
-    parts = expert_stacks(checkpoint)
+    quantized = _quantized_parts(checkpoint)
+    _check_scales(checkpoint, dtype, quantized)
+    tensors, parts = _as_computed_with(checkpoint, quantized), plan_written_parts(quantized)
+    experts = expert_stacks(checkpoint)
     stacks = {
-        name: [tensors[part] for part in parts[name]]
-        for name in parts
-        if not checkpoint.config.is_quantized(parts[name][0])
+        name: [tensors[part] for part in experts[name]]
+        for name in experts
+        if not checkpoint.config.is_quantized(experts[name][0])
     }
-    if mode == PACK and parts and not stacks:
+    if mode == PACK and experts and not stacks:
         raise ExportError(
             "--weights pack: the experts are quantized, and are not stacked; use --weights link or copy"
         )
@@ -114,7 +115,7 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
     if all(entry.dtype != stored and entry.dtype in BY_SAFETENSORS for entry in tensors.values()):
         written = {**stacks, **{name: [entry] for name, entry in single.items()}}
         entries = _laid_out(checkpoint, CONVERTED, dtype, written)
-        return WeightPlan("convert", entries, written, zero_points)
+        return WeightPlan("convert", entries, written, parts)
     kept = single if mode == PACK else tensors
     written = {
         name: [entry]
@@ -128,48 +129,49 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
         raise ExportError(
             f"the package would write {file}, which is a file of the checkpoint; rename it there (and in its index)"
         )
-    entries = kept | _laid_out(checkpoint, file, dtype, written) | zero_points.places
-    return WeightPlan(mode, entries, written, zero_points)
+    entries = kept | _laid_out(checkpoint, file, dtype, written) | parts.places
+    return WeightPlan(mode, entries, written, parts)
 
 
-def _check_scales(checkpoint: Checkpoint, tensors: dict[str, TensorEntry], dtype: str) -> None:
+def _quantized_parts(checkpoint: Checkpoint) -> dict[str, Part]:
+    """Part of a quantized weight, as the graph names it -> what it is made of."""
+    return {
+        f"{weight}.{name}": part
+        for weight, (storage, shape) in quantized_weights(checkpoint.config).items()
+        for name, part in storage.parts(
+            weight.removesuffix(WEIGHT), shape, checkpoint.tensors
+        ).items()
+    }
+
+
+def _check_scales(checkpoint: Checkpoint, dtype: str, parts: Mapping[str, Part]) -> None:
     """Refuse another dtype than the scales': dequantized values are rounded to theirs.
 
     Raises:
-        ExportError: names a tensor.
+        ExportError: names a weight.
     """
-    for linear in quantized_linears(checkpoint.config):
-        scales = tensors[f"{linear}{WEIGHT}.{SCALES}"]
-        if scales.dtype != DTYPES[dtype].safetensors:
-            own = BY_SAFETENSORS[scales.dtype].name
+    for weight in quantized_weights(checkpoint.config):
+        part = parts[f"{weight}.{SCALES}"]
+        assert not isinstance(part, Middle)
+        stored = part.entry.dtype if isinstance(part, ByReference) else part.dtype
+        if stored != DTYPES[dtype].safetensors:
+            own = BY_SAFETENSORS[stored].name
             raise ExportError(
-                f"the scales of {linear} are {own}; a quantized checkpoint is exported in their dtype: --dtype {own}"
+                f"the scales of {weight.removesuffix(WEIGHT)} are {own}; a quantized checkpoint is exported in their "
+                f"dtype: --dtype {own}"
             )
 
 
-def _as_computed_with(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
-    """The checkpoint's tensors as the graph refers to them: of a quantized weight, its codes and scales."""
-    quantization, tensors = checkpoint.config.quantization, checkpoint.tensors
-    if quantization is None:
-        return tensors
-    found = {n: e for n, e in tensors.items() if e.name not in _of_quantized(checkpoint)}
-    for linear, shape in quantized_linears(checkpoint.config).items():
-        for entry in (
-            quantization.codes(linear, shape, tensors),
-            quantization.scales(linear, shape, tensors),
-        ):
-            found[entry.name] = entry
-    return found
-
-
-def _of_quantized(checkpoint: Checkpoint) -> set[str]:
-    """The checkpoint's tensors that quantized weights consist of."""
-    quantization = checkpoint.config.quantization
-    assert quantization is not None
-    return {
-        f"{linear}.{suffix}"
-        for linear, shape in quantized_linears(checkpoint.config).items()
-        for suffix in quantization.stored(shape)
+def _as_computed_with(checkpoint: Checkpoint, parts: Mapping[str, Part]) -> dict[str, TensorEntry]:
+    """The checkpoint's tensors as the graph refers to them: of a quantized weight, the parts that are its own bytes."""
+    quantized = {
+        f"{weight.removesuffix(WEIGHT)}.{suffix}"
+        for weight, (storage, shape) in quantized_weights(checkpoint.config).items()
+        for suffix in storage.stored(shape)
+    }
+    found = {name: entry for name, entry in checkpoint.tensors.items() if name not in quantized}
+    return found | {
+        name: part.entry for name, part in parts.items() if isinstance(part, ByReference)
     }
 
 
@@ -201,18 +203,20 @@ def place_weights(
     folder.mkdir()
     plan = plan_weights(checkpoint, dtype, mode)
     copied = sum(file.size for file in checkpoint.files) if plan.mode == COPY else 0
-    require_space(folder, copied + sum(plan.entries[name].length for name in plan.written))
+    written = sum(plan.entries[name].length for name in plan.written) + plan.parts.length
+    require_space(folder, copied + written)
     if plan.mode != "convert":
         _place_files(checkpoint, folder, plan.mode, progress)
     if plan.written:
         _write(checkpoint, folder, dtype, plan, progress, lossless)
-    if plan.zero_points.file:
-        write_zero_points(checkpoint, folder, plan.zero_points, progress)
+    write_parts(checkpoint, folder, plan.parts, progress)
     if check_values:
         left = [
             entry
             for name, entry in plan.entries.items()
-            if name not in plan.written and entry.dtype in BY_SAFETENSORS
+            if name not in plan.written
+            and name not in plan.parts.places
+            and entry.dtype in BY_SAFETENSORS
         ]
         _check_values(checkpoint, left, progress)
     return plan

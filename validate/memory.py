@@ -30,6 +30,6 @@ def must_stream(target: Target) -> bool:
         return False
     stored = target.package.manifest["weights"]["bytes"]
     quantization = target.config.quantization
-    bits = 8 * DTYPES[target.dtype].itemsize if quantization is None else quantization.bits
+    bits = 8 * DTYPES[target.dtype].itemsize if quantization is None else quantization.least_bits
     weights = 8 * stored / bits  # of a quantized model rather too many: not all of it is
     return weights * BYTES_A_WEIGHT > SHARE * available

@@ -15,7 +15,7 @@ import onnx
 import torch
 
 from qwenport.contract import BY_SAFETENSORS, Progress
-from qwenport.exporter import CODES, SCALES, ZEROS, Checkpoint, TensorEntry, quantized_linears
+from qwenport.exporter import CODES, SCALES, ZEROS, Checkpoint, TensorEntry, quantized_weights
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.model_file import is_inside, place_of
 from qwenport.validate.reference.quantized import Quantization, read_quantization
@@ -51,14 +51,13 @@ def compare_quantized(
         checkpoint: the checkpoint that the package claims as its source.
         progress: called with (what, weights done, weights in all).
     """
-    linears = quantized_linears(checkpoint.config)
+    weights = quantized_weights(checkpoint.config)
     found = QuantizedWeights({}, {})
-    quantization = read_quantization(checkpoint.path) if linears else None
+    quantization = read_quantization(checkpoint.path) if weights else None
     if quantization is None:
         return found
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    for done, (linear, shape) in enumerate(linears.items(), 1):
-        weight = linear + WEIGHT
+    for done, (weight, (_, shape)) in enumerate(weights.items(), 1):
         parts = {part: f"{weight}.{part}" for part in (CODES, SCALES, ZEROS)}
         stored = [n for n in quantization.tensors(weight, shape) if n in checkpoint.tensors]
         found.tensors.update(dict.fromkeys(parts.values(), tuple(stored)))
@@ -72,7 +71,7 @@ def compare_quantized(
                 found.wrong[parts[CODES]] = f"{count} of {shape[0] * shape[1]} values differ"
         except (ValueError, ValidationError) as error:
             found.wrong[parts[CODES]] = str(error)
-        progress("comparing quantized weights", done, len(linears))
+        progress("comparing quantized weights", done, len(weights))
     return found
 
 

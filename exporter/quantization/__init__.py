@@ -7,13 +7,18 @@ from typing import Any
 
 from qwenport.exporter.errors import ConfigError
 from qwenport.exporter.keys import short
-from qwenport.exporter.quantization.pack_quantized import METHOD, parse_pack_quantized
-from qwenport.exporter.quantization.quantization import (
+from qwenport.exporter.quantization.compressed_tensors import METHOD, parse_compressed_tensors
+from qwenport.exporter.quantization.quantization import Quantization
+from qwenport.exporter.quantization.storage import (
     CODES,
     SCALES,
     WEIGHT,
     ZEROS,
-    Quantization,
+    ByReference,
+    Middle,
+    Part,
+    Repacked,
+    Storage,
     viewed,
 )
 
@@ -22,12 +27,19 @@ __all__ = [
     "SCALES",
     "WEIGHT",
     "ZEROS",
+    "ByReference",
+    "Middle",
+    "Part",
     "Quantization",
+    "Repacked",
+    "Storage",
     "parse_quantization",
     "viewed",
 ]
 
-METHODS: Mapping[str, Callable[[Mapping[str, Any]], Quantization]] = {METHOD: parse_pack_quantized}
+METHODS: Mapping[str, Callable[[Mapping[str, Any]], Quantization]] = {
+    METHOD: parse_compressed_tensors,
+}
 
 
 def parse_quantization(raw: Any) -> Quantization | None:

@@ -123,8 +123,8 @@ def test_zero_points_are_those_that_were_packed(
     weight = torch.rand(rows, groups * group, generator=generator) + seed % 3
     stored = quantize(weight, bits, group, symmetric=False)
     packed = stored.tensors("w", symmetric=False)["w_zero_point"].contiguous()
-    format_ = PackQuantized(bits=bits, group=group, symmetric=False, ignore=())
-    data = format_.zero_points(packed.numpy().tobytes(), (rows, groups * group))
+    format_ = PackQuantized(bits=bits, group=group, symmetric=False)
+    data = format_.zero_points(packed.numpy().tobytes(), (rows, groups))
     wanted = stored.zeros.flatten().numpy()
     if bits == 8:
         assert data == wanted.tobytes()
@@ -171,8 +171,11 @@ WEIGHTS = ("config_groups", "group_0", "weights")
         (_set("a_key_of_tomorrow", value=1), "a_key_of_tomorrow"),
         (_set("ignore", value="lm_head"), "ignore"),
         (_set("config_groups", value={}), "config_groups"),
-        (_set("config_groups", "group_1", value={}), "one group"),
-        (_set(*WEIGHTS[:2], "targets", value=["Embedding"]), "targets"),
+        (_set("config_groups", "group_1", value={}), "group_1"),
+        (_set("config_groups", "group_1", value=7), "group_1' must be an object"),
+        (_set(*WEIGHTS[:2], "targets", value=["Conv2d"]), "targets"),
+        (_set(*WEIGHTS[:2], "targets", value=[]), "targets"),
+        (_set(*WEIGHTS[:2], "format", value="float-quantized"), "format"),
         (_set(*WEIGHTS[:2], "input_activations", value={"num_bits": 8}), "input_activations"),
         (_set(*WEIGHTS, "num_bits", value=2), "num_bits 2"),
         (_set(*WEIGHTS, "type", value="float"), "type 'float'"),

@@ -1,0 +1,141 @@
+"""How a weight is stored at low bit: what every format states of itself.
+
+A package holds such a weight [N, K] as parts, whatever the format: codes, scales and zero points, in blocks along K.
+`DequantizeLinear` makes the weight of them: (code - zero point) * scale.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from qwenport.exporter.safetensors_file import TensorEntry
+
+CODES = "codes"
+"""After a weight's name and a dot: its codes, [N, K]."""
+SCALES = "scales"
+"""The same: its scales, [N, K / block]."""
+ZEROS = "zeros"
+"""The same: its zero points, [N, K / block]."""
+WEIGHT = ".weight"
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ByReference:
+    """A part that is the checkpoint's own bytes.
+
+    Attributes:
+        entry: where they lie; its dtype and shape are the part's.
+    """
+
+    entry: TensorEntry
+
+
+@dataclass(frozen=True)
+class Middle:
+    """Zero points that all are the middle code.
+
+    Attributes:
+        dtype: "U4" or "U8".
+        shape: [N, K / block].
+    """
+
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Repacked:
+    """A part that the export writes.
+
+    Attributes:
+        dtype: as in a safetensors header, or "U4": two to a byte, the first in its low half.
+        shape: the part's.
+        sources: the checkpoint's tensors that it is made of.
+        repack: their bytes, in order -> the part's bytes.
+    """
+
+    dtype: str
+    shape: Shape
+    sources: tuple[TensorEntry, ...]
+    repack: Callable[[Sequence[bytes]], bytes]
+
+
+Part = ByReference | Middle | Repacked
+
+
+@dataclass(frozen=True)
+class Storage(ABC):
+    """How weights are stored; a subclass is a format.
+
+    Attributes:
+        bits: of a code, 4 or 8.
+        group: values along K that share a scale; None if all of a row do.
+        symmetric: whether every zero point is the middle code.
+        format: the format's name, for manifests.
+    """
+
+    bits: int
+    group: int | None
+    symmetric: bool
+    format: str
+
+    integers: ClassVar[Mapping[str, str]]
+    """Suffix of a tensor -> its dtype in safetensors, if it holds integers."""
+
+    @property
+    def code_dtype(self) -> str:
+        """The codes' type: "U4" or "U8"."""
+        return f"U{self.bits}"
+
+    @property
+    def middle(self) -> int:
+        """The code of zero in a symmetric weight."""
+        return 1 << (self.bits - 1)
+
+    def block(self, k: int) -> int:
+        """Values along K that share a scale, for a weight of K columns."""
+        return self.group or k
+
+    @abstractmethod
+    def objection(self, shape: Shape) -> str | None:
+        """Why no weight [N, K] of this shape can be stored; None if it can."""
+
+    @abstractmethod
+    def stored(self, shape: Shape) -> dict[str, Shape]:
+        """Suffix -> shape of the checkpoint's tensors of a weight [N, K]; suffixes follow the linear's name."""
+
+    @abstractmethod
+    def parts(
+        self, linear: str, shape: Shape, tensors: Mapping[str, TensorEntry]
+    ) -> dict[str, Part]:
+        """CODES, SCALES and ZEROS -> what they are made of.
+
+        Args:
+            linear: its name, without ".weight".
+            shape: the weight's, [N, K].
+            tensors: the checkpoint's; their shapes are those of `stored`.
+        """
+
+    def check(
+        self, linear: str, shape: Shape, checkpoint: Path, tensors: Mapping[str, TensorEntry]
+    ) -> frozenset[str]:
+        """Read the small tensors that must say what config.json does; returns those that are not needed further.
+
+        Args:
+            linear, shape, tensors: as for `parts`.
+            checkpoint: the directory.
+
+        Raises:
+            CheckpointError: one says something else.
+        """
+        return frozenset()
+
+
+def viewed(entry: TensorEntry, name: str, dtype: str, shape: Shape) -> TensorEntry:
+    """The bytes of a tensor under another name, type and shape."""
+    return replace(entry, name=name, dtype=dtype, shape=shape)
