@@ -127,6 +127,7 @@ def _limit(what: str, asked: int | None, most: int) -> int:
 def _manifest(request: Request, filled: Filled, folder: Path) -> dict[str, Any]:
     package = request.package
     weights = {} if filled.weights is None else {"weights": filled.weights}
+    quantization = package.config.quantization
     apart = filled.weights["files"] if filled.weights else {}
     return {
         "format": ENGINE_FORMAT,
@@ -141,6 +142,12 @@ def _manifest(request: Request, filled: Filled, folder: Path) -> dict[str, Any]:
         "max_batch": request.batch,
         "rope_scaling": package.manifest["rope_scaling"],
         "attention": asdict(filled.attention),
+        "quantization": None
+        if quantization is None
+        else {
+            "weights": quantization.in_words(),
+            "activations": filled.activations or filled.dtype,
+        },
         "profiles": list(filled.profiles),
         "bindings": filled.bindings,
         "aliases": {

@@ -18,6 +18,7 @@ from qwenport.contract import (
     ENGINE_WEIGHTS,
     FP32,
     INPUT_IDS,
+    INT8,
     LOGITS_INDICES,
     MANIFEST,
     MASKED,
@@ -65,6 +66,7 @@ SHAPE = {
     "max_batch": int,
     "rope_scaling": (str, NoneType),
     "attention": {"form": str, "span_multiple": int, "slots": int},
+    "quantization": (dict, NoneType),
     "profiles": [Each(Each([int]))],
     "bindings": BINDINGS,
     "aliases": Each(str),
@@ -80,6 +82,8 @@ SHAPE = {
     },
     "files": FILES,
 }
+QUANTIZATION_SHAPE = {"weights": str, "activations": str}
+"""Shape of `quantization` in the manifest of an engine with quantized weights."""
 WEIGHTS_SHAPE = {"bytes": int, "files": Each({"bytes": int, "header_sha256": str})}
 """Shape of `weights` in the manifest of an onnxruntime engine."""
 
@@ -111,6 +115,13 @@ class Engine:
     def model(self) -> Path:
         """The ONNX file of an onnxruntime engine."""
         return self.path / MODEL
+
+    @property
+    def activations(self) -> str:
+        """What activations are rounded to in products: INT8, or the engine's dtype."""
+        quantization = self.manifest["quantization"]
+        found: str = (quantization or {}).get("activations", self.manifest["dtype"])
+        return found
 
     @property
     def max_step_tokens(self) -> int:
@@ -151,6 +162,10 @@ def load_engine(path: Path | str) -> Engine:
             if len(manifest["aliases"]) != 2 * layers:
                 raise ValueError(f"{layers} layers, but {len(manifest['aliases'])} aliases")
             _check_attention(manifest)
+            if manifest["quantization"] is not None:
+                check_shape(manifest["quantization"], QUANTIZATION_SHAPE)
+                if manifest["quantization"]["activations"] not in (*DTYPES, INT8):
+                    raise ValueError("quantization.activations is no known type")
             if manifest["flavour"] == ONNXRUNTIME:
                 _check_onnxruntime(path, manifest)
             else:

@@ -21,6 +21,7 @@ from qwenport.contract import (
     BY_ONNX,
     ENGINE_WEIGHTS,
     FP32,
+    INT8,
     MASKED,
     MODEL,
     OLDEST_ONNXRUNTIME,
@@ -79,6 +80,8 @@ def fill_for_onnxruntime(request: Request, folder: Path, progress: Progress) -> 
         ExportError: the disk is too small.
         PackageError, LoweringError: the package's graph cannot be lowered.
     """
+    from qwenport.engines.lowering import rounds_activations
+
     attention = attention_of(MASKED, request.capacity)
     model, weights = lower_for_onnxruntime(request.package, request.capacity, ENGINE_WEIGHTS)
     write_lowered(request.package, folder, model, weights, progress)
@@ -95,6 +98,7 @@ def fill_for_onnxruntime(request: Request, folder: Path, progress: Progress) -> 
             )
         ],
         bindings=describe_graph(model)["bindings"],
+        activations=INT8 if rounds_activations(model) else None,
         weights={
             "bytes": sum(entry.length for entry in entries),
             "files": {

@@ -133,7 +133,8 @@ class Proof:
         tokens, sequences: the token ids, int32 [T], and each sequence's start and length in them, int32 [S, 2].
         marks: sequence and n of the logits that are compared, int32 [M, 2].
         fingerprints: of each mark's logits.
-        bounds: the errors allowed, fp32 [M, 2]: to an engine that computes in fp32, and to one in the package's dtype.
+        bounds: the errors allowed, fp32 [M, 3]: to an engine that computes in fp32, to one in the package's dtype, and
+            to one in fp32 that rounds activations to int8 where it multiplies by quantized weights.
         operations: what is done, in order.
         package_sha256: of the manifest of the package that the logits are of.
         dtype: that package's.
@@ -285,7 +286,7 @@ SHAPES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "top_values": ("float32", ("M", "K")),
     "norms": ("float32", ("M",)),
     "projections": ("float32", ("M", PROJECTIONS)),
-    "bounds": ("float32", ("M", 2)),
+    "bounds": ("float32", ("M", 3)),
     "operations": ("int32", ("N", 6)),
 }
 KEYS = {

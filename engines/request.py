@@ -118,6 +118,7 @@ class Filled:
         bindings: as for the manifest.
         plugins: names of the plugin libraries among the files.
         plugin_layers: plugin -> the number of its uses.
+        activations: what products by quantized weights round activations to: INT8; None for `dtype`.
         weights: the manifest's entry for weight files, whose data are not hashed; None if there are none.
         hashes: file -> its SHA-256, where it is known already.
     """
@@ -131,5 +132,6 @@ class Filled:
     bindings: dict[str, Any]
     plugins: tuple[str, ...] = ()
     plugin_layers: Mapping[str, int] = field(default_factory=dict)
+    activations: str | None = None
     weights: dict[str, Any] | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)

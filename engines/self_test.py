@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from qwenport import QwenportError
-from qwenport.contract import FP32, KEY_POSITIONS, PROOF, Progress, no_progress
+from qwenport.contract import FP32, INT8, KEY_POSITIONS, PROOF, Progress, no_progress
 from qwenport.engines.engine import Engine, load_engine
 from qwenport.engines.errors import EngineError, ProofError
 from qwenport.engines.open import open_session
@@ -24,7 +24,7 @@ from qwenport.engines.self_test_passes import forget_pass, remember_pass
 from qwenport.engines.session import Step
 from qwenport.wording import one_line
 
-IN_FP32, IN_PACKAGE_DTYPE = 0, 1
+IN_FP32, IN_PACKAGE_DTYPE, WITH_INT8 = 0, 1, 2
 """Columns of a proof's bounds."""
 
 
@@ -139,8 +139,7 @@ def self_test(target: Path | str, *, progress: Progress = no_progress) -> SelfTe
     session = open_session(
         engine.path, max_batch=max(o.row for o in fitting), capacity=max(o.end for o in fitting)
     )
-    column = IN_FP32 if engine.manifest["dtype"] == FP32.name else IN_PACKAGE_DTYPE
-    found = run_proof(session, proof, column, progress)
+    found = run_proof(session, proof, _column(engine), progress)
     if not found.marks and found.passed:
         dtype = engine.manifest["dtype"]
         raise ProofError(f"{engine.path}: its proof has nothing to compare in {dtype}")
@@ -151,6 +150,12 @@ def self_test(target: Path | str, *, progress: Progress = no_progress) -> SelfTe
     return found
 
 
+def _column(engine: Engine) -> int:
+    if engine.activations == INT8:
+        return WITH_INT8
+    return IN_FP32 if engine.manifest["dtype"] == FP32.name else IN_PACKAGE_DTYPE
+
+
 def run_proof(
     session: SavedSession, proof: Proof, column: int, progress: Progress = no_progress
 ) -> SelfTest:
@@ -159,7 +164,7 @@ def run_proof(
     Args:
         session: it is reset for each case and afterwards; its `on_step` is used.
         proof: of the session's package.
-        column: of the bounds, IN_FP32 or IN_PACKAGE_DTYPE.
+        column: of the bounds.
         progress: called with (what, cases done, cases).
 
     Raises:

@@ -79,6 +79,8 @@ BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES.values()}
 BY_ONNX = {dtype.onnx: dtype for dtype in DTYPES.values()}
 BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in DTYPES.values()}
 HALF = (BF16, FP16)
+INT8 = "int8"
+"""What some engines round the activations of products to, in blocks with a scale each."""
 
 # --- bindings of a graph
 
@@ -153,9 +155,9 @@ CHUNK = 256
 
 MANIFEST = "qwenport.json"
 PACKAGE_FORMAT, PACKAGE_VERSION = "qwenport-package", 3
-ENGINE_FORMAT, ENGINE_VERSION = "qwenport-engine", 4
+ENGINE_FORMAT, ENGINE_VERSION = "qwenport-engine", 5
 CACHE_FORMAT, CACHE_VERSION = "qwenport-cache-entry", 1
-PROOF_FORMAT, PROOF_VERSION = "qwenport-proof", 1
+PROOF_FORMAT, PROOF_VERSION = "qwenport-proof", 2
 SELF_TEST_FORMAT, SELF_TEST_VERSION = "qwenport-self-test", 1
 """Of the file that remembers a self-test that passed."""
 SELF_TESTS = "self-tests"
@@ -254,6 +256,7 @@ FOR_CPP = {
     "chunked": CHUNKED,
     "split": SPLIT,
     "span_multiple": SPAN_MULTIPLE,
+    "int8": INT8,
     "onnxruntime": ONNXRUNTIME,
     "tensorrt": TENSORRT,
     "tensorrt_rtx": TENSORRT_RTX,

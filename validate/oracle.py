@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from qwenport.contract import INT8
 from qwenport.validate.metrics import Metrics, compare
 from qwenport.validate.text import Choices, Text
 
@@ -60,7 +61,7 @@ class Oracle:
         known = self._known.setdefault((dtype, attention), [])
 
         def implementation(text: Text) -> str:
-            return "sdpa" if dtype == "fp32" and len(text.tokens) > LONG else attention
+            return "sdpa" if dtype in ("fp32", INT8) and len(text.tokens) > LONG else attention
 
         missing: dict[int, set[int]] = {}  # by index in `known`
         for text in sorted(texts, key=lambda text: -len(text.tokens)):

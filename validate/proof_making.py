@@ -2,7 +2,7 @@
 
 Two programs run the same sequences, one after the other: the package as `validate` judges it, and the package with
 every result rounded to half precision. The second measures what rounding does to this model's logits, and from that
-follow both bounds.
+follow the bounds. If weights are quantized, a third program measures what activations in int8 do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenport import __version__
-from qwenport.contract import BF16, DTYPES, FP16, MANIFEST, MOE_ROUTER, PROOF, Progress, no_progress
+from qwenport.contract import (
+    BF16,
+    DTYPES,
+    FP16,
+    INT8,
+    MANIFEST,
+    MOE_ROUTER,
+    PROOF,
+    Progress,
+    no_progress,
+)
 from qwenport.engines import (
     MOST_PROOF_BYTES,
     PROJECTIONS,
@@ -58,7 +68,6 @@ EXPERTS_SHARE = 0.4  # of the proof
 BUILD_SECONDS = 60
 """What `qwenport build` may spend on a proof, by estimate."""
 FLOPS_A_SECOND = 3e10  # assumed: two slow cores
-RUNS = 2
 MARK_BYTES = 8 * TOP + 4 + 4 * PROJECTIONS + 8 + 8
 
 # A fingerprint estimates a relative L2 error from 64 projections: the standard deviation of the estimate is 9%.
@@ -69,8 +78,10 @@ TIMES_FP32 = {BF16.name: 2.0**16, FP16.name: 2.0**13}
 HALF_QUANTILE = 0.9
 # A router's choice may fall the other way if its margin is less than so many times what rounding moves its logits by.
 ROUTER_SIGMAS = 6.0
+# Of what one program that rounds so measures, this is allowed to others: processors round to int8 in different blocks.
+TIMES_OWN = {BF16.name: HALF_TIMES_OWN, FP16.name: HALF_TIMES_OWN, INT8: HALF_TIMES_OWN}
 # No model's own rounding measured less over many positions; a model of one layer that is exact by chance may.
-HALF_LEAST = {BF16.name: 2.0**-9, FP16.name: 2.0**-12}
+LEAST = {BF16.name: 2.0**-9, FP16.name: 2.0**-12, INT8: 2.0**-9}
 
 Float64 = NDArray[np.float64]
 Open = Callable[[Callable[[CachedSession], Any], Sequence[str]], CachedSession]
@@ -83,6 +94,21 @@ class Router:
 
     logits: str
     chosen: str
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What a program that rounds its results was off by.
+
+    Attributes:
+        dtype: what it rounds to: "bf16", "fp16" or INT8.
+        errors: for each sequence, the errors at all positions.
+        moved: of each layer, what its router's logits moved by, root mean square, [layers].
+    """
+
+    dtype: str
+    errors: Sequence[Float64]
+    moved: Float64
 
 
 @dataclass(frozen=True)
@@ -125,15 +151,18 @@ def make_proof(
     exact = _opener(package, streamed, context, None)
     prints = run.exact(exact)
     dtype = BF16 if package.dtype == "fp32" else DTYPES[package.dtype]
-    rounded = run.rounded(_opener(package, streamed, context, dtype), prints)
+    half = run.rounded(dtype.name, _opener(package, streamed, context, dtype.name), prints)
+    int8 = half
+    if package.config.quantization is not None:
+        int8 = run.rounded(INT8, _opener(package, streamed, context, INT8), prints)
     whole = context == package.max_seq_len
     wanted, experts = make_cases(context, package.max_batch, whole=whole), (0, 0)
     if routers:
-        case, experts = _expert_case(run, int(EXPERTS_SHARE * _limit(package)))
+        case, experts = _expert_case(run, half.moved, int(EXPERTS_SHARE * _limit(package)))
         wanted.insert(BASIC, case)
     cases = _fitting(wanted, sequences, _limit(package))
     marks = sorted({mark for case in cases for mark in case.marks})
-    bounds = _bounds(marks, rounded, run, package.dtype, dtype.name)
+    bounds = _bounds(marks, run, package.dtype, half, int8)
     import onnxruntime
 
     starts = np.cumsum([0, *map(len, sequences)])[:-1]
@@ -197,6 +226,12 @@ def keep_proof(
 def _longest(package: Package, seconds: float) -> int | None:
     """The longest context that is estimated to take at most `seconds`."""
     weights = package.manifest["weights"]["bytes"] / DTYPES[package.dtype].itemsize
+    runs = 2
+    if package.config.quantization is not None:
+        weights, runs = (
+            8 * package.manifest["weights"]["bytes"] / package.config.quantization.least_bits,
+            3,
+        )
     for context in CONTEXTS:
         tokens = sum(
             map(
@@ -206,7 +241,7 @@ def _longest(package: Package, seconds: float) -> int | None:
                 ),
             )
         )
-        if RUNS * 2 * weights * tokens / FLOPS_A_SECOND <= seconds:
+        if runs * 2 * weights * tokens / FLOPS_A_SECOND <= seconds:
             return context
     return None
 
@@ -221,12 +256,16 @@ def _routers(package: Package) -> list[Router]:
     ]
 
 
-def _opener(package: Package, streamed: bool, context: int, rounded: Any) -> Open:
-    """Opens sessions of one row; with `rounded`, a dtype, each result is rounded to it."""
-    from qwenport.engines.lowering import for_onnxruntime_rounded
+def _opener(package: Package, streamed: bool, context: int, rounded: str | None) -> Open:
+    """Opens sessions of one row; with `rounded` each result is rounded to it, or for INT8 activations of products."""
+    from qwenport.engines.lowering import for_onnxruntime_int8, for_onnxruntime_rounded
     from qwenport.validate.package_parts import PackageParts, on_cpu
 
-    lower = on_cpu if rounded is None else partial(for_onnxruntime_rounded, dtype=rounded)
+    lower: Callable[[Any], Any] = on_cpu
+    if rounded == INT8:
+        lower = for_onnxruntime_int8
+    elif rounded is not None:
+        lower = partial(for_onnxruntime_rounded, dtype=DTYPES[rounded])
     vocab_size = package.manifest["model"]["vocab_size"]
 
     def open_streamed(act: Callable[[CachedSession], Any], observe: Sequence[str]) -> CachedSession:
@@ -270,7 +309,6 @@ class _Run:
         self.chosen = np.zeros((0, 0, 0), dtype=np.int64)
         self._margins: list[Float64] = []
         self._logits: list[list[Float64]] = []
-        self._moved = np.zeros(len(routers))
 
     def exact(self, opened: Open) -> list[Fingerprints]:
         """Fingerprints of all positions, for each sequence.
@@ -298,8 +336,8 @@ class _Run:
                 self.chosen = np.stack([values[r.chosen] for r in self._routers]).astype(np.int64)
         return [Fingerprints.join(parts) for parts in found]
 
-    def rounded(self, opened: Open, prints: Sequence[Fingerprints]) -> list[Float64]:
-        """The errors at all positions, for each sequence, of a program that rounds its results."""
+    def rounded(self, dtype: str, opened: Open, prints: Sequence[Fingerprints]) -> Rounded:
+        """Run a program that rounds its results, after the exact one."""
         found = [np.zeros(len(tokens)) for tokens in self._sequences]
 
         def take(sequence: int, start: int, logits: Any) -> None:
@@ -312,19 +350,19 @@ class _Run:
             for layer, router in enumerate(self._routers):
                 moved = values[router.logits] - self._logits[sequence][layer]
                 squares[layer].append((moved**2).mean(axis=1))
-        self._moved = np.array([math.sqrt(np.concatenate(s).mean()) for s in squares])
-        return found
+        moved = np.array([math.sqrt(np.concatenate(s).mean()) for s in squares])
+        return Rounded(dtype, found, moved)
 
-    def near_ties(self, sequence: int, rounding: float = 1.0) -> NDArray[np.bool_]:
+    def near_ties(self, sequence: int, moved: Float64) -> NDArray[np.bool_]:
         """The tokens that rounding may send to other experts, bool [tokens].
 
         Args:
             sequence: which one.
-            rounding: the program's rounding, in units of that of `rounded`.
+            moved: what it moves each router's logits by, [layers].
         """
         if not self._routers:
             return np.zeros(len(self._sequences[sequence]), dtype=bool)
-        limit = ROUTER_SIGMAS * rounding * self._moved
+        limit = ROUTER_SIGMAS * moved
         near: NDArray[np.bool_] = np.any(self._margins[sequence] < limit[:, None], axis=0)
         return near
 
@@ -356,37 +394,47 @@ class _Run:
 
 
 def _bounds(
-    marks: Sequence[Mark], rounded: Sequence[Float64], run: _Run, dtype: str, measured: str
+    marks: Sequence[Mark], run: _Run, dtype: str, half: Rounded, int8: Rounded
 ) -> NDArray[np.float32]:
-    """The errors allowed at each mark, fp32 [M, 2]: in fp32, and in the package's dtype.
+    """The errors allowed at each mark, fp32 [M, 3]: in fp32, in the package's dtype, with activations in int8.
 
     Args:
         marks: the marks.
-        rounded: for each sequence, the errors at all positions of a program that rounds to `measured`.
         run: knows which tokens may go to other experts.
         dtype: the package's.
-        measured: "bf16" or "fp16".
+        half: what rounding to half precision does.
+        int8: what activations in int8 do.
     """
-    every = np.concatenate(rounded)
-    typical, high, largest = (float(np.quantile(every, q)) for q in (0.5, HALF_QUANTILE, 1.0))
-    scale = 1 / TIMES_FP32[measured]
-    near = [run.near_ties(s) for s in range(len(rounded))]
+    by_half, by_int8 = _allowed(marks, run, half), _allowed(marks, run, int8)
+    typical, scale = float(np.median(np.concatenate(half.errors))), 1 / TIMES_FP32[half.dtype]
     # in fp32 a bound is far below the effect of a token that went to another expert, so any before counts
     tainted = [
-        np.cumsum(run.near_ties(s, FP32_TIMES_OWN_ROUNDING * scale)) > 0
-        for s in range(len(rounded))
+        np.cumsum(run.near_ties(s, FP32_TIMES_OWN_ROUNDING * scale * half.moved)) > 0
+        for s in range(len(half.errors))
     ]
     found = []
-    for sequence, n in marks:
-        own = float(rounded[sequence][n - 1])
-        half = max(own, largest if near[sequence][n - 1] else high, HALF_LEAST[measured])
-        half *= ESTIMATE_MARGIN * HALF_TIMES_OWN
+    for (sequence, n), rounded, with_int8 in zip(marks, by_half, by_int8, strict=True):
+        own = float(half.errors[sequence][n - 1])
         single = max(FP32_REL_L2, FP32_TIMES_OWN_ROUNDING * max(own, typical) * scale)
         single = ESTIMATE_MARGIN * min(single, FP32_REL_L2_MOST_DENSE)
         if bool(tainted[sequence][n - 1]):
-            single = half
-        found.append((single, single if dtype == "fp32" else half))
+            single = rounded
+        found.append((single, single if dtype == "fp32" else rounded, with_int8))
     return np.array(found, dtype=np.float32)
+
+
+def _allowed(marks: Sequence[Mark], run: _Run, rounded: Rounded) -> list[float]:
+    """The errors allowed at each mark to programs that round so."""
+    every = np.concatenate(rounded.errors)
+    high, largest = float(np.quantile(every, HALF_QUANTILE)), float(every.max())
+    near = [run.near_ties(s, rounded.moved) for s in range(len(rounded.errors))]
+    times, least = TIMES_OWN[rounded.dtype], LEAST[rounded.dtype]
+    return [
+        ESTIMATE_MARGIN
+        * times
+        * max(float(rounded.errors[s][n - 1]), largest if near[s][n - 1] else high, least)
+        for s, n in marks
+    ]
 
 
 def _limit(package: Package) -> int:
@@ -414,7 +462,7 @@ def _bytes(cases: Sequence[Case], sequences: Sequence[Sequence[int]]) -> int:
     return 2048 + names + lengths + MARK_BYTES * marks + 24 * sum(1 for _ in operations(cases))
 
 
-def _expert_case(run: _Run, limit: int) -> tuple[Case, tuple[int, int]]:
+def _expert_case(run: _Run, moved: Float64, limit: int) -> tuple[Case, tuple[int, int]]:
     """Marks whose own tokens together reach every expert, as far as the last sequence does and `limit` bytes allow.
 
     Returns:
@@ -427,7 +475,7 @@ def _expert_case(run: _Run, limit: int) -> tuple[Case, tuple[int, int]]:
     ]
     reached: set[tuple[int, int]] = set()
     ends: list[int] = []
-    near = run.near_ties(run.sequence)
+    near = run.near_ties(run.sequence, moved)
 
     def value(token: int) -> tuple[bool, int]:
         """Tokens whose experts are certain come first: their bounds are tighter."""

@@ -34,7 +34,7 @@ class Target:
         dtype: dtype of the package's weights: "bf16", "fp16" or "fp32". An onnxruntime engine has their values in
             fp32.
         compute_dtype: the dtype in which scenarios are judged: onnxruntime on the CPU always computes in fp32, and a
-            network's arithmetic is judged exactly.
+            network's arithmetic is judged exactly. INT8 is fp32 with activations of products rounded to int8.
         rounds: whether the rounding of the types that a network declares is judged as well.
         device: where it runs.
         config: the model's config, as exported.
@@ -192,7 +192,7 @@ def _engine(path: Path) -> Target:
             path=path,
             judged_as=ENGINE,
             dtype=manifest["package"]["dtype"],
-            compute_dtype=manifest["dtype"],
+            compute_dtype=engine.activations,
             rounds=False,
             device="cpu" if on_cpu else "cuda",
             config=parse_config(

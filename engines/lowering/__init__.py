@@ -13,6 +13,7 @@ from qwenport.engines.lowering.few_bits import (
     DequantizeAtLoad,
     UseMatMulNBits,
     repeated_zero_points,
+    rounds_activations,
 )
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
@@ -23,6 +24,7 @@ from qwenport.engines.lowering.stored import ALIGNMENT, BYTES, StoredWeight, Sto
 from qwenport.engines.lowering.targets import (
     for_onnxruntime,
     for_onnxruntime_engine,
+    for_onnxruntime_int8,
     for_onnxruntime_rounded,
     for_tensorrt,
 )
@@ -55,8 +57,10 @@ __all__ = [
     "folded",
     "for_onnxruntime",
     "for_onnxruntime_engine",
+    "for_onnxruntime_int8",
     "for_onnxruntime_rounded",
     "for_tensorrt",
     "plugin_layers",
     "repeated_zero_points",
+    "rounds_activations",
 ]

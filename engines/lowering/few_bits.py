@@ -137,6 +137,14 @@ class UseMatMulNBits(InPlacePass):
         return PassResult(model, modified)
 
 
+def rounds_activations(model: ir.Model) -> bool:
+    """Whether some product of a lowered graph rounds its activations to int8."""
+    return any(
+        node.op_type == "MatMulNBits" and node.attributes["accuracy_level"].as_int() == INT8
+        for node in model.graph.all_nodes()
+    )
+
+
 class DequantizeAtLoad(InPlacePass):
     """DequantizeLinear -> arithmetic in fp32 and its rounding, which onnxruntime folds when it loads the model.
 

@@ -53,6 +53,20 @@ def for_onnxruntime_rounded(model: ir.Model, dtype: Dtype) -> ir.Model:
     return _lowered(model, passes)
 
 
+def for_onnxruntime_int8(model: ir.Model) -> ir.Model:
+    """Lower a package's graph for onnxruntime's CPU as for an engine: products by quantized weights round to int8.
+
+    Changes `model`.
+    """
+    passes = (
+        SplitExperts(),
+        UseMatMulNBits(exact=False),
+        ComputeInFloat32(),
+        FuseTransposedMatMul(),
+    )
+    return _lowered(model, passes)
+
+
 def for_onnxruntime_engine(
     model: ir.Model, *, positions: int, file: str | None
 ) -> tuple[ir.Model, tuple[StoredWeight, ...]]:

@@ -64,6 +64,14 @@ class Quantization:
         """Of a code, where they are fewest."""
         return min(group.storage.bits for group in self.groups)
 
+    def in_words(self) -> str:
+        """For people: the formats and what they are of."""
+        found = [group.storage.in_words() for group in self.groups]
+        if len(found) > 1:
+            targets = (", ".join(group.targets) for group in self.groups)
+            found = [f"{words} ({of})" for words, of in zip(found, targets, strict=True)]
+        return "; ".join(found)
+
 
 def _names(rule: str, module: str) -> bool:
     return _is_pattern(rule, module) or _is_name(rule, module)

@@ -101,6 +101,11 @@ class Storage(ABC):
         """Values along K that share a scale, for a weight of K columns."""
         return self.group or k
 
+    def in_words(self) -> str:
+        """For people: "4 bits in groups of 128, symmetric"."""
+        scales = "per row" if self.group is None else f"in groups of {self.group}"
+        return f"{self.bits} bits {scales}, {'' if self.symmetric else 'a'}symmetric"
+
     @abstractmethod
     def objection(self, shape: Shape) -> str | None:
         """Why no weight [N, K] of this shape can be stored; None if it can."""

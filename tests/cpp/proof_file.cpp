@@ -134,9 +134,9 @@ std::string ProofFile::bytes(
   writer.add("top_values", top, top_values);
   writer.add("norms", 0, norms);
   writer.add("projections", 64, projections);
-  writer.add("bounds", 2, allowed);
+  writer.add("bounds", 3, allowed);
   writer.add("operations", 6, operations_);
-  return writer.file(R"({"format":"qwenport-proof","format_version":"1","package_sha256":")" +
+  return writer.file(R"({"format":"qwenport-proof","format_version":"2","package_sha256":")" +
                      package_sha256 + R"(","dtype":")" + dtype + R"(","vocab_size":")" +
                      std::to_string(vocab) + R"(","cases":"[)" + names +
                      R"(]","experts":"[0, 0]","made_by":"{}"})");

@@ -18,7 +18,7 @@ struct Fed {
 class ProofFile {
  public:
   std::vector<std::vector<std::int64_t>> sequences;
-  std::vector<float> bounds{1e-6F, 1e-6F};  // of every mark
+  std::vector<float> bounds{1e-6F, 1e-6F, 1e-6F};  // of every mark
   std::string dtype = "fp32";
   std::string package_sha256 = std::string(64, 'a');
 

@@ -90,7 +90,7 @@ def tensors_of(
         "top_values": np.take_along_axis(rows, top, axis=1).astype(np.float32),
         "norms": np.linalg.norm(rows, axis=1).astype(np.float32),
         "projections": (rows @ signs).astype(np.float32),
-        "bounds": np.full((len(marks), 2), bound, np.float32),
+        "bounds": np.full((len(marks), 3), bound, np.float32),
         "operations": np.array(operations, np.int32),
     }
 
@@ -98,7 +98,7 @@ def tensors_of(
 def metadata_of(cases: dict[str, list[tuple]], vocab: int, package_sha256: str) -> dict[str, str]:
     return {
         "format": "qwenport-proof",
-        "format_version": "1",
+        "format_version": "2",
         "package_sha256": package_sha256,
         "dtype": "fp32",
         "vocab_size": str(vocab),

@@ -40,6 +40,7 @@ class EngineInfo(c.Structure):
         *((name, c.c_char_p) for name in ("dtype", "flavour", "runtime_version", "gpus")),
         ("cache_bytes_per_row", c.c_size_t),
         ("has_proof", c.c_int),
+        *((name, c.c_char_p) for name in ("weights", "activations")),
     ]
 
 

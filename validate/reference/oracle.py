@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qwenport.contract import Progress, no_progress
+from qwenport.contract import INT8, Progress, no_progress
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.failures import reported
 from qwenport.validate.quiet import quiet_transformers
@@ -33,6 +33,7 @@ from qwenport.validate.reference.hooks import (
     replaying,
     together,
 )
+from qwenport.validate.reference.int8 import RoundingActivations, rounding_activations
 from qwenport.validate.reference.layers import OpenLayer, call_layer
 from qwenport.validate.reference.loading import (
     check_attention,
@@ -126,7 +127,7 @@ class Reference:
         """Run each text in one piece and without a cache.
 
         Args:
-            dtype: the dtype that the model computes in.
+            dtype: the dtype that the model computes in; INT8 is fp32 with activations of products rounded to int8.
             choices: for each text, experts to take over in near-ties. Their weights follow from the router's
                 probabilities; `replayed` counts them.
             attention: which of transformers' implementations to use: "eager", plain operators one after another,
@@ -141,7 +142,7 @@ class Reference:
         states = self._forward("logits", texts, dtype, choices, attention)
         wanted = [state[:, list(text.positions)] for text, state in zip(texts, states, strict=True)]
         del states
-        with self._model.head(dtype) as head, torch.inference_mode():
+        with self.head(dtype) as head, torch.inference_mode():
             return [as_float32(head(rows)[0]) for rows in wanted]
 
     def hidden_states(
@@ -315,7 +316,11 @@ class Reference:
         if not 0 <= index < self.num_layers:
             raise ValidationError(f"layer {index} is not one of the {self.num_layers} layers")
         with self._model.layer(index, dtype) as module:
-            yield module
+            if dtype == INT8:
+                with attached(self._rounding_activations(), 0, [(index, module)]):
+                    yield module
+            else:
+                yield module
 
     @contextlib.contextmanager
     def agreeing(self, module: Any, index: int, choices: Choices | None) -> Iterator[None]:
@@ -335,7 +340,11 @@ class Reference:
         """transformers' projection to the vocabulary, as `layer`."""
         torch_dtype(dtype)
         with self._model.head(dtype) as module:
-            yield module
+            if dtype == INT8:
+                with RoundingActivations(module, self._model.blocks("lm_head.", module)):
+                    yield module
+            else:
+                yield module
 
     def embed(self, tokens: Sequence[int]) -> Float32:
         """The tokens' embeddings, fp32 [len(tokens), hidden]."""
@@ -378,7 +387,12 @@ class Reference:
         replay = self._replaying([None for _ in texts] if choices is None else choices)
         # recording hooks first: they must see the router's own choice
         attach = together(*attaches, replay, self._counting(what, len(texts)))
+        if dtype == INT8:
+            attach = together(self._rounding_activations(), attach)
         return self._model.forward(texts, dtype, attach, attention)
+
+    def _rounding_activations(self) -> Attach:
+        return rounding_activations(self._model.blocks)
 
     def _replaying(self, choices: Sequence[Choices | None]) -> Attach:
         def taken(count: int) -> None:

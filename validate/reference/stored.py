@@ -112,6 +112,20 @@ class StoredWeights:
         quantized = weight not in self._files and weight + PACKED in self._files
         return self._quantization if quantized else None
 
+    def blocks(self, prefix: str, module: torch.nn.Module) -> dict[str, int]:
+        """Parameter of `module` -> columns that share a scale, for those that are quantized.
+
+        Args:
+            prefix: of its parameters' names.
+            module: a stack of experts is one parameter.
+        """
+        found = {}
+        for name, parameter in module.named_parameters():
+            weight, _ = parts_of(prefix + name, parameter.shape, self._files)[0]
+            if (quantization := self._quantization_of(weight)) is not None:
+                found[name] = quantization.scheme_of(weight).group_size or parameter.shape[-1]
+        return found
+
     @property
     def names(self) -> list[str]:
         """transformers' names of the stored tensors."""

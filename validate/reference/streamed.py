@@ -120,6 +120,10 @@ class StreamedModel:
         """The vocabulary projection, as `layer`."""
         return self._loaded(self._head_prefix, self._head, dtype)
 
+    def blocks(self, prefix: str, module: torch.nn.Module) -> dict[str, int]:
+        """See `StoredWeights.blocks`."""
+        return self._stored.blocks(prefix, module)
+
     def _pass(
         self,
         texts: Sequence[Text],

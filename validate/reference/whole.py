@@ -75,10 +75,13 @@ class WholeModel:
         """
         with reported(path / CONFIG, "transformers makes no model of it"):
             skeleton = model_without_weights(copy.deepcopy(config))
+        self._stored: StoredWeights | None = None
         if quantization is None:
             self._model = _load(path, config, prefix)
         else:
-            self._model = _load_dequantized(path, type(skeleton), config, prefix, quantization)
+            with reported(path, "its weights cannot be read"):
+                self._stored = StoredWeights(path, None, prefix, quantization=quantization)
+            self._model = _load_dequantized(path, type(skeleton), config, self._stored)
         if adapter is not None:
             _merge(self._model, path, prefix, adapter)
         for model in (self._model, skeleton):
@@ -150,8 +153,12 @@ class WholeModel:
         """The vocabulary projection, as `layer`."""
         yield _converted(self._model.lm_head, dtype)
 
+    def blocks(self, prefix: str, module: torch.nn.Module) -> dict[str, int]:
+        """See `StoredWeights.blocks`."""
+        return {} if self._stored is None else self._stored.blocks(prefix, module)
+
     def _in(self, dtype: str) -> Any:
-        if dtype == "fp32":
+        if torch_dtype(dtype) == torch.float32:
             return self._model
         if dtype not in self._copies:
             self._copies[dtype] = _converted(self._model, dtype)
@@ -159,7 +166,7 @@ class WholeModel:
 
 
 def _converted(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
-    if dtype == "fp32":
+    if torch_dtype(dtype) == torch.float32:
         return module
     converted = copy.deepcopy(module)
     for parameter in converted.parameters():  # parameters only: rope frequencies stay fp32
@@ -181,16 +188,13 @@ def _load(path: Path, config: Any, prefix: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _load_dequantized(
-    path: Path, model_class: Any, config: Any, prefix: str, quantization: Quantization
-) -> Any:
+def _load_dequantized(path: Path, model_class: Any, config: Any, stored: StoredWeights) -> Any:
     """As `_load`, with the quantized weights dequantized by `quantized.py`.
 
     While transformers loads them, the weights are in memory in their own dtype as well.
     """
     _check_files(path)
     with reported(path, "its weights cannot be read"):
-        stored = StoredWeights(path, None, prefix, quantization=quantization)
         refuse_quantized_vocabulary(path, stored.names, tied=config.tie_word_embeddings)
         tensors = stored.dequantized()
     with reported(path, "transformers does not load it"):

@@ -206,7 +206,9 @@ qwenport_engine_info qwenport_engine_get_info(const qwenport_engine* engine) {
              info.runtime_version.c_str(),
              engine->gpus.c_str(),
              info.cache_bytes_per_row,
-             info.has_proof ? 1 : 0};
+             info.has_proof ? 1 : 0,
+             info.weights.c_str(),
+             info.activations.c_str()};
   });
   return found;
 }

@@ -51,6 +51,7 @@ class Node {
     for (const auto& item : object().items()) names.push_back(item.key());
     return names;
   }
+  [[nodiscard]] bool is_null() const { return value_.is_null(); }
   [[nodiscard]] bool is_text() const { return value_.is_string(); }
   [[nodiscard]] std::string text() const {
     if (!value_.is_string()) wrong("a text");
@@ -183,6 +184,15 @@ void read_sizes(const Node& root, Manifest& manifest) {
   info.max_step_tokens = *std::max_element(manifest.profile_tokens.begin(), manifest.profile_tokens.end());
 }
 
+void read_quantization(const Node& root, EngineInfo& info) {
+  const Node node = root.at("quantization");
+  info.weights = node.is_null() ? info.dtype : node.at("weights").text();
+  info.activations = node.is_null() ? info.dtype : node.at("activations").text();
+  if (info.activations != contract::int8 && find_dtype(info.activations) == nullptr) {
+    node.at("activations").wrong(std::string("a dtype or ") + contract::int8);
+  }
+}
+
 void read_bindings(const Node& root, Manifest& manifest) {
   // onnxruntime takes a cache of any length; TensorRT fixes it.
   const std::string slots =
@@ -292,6 +302,7 @@ Manifest parse_manifest(std::string_view text, const std::string& where) {
   }
   Manifest manifest;
   read_sizes(root, manifest);
+  read_quantization(root, manifest.info);
   read_target(root, manifest);
   read_bindings(root, manifest);
   read_files(root, manifest);

@@ -20,6 +20,7 @@ constexpr std::size_t most_top = 32;
 constexpr std::size_t most_bytes = std::size_t{32} << 20U;
 constexpr std::array metadata_keys{"format",     "format_version", "package_sha256", "dtype",
                                    "vocab_size", "cases",          "experts",        "made_by"};
+constexpr std::size_t columns = 3;      // of the bounds
 constexpr std::size_t directions = 64;  // of the projection: a token's signs are the bits of one word
 
 /// A tensor of 32-bit elements.
@@ -281,7 +282,7 @@ Proof::Proof(std::string_view file, const std::string& where, int vocab_size)
   const Table values = tensors.take("top_values", "F32", top_);
   const Table lengths = tensors.take("norms", "F32", 0);
   const Table projected = tensors.take("projections", "F32", directions);
-  const Table allowed = tensors.take("bounds", "F32", 2);
+  const Table allowed = tensors.take("bounds", "F32", columns);
   for (const Table* table : {&ids, &values, &lengths, &projected, &allowed}) {
     if (table->rows != marked.rows) tensors.fail("its marks differ in number");
   }
@@ -305,7 +306,7 @@ Proof::Proof(std::string_view file, const std::string& where, int vocab_size)
                       &top_values_[i * top_],
                       &projections_[i * directions],
                       norm,
-                      {bounds[2 * i], bounds[2 * i + 1]}});
+                      {bounds[columns * i], bounds[columns * i + 1], bounds[columns * i + 2]}});
     if (!marks.emplace(std::pair(sequence, length), &marks_.back()).second) {
       tensors.wrong("marks", "without a pair that occurs twice");
     }

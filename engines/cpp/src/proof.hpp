@@ -18,7 +18,9 @@ struct Mark {
   const float* top_values = nullptr;      ///< [Proof::top]
   const float* projections = nullptr;     ///< [64]
   double norm = 0;                        ///< L2
-  double bounds[2] = {0, 0};  ///< of an engine that computes in fp32, of one in the package's dtype
+  /// Of an engine that computes in fp32, of one in the package's dtype, and of one in fp32 that rounds activations to
+  /// int8 where it multiplies by quantized weights.
+  double bounds[3] = {0, 0, 0};
 };
 
 /// Tokens for a row, after those that it holds.

@@ -164,7 +164,8 @@ SelfTestReport run_proof(const std::shared_ptr<const Model>& model, const Proof&
     fitting.push_back(&one);
   }
   if (!fitting.empty()) {
-    Runner runner(model, proof, options, is_fp32 ? 0 : 1);
+    const std::size_t bound = manifest.info.activations == contract::int8 ? 2 : is_fp32 ? 0 : 1;
+    Runner runner(model, proof, options, bound);
     report.passed = std::all_of(fitting.begin(), fitting.end(),
                                 [&](const ProofCase* one) { return runner.run(*one, report); });
   }
