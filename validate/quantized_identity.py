@@ -6,19 +6,20 @@ must agree. Memory holds a few rows of one weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 
 from qwenport.contract import BY_SAFETENSORS, Progress
-from qwenport.exporter import CODES, SCALES, ZEROS, Checkpoint, TensorEntry, quantized_weights
+from qwenport.exporter import CODES, SCALES, ZEROS, Checkpoint, quantized_weights
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.model_file import is_inside, place_of
-from qwenport.validate.reference.quantized import Quantization, read_quantization
+from qwenport.validate.reference.dequantization import Quantization, read_quantization
 
 WEIGHT = ".weight"
 ROWS = 1024
@@ -59,7 +60,8 @@ def compare_quantized(
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     for done, (weight, (_, shape)) in enumerate(weights.items(), 1):
         parts = {part: f"{weight}.{part}" for part in (CODES, SCALES, ZEROS)}
-        stored = [n for n in quantization.tensors(weight, shape) if n in checkpoint.tensors]
+        held = quantization.tensors(weight, shape, checkpoint.tensors)
+        stored = [name for name in held if name in checkpoint.tensors]
         found.tensors.update(dict.fromkeys(parts.values(), tuple(stored)))
         missing = [name for name in parts.values() if name not in initializers]
         if missing:
@@ -145,10 +147,10 @@ def _differing(
         or shape[1] % blocks
     ):
         raise ValueError(f"its parts make no weight of shape {list(shape)}")
-    read, count = _reader(checkpoint, weight, shape), 0
+    stored, count = _Stored(checkpoint, weight, shape), 0
     for start in range(0, shape[0], ROWS):
         stop = min(start + ROWS, shape[0])
-        wanted = quantization.rows(weight, shape, start, stop, read)
+        wanted = quantization.rows(weight, shape, start, stop, stored)
         steps = codes.rows(start, stop).view(stop - start, blocks, -1)
         steps = steps - zeros.rows(start, stop)[:, :, None]
         scale = scales.rows(start, stop)
@@ -160,24 +162,30 @@ def _differing(
     return count
 
 
-def _reader(
-    checkpoint: Checkpoint, weight: str, shape: tuple[int, int]
-) -> Callable[[str, int, int], torch.Tensor]:
-    """Reads rows of the checkpoint's tensors; those of a weight's shape, which the exporter compared, are given."""
+class _Stored:
+    """What a format reads of a checkpoint; tensors of a weight's shape, which the exporter compared, are given."""
 
-    def read(name: str, start: int, stop: int) -> torch.Tensor:
-        if name not in checkpoint.tensors:
-            return torch.tensor(shape)
-        entry = checkpoint.tensors[name]
-        return _rows(checkpoint.path, entry, start, stop)
+    def __init__(self, checkpoint: Checkpoint, weight: str, shape: tuple[int, int]) -> None:
+        self._checkpoint, self._shape = checkpoint, shape
+        self.shapes = {
+            name: entry.shape
+            for name, entry in checkpoint.tensors.items()
+            if name.startswith(weight.removesuffix("weight"))
+        }
 
-    return read
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if name not in self.shapes:
+            return torch.tensor(self._shape)
+        return self._copied(name, np.s_[start:stop])
 
+    def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._copied(name, np.s_[:, start:stop])
 
-def _rows(path: Path, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
-    size = entry.length // max(entry.shape[0], 1)
-    stop = min(stop, entry.shape[0])
-    with (path / entry.file).open("rb") as stream:
-        stream.seek(entry.offset + start * size)
-        data = bytearray(stream.read((stop - start) * size))
-    return torch.frombuffer(data, dtype=_TORCH[entry.dtype]).view(stop - start, *entry.shape[1:])
+    def _copied(self, name: str, where: Any) -> torch.Tensor:
+        entry = self._checkpoint.tensors[name]
+        dtype = _TORCH[entry.dtype]
+        integers = np.dtype(f"<i{dtype.itemsize}")
+        mapped = np.memmap(
+            self._checkpoint.path / entry.file, integers, "r", entry.offset, entry.shape
+        )
+        return torch.from_numpy(np.array(mapped[where])).view(dtype)

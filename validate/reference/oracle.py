@@ -22,6 +22,7 @@ from qwenport.validate.errors import ValidationError
 from qwenport.validate.failures import reported
 from qwenport.validate.quiet import quiet_transformers
 from qwenport.validate.reference.adapter import MergedAdapter
+from qwenport.validate.reference.dequantization import read_quantization
 from qwenport.validate.reference.files import CONFIG, visible_to_transformers
 from qwenport.validate.reference.hooks import (
     Attach,
@@ -41,7 +42,6 @@ from qwenport.validate.reference.loading import (
     read_config,
     torch_dtype,
 )
-from qwenport.validate.reference.quantized import read_quantization
 from qwenport.validate.reference.streamed import StreamedModel
 from qwenport.validate.reference.whole import WholeModel
 from qwenport.validate.target import Target

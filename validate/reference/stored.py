@@ -17,6 +17,7 @@ import torch
 
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.reference.adapter import MergedAdapter
+from qwenport.validate.reference.dequantization import Quantization
 from qwenport.validate.reference.files import (
     BUFFERS,
     DECODER,
@@ -24,7 +25,6 @@ from qwenport.validate.reference.files import (
     opened,
     tensor_files,
 )
-from qwenport.validate.reference.quantized import PACKED, SHAPE, Quantization, ReadRows
 from qwenport.wording import cut
 
 # transformers' stacks of experts -> the projections of one expert that are stacked in them
@@ -70,6 +70,7 @@ class StoredWeights:
                 continue
             name = known_name(stored, prefix)
             self._stored_names[name], self._files[name], self._shapes[name] = stored, file, shape
+        self._quantized = set() if quantization is None else quantization.quantized(self._files)
 
     def check(self, prefix: str, module: torch.nn.Module) -> None:
         """Compare the tensors whose names start with `prefix` with the parameters of `module`.
@@ -91,7 +92,7 @@ class StoredWeights:
         """The tensors that hold a weight of that shape, after comparing their shapes."""
         held = {weight: shape}
         if (quantization := self._quantization_of(weight)) is not None:
-            held = quantization.tensors(weight, shape)
+            held = quantization.tensors(weight, shape, self._files)
         self._compare(held, kind)
         return set(held)
 
@@ -109,8 +110,7 @@ class StoredWeights:
 
     def _quantization_of(self, weight: str) -> Quantization | None:
         """None if the weight is stored as it is."""
-        quantized = weight not in self._files and weight + PACKED in self._files
-        return self._quantization if quantized else None
+        return self._quantization if weight in self._quantized else None
 
     def blocks(self, prefix: str, module: torch.nn.Module) -> dict[str, int]:
         """Parameter of `module` -> columns that share a scale, for those that are quantized.
@@ -123,7 +123,7 @@ class StoredWeights:
         for name, parameter in module.named_parameters():
             weight, _ = parts_of(prefix + name, parameter.shape, self._files)[0]
             if (quantization := self._quantization_of(weight)) is not None:
-                found[name] = quantization.scheme_of(weight).group_size or parameter.shape[-1]
+                found[name] = quantization.group(weight) or parameter.shape[-1]
         return found
 
     @property
@@ -142,13 +142,13 @@ class StoredWeights:
         tensors: dict[str, torch.Tensor] = {}
         rest = set(self._files)
         with _Reader() as reader:
-            for name in self.names:
-                weight = name.removesuffix(PACKED)
-                if (quantization := self._quantization_of(weight)) is not None:
-                    self._compare({weight + SHAPE: (2,)}, "Linear")
-                    shape = quantization.shape(weight, self._reading(reader))
-                    rest -= self._checked(weight, shape, "Linear")
-                    tensors[weight] = self._stored_rows(weight, shape, 0, shape[0], reader)
+            for weight in sorted(self._quantized):
+                assert self._quantization is not None
+                shape = self._quantization.shape(weight, _Tensors(self, reader))
+                rest -= self._checked(weight, shape, "Linear")
+                if weight in rest:
+                    raise ValidationError(f"{cut(self._path)}: {cut(weight)} is stored twice")
+                tensors[weight] = self._stored_rows(weight, shape, 0, shape[0], reader)
             for name in rest:
                 tensors[name] = reader.tensor(self._files[name], self._stored_names[name])
         return tensors
@@ -214,19 +214,39 @@ class StoredWeights:
         self, weight: str, shape: Sequence[int], start: int, stop: int, reader: _Reader
     ) -> torch.Tensor:
         """Rows start..stop-1 of a weight, dequantized if it is quantized."""
-        read = self._reading(reader)
+        stored = _Tensors(self, reader)
         if (quantization := self._quantization_of(weight)) is not None:
-            return quantization.rows(weight, shape, start, stop, read)
-        return read(weight, start, stop)
+            return quantization.rows(weight, shape, start, stop, stored)
+        return stored.rows(weight, start, stop)
 
-    def _reading(self, reader: _Reader) -> ReadRows:
-        def read(name: str, start: int, stop: int) -> torch.Tensor:
-            return reader.rows(self._files[name], self._stored_names[name], start, stop)
+    def place(self, name: str) -> tuple[Path, str]:
+        """The file of a tensor, and its name there."""
+        return self._files[name], self._stored_names[name]
 
-        return read
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape of every tensor."""
+        return self._shapes
 
     def _rounded(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self._rounded_to is None else tensor.to(self._rounded_to)
+
+
+class _Tensors:
+    """What a format reads of a checkpoint: `Stored`."""
+
+    def __init__(self, weights: StoredWeights, reader: _Reader) -> None:
+        self._weights, self._reader = weights, reader
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._weights.shapes
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._reader.slices(*self._weights.place(name), slice(start, stop))
+
+    def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._reader.slices(*self._weights.place(name), ..., slice(start, stop))
 
 
 class _Reader(contextlib.AbstractContextManager["_Reader"]):
@@ -236,12 +256,12 @@ class _Reader(contextlib.AbstractContextManager["_Reader"]):
         self._open: dict[Path, Any] = {}
         self._bytes = 0
 
-    def rows(self, file: Path, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop-1 as stored in the file, which stays open while the tensor is kept."""
-        return self._counted(self._content(file).get_slice(name)[start:stop])
+    def slices(self, file: Path, name: str, *where: slice | EllipsisType) -> torch.Tensor:
+        """A piece as stored in the file, which stays open while the tensor is kept."""
+        return self._counted(self._content(file).get_slice(name)[where])
 
     def tensor(self, file: Path, name: str) -> torch.Tensor:
-        """All of a tensor, as `rows`."""
+        """All of a tensor, as `slices`."""
         return self._counted(self._content(file).get_tensor(name))
 
     def _content(self, file: Path) -> Any:

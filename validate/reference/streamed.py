@@ -12,11 +12,11 @@ from transformers import DynamicCache
 
 from qwenport.validate.failures import reported
 from qwenport.validate.reference.adapter import MergedAdapter
+from qwenport.validate.reference.dequantization import Quantization, refuse_quantized_vocabulary
 from qwenport.validate.reference.files import CONFIG, DECODER
 from qwenport.validate.reference.hooks import Attach, attached
 from qwenport.validate.reference.layers import LayerCalls, call_layer
 from qwenport.validate.reference.loading import keep_layers, model_without_weights, torch_dtype
-from qwenport.validate.reference.quantized import Quantization, refuse_quantized_vocabulary
 from qwenport.validate.reference.stored import StoredWeights
 from qwenport.validate.text import Text
 

@@ -15,6 +15,7 @@ from qwenport.validate.errors import ValidationError
 from qwenport.validate.failures import reported
 from qwenport.validate.quiet import quiet_transformers
 from qwenport.validate.reference.adapter import MergedAdapter
+from qwenport.validate.reference.dequantization import Quantization, refuse_quantized_vocabulary
 from qwenport.validate.reference.files import (
     CONFIG,
     DECODER,
@@ -34,7 +35,6 @@ from qwenport.validate.reference.loading import (
     model_without_weights,
     torch_dtype,
 )
-from qwenport.validate.reference.quantized import Quantization, refuse_quantized_vocabulary
 from qwenport.validate.reference.stored import StoredWeights, parts_of
 from qwenport.validate.text import Text
 from qwenport.wording import cut, one_line
@@ -189,7 +189,7 @@ def _load(path: Path, config: Any, prefix: str) -> Any:
 
 
 def _load_dequantized(path: Path, model_class: Any, config: Any, stored: StoredWeights) -> Any:
-    """As `_load`, with the quantized weights dequantized by `quantized.py`.
+    """As `_load`, with the quantized weights dequantized by `dequantization`.
 
     While transformers loads them, the weights are in memory in their own dtype as well.
     """

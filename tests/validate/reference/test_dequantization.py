@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from quantized import quantization_config
 
 from qwenport.validate.errors import ValidationError
-from qwenport.validate.reference.quantized import (
-    Quantization,
+from qwenport.validate.reference.dequantization.pack_quantized import (
+    PackQuantized,
     Scheme,
     by_formula,
     by_library,
@@ -129,6 +129,22 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(bits, group, symmetric, codes, zeros, scales)
 
 
+class InMemory:
+    """Tensors as a format reads them; `read` says which rows of each it asked for."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.read: dict[str, tuple[int, int]] = {}
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        self.read[name] = (start, stop)
+        return self._tensors[name][start:stop]
+
+    def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._tensors[name][:, start:stop]
+
+
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
 
@@ -169,20 +185,19 @@ def test_some_rows_are_read_alone_and_are_those_of_the_whole(
     count = case.shape[0]
     start = data.draw(st.integers(0, count - 1))
     stop = data.draw(st.integers(start + 1, count + 5))  # past the end, as the reader's last piece
-    read: dict[str, tuple[int, int]] = {}
-
-    def rows(name: str, first: int, last: int) -> torch.Tensor:
-        read[name] = (first, last)
-        return stored[name][first:last]
-
     stored = case.stored()
-    quantization = Quantization(Path("checkpoint"), (case.scheme,))
-    assert quantization.tensors(WEIGHT, case.shape) == {
+    tensors = InMemory(stored)
+    read = tensors.read
+    quantization = PackQuantized(Path("checkpoint"), (case.scheme,))
+    assert quantization.tensors(WEIGHT, case.shape, stored) == {
         name: tuple(tensor.shape) for name, tensor in stored.items()
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwenport.validate.reference.quantized._has_library", lambda: library)
-        found = quantization.rows(WEIGHT, case.shape, start, stop, rows)
+        patch.setattr(
+            "qwenport.validate.reference.dequantization.pack_quantized._has_library",
+            lambda: library,
+        )
+        found = quantization.rows(WEIGHT, case.shape, start, stop, tensors)
     assert torch.equal(found, case.expected()[start:stop])
     assert read.keys() == stored.keys()
     extra = 0 if case.symmetric else 32 // case.bits - 1
@@ -206,8 +221,8 @@ def one_case(**changes: Any) -> Case:
 
 
 def rows_of(case: Case, stored: dict[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-    quantization = Quantization(Path("checkpoint"), (case.scheme,))
-    return quantization.rows(WEIGHT, shape, 0, shape[0], lambda name, a, b: stored[name][a:b])
+    quantization = PackQuantized(Path("checkpoint"), (case.scheme,))
+    return quantization.rows(WEIGHT, shape, 0, shape[0], InMemory(stored))
 
 
 def test_another_stated_shape_is_named() -> None:
@@ -231,19 +246,19 @@ def test_another_dtype_is_named(tensor: str, dtype: torch.dtype) -> None:
 
 def test_groups_that_do_not_divide_the_columns_are_refused() -> None:
     with pytest.raises(ValidationError, match=f"{WEIGHT} has 20 columns"):
-        Quantization(Path("checkpoint"), (one_case().scheme,)).tensors(WEIGHT, (8, 20))
+        PackQuantized(Path("checkpoint"), (one_case().scheme,)).tensors(WEIGHT, (8, 20), ())
 
 
 def test_a_name_goes_before_a_pattern_and_a_pattern_before_the_class() -> None:
     targets = ("Linear", "re:.*up_proj", "model.layers.1.mlp.up_proj")
     schemes = tuple(Scheme(4, 8 * n, True, (t,), {}) for n, t in enumerate(targets, 1))
-    quantization = Quantization(Path("checkpoint"), schemes)
+    quantization = PackQuantized(Path("checkpoint"), schemes)
     for linear, found in {"down_proj": 8, "up_proj": 16}.items():
         scheme = quantization.scheme_of(f"model.layers.0.mlp.{linear}.weight")
         assert scheme.group_size == found
     assert quantization.scheme_of("model.layers.1.mlp.up_proj.weight").group_size == 24
     with pytest.raises(ValidationError, match=r"targets model\.layers\.0\.mlp\.down_proj,"):
-        Quantization(Path("checkpoint"), schemes[1:]).scheme_of(
+        PackQuantized(Path("checkpoint"), schemes[1:]).scheme_of(
             "model.layers.0.mlp.down_proj.weight"
         )
 
@@ -252,7 +267,7 @@ def test_the_library_chooses_the_same_scheme() -> None:
     match = pytest.importorskip("compressed_tensors.utils.match")
     targets = ("Linear", "re:.*up_proj", "re:.*mlp.*", "model.layers.1.mlp.up_proj", "Embedding")
     schemes = tuple(Scheme(4, n, True, (target,), {}) for n, target in enumerate(targets, 1))
-    quantization = Quantization(Path("checkpoint"), schemes)
+    quantization = PackQuantized(Path("checkpoint"), schemes)
     linear = torch.nn.Linear(1, 1)
     for name in ("mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.up_proj"):
         for layer in (0, 1):

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwenport.exporter import export
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.reference import Reference, Text
-from qwenport.validate.reference.quantized import read_quantization
+from qwenport.validate.reference.dequantization import read_quantization
 from qwenport.validate.target import Target, open_target
 
 from .pairs import TEXTS, same
@@ -175,7 +175,9 @@ def test_without_the_library_nothing_changes_but_the_note(
     checkpoint = made("4 bits, groups, zero points")
     with_library = Reference(checkpoint.target, checkpoint.path, streamed=streamed)
     expected = with_library.logits(TEXTS)
-    monkeypatch.setattr("qwenport.validate.reference.quantized._has_library", lambda: False)
+    monkeypatch.setattr(
+        "qwenport.validate.reference.dequantization.pack_quantized._has_library", lambda: False
+    )
     without = Reference(checkpoint.target, checkpoint.path, streamed=streamed)
     assert all(map(same, without.logits(TEXTS), expected))
     assert "; dequantized by compressed-tensors " in with_library.weights_note
@@ -291,7 +293,7 @@ def test_an_unused_tensor_of_a_quantized_weight_is_named(
     path = checkpoint.changed(
         tmp_path / "changed", lambda stored: stored.update({name: torch.zeros(192, 192)})
     )
-    named = f"{Q_PROJ}_packed" if tensor == "weight" else name
+    named = name
     for streamed in (False, True):
         with pytest.raises(ValidationError, match=named):
             Reference(checkpoint.target, path, streamed=streamed)

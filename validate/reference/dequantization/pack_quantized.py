@@ -1,16 +1,15 @@
-"""Dequantizes the weights of a quantized checkpoint: by compressed-tensors where it is installed, else computed here.
+"""compressed-tensors' "pack-quantized": dequantized by the library where it is installed, else computed here.
 
-The format is compressed-tensors' "pack-quantized". Without the library it is written down once more, apart from the
-exporter's: codes are shifted out of their words, and a weight is (code - zero point) x scale in the scales' dtype.
+Without the library the format is written down once more: codes are shifted out of their words, and a weight is
+(code - zero point) x scale in the scales' dtype.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,24 @@ import torch
 
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.failures import reported
+from qwenport.validate.reference.dequantization.quantization import (
+    BY_FORMULA,
+    FLOATS,
+    KEY,
+    Quantization,
+    Stored,
+    check_stated,
+)
 from qwenport.validate.reference.files import CONFIG
 from qwenport.wording import cut, one_line
 
-KEY = "quantization_config"
 LIBRARY, FORMAT = "compressed-tensors", "pack-quantized"
 PACKED, SCALE, SHAPE, ZERO_POINT = "_packed", "_scale", "_shape", "_zero_point"  # after "L.weight"
 WORD = 32  # bits
 BITS = (4, 8)
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 # What else a config may say, and what it must say there: anything else changes the values or the arithmetic.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "quant_method": (LIBRARY,),
     "format": (FORMAT,),
     "quantization_status": ("compressed",),
     "kv_cache_scheme": (None,),
@@ -50,9 +54,6 @@ _PLAIN_WEIGHTS: dict[str, tuple[Any, ...]] = {
     "dynamic": (None, False),
     "actorder": (None, False, "weight", "static"),
 }
-
-ReadRows = Callable[[str, int, int], torch.Tensor]
-"""(tensor, start, stop) -> its rows start..stop-1, as stored."""
 
 
 @dataclass(frozen=True)
@@ -84,21 +85,21 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """What a checkpoint's config.json says of its quantized weights.
+class PackQuantized(Quantization):
+    """See the module; "L.weight" is quantized where there is an "L.weight_packed".
 
-    The stored tensors say which weights are quantized: "L.weight" is where there is an "L.weight_packed".
+    Attributes:
+        schemes: the groups of the config.
     """
 
-    path: Path
     schemes: tuple[Scheme, ...]
 
     @property
     def dequantized_by(self) -> str:
-        """Whose implementation dequantizes."""
-        if not _has_library():
-            return "the formula, computed by validate"
-        return f"{LIBRARY} {importlib.metadata.version(LIBRARY)}"
+        return f"{LIBRARY} {importlib.metadata.version(LIBRARY)}" if _has_library() else BY_FORMULA
+
+    def quantized(self, names: Iterable[str]) -> set[str]:
+        return {name.removesuffix(PACKED) for name in names if name.endswith(f".weight{PACKED}")}
 
     def scheme_of(self, weight: str) -> Scheme:
         """The scheme of "L.weight". As in the library, a name goes before a pattern, and a pattern before a class.
@@ -117,12 +118,9 @@ class Quantization:
             f"{cut(self.path / CONFIG)}: no group of its {KEY} targets {cut(linear)}, whose weight is quantized"
         )
 
-    def tensors(self, weight: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """The tensors that hold a weight [N, K], with their shapes.
-
-        Raises:
-            ValidationError: no scheme, or groups that do not divide K.
-        """
+    def tensors(
+        self, weight: str, shape: Sequence[int], names: Container[str]
+    ) -> dict[str, tuple[int, ...]]:
         scheme = self.scheme_of(weight)
         rows, columns = shape
         group = scheme.group_size or columns
@@ -139,96 +137,68 @@ class Quantization:
             held[weight + ZERO_POINT] = (scheme.words(rows), columns // group)
         return held
 
-    def shape(self, weight: str, read: ReadRows) -> tuple[int, ...]:
-        """The shape of a weight as its own tensor states it."""
-        return tuple(read(weight + SHAPE, 0, 2).tolist())
+    def group(self, weight: str) -> int | None:
+        return self.scheme_of(weight).group_size
+
+    def shape(self, weight: str, stored: Stored) -> tuple[int, ...]:
+        name = weight + SHAPE
+        if (found := self.shape_of(name, stored)) != (2,):
+            raise ValidationError(
+                f"{cut(self.path)}: tensor {cut(name)} has shape {list(found)}; the format has [2]"
+            )
+        return tuple(stored.rows(name, 0, 2).tolist())
 
     def rows(
-        self, weight: str, shape: Sequence[int], start: int, stop: int, read: ReadRows
+        self, weight: str, shape: Sequence[int], start: int, stop: int, stored: Stored
     ) -> torch.Tensor:
-        """Rows start..stop-1 of a weight of that shape, [N, K], in its scales' dtype; no other row is read.
-
-        With zero points, which are packed along N, the other rows of their first word are dequantized as well.
-
-        Args:
-            read: reads the tensors that `tensors` names, whose shapes have been compared.
-
-        Raises:
-            ValidationError: the checkpoint states another shape, a tensor has a dtype that the format does not, or
-                the library does not accept the config's group.
-        """
+        # With zero points, which are packed along N, the other rows of their first word are dequantized as well.
         scheme = self.scheme_of(weight)
-        if (stated := self.shape(weight, read)) != tuple(shape):
+        if (stated := self.shape(weight, stored)) != tuple(shape):
             raise ValidationError(
                 f"{cut(self.path)}: {cut(weight + SHAPE)} is {one_line(list(stated), 40)}; "
                 f"transformers' weight has shape {list(shape)}"
             )
         stop = min(stop, shape[0])
         first = start if scheme.symmetric else start - start % scheme.per_word
-        packed = self._read(weight + PACKED, first, stop, read, (torch.int32,))
-        scale = self._read(weight + SCALE, first, stop, read, FLOATS)
+        packed = self._rows(weight + PACKED, first, stop, stored, (torch.int32,))
+        scale = self._rows(weight + SCALE, first, stop, stored, FLOATS)
         zero_point = None
         if not scheme.symmetric:
             words = (first // scheme.per_word, scheme.words(stop))
-            zero_point = self._read(weight + ZERO_POINT, *words, read, (torch.int32,))
+            zero_point = self._rows(weight + ZERO_POINT, *words, stored, (torch.int32,))
         dequantize = by_library if _has_library() else by_formula
         with reported(self.path, f"{cut(weight)} cannot be dequantized"):
             return dequantize(scheme, packed, scale, zero_point, shape[1])[start - first :]
 
-    def _read(
-        self, name: str, start: int, stop: int, read: ReadRows, dtypes: Sequence[torch.dtype]
+    def _rows(
+        self, name: str, start: int, stop: int, stored: Stored, dtypes: Sequence[torch.dtype]
     ) -> torch.Tensor:
-        tensor = read(name, start, stop)
-        if tensor.dtype not in dtypes:
-            allowed = " or ".join(map(str, dtypes))
-            raise ValidationError(
-                f"{cut(self.path)}: {cut(name)} is {tensor.dtype}; the format has {allowed}"
-            )
-        return tensor
+        return self.of_dtype(name, stored.rows(name, start, stop), dtypes)
 
 
-def read_quantization(path: Path) -> Quantization | None:
-    """The quantization of a checkpoint; None if its config.json states none.
+def read(path: Path, stated: Mapping[str, Any]) -> PackQuantized:
+    """Read a `quantization_config` whose method is "compressed-tensors".
 
     Raises:
-        ValidationError: config.json cannot be read, or states one that cannot be dequantized here.
+        ValidationError: it states what cannot be dequantized here.
     """
-    with reported(path / CONFIG, f"its {KEY} cannot be read"):
-        stated = json.loads((path / CONFIG).read_text(encoding="utf-8")).get(KEY)
-        if stated is None:
-            return None
-        _check(path, KEY, stated, _PLAIN)
-        schemes = []
-        for name, group in stated["config_groups"].items():
-            where = f"{KEY}.config_groups.{name}"
-            _check(path, where, group, _PLAIN_GROUP)
-            weights = group["weights"]
-            _check(path, f"{where}.weights", weights, _PLAIN_WEIGHTS)
-            schemes.append(
-                Scheme(
-                    bits=weights["num_bits"],
-                    group_size=_group_size(path, where, weights),
-                    symmetric=weights["symmetric"],
-                    targets=tuple(group["targets"]),
-                    stated=group,
-                )
+    check_stated(path, KEY, stated, _PLAIN)
+    schemes = []
+    for name, group in stated["config_groups"].items():
+        where = f"{KEY}.config_groups.{name}"
+        check_stated(path, where, group, _PLAIN_GROUP)
+        weights = group["weights"]
+        check_stated(path, f"{where}.weights", weights, _PLAIN_WEIGHTS)
+        schemes.append(
+            Scheme(
+                bits=weights["num_bits"],
+                group_size=_group_size(path, where, weights),
+                symmetric=weights["symmetric"],
+                targets=tuple(group["targets"]),
+                stated=group,
             )
-        return Quantization(path, tuple(schemes))
-
-
-def refuse_quantized_vocabulary(path: Path, names: Iterable[str], *, tied: bool) -> None:
-    """Refuse a quantized embedding, and a quantized head beside an embedding that is the head too.
-
-    Raises:
-        ValidationError: it names the tensor.
-    """
-    refused = ("model.embed_tokens.weight_", *(["lm_head.weight_"] if tied else []))
-    for name in sorted(names):
-        if name.startswith(refused):
-            raise ValidationError(
-                f"{cut(path)}: no place for tensor {cut(name)}: "
-                "an embedding, or a head tied to it, cannot be quantized"
-            )
+        )
+    return PackQuantized(path, tuple(schemes))
 
 
 def by_library(
@@ -295,16 +265,6 @@ def _unpacked(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
 def _has_library() -> bool:
     return importlib.util.find_spec("compressed_tensors") is not None
-
-
-def _check(path: Path, where: str, stated: Any, plain: Mapping[str, tuple[Any, ...]]) -> None:
-    for key, allowed in plain.items():
-        if stated.get(key) not in allowed:
-            told = " or ".join(json.dumps(value) for value in allowed)
-            raise ValidationError(
-                f"{cut(path / CONFIG)}: {where}.{key} is {one_line(repr(stated.get(key)), 60)}; "
-                f"the oracle dequantizes checkpoints where it is {told}"
-            )
 
 
 def _group_size(path: Path, where: str, weights: Mapping[str, Any]) -> int | None:

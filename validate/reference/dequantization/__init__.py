@@ -1,0 +1,56 @@
+"""Dequantizes the weights of a quantized checkpoint for the oracle; each format is one file here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwenport.validate.errors import ValidationError
+from qwenport.validate.failures import reported
+from qwenport.validate.reference.dequantization import pack_quantized
+from qwenport.validate.reference.dequantization.quantization import (
+    KEY,
+    Quantization,
+    Stored,
+    check_stated,
+)
+from qwenport.validate.reference.files import CONFIG
+from qwenport.wording import cut
+
+__all__ = ["Quantization", "Stored", "read_quantization", "refuse_quantized_vocabulary"]
+
+METHODS: Mapping[str, Callable[[Path, Mapping[str, Any]], Quantization]] = {
+    pack_quantized.LIBRARY: pack_quantized.read,
+}
+"""quant_method -> (directory, quantization_config) -> the quantization."""
+
+
+def read_quantization(path: Path) -> Quantization | None:
+    """The quantization of a checkpoint; None if its config.json states none.
+
+    Raises:
+        ValidationError: config.json cannot be read, or states one that cannot be dequantized here.
+    """
+    with reported(path / CONFIG, f"its {KEY} cannot be read"):
+        stated = json.loads((path / CONFIG).read_text(encoding="utf-8")).get(KEY)
+        if stated is None:
+            return None
+        check_stated(path, KEY, stated, {"quant_method": tuple(METHODS)})
+        return METHODS[stated["quant_method"]](path, stated)
+
+
+def refuse_quantized_vocabulary(path: Path, names: Iterable[str], *, tied: bool) -> None:
+    """Refuse a quantized embedding, and a quantized head beside an embedding that is the head too.
+
+    Raises:
+        ValidationError: it names the tensor.
+    """
+    modules = ("model.embed_tokens.", *(["lm_head."] if tied else []))
+    for name in sorted(names):
+        if name.startswith(modules) and not name.endswith(".weight"):
+            raise ValidationError(
+                f"{cut(path)}: no place for tensor {cut(name)}: "
+                "an embedding, or a head tied to it, cannot be quantized"
+            )
