@@ -8,7 +8,7 @@ them runs code.
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +49,7 @@ class Checkpoint:
         prefix: the decoder tensors' name prefix in the files: "model." as published.
         notes: what was skipped, one sentence each.
         adapter: the adapter to merge into the weights, if requested.
+        implied: tensors of quantized weights that repeat what config.json says; the others are in `tensors`.
     """
 
     path: Path
@@ -59,6 +60,7 @@ class Checkpoint:
     prefix: str = "model."
     notes: tuple[str, ...] = ()
     adapter: Adapter | None = None
+    implied: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     @property
     def has_adapter(self) -> bool:
@@ -115,9 +117,10 @@ def open_checkpoint(
         notes.append("lm_head.weight repeats the embedding, which is tied to it: not used")
     _compare(expected_tensors(config, tensors), tensors)
     _compare_types(config, tensors)
-    implied: set[str] = set()
+    implied: dict[str, TensorEntry] = {}
     for weight, (storage, shape) in quantized_weights(config).items():
-        implied |= storage.check(weight.removesuffix(WEIGHT), shape, path, tensors)
+        for name in storage.check(weight.removesuffix(WEIGHT), shape, path, tensors):
+            implied[name] = tensors[name]
     if implied:
         notes.append(f"{_name_some(sorted(implied))}: as config.json implies, not needed")
         tensors = {name: entry for name, entry in tensors.items() if name not in implied}
@@ -128,7 +131,9 @@ def open_checkpoint(
         notes.append(
             f"the adapter next to the weights (rank {rank}) is merged into {count} of them"
         )
-    return Checkpoint(path, config, dtype, tensors, found.files, prefix, tuple(notes), adapter)
+    return Checkpoint(
+        path, config, dtype, tensors, found.files, prefix, tuple(notes), adapter, implied
+    )
 
 
 def refuse_what_is_no_checkpoint(path: Path) -> None:

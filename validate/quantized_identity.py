@@ -1,15 +1,16 @@
-"""Compares every quantized weight of a package with the checkpoint's, value by value, by a second implementation.
+"""Compares every quantized weight of a package or an engine with the checkpoint's, by a second implementation.
 
-What model.onnx points at is dequantized by ONNX's definition, the checkpoint's tensors by the oracle's code; every bit
-must agree. Memory holds a few rows of one weight.
+What model.onnx points at is dequantized by the definition of its operators, the checkpoint's tensors by the oracle's
+code; every bit must agree. Memory holds a few rows of one weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -25,7 +26,11 @@ WEIGHT = ".weight"
 ROWS = 1024
 _BITS: dict[int, int] = {onnx.TensorProto.UINT4: 4, onnx.TensorProto.UINT8: 8}
 _FLOATS = {int(dtype.ir): dtype for dtype in BY_SAFETENSORS.values()}
-_TORCH = {"I32": torch.int32, **{name: dtype.torch for name, dtype in BY_SAFETENSORS.items()}}
+_TORCH = {
+    "I32": torch.int32,
+    "I64": torch.int64,
+    **{name: dtype.torch for name, dtype in BY_SAFETENSORS.items()},
+}
 
 
 @dataclass(frozen=True)
@@ -52,44 +57,142 @@ def compare_quantized(
         checkpoint: the checkpoint that the package claims as its source.
         progress: called with (what, weights done, weights in all).
     """
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def parts_of(names: Mapping[str, str]) -> dict[str, Part]:
+        return {
+            part: _Part(initializers[name], package)
+            for part, name in names.items()
+            if name in initializers
+        }
+
+    return _compare(checkpoint, parts_of, progress, in_fp32=False)
+
+
+def compare_quantized_engine(
+    model: onnx.ModelProto, engine: Path, checkpoint: Checkpoint, progress: Progress
+) -> QuantizedWeights:
+    """Compare every quantized weight of an onnxruntime engine with the checkpoint, as `compare_quantized`.
+
+    Scales are in fp32 there, and a product's dequantized weights are not rounded: they are rounded here, to the
+    checkpoint's dtype, to be compared.
+    """
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    products = {node.input[1]: node for node in model.graph.node if node.op_type == "MatMulNBits"}
+
+    def parts_of(names: Mapping[str, str]) -> dict[str, Part]:
+        if names[CODES] not in products:
+            return {}
+        return _parts_of_product(products[names[CODES]], initializers, engine)
+
+    return _compare(checkpoint, parts_of, progress, in_fp32=True)
+
+
+def _parts_of_product(
+    node: onnx.NodeProto, initializers: Mapping[str, onnx.TensorProto], engine: Path
+) -> dict[str, Part]:
+    """The parts that a MatMulNBits multiplies by.
+
+    Raises:
+        ValueError: they are no such parts.
+    """
+    given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    n, k, bits, block = (given.get(key, 0) for key in ("N", "K", "bits", "block_size"))
+    names = [*node.input[1:], ""][:3]
+    if any(name not in initializers for name in names if name) or bits not in (4, 8) or block < 1:
+        raise ValueError(f"{node.name} multiplies by something else than stored weights")
+    blocks = k // block
+    codes, scales = (initializers[name] for name in names[:2])
+    parts: dict[str, Part] = {
+        CODES: _Part(codes, engine, shape=(n, k), bits=bits),
+        SCALES: _Part(scales, engine),
+        ZEROS: _Middle((n, blocks), bits),
+    }
+    if names[2]:
+        whole_bytes = -(-blocks * bits // 8) * 8 // bits
+        zeros = _Part(initializers[names[2]], engine, shape=(n, whole_bytes), bits=bits)
+        parts[ZEROS] = _Cut(zeros, blocks)
+    return parts
+
+
+def _compare(
+    checkpoint: Checkpoint,
+    parts_of: Callable[[Mapping[str, str]], Mapping[str, Part]],
+    progress: Progress,
+    *,
+    in_fp32: bool,
+) -> QuantizedWeights:
+    """Compare every quantized weight; `parts_of` finds its parts in a graph, by what they are called.
+
+    With `in_fp32` the scales are in fp32 whatever the checkpoint's are.
+    """
     weights = quantized_weights(checkpoint.config)
     found = QuantizedWeights({}, {})
     quantization = read_quantization(checkpoint.path) if weights else None
     if quantization is None:
         return found
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     for done, (weight, (_, shape)) in enumerate(weights.items(), 1):
-        parts = {part: f"{weight}.{part}" for part in (CODES, SCALES, ZEROS)}
+        names = {part: f"{weight}.{part}" for part in (CODES, SCALES, ZEROS)}
         held = quantization.tensors(weight, shape, checkpoint.tensors)
         stored = [name for name in held if name in checkpoint.tensors]
-        found.tensors.update(dict.fromkeys(parts.values(), tuple(stored)))
-        missing = [name for name in parts.values() if name not in initializers]
-        if missing:
-            continue  # its tensors count as unused
         try:
-            read = {part: _Part(initializers[name], package) for part, name in parts.items()}
-            count = _differing(read, quantization, checkpoint, weight, shape)
+            parts = parts_of(names)
+            if parts.keys() != names.keys():
+                continue  # its tensors count as unused
+            found.tensors.update(dict.fromkeys(names.values(), tuple(stored)))
+            count = _differing(parts, quantization, checkpoint, weight, shape, in_fp32)
             if count:
-                found.wrong[parts[CODES]] = f"{count} of {shape[0] * shape[1]} values differ"
+                found.wrong[names[CODES]] = f"{count} of {shape[0] * shape[1]} values differ"
         except (ValueError, ValidationError) as error:
-            found.wrong[parts[CODES]] = str(error)
+            found.wrong[names[CODES]] = str(error)
         progress("comparing quantized weights", done, len(weights))
     return found
 
 
-class _Part:
-    """Codes, scales or zero points of a package: their shape, and their values a few rows at a time."""
+class Part(Protocol):
+    """Codes, scales or zero points of a weight: their shape, and their values a few rows at a time.
 
-    def __init__(self, tensor: onnx.TensorProto, package: Path) -> None:
+    Attributes:
+        shape: rows and columns.
+        bits: of a code; None for scales.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def bits(self) -> int | None: ...
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop-1: codes as int16, scales in their dtype."""
+
+
+class _Part:
+    """A part that is stored in a file."""
+
+    def __init__(
+        self,
+        tensor: onnx.TensorProto,
+        package: Path,
+        *,
+        shape: tuple[int, int] | None = None,
+        bits: int | None = None,
+    ) -> None:
         """Look at the place, without reading it.
+
+        Args:
+            tensor: the initializer.
+            package: the directory.
+            shape, bits: of codes that the graph has as bytes.
 
         Raises:
             ValueError: it has no place in the package, or is no such tensor; says why.
         """
-        self.shape = tuple(tensor.dims)
-        self.bits = _BITS.get(tensor.data_type)
+        self.shape = shape or tuple(tensor.dims)
+        self.bits = bits or _BITS.get(tensor.data_type)
         self.dtype = _FLOATS.get(tensor.data_type)
         place = place_of(tensor)
+        stated = math.prod(tensor.dims) * 8 if bits else None
+        if stated is not None and stated != math.prod(self.shape) * (self.bits or 0):
+            raise ValueError(f"{tensor.name} has shape {list(tensor.dims)}, not that of its codes")
         if len(self.shape) != 2 or (self.bits is None and self.dtype is None) or place is None:
             raise ValueError(f"{tensor.name} is no matrix of codes or scales in a file")
         if not is_inside(package, place.location):
@@ -124,12 +227,33 @@ class _Part:
             return np.frombuffer(bytearray(stream.read(end - begin)), np.uint8)
 
 
+class _Cut:
+    """The first columns of a part."""
+
+    def __init__(self, part: Part, columns: int) -> None:
+        self._part, self.shape, self.bits = part, (part.shape[0], columns), part.bits
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self._part.rows(start, stop)[:, : self.shape[1]]
+
+
+class _Middle:
+    """Zero points that all are the middle code."""
+
+    def __init__(self, shape: tuple[int, int], bits: int) -> None:
+        self.shape, self.bits = shape, bits
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return torch.full((stop - start, self.shape[1]), 1 << (self.bits - 1), dtype=torch.int16)
+
+
 def _differing(
-    parts: Mapping[str, _Part],
+    parts: Mapping[str, Part],
     quantization: Quantization,
     checkpoint: Checkpoint,
     weight: str,
     shape: tuple[int, int],
+    in_fp32: bool,
 ) -> int:
     """How many values of a weight differ in any bit.
 
@@ -147,7 +271,7 @@ def _differing(
         or shape[1] % blocks
     ):
         raise ValueError(f"its parts make no weight of shape {list(shape)}")
-    stored, count = _Stored(checkpoint, weight, shape), 0
+    stored, count = _Stored(checkpoint, weight), 0
     for start in range(0, shape[0], ROWS):
         stop = min(start + ROWS, shape[0])
         wanted = quantization.rows(weight, shape, start, stop, stored)
@@ -155,37 +279,35 @@ def _differing(
         steps = steps - zeros.rows(start, stop)[:, :, None]
         scale = scales.rows(start, stop)
         made = (steps.to(scale.dtype) * scale[:, :, None]).flatten(1)
-        if made.dtype != wanted.dtype:
+        if made.dtype != (torch.float32 if in_fp32 else wanted.dtype):
             raise ValueError(f"is {made.dtype}, the checkpoint's is {wanted.dtype}")
+        made = made.to(wanted.dtype)
         bits = {2: torch.int16, 4: torch.int32}[made.element_size()]
         count += int((made.view(bits) != wanted.contiguous().view(bits)).sum())
     return count
 
 
 class _Stored:
-    """What a format reads of a checkpoint; tensors of a weight's shape, which the exporter compared, are given."""
+    """What a format reads of a weight's tensors in a checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, weight: str, shape: tuple[int, int]) -> None:
-        self._checkpoint, self._shape = checkpoint, shape
-        self.shapes = {
-            name: entry.shape
-            for name, entry in checkpoint.tensors.items()
+    def __init__(self, checkpoint: Checkpoint, weight: str) -> None:
+        self._path = checkpoint.path
+        self._entries = {
+            name: entry
+            for name, entry in (*checkpoint.tensors.items(), *checkpoint.implied.items())
             if name.startswith(weight.removesuffix("weight"))
         }
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        if name not in self.shapes:
-            return torch.tensor(self._shape)
         return self._copied(name, np.s_[start:stop])
 
     def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._copied(name, np.s_[:, start:stop])
 
     def _copied(self, name: str, where: Any) -> torch.Tensor:
-        entry = self._checkpoint.tensors[name]
+        entry = self._entries[name]
         dtype = _TORCH[entry.dtype]
         integers = np.dtype(f"<i{dtype.itemsize}")
-        mapped = np.memmap(
-            self._checkpoint.path / entry.file, integers, "r", entry.offset, entry.shape
-        )
+        mapped = np.memmap(self._path / entry.file, integers, "r", entry.offset, entry.shape)
         return torch.from_numpy(np.array(mapped[where])).view(dtype)

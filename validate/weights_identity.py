@@ -40,7 +40,11 @@ from qwenport.validate.model_file import (
     place_of,
     used_values,
 )
-from qwenport.validate.quantized_identity import QuantizedWeights, compare_quantized
+from qwenport.validate.quantized_identity import (
+    QuantizedWeights,
+    compare_quantized,
+    compare_quantized_engine,
+)
 from qwenport.validate.report import Check
 from qwenport.validate.rope_check import TABLES
 
@@ -120,9 +124,9 @@ def compare_engine_weights(
     """
     sources = _sources(checkpoint)
     sources |= _single_experts(model, sources)
-    nothing = QuantizedWeights({}, {})
-    found, hashes = _compare(model, engine, checkpoint, sources, nothing, dtype, progress)
-    known = {*sources, *TABLES}
+    quantized = compare_quantized_engine(model, engine, checkpoint, progress)
+    found, hashes = _compare(model, engine, checkpoint, sources, quantized, dtype, progress)
+    known = {*sources, *quantized.tensors, *TABLES}
     foreign = [
         tensor
         for tensor in (*model.graph.initializer, *inner_tensors(model))
