@@ -3,6 +3,7 @@
 model.onnx       the graph, opset 24, weights by reference
 qwenport.json    the manifest
 rope.safetensors cos and sin tables, fp32
+symmetric-zero-points.safetensors   those of symmetric quantized weights, if there are any
 weights/         the checkpoint's safetensors files (links), or the package's own files
 proof.safetensors   what engines of it must reproduce, once `validate` or `build` has made it
 config.json, tokenizer and generation files, as in the checkpoint
@@ -30,6 +31,7 @@ from qwenport.contract import (
     PACKAGE_VERSION,
     PROOF,
     ROPE,
+    SYMMETRIC_ZEROS,
     WEIGHT_MODES,
     Progress,
     is_past,
@@ -342,7 +344,8 @@ def expected_model(
         ExportError: the weights cannot be laid out that way, or a tensor is unused.
     """
     from qwenport.exporter.graph import build_graph
-    from qwenport.exporter.weights import FOLDER, external_tensor, plan_weights
+    from qwenport.exporter.weights import external_tensor, plan_weights
+    from qwenport.exporter.written_parts import location_of
 
     config = checkpoint.config
     entries = plan_weights(checkpoint, dtype, weights).entries
@@ -355,7 +358,7 @@ def expected_model(
             return external_tensor(name, ROPE, tables[name])
         if name not in entries:
             return None
-        return external_tensor(name, f"{FOLDER}/{entries[name].file}", entries[name])
+        return external_tensor(name, location_of(entries[name]), entries[name])
 
     layers = config.num_hidden_layers
     model = build_graph(
@@ -441,7 +444,8 @@ def _check_places(package: Package, model: ir.Model) -> None:
     from qwenport.exporter.weights import external_tensor
 
     places: dict[tuple[str, int], ir.ExternalTensor] = {}
-    for location in (ROPE, *package.manifest["weights"]["files"]):
+    zeros = [SYMMETRIC_ZEROS] if SYMMETRIC_ZEROS in package.manifest["files"] else []
+    for location in (ROPE, *zeros, *package.manifest["weights"]["files"]):
         for entry in read_safetensors_header(package.path / location)[1]:
             if entry.length:  # an empty tensor has no location
                 places[location, entry.offset] = external_tensor(entry.name, location, entry)

@@ -33,9 +33,8 @@ from qwenport.exporter.safetensors_file import (
     plan_safetensors,
     safetensors_header,
 )
-from qwenport.exporter.written_parts import WrittenParts, plan_written_parts, write_parts
+from qwenport.exporter.written_parts import FOLDER, WrittenParts, plan_written_parts, write_parts
 
-FOLDER = "weights"
 CONVERTED = "model.safetensors"  # all tensors
 CONVERTED_SOME = "converted.safetensors"  # those whose dtype differs from the rest
 PACKED = "experts-packed.safetensors"
@@ -55,7 +54,7 @@ class WeightPlan:
 
     Attributes:
         mode: "link", "copy", "pack" or "convert", as in the manifest.
-        entries: tensor -> its location in the package, with `file` below weights/.
+        entries: tensor -> its location in the package, with `file` below weights/, but for SYMMETRIC_ZEROS.
         written: the tensors among them that go into the package's own file -> the checkpoint's tensors that
             each consists of, concatenated. All others stay in the checkpoint's files.
         parts: those of quantized weights that the package writes into files of their own.
@@ -209,7 +208,7 @@ def place_weights(
         _place_files(checkpoint, folder, plan.mode, progress)
     if plan.written:
         _write(checkpoint, folder, dtype, plan, progress, lossless)
-    write_parts(checkpoint, folder, plan.parts, progress)
+    write_parts(checkpoint, package, plan.parts, progress)
     if check_values:
         left = [
             entry

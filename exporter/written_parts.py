@@ -1,7 +1,8 @@
 """The parts of quantized weights that a package writes itself, into files of its own.
 
 Repacked ones, where a checkpoint has no bytes that ONNX could read; and the zero points of symmetric weights, which
-all are one number: all of these weights refer to the same bytes.
+all are one number: all of these weights refer to the same bytes. Lowering goes by the name of that file and does not
+read it, so it lies beside the manifest, which has its hash, and not among the weights.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from qwenport.exporter.safetensors_file import (
     safetensors_header,
 )
 
-FILE, SYMMETRIC_FILE = "repacked.safetensors", Path(SYMMETRIC_ZEROS).name
+FOLDER = "weights"
+FILE = "repacked.safetensors"
 # Of the zero points: the byte that two codes of 4 bits make, or one of 8.
 _MIDDLES = {"U4": 0x88, "U8": 0x80}
 
@@ -36,7 +38,7 @@ class WrittenParts:
         places: part of the graph -> its place, packed as ONNX does.
         repacked: tensor of FILE -> its place there, as bytes if it is packed; in the file's order.
         parts: the same -> how it is made.
-        symmetric: tensor of SYMMETRIC_FILE, named after the codes' type -> its place there.
+        symmetric: tensor of SYMMETRIC_ZEROS, named after the codes' type -> its place there.
     """
 
     places: dict[str, TensorEntry]
@@ -73,21 +75,21 @@ def plan_written_parts(parts: Mapping[str, Part]) -> WrittenParts:
     sizes: dict[str, int] = {}
     for middle in middles.values():
         sizes[middle.dtype] = max(_bytes(middle), sizes.get(middle.dtype, 0))
-    symmetric = plan_safetensors(SYMMETRIC_FILE, "U8", {n: (size,) for n, size in sizes.items()})
+    symmetric = plan_safetensors(SYMMETRIC_ZEROS, "U8", {n: (size,) for n, size in sizes.items()})
     for name, middle in middles.items():
         offset = symmetric[middle.dtype].offset
         places[name] = TensorEntry(
-            name, SYMMETRIC_FILE, middle.dtype, middle.shape, offset, _bytes(middle)
+            name, SYMMETRIC_ZEROS, middle.dtype, middle.shape, offset, _bytes(middle)
         )
     return WrittenParts(places, file, repacked, symmetric)
 
 
 def write_parts(
-    checkpoint: Checkpoint, folder: Path, plan: WrittenParts, progress: Progress
+    checkpoint: Checkpoint, package: Path, plan: WrittenParts, progress: Progress
 ) -> None:
-    """Write the files into `folder`; in memory are one part and what it is made of."""
+    """Write the files into a package; in memory are one part and what it is made of."""
     if plan.symmetric:
-        with _begun(folder / SYMMETRIC_FILE, plan.symmetric.values()) as writer:
+        with _begun(package / SYMMETRIC_ZEROS, plan.symmetric.values()) as writer:
             for dtype, entry in plan.symmetric.items():
                 for start in range(0, entry.length, CHUNK_BYTES):
                     size = min(CHUNK_BYTES, entry.length - start)
@@ -95,7 +97,7 @@ def write_parts(
     if not plan.repacked:
         return
     total, done = sum(entry.length for entry in plan.repacked.values()), 0
-    with _begun(folder / FILE, plan.repacked.values()) as writer:
+    with _begun(package / FOLDER / FILE, plan.repacked.values()) as writer:
         for name, entry in plan.repacked.items():
             part = plan.parts[name]
             read = [b"".join(chunks(checkpoint.path, source)) for source in part.sources]
@@ -104,6 +106,11 @@ def write_parts(
             writer.write(data)
             done += entry.length
             progress("repacking quantized weights", done, total)
+
+
+def location_of(entry: TensorEntry) -> str:
+    """A tensor's file as the graph names it, of an entry whose file lies in FOLDER unless it is SYMMETRIC_ZEROS."""
+    return entry.file if entry.file == SYMMETRIC_ZEROS else f"{FOLDER}/{entry.file}"
 
 
 def _begun(file: Path, entries: Iterable[TensorEntry]) -> BinaryIO:

@@ -20,11 +20,12 @@ from qwenport.validate.errors import ValidationError
 from qwenport.validate.metrics import Metrics
 
 if TYPE_CHECKING:
+    from qwenport.validate.cost import Cost
     from qwenport.validate.coverage import Coverage
     from qwenport.validate.localisation import Fault, OperatorError
     from qwenport.validate.rounding import RoundingError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 JSON_NAME, HTML_NAME = "report.json", "report.html"
 
 Status = Literal["passed", "failed", "not run"]
@@ -118,6 +119,7 @@ class Report:
         complete: whether every scenario was run.
         prompts: what the prompts were made from.
         own_rounding: rel-L2 between two ways in which transformers computes the same logits; None before it is known.
+        cost: what quantization cost against the original checkpoint; None if none was given.
         coverage: what was judged of what the target allows; None before anything ran.
         loosened: thresholds that are looser than ours, one line each.
         scenarios: their results.
@@ -146,6 +148,7 @@ class Report:
     complete: bool
     prompts: str
     own_rounding: float | None
+    cost: Cost | None
     coverage: Coverage | None
     loosened: tuple[str, ...]
     scenarios: tuple[ScenarioResult, ...]

@@ -20,6 +20,8 @@ from qwenport.exporter import settle
 from qwenport.validate import rows
 from qwenport.validate.budget import Plan, find_budget, make_plan
 from qwenport.validate.candidate import Candidate, Refused
+from qwenport.validate.cost import TOKENS as COST_TOKENS
+from qwenport.validate.cost import Cost, check_original, cost_of_quantization
 from qwenport.validate.coverage import Counter
 from qwenport.validate.environment import describe_environment
 from qwenport.validate.errors import ValidationError
@@ -46,7 +48,7 @@ OWN_ROUNDING = 64  # tokens on which transformers' own rounding in fp32 is measu
 
 @dataclass(frozen=True)
 class Options:
-    """How to validate: `streamed`, `layers`, `prompts`, `thresholds`, `budget` and `seed`, as for `validate`."""
+    """How to validate: see the arguments of `validate` with the same names."""
 
     streamed: bool | None = None
     layers: int | None = None
@@ -54,6 +56,7 @@ class Options:
     thresholds: Mapping[str, float] = field(default_factory=dict)
     budget: str = STANDARD
     seed: int = 0
+    original: Path | None = None
 
 
 def validate(
@@ -70,6 +73,7 @@ def validate(
     thresholds: Mapping[str, float] | None = None,
     budget: str = STANDARD,
     seed: int = 0,
+    original: Path | str | None = None,
     device: str = "cpu",
     progress: Progress = no_progress,
 ) -> Report:
@@ -88,6 +92,7 @@ def validate(
         thresholds: name -> value in place of ours; see `thresholds.Thresholds`.
         budget: how much to run: "quick", "standard" or "thorough"; see `budget`.
         seed: seed of what is drawn at random: step widths, the random walk.
+        original: the checkpoint before it was quantized; what quantization cost is reported, and not judged.
         device: where a package runs: "cpu" (in fp32, the strictest) or "cuda" (in its own dtype).
         progress: called with (what, done, total).
 
@@ -111,7 +116,8 @@ def validate(
     )
     check_source(opened, Path(reference))
     text = None if prompts is None else Path(prompts)
-    options = Options(streamed, layers, text, thresholds or {}, budget, seed)
+    before = None if original is None else Path(original)
+    options = Options(streamed, layers, text, thresholds or {}, budget, seed, before)
     validation = Validation(opened, Path(reference), options, progress=progress)
     validation.run()
     return validation.report()
@@ -128,6 +134,7 @@ class Validation:
         rounding: half precision at every layer and operator that was judged.
         weights_sha256: SHA-256 of each weight file.
         script: a Python program that reproduces what the random walk found; None if it found nothing.
+        cost: what quantization cost; None before it is known, or without an original.
         complete: whether every scenario was run.
     """
 
@@ -147,11 +154,14 @@ class Validation:
         settle()
         self.target, self.checkpoint, self.options = target, checkpoint, options
         self.layers, self.streamed = _extent(target, options)
+        if options.original is not None:
+            check_original(target, options.original)
         self.prompts = make_prompts(checkpoint, target.config.vocab_size, options.prompts)
         self.results: list[ScenarioResult] = []
         self.rounding: list[RoundingError] = []
         self.weights_sha256: dict[str, str] = {}
         self.script: str | None = None
+        self.cost: Cost | None = None
         self.complete = False
         self._progress = progress
         self._oracle: Oracle | None = None
@@ -220,6 +230,7 @@ class Validation:
             )
             self.results += found
         self._explain(bench)
+        self.cost = self._measured_cost(plan)
         self.complete = True
         self._progress("done", 1, 1)
 
@@ -292,6 +303,21 @@ class Validation:
         self._progress("looking inside", 0, 1)
         return investigation.follow(LOOKED_INTO)
 
+    def _measured_cost(self, plan: Plan) -> Cost | None:
+        original = self.options.original
+        if original is None:
+            return None
+        assert self._oracle is not None
+        return cost_of_quantization(
+            self._oracle,
+            self.target,
+            original,
+            self.prompts.take(min(COST_TOKENS, plan.context)),
+            layers=self.layers,
+            streamed=self.streamed,
+            progress=self._progress if self.streamed else no_progress,
+        )
+
     def _explain(self, bench: Bench) -> None:
         """Find where the failures start, and turn the random walk into a short script."""
         assert self._investigation is not None and self._runner is not None
@@ -335,6 +361,7 @@ class Validation:
             complete=self.complete,
             prompts=self.prompts.description,
             own_rounding=None if self._oracle is None else self._oracle.own_rounding,
+            cost=self.cost,
             coverage=None if self._counter is None else self._counter.coverage(),
             loosened=() if self._judge is None else tuple(self._judge.loosened),
             scenarios=(*self.results, *left),

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     help="The checkpoint that TARGET was made from; transformers runs it.",
 )
 @click.option(
+    "--original",
+    type=PATH,
+    metavar="CHECKPOINT",
+    help="The checkpoint before it was quantized: also report what quantization cost. It changes no verdict.",
+)
+@click.option(
     "--as",
     "judged_as",
     type=click.Choice([NETWORK]),
@@ -108,6 +114,7 @@ if TYPE_CHECKING:
 def command(
     target: Path,
     reference: Path,
+    original: Path | None,
     judged_as: str | None,
     exact: bool,
     gpus: str | None,
@@ -138,6 +145,7 @@ def command(
       qwenport validate qwen.package --reference Qwen2.5-0.5B-Instruct --as tensorrt-network
       qwenport validate qwen.package --reference Qwen2.5-0.5B-Instruct --as tensorrt-network --gpu sm89
       qwenport validate qwen.package --reference Qwen2.5-7B-Instruct --budget thorough --report parity/
+      qwenport validate qwen.package --reference Qwen2.5-7B-Instruct-AWQ --original Qwen2.5-7B-Instruct
     """
     runnable_kind(target)
     from qwenport.validate import (
@@ -154,7 +162,7 @@ def command(
         prepare_report(report_dir)  # before any work, so that no old report survives a failure
     opened = open_target(target, judged_as=judged_as, exact=exact, gpus=gpus, attention=attention)
     check_source(opened, reference)
-    options = Options(stream or None, layers, prompts, overrides, budget, seed)
+    options = Options(stream or None, layers, prompts, overrides, budget, seed, original)
     with progress_bar("loading", quiet) as progress:
         validation = Validation(opened, reference, options, progress=progress)
         try:
@@ -202,6 +210,8 @@ def lines_of(report: Report) -> list[str]:
     lines += [f"threshold loosened: {line}" for line in report.loosened]
     if report.coverage is not None:
         lines += [f"not judged: {sentence}" for sentence in report.coverage.left_out]
+    if report.cost is not None:
+        lines.append(f"quantization {report.cost}")
     if report.fault is not None:
         lines.append(report.fault.text)
     elif report.unexplained is not None:

@@ -346,20 +346,35 @@ TEST_CASE("poison fills the slots that hold no token, and no other") {
   }
 }
 
-TEST_CASE("bounds are those of the engine's dtype, and a proof of another is refused") {
+TEST_CASE("bounds are those of the engine's arithmetic, and a proof of another dtype is refused") {
   ProofFile file = proof_file();
   const auto off = after([](const Call& call) {
     each_row(call, [](std::int64_t, float* logits) {
       for (int v = 0; v < 97; ++v) logits[v] *= 1.001F;
     });
   });
-  file.bounds = {1e-2F, 1e-6F};
+  file.bounds = {1e-2F, 1e-6F, 1e-6F};
   CHECK(tested(off, file).passed);
-  file.bounds = {1e-6F, 1e-2F};
+  file.bounds = {1e-6F, 1e-2F, 1e-2F};
   CHECK_FALSE(tested(off, file).passed);
   file.dtype = "bf16";
-  file.bounds = {1e-2F, 1e-6F};
+  file.bounds = {1e-2F, 1e-6F, 1e-6F};
   CHECK(tested(off, file).passed);  // the engine computes in fp32
+  std::string text = stand_in::toy_manifest_text();
+  const std::string none = "\"quantization\": null";
+  text.replace(text.find(none), none.size(),
+               R"("quantization": {"weights": "4 bits in groups of 32, symmetric", "activations": "int8"})");
+  const Manifest rounding = qwenport::detail::parse_manifest(text, "toy");
+  CHECK(rounding.info.weights == "4 bits in groups of 32, symmetric");
+  CHECK(rounding.info.activations == "int8");
+  const auto model = std::make_shared<const stand_in::StandInModel>(rounding, off);
+  const auto passes = [&] {
+    return qwenport::detail::run_proof(model, Proof(bytes_of(file, rounding), "proof", rounding.info.vocab_size), "")
+        .passed;
+  };
+  CHECK_FALSE(passes());
+  file.bounds = {1e-6F, 1e-6F, 1e-2F};
+  CHECK(passes());
 }
 
 TEST_CASE("a proof with nothing to compare proves nothing") {

@@ -20,7 +20,7 @@ from .bundled import DENSE, MIXTURE, WAYS, row, status, strict_json
 
 REPORT_KEYS = {
     "schema_version", "passed", "verdict", "target", "judged_as", "target_dtype", "compute_dtype", "reference",
-    "reference_mode", "reference_weights", "layers_judged", "layers", "complete", "prompts", "own_rounding",
+    "reference_mode", "reference_weights", "layers_judged", "layers", "complete", "prompts", "own_rounding", "cost",
     "coverage", "loosened", "scenarios", "layers_error", "rounding", "fault", "unexplained", "script", "routing",
     "replayed", "environment", "hashes", "weights_sha256",
 }  # fmt: skip

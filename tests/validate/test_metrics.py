@@ -194,6 +194,7 @@ def _report(*scenarios: ScenarioResult, **facts: Any) -> Report:
         "complete": True,
         "prompts": "none",
         "own_rounding": 1e-7,
+        "cost": None,
         "coverage": None,
         "loosened": (),
         "layers_error": (),
@@ -300,7 +301,7 @@ def test_json_is_strict_where_numbers_are_not_finite(tmp_path: Path) -> None:
 
     text = (tmp_path / "report.json").read_text(encoding="utf-8")
     data = json.loads(text, parse_constant=refuse)
-    assert data["schema_version"] == 3 and data["passed"] is False
+    assert data["schema_version"] == 4 and data["passed"] is False
     (found,) = data["scenarios"][0]["checks"]
     assert (found["value"], found["bound"], found["passed"]) == ("NaN", "Infinity", False)
     assert data["own_rounding"] == "NaN" and data["routing"][0]["most"] == "Infinity"

@@ -52,6 +52,7 @@ def passing(**changes: Any) -> dict[str, Any]:
         "layers": 24,
         "prompts": "the package's tokenizer on a text about the sea, 512 tokens",
         "own_rounding": 5.1e-7,
+        "cost": None,
         "coverage": coverage(),
         "loosened": [],
         "scenarios": [
@@ -206,6 +207,7 @@ def extremes() -> dict[str, dict[str, Any]]:
         weights_sha256={},
         coverage=None,
         own_rounding=None,
+        cost=None,
         reference_weights="",
     )
     one = [{"name": "embedding", "accumulated": 1e-7, "local": 1e-7, "own": 1e-7}]

@@ -86,6 +86,16 @@ any_report = st.fixed_dictionaries(
         "judged_as": st.sampled_from(["package", "tensorrt-network", "engine"]),
         "reference_mode": st.sampled_from(["whole", "streamed"]),
         "own_rounding": st.none() | numbers,
+        "cost": st.none()
+        | st.fixed_dictionaries(
+            {
+                "original": texts,
+                "tokens": counts,
+                **dict.fromkeys(
+                    ("kl_mean", "same_top1", "perplexity", "original_perplexity"), numbers
+                ),
+            }
+        ),
         "coverage": st.none() | any_coverage,
         "rounding": rows(
             layer=st.none() | st.integers(0, 3),
