@@ -75,7 +75,7 @@ def test_what_is_wrong_in_a_proof_is_said(
     ("key", "value", "expected"),
     [
         ("format", "other", "format is not qwenport-proof"),
-        ("format_version", "2", "qwenport-proof format version 2, this runtime reads 1; build"),
+        ("format_version", "1", "qwenport-proof format version 1, this runtime reads 2; build"),
         ("vocab_size", "98", "vocab_size is not 97"),
         ("dtype", "int8", "dtype is not one that a package has"),
         ("cases", "[]", "cases is not a list of names"),

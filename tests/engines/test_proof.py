@@ -42,7 +42,7 @@ def make_proof() -> Proof:
         sequences=np.array([[0, 5], [5, 4]], dtype=np.int32),
         marks=marks,
         fingerprints=Fingerprints.of(generator.normal(size=(3, VOCAB)).astype(np.float32)),
-        bounds=np.full((3, 2), [1e-5, 0.1], dtype=np.float32),
+        bounds=np.full((3, 3), [1e-5, 0.1, 0.2], dtype=np.float32),
         operations=(
             Operation(0, 0, begin, 1, end=4),
             Operation(0, 1, feed, 0, 0, 3),
@@ -147,7 +147,7 @@ def _meta(key: str, value: str) -> Callable[[dict, dict], None]:
 
 DAMAGE: dict[str, Callable[[dict, dict], None]] = {
     "another format": _meta("format", "other"),
-    "a newer version": _meta("format_version", "2"),
+    "a newer version": _meta("format_version", "3"),
     "another package": _meta("package_sha256", "cd" * 32),
     "another dtype": _meta("dtype", "int8"),
     "no number": _meta("vocab_size", "080"),

@@ -212,8 +212,8 @@ def test_what_a_layer_cannot_run_is_refused(
             reference.run_layer(0, "fp32", hidden, first, queries_at_once=pieces)
         with pytest.raises(ValidationError, match="2 layers"):
             reference.run_layer(2, "fp32", hidden)
-        with pytest.raises(ValidationError, match="'int8'"):
-            reference.run_layer(0, "int8", hidden)
+        with pytest.raises(ValidationError, match="'int4'"):
+            reference.run_layer(0, "int4", hidden)
 
 
 # --- how far the model's own rounding goes
