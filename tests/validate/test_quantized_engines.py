@@ -138,6 +138,8 @@ def test_a_fault_in_one_weight_is_caught(
     assert not self_test(engine).passed
     report = validate(engine, source.checkpoint, budget="quick")
     failed = {s.name for s in report.scenarios if s.status == "failed"}
-    assert "weights" in failed  # a small fault in a single weight may hide in int8's rounding of the logits
+    assert (
+        "weights" in failed
+    )  # a small fault in a single weight may hide in int8's rounding of the logits
     (told,) = [failure for failure in report.failures if failure.startswith("weights:")]
     assert "model.layers.1.mlp.up_proj.weight.codes" in told and "values differ" in told
