@@ -121,9 +121,7 @@ def open_checkpoint(
     for weight, (storage, shape) in quantized_weights(config).items():
         for name in storage.check(weight.removesuffix(WEIGHT), shape, path, tensors):
             implied[name] = tensors[name]
-    if implied:
-        notes.append(f"{_name_some(sorted(implied))}: as config.json implies, not needed")
-        tensors = {name: entry for name, entry in tensors.items() if name not in implied}
+    tensors = {name: entry for name, entry in tensors.items() if name not in implied}
     dtype = config.dtype or BY_SAFETENSORS[tensors["model.embed_tokens.weight"].dtype].name
     adapter = read_adapter(path, tensors) if merged else None
     if adapter is not None:

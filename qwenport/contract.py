@@ -154,7 +154,7 @@ CHUNK = 256
 # --- directories
 
 MANIFEST = "qwenport.json"
-PACKAGE_FORMAT, PACKAGE_VERSION = "qwenport-package", 3
+PACKAGE_FORMAT, PACKAGE_VERSION = "qwenport-package", 4
 ENGINE_FORMAT, ENGINE_VERSION = "qwenport-engine", 5
 CACHE_FORMAT, CACHE_VERSION = "qwenport-cache-entry", 1
 PROOF_FORMAT, PROOF_VERSION = "qwenport-proof", 2

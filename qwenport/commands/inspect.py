@@ -12,7 +12,7 @@ import click
 
 from qwenport.commands._common import PATH, note, print_json, runtime_of
 from qwenport.commands._gpus import USABLE, fits
-from qwenport.contract import CHUNKED, DIRECT, DTYPES, MASKED, ONNXRUNTIME, PROOF, SPLIT
+from qwenport.contract import CHUNKED, DIRECT, DTYPES, INT8, MASKED, ONNXRUNTIME, PROOF, SPLIT
 from qwenport.wording import counted, size
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def checkpoint(path: Path) -> dict[str, Any]:
         "model": dataclasses.asdict(config),
         "dtype": opened.dtype,
         "max_seq_len": config.max_context,
+        "quantization": quantization_of(config),
         "weights": {"bytes": opened.weight_bytes, "tensors": len(opened.tensors)},
         "notes": [
             *opened.notes,
@@ -96,6 +97,7 @@ def package(path: Path) -> dict[str, Any]:
         "max_batch": opened.max_batch,
         "qwenport_version": manifest["qwenport_version"],
         "opset": manifest["opset"],
+        "quantization": quantization_of(opened.config),
         "weights": {key: manifest["weights"][key] for key in ("bytes", "tensors", "mode")},
         "notes": notes_on(opened),
         "bindings": manifest["bindings"],
@@ -119,6 +121,8 @@ def engine(path: Path) -> dict[str, Any]:
         "runtime": runtime_of(manifest),
         "proof": proof_of(opened),
         "notes": [],
+        "quantization": quantization_of(config),
+        "activations": opened.activations,
         "bindings": manifest["bindings"],
         "attention": manifest["attention"],
         "profiles": manifest["profiles"],
@@ -145,6 +149,11 @@ def engine(path: Path) -> dict[str, Any]:
         },
         **memory(config, manifest["dtype"], manifest["max_seq_len"], plan_bytes, manifest),
     }
+
+
+def quantization_of(config: ModelConfig) -> str | None:
+    """How quantized weights are stored, in words; None if there are none."""
+    return None if config.quantization is None else config.quantization.in_words()
 
 
 def proof_of(opened: Engine) -> dict[str, Any] | None:
@@ -290,6 +299,11 @@ def headline(facts: dict[str, Any]) -> list[str]:
     if "tensors" in facts["weights"]:
         weights += f" in {facts['weights']['tensors']} tensors"
     lines.append(weights)
+    if facts["quantization"] is not None:
+        stored = f"quantized {facts['quantization']}"
+        if facts.get("activations") == INT8:
+            stored += "; products by them round activations to int8"
+        lines.append(stored)
     if "plan" in facts:
         lines.append(
             f"engine    {size(facts['plan']['bytes'])}, {facts['plan']['layers']} layers, by "
