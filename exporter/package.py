@@ -355,7 +355,8 @@ def expected_model(
             return external_tensor(name, ROPE, tables[name])
         if name not in entries:
             return None
-        return external_tensor(name, f"{FOLDER}/{entries[name].file}", entries[name])
+        entry = entries[name]  # another's, if the tensors are equal
+        return external_tensor(entry.name, f"{FOLDER}/{entry.file}", entry)
 
     layers = config.num_hidden_layers
     model = build_graph(

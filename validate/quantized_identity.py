@@ -1,7 +1,7 @@
 """Compares every quantized weight of a package with the checkpoint's, value by value, by a second implementation.
 
 What model.onnx points at is dequantized by ONNX's definition, the checkpoint's tensors by the oracle's code; every bit
-must agree. Memory holds a few rows of one weight.
+must agree, with the columns in the order in which the graph gives the activations. Memory holds a few rows of one weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnx
 import torch
 
 from qwenport.contract import BY_SAFETENSORS, Progress
-from qwenport.exporter import CODES, SCALES, ZEROS, Checkpoint, quantized_weights
+from qwenport.exporter import CODES, PERMUTATION, SCALES, ZEROS, Checkpoint, quantized_weights
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.model_file import is_inside, place_of
 from qwenport.validate.reference.dequantization import Quantization, read_quantization
@@ -58,23 +58,85 @@ def compare_quantized(
     if quantization is None:
         return found
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    orders = _Orders(model, package)
     for done, (weight, (_, shape)) in enumerate(weights.items(), 1):
         parts = {part: f"{weight}.{part}" for part in (CODES, SCALES, ZEROS)}
         held = quantization.tensors(weight, shape, checkpoint.tensors)
         stored = [name for name in held if name in checkpoint.tensors]
-        found.tensors.update(dict.fromkeys(parts.values(), tuple(stored)))
+        own = (*parts.values(), f"{weight}.{PERMUTATION}")
+        found.tensors.update(dict.fromkeys(own, tuple(stored)))
         missing = [name for name in parts.values() if name not in initializers]
         if missing:
             continue  # its tensors count as unused
         try:
             read = {part: _Part(initializers[name], package) for part, name in parts.items()}
-            count = _differing(read, quantization, checkpoint, weight, shape)
+            order = orders.of(parts[CODES], shape[1])
+            count = _differing(read, order, quantization, checkpoint, weight, shape)
             if count:
                 found.wrong[parts[CODES]] = f"{count} of {shape[0] * shape[1]} values differ"
         except (ValueError, ValidationError) as error:
             found.wrong[parts[CODES]] = str(error)
         progress("comparing quantized weights", done, len(weights))
     return found
+
+
+class _Orders:
+    """The order of the columns of each quantized weight, as the products of a graph have it."""
+
+    def __init__(self, model: onnx.ModelProto, package: Path) -> None:
+        self._package = package
+        self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._made_by = {name: node for node in model.graph.node for name in node.output}
+        self._users: dict[str, list[onnx.NodeProto]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self._users.setdefault(name, []).append(node)
+
+    def of(self, codes: str, columns: int) -> torch.Tensor | None:
+        """The weight's column that each column of its codes is, [columns]; None if the inputs are not gathered.
+
+        Raises:
+            ValueError: its products have their inputs in several orders, or in none that is a permutation.
+        """
+        found = {
+            self._gathered_by(product)
+            for dequantized in self._users.get(codes, ())
+            for transpose in self._users.get(dequantized.output[0], ())
+            for product in self._users.get(transpose.output[0], ())
+            if product.op_type == "MatMul"
+        }
+        if len(found) > 1:
+            raise ValueError("its products have inputs in several orders")
+        name = found.pop() if found else None
+        if name is None:
+            return None
+        order = self._read(name)
+        if not torch.equal(order.sort().values, torch.arange(columns)):
+            raise ValueError(f"{name} is no permutation of {columns} columns")
+        return order
+
+    def _gathered_by(self, product: onnx.NodeProto) -> str | None:
+        node = self._made_by.get(product.input[0])
+        if node is None or node.op_type != "Gather" or node.input[1] not in self._tensors:
+            return None
+        axes = [a.i for a in node.attribute if a.name == "axis"]
+        if axes != [-1]:
+            return None
+        return str(node.input[1])
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        place = place_of(tensor)
+        if tensor.data_type != onnx.TensorProto.INT64 or len(tensor.dims) != 1 or place is None:
+            raise ValueError(f"{name} is no list of columns in a file")
+        if not is_inside(self._package, place.location):
+            raise ValueError(f"{name} lies outside the package, in {place.location}")
+        with (self._package / place.location).open("rb") as stream:
+            stream.seek(place.offset)
+            data = stream.read(8 * tensor.dims[0])
+        if len(data) != 8 * tensor.dims[0]:
+            raise ValueError(f"{name} reaches past the end of {place.location}")
+        return torch.from_numpy(np.frombuffer(data, "<i8").astype(np.int64))
 
 
 class _Part:
@@ -126,12 +188,16 @@ class _Part:
 
 def _differing(
     parts: Mapping[str, _Part],
+    order: torch.Tensor | None,
     quantization: Quantization,
     checkpoint: Checkpoint,
     weight: str,
     shape: tuple[int, int],
 ) -> int:
     """How many values of a weight differ in any bit.
+
+    Args:
+        order: the weight's column that each column of the codes is; None for its own order.
 
     Raises:
         ValueError: the parts do not make a weight of that shape.
@@ -151,6 +217,7 @@ def _differing(
     for start in range(0, shape[0], ROWS):
         stop = min(start + ROWS, shape[0])
         wanted = quantization.rows(weight, shape, start, stop, stored)
+        wanted = wanted if order is None else wanted[:, order]
         steps = codes.rows(start, stop).view(stop - start, blocks, -1)
         steps = steps - zeros.rows(start, stop)[:, :, None]
         scale = scales.rows(start, stop)

@@ -78,7 +78,7 @@ class WholeModel:
         if quantization is None:
             self._model = _load(path, config, prefix)
         else:
-            self._model = _load_dequantized(path, type(skeleton), config, prefix, quantization)
+            self._model = _load_dequantized(path, skeleton, config, prefix, quantization)
         if adapter is not None:
             _merge(self._model, path, prefix, adapter)
         for model in (self._model, skeleton):
@@ -182,7 +182,7 @@ def _load(path: Path, config: Any, prefix: str) -> Any:
 
 
 def _load_dequantized(
-    path: Path, model_class: Any, config: Any, prefix: str, quantization: Quantization
+    path: Path, skeleton: Any, config: Any, prefix: str, quantization: Quantization
 ) -> Any:
     """As `_load`, with the quantized weights dequantized by `dequantization`.
 
@@ -192,9 +192,9 @@ def _load_dequantized(
     with reported(path, "its weights cannot be read"):
         stored = StoredWeights(path, None, prefix, quantization=quantization)
         refuse_quantized_vocabulary(path, stored.names, tied=config.tie_word_embeddings)
-        tensors = stored.dequantized()
+        tensors = stored.dequantized(skeleton.state_dict())
     with reported(path, "transformers does not load it"):
-        model, info = _from_pretrained(model_class, None, config, state_dict=tensors)
+        model, info = _from_pretrained(type(skeleton), None, config, state_dict=tensors)
     del tensors
     # Unexpected is, among others, what `dequantized` found no use for.
     _check_loaded(path, info, ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys"))
