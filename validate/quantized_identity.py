@@ -1,7 +1,8 @@
 """Compares every quantized weight of a package with the checkpoint's, value by value, by a second implementation.
 
 What model.onnx points at is dequantized by ONNX's definition, the checkpoint's tensors by the oracle's code; every bit
-must agree, with the columns in the order in which the graph gives the activations. Memory holds a few rows of one weight.
+must agree, with the columns in the order in which the graph gives the activations. Memory holds a few rows of one
+weight.
 """
 
 from __future__ import annotations
