@@ -191,7 +191,7 @@ def _made(package: Path, weight: StoredWeight, buffer: Float32) -> Iterator[byte
             yield repeated_zero_points(data, bits, shape, weight.repeats).data.cast("B")
         return
     for chunk in chunks(package, stored):
-        if weight.entry.dtype == BYTES:
+        if weight.entry.dtype != FP32.safetensors:
             yield chunk
         elif weight.repeats is None:
             yield _in_float32(chunk, BY_ONNX[source.dtype.name], buffer)

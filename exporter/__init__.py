@@ -53,7 +53,7 @@ from qwenport.exporter.package import (
     export,
     load_package,
 )
-from qwenport.exporter.quantization import CODES, SCALES, ZEROS
+from qwenport.exporter.quantization import CODES, PERMUTATION, SCALES, ZEROS
 from qwenport.exporter.rope import Rope, rope_tables
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
@@ -70,6 +70,7 @@ __all__ = [
     "CODES",
     "COMPANIONS",
     "FILES",
+    "PERMUTATION",
     "SCALES",
     "SOURCE",
     "ZEROS",

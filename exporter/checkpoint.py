@@ -19,7 +19,7 @@ from qwenport.exporter.errors import CheckpointError, ConfigError
 from qwenport.exporter.json_file import read_json
 from qwenport.exporter.manifest import why_no_directory
 from qwenport.exporter.names import rotary_buffers, understood
-from qwenport.exporter.quantization import WEIGHT, Storage
+from qwenport.exporter.quantization import SCALES, WEIGHT, ByReference, Storage
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
     TensorEntry,
@@ -42,7 +42,8 @@ class Checkpoint:
     Attributes:
         path: the directory.
         config: what its config.json means.
-        dtype: config.json's, or the embedding's if config.json names none.
+        dtype: that of a quantized checkpoint's scales; else config.json's, or the embedding's if config.json names
+            none.
         tensors: name -> location. Names are those of transformers' model, whatever the files call them; dtypes may
             differ.
         files: the files that hold them.
@@ -115,6 +116,10 @@ def open_checkpoint(
     given, tensors = tensors, _without_tied_copy(path, config, tensors)
     if len(tensors) < len(given):
         notes.append("lm_head.weight repeats the embedding, which is tied to it: not used")
+    given, tensors = tensors, _without_zero_biases(path, config, tensors)
+    if len(tensors) < len(given):
+        idle = sorted(given.keys() - tensors.keys())
+        notes.append(f"{_name_some(idle)}: zero, where the model has no bias; not needed")
     _compare(expected_tensors(config, tensors), tensors)
     _compare_types(config, tensors)
     implied: dict[str, TensorEntry] = {}
@@ -122,7 +127,11 @@ def open_checkpoint(
         for name in storage.check(weight.removesuffix(WEIGHT), shape, path, tensors):
             implied[name] = tensors[name]
     tensors = {name: entry for name, entry in tensors.items() if name not in implied}
-    dtype = config.dtype or BY_SAFETENSORS[tensors["model.embed_tokens.weight"].dtype].name
+    dtype = (
+        _dtype_of_scales(config, tensors)
+        or config.dtype
+        or BY_SAFETENSORS[tensors["model.embed_tokens.weight"].dtype].name
+    )
     adapter = read_adapter(path, tensors) if merged else None
     if adapter is not None:
         count, rank = len(adapter.matrices), adapter.rank
@@ -170,7 +179,7 @@ def expected_tensors(
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in _parameters(config, present):
-        shapes |= _stored(config, name, shape)
+        shapes |= _stored(config, name, shape, present)
     return shapes
 
 
@@ -207,7 +216,9 @@ def _parameters(
             yield part, (rows * experts // len(parts), columns)
 
 
-def _stored(config: ModelConfig, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def _stored(
+    config: ModelConfig, name: str, shape: tuple[int, ...], present: Container[str]
+) -> dict[str, tuple[int, ...]]:
     """The checkpoint's tensors of one parameter."""
     storage, linear = config.storage(name), name.removesuffix(WEIGHT)
     if storage is None:
@@ -215,7 +226,9 @@ def _stored(config: ModelConfig, name: str, shape: tuple[int, ...]) -> dict[str,
     objection = storage.objection(shape)
     if objection is not None:
         raise ConfigError(f"quantization_config: {linear} cannot be stored so: {objection}")
-    return {f"{linear}.{suffix}": each for suffix, each in storage.stored(shape).items()}
+    stored = {f"{linear}.{suffix}": each for suffix, each in storage.stored(shape).items()}
+    optional = {f"{linear}.{suffix}": each for suffix, each in storage.optional(shape).items()}
+    return stored | {name: each for name, each in optional.items() if name in present}
 
 
 def expert_parts(name: str, experts: int) -> list[str]:
@@ -372,6 +385,35 @@ def _without_tied_copy(
             "tensor, or say false in config.json"
         )
     return {name: entry for name, entry in tensors.items() if name != "lm_head.weight"}
+
+
+def _without_zero_biases(
+    path: Path, config: ModelConfig, tensors: dict[str, TensorEntry]
+) -> dict[str, TensorEntry]:
+    """Drop biases that tools write for every quantized linear, where the model has none and they are zero.
+
+    Raises:
+        CheckpointError: one of them is not zero.
+    """
+    parameters = {name for name, _ in _parameters(config)}
+    found = {f"{weight.removesuffix(WEIGHT)}.bias" for weight in quantized_weights(config)}
+    idle = {name for name in found - parameters if name in tensors}
+    for name in sorted(idle):
+        if any(any(chunk) for chunk in chunks(path, tensors[name])):
+            raise CheckpointError(
+                f"tensor {cut(name)} is not zero, and the model has no bias there; its config.json is not the one "
+                "that it was made with"
+            )
+    return {name: entry for name, entry in tensors.items() if name not in idle}
+
+
+def _dtype_of_scales(config: ModelConfig, tensors: dict[str, TensorEntry]) -> str | None:
+    """The dtype that quantized weights are dequantized to: that of the first one's scales."""
+    for weight, (storage, shape) in quantized_weights(config).items():
+        part = storage.parts(weight.removesuffix(WEIGHT), shape, tensors)[SCALES]
+        stored = part.entry.dtype if isinstance(part, ByReference) else part.dtype
+        return BY_SAFETENSORS[stored].name
+    return None
 
 
 def _same_bytes(path: Path, a: TensorEntry, b: TensorEntry) -> bool:

@@ -31,6 +31,8 @@ class GraphBuilder:
     initializers: dict[str, ir.Value] = field(default_factory=dict)
     sizes: dict[tuple[ir.Value, int], ir.Value] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
+    permutations: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    gathered: dict[tuple[ir.Value, ir.Value], ir.Value] = field(default_factory=dict)
 
     def add(
         self,
@@ -88,6 +90,26 @@ class GraphBuilder:
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         """Return the value of an initializer, made on first use."""
         return initializer(self.initializers, tensor)
+
+    def ordered(self, x: ir.Value, weight: ir.Value, name: str) -> ir.Value:
+        """The input of a linear with its last axis in the order of the weight's columns.
+
+        If `permutations` has one for the weight, it is a Gather named `name`, made once for x and the permutation.
+        """
+        permutation = self.permutations.get(weight)
+        if permutation is None:
+            return x
+        if (x, permutation) not in self.gathered:
+            assert x.dtype is not None
+            self.gathered[x, permutation] = self.add(
+                "Gather",
+                [x, permutation],
+                name,
+                dtype=x.dtype,
+                shape=x.shape,
+                attributes={"axis": -1},
+            )
+        return self.gathered[x, permutation]
 
     def constant(self, values: Sequence[int]) -> ir.Value:
         """Return a shared int64 vector."""
@@ -217,7 +239,8 @@ class _Emitter:
 
 
 def _linear(e: _Emitter, x: Ref, weight: Ref, bias: Ref | None = None) -> ir.Value:
-    product = e.op("MatMul", x, e.op("Transpose", weight, like=weight, perm=[1, 0]))
+    ordered = e.builder.ordered(e.values[x.index], e.values[weight.index], e.name("Gather"))
+    product = e.op("MatMul", ordered, e.op("Transpose", weight, like=weight, perm=[1, 0]))
     return product if bias is None else e.op("Add", product, bias)
 
 

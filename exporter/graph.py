@@ -22,7 +22,7 @@ from qwenport.exporter import emission, tracing
 from qwenport.exporter.checkpoint import DOWN, GATE_UP, expert_parts
 from qwenport.exporter.config import ModelConfig, MoEConfig
 from qwenport.exporter.decoder import DecoderLayer, Epilogue, Prologue, checkpoint_name
-from qwenport.exporter.quantization import CODES, SCALES, WEIGHT, ZEROS
+from qwenport.exporter.quantization import CODES, PERMUTATION, SCALES, WEIGHT, ZEROS
 from qwenport.plugins.operator import operators
 
 OPSET = 24
@@ -41,7 +41,8 @@ def build_graph(
         config: the model.
         dtype: dtype of weights, activations and KV cache: "bf16", "fp16" or "fp32".
         tensor: the checkpoint's parameter name, or COS_TABLE/SIN_TABLE -> its ONNX tensor. None for a
-            stack of experts that the checkpoint stores one by one.
+            stack of experts that the checkpoint stores one by one, and for the permutation of a weight whose columns
+            are in their own order.
         progress: called with its index after each decoder layer.
 
     Raises:
@@ -56,7 +57,12 @@ def build_graph(
         return builder.initializer(found)
 
     def matrix(name: str) -> ir.Value:
-        return _dequantized(builder, name, stored) if config.is_quantized(name) else stored(name)
+        if not config.is_quantized(name):
+            return stored(name)
+        made, permutation = _dequantized(builder, name, stored), tensor(f"{name}.{PERMUTATION}")
+        if permutation is not None:
+            builder.permutations[made] = builder.initializer(permutation)
+        return made
 
     def weight(name: str, shape: tracing.Shape) -> ir.Value:
         stack = name.endswith((GATE_UP, DOWN)) and tensor(name) is None
@@ -148,7 +154,7 @@ def build_graph(
 def _dequantized(
     builder: emission.GraphBuilder, name: str, stored: Callable[[str], ir.Value]
 ) -> ir.Value:
-    """The weight [N, K] of its codes, scales and zero points; made once, wherever it is used."""
+    """The weight [N, K] of its codes, scales and zero points, in the order of the codes' columns."""
     codes, scales, zeros = (stored(f"{name}.{part}") for part in (CODES, SCALES, ZEROS))
     assert codes.shape is not None and scales.shape is not None and scales.dtype is not None
     (_, columns), (_, blocks) = codes.shape.numpy(), scales.shape.numpy()

@@ -358,7 +358,8 @@ def expected_model(
             return external_tensor(name, ROPE, tables[name])
         if name not in entries:
             return None
-        return external_tensor(name, location_of(entries[name]), entries[name])
+        entry = entries[name]  # another's, if the tensors are equal
+        return external_tensor(entry.name, location_of(entry), entry)
 
     layers = config.num_hidden_layers
     model = build_graph(

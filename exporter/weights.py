@@ -25,7 +25,16 @@ from qwenport.exporter.checkpoint import (
 )
 from qwenport.exporter.directory import require_space
 from qwenport.exporter.errors import ExportError
-from qwenport.exporter.quantization import SCALES, WEIGHT, ByReference, Middle, Part
+from qwenport.exporter.quantization import (
+    PERMUTATION,
+    SCALES,
+    WEIGHT,
+    ByReference,
+    Middle,
+    Part,
+    Repacked,
+    Storage,
+)
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
     TensorEntry,
@@ -78,7 +87,7 @@ class WeightPlan:
 
 
 def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
-    """Lay out a package's weights; nothing is read or written.
+    """Lay out a package's weights. Nothing is written, and of the weights nothing read but the order of columns.
 
     Args:
         checkpoint: the source.
@@ -87,7 +96,7 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
             experts). Weights that an adapter changes are always written.
 
     Raises:
-        ExportError: there is nothing to pack.
+        ExportError: there is nothing to pack, or single experts have their columns in an order of their own.
     """
     quantized = _quantized_parts(checkpoint)
     _check_scales(checkpoint, dtype, quantized)
@@ -114,7 +123,7 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
     if all(entry.dtype != stored and entry.dtype in BY_SAFETENSORS for entry in tensors.values()):
         written = {**stacks, **{name: [entry] for name, entry in single.items()}}
         entries = _laid_out(checkpoint, CONVERTED, dtype, written)
-        return WeightPlan("convert", entries, written, parts)
+        return WeightPlan("convert", entries | parts.places, written, parts)
     kept = single if mode == PACK else tensors
     written = {
         name: [entry]
@@ -134,13 +143,34 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
 
 def _quantized_parts(checkpoint: Checkpoint) -> dict[str, Part]:
     """Part of a quantized weight, as the graph names it -> what it is made of."""
-    return {
-        f"{weight}.{name}": part
-        for weight, (storage, shape) in quantized_weights(checkpoint.config).items()
-        for name, part in storage.parts(
-            weight.removesuffix(WEIGHT), shape, checkpoint.tensors
-        ).items()
-    }
+    found: dict[str, Part] = {}
+    for weight, (storage, shape) in quantized_weights(checkpoint.config).items():
+        linear = weight.removesuffix(WEIGHT)
+        parts = storage.parts(linear, shape, checkpoint.tensors)
+        found |= {f"{weight}.{name}": part for name, part in parts.items()}
+        permutation = _permutation(checkpoint, storage, linear, shape)
+        if permutation is not None:
+            found[f"{weight}.{PERMUTATION}"] = permutation
+    return found
+
+
+def _permutation(
+    checkpoint: Checkpoint, storage: Storage, linear: str, shape: tuple[int, int]
+) -> Repacked | None:
+    """The order of a weight's columns, if it is not their own.
+
+    Raises:
+        ExportError: of an expert, whose activations are gathered for each token inside an operator.
+    """
+    order = storage.order(linear, shape, checkpoint.path, checkpoint.tensors)
+    if order is None:
+        return None
+    if ".experts." in linear:
+        raise ExportError(
+            f"the columns of {linear} are in an order of their own (act-order), which is not supported for experts"
+        )
+    data = order.astype("<i8").tobytes()
+    return Repacked("I64", order.shape, (), lambda read: data)
 
 
 def _check_scales(checkpoint: Checkpoint, dtype: str, parts: Mapping[str, Part]) -> None:
@@ -166,7 +196,7 @@ def _as_computed_with(checkpoint: Checkpoint, parts: Mapping[str, Part]) -> dict
     quantized = {
         f"{weight.removesuffix(WEIGHT)}.{suffix}"
         for weight, (storage, shape) in quantized_weights(checkpoint.config).items()
-        for suffix in storage.stored(shape)
+        for suffix in (*storage.stored(shape), *storage.optional(shape))
     }
     found = {name: entry for name, entry in checkpoint.tensors.items() if name not in quantized}
     return found | {

@@ -7,15 +7,19 @@ read it, so it lies beside the manifest, which has its hash, and not among the w
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from qwenport.contract import SYMMETRIC_ZEROS, Progress
+import torch
+
+from qwenport.contract import BY_SAFETENSORS, SYMMETRIC_ZEROS, Progress
 from qwenport.exporter.checkpoint import Checkpoint
-from qwenport.exporter.quantization import Middle, Part, Repacked
+from qwenport.exporter.errors import ExportError
+from qwenport.exporter.quantization import PERMUTATION, Middle, Part, Repacked
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
     TensorEntry,
@@ -35,7 +39,7 @@ class WrittenParts:
     """The plan of the files.
 
     Attributes:
-        places: part of the graph -> its place, packed as ONNX does.
+        places: part of the graph -> its place, packed as ONNX does. Equal permutations have one place, and its name.
         repacked: tensor of FILE -> its place there, as bytes if it is packed; in the file's order.
         parts: the same -> how it is made.
         symmetric: tensor of SYMMETRIC_ZEROS, named after the codes' type -> its place there.
@@ -58,7 +62,12 @@ def plan_written_parts(parts: Mapping[str, Part]) -> WrittenParts:
     Args:
         parts: part of the graph -> what it is made of.
     """
-    repacked = {name: part for name, part in parts.items() if isinstance(part, Repacked)}
+    same = _same_permutations(parts)
+    repacked = {
+        name: part
+        for name, part in parts.items()
+        if isinstance(part, Repacked) and name not in same
+    }
     file = plan_safetensors(
         FILE,
         {name: "U8" if part.dtype == "U4" else part.dtype for name, part in repacked.items()},
@@ -71,6 +80,7 @@ def plan_written_parts(parts: Mapping[str, Part]) -> WrittenParts:
         name: TensorEntry(name, FILE, part.dtype, part.shape, file[name].offset, file[name].length)
         for name, part in repacked.items()
     }
+    places |= {name: places[first] for name, first in same.items()}
     middles = {name: part for name, part in parts.items() if isinstance(part, Middle)}
     sizes: dict[str, int] = {}
     for middle in middles.values():
@@ -87,7 +97,11 @@ def plan_written_parts(parts: Mapping[str, Part]) -> WrittenParts:
 def write_parts(
     checkpoint: Checkpoint, package: Path, plan: WrittenParts, progress: Progress
 ) -> None:
-    """Write the files into a package; in memory are one part and what it is made of."""
+    """Write the files into a package; in memory are one part and what it is made of.
+
+    Raises:
+        ExportError: a scale is NaN or infinite.
+    """
     if plan.symmetric:
         with _begun(package / SYMMETRIC_ZEROS, plan.symmetric.values()) as writer:
             for dtype, entry in plan.symmetric.items():
@@ -103,6 +117,7 @@ def write_parts(
             read = [b"".join(chunks(checkpoint.path, source)) for source in part.sources]
             data = part.repack(read)
             assert len(data) == entry.length, name
+            _check_finite(name, entry.dtype, data)
             writer.write(data)
             done += entry.length
             progress("repacking quantized weights", done, total)
@@ -111,6 +126,29 @@ def write_parts(
 def location_of(entry: TensorEntry) -> str:
     """A tensor's file as the graph names it, of an entry whose file lies in FOLDER unless it is SYMMETRIC_ZEROS."""
     return entry.file if entry.file == SYMMETRIC_ZEROS else f"{FOLDER}/{entry.file}"
+
+
+def _same_permutations(parts: Mapping[str, Part]) -> dict[str, str]:
+    """Permutation -> the first that is equal to it, of all but the first ones.
+
+    Weights of one input mostly have the same: it is gathered once for all of them.
+    """
+    first: dict[bytes, str] = {}
+    same: dict[str, str] = {}
+    for name, part in parts.items():
+        if name.endswith(f".{PERMUTATION}") and isinstance(part, Repacked):
+            known = first.setdefault(hashlib.sha256(part.repack(())).digest(), name)
+            if known != name:
+                same[name] = known
+    return same
+
+
+def _check_finite(name: str, dtype: str, data: bytes) -> None:
+    if dtype not in BY_SAFETENSORS:
+        return
+    values = torch.frombuffer(bytearray(data), dtype=BY_SAFETENSORS[dtype].torch)
+    if not torch.isfinite(values).all():
+        raise ExportError(f"{name}: NaN or infinity among the numbers; the checkpoint is damaged")
 
 
 def _begun(file: Path, entries: Iterable[TensorEntry]) -> BinaryIO:

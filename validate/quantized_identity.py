@@ -1,31 +1,29 @@
 """Compares every quantized weight of a package or an engine with the checkpoint's, by a second implementation.
 
 What model.onnx points at is dequantized by the definition of its operators, the checkpoint's tensors by the oracle's
-code; every bit must agree. Memory holds a few rows of one weight.
+code; every bit must agree, with the columns in the order in which the graph gives the activations. Memory holds a few
+rows of one weight.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 
 from qwenport.contract import BY_SAFETENSORS, Progress
-from qwenport.exporter import CODES, SCALES, ZEROS, Checkpoint, quantized_weights
+from qwenport.exporter import CODES, PERMUTATION, SCALES, ZEROS, Checkpoint, quantized_weights
 from qwenport.validate.errors import ValidationError
-from qwenport.validate.model_file import is_inside, place_of
+from qwenport.validate.quantized_parts import Cut, Middle, Orders, Part, StoredPart
 from qwenport.validate.reference.dequantization import Quantization, read_quantization
 
 WEIGHT = ".weight"
 ROWS = 1024
-_BITS: dict[int, int] = {onnx.TensorProto.UINT4: 4, onnx.TensorProto.UINT8: 8}
-_FLOATS = {int(dtype.ir): dtype for dtype in BY_SAFETENSORS.values()}
 _TORCH = {
     "I32": torch.int32,
     "I64": torch.int64,
@@ -61,12 +59,12 @@ def compare_quantized(
 
     def parts_of(names: Mapping[str, str]) -> dict[str, Part]:
         return {
-            part: _Part(initializers[name], package)
+            part: StoredPart(initializers[name], package)
             for part, name in names.items()
             if name in initializers
         }
 
-    return _compare(checkpoint, parts_of, progress, in_fp32=False)
+    return _compare(checkpoint, parts_of, Orders(model, package), progress, in_fp32=False)
 
 
 def compare_quantized_engine(
@@ -85,7 +83,7 @@ def compare_quantized_engine(
             return {}
         return _parts_of_product(products[names[CODES]], initializers, engine)
 
-    return _compare(checkpoint, parts_of, progress, in_fp32=True)
+    return _compare(checkpoint, parts_of, Orders(model, engine), progress, in_fp32=True)
 
 
 def _parts_of_product(
@@ -104,20 +102,21 @@ def _parts_of_product(
     blocks = k // block
     codes, scales = (initializers[name] for name in names[:2])
     parts: dict[str, Part] = {
-        CODES: _Part(codes, engine, shape=(n, k), bits=bits),
-        SCALES: _Part(scales, engine),
-        ZEROS: _Middle((n, blocks), bits),
+        CODES: StoredPart(codes, engine, shape=(n, k), bits=bits),
+        SCALES: StoredPart(scales, engine),
+        ZEROS: Middle((n, blocks), bits),
     }
     if names[2]:
         whole_bytes = -(-blocks * bits // 8) * 8 // bits
-        zeros = _Part(initializers[names[2]], engine, shape=(n, whole_bytes), bits=bits)
-        parts[ZEROS] = _Cut(zeros, blocks)
+        zeros = StoredPart(initializers[names[2]], engine, shape=(n, whole_bytes), bits=bits)
+        parts[ZEROS] = Cut(zeros, blocks)
     return parts
 
 
 def _compare(
     checkpoint: Checkpoint,
     parts_of: Callable[[Mapping[str, str]], Mapping[str, Part]],
+    orders: Orders,
     progress: Progress,
     *,
     in_fp32: bool,
@@ -139,8 +138,10 @@ def _compare(
             parts = parts_of(names)
             if parts.keys() != names.keys():
                 continue  # its tensors count as unused
-            found.tensors.update(dict.fromkeys(names.values(), tuple(stored)))
-            count = _differing(parts, quantization, checkpoint, weight, shape, in_fp32)
+            own = (*names.values(), f"{weight}.{PERMUTATION}")
+            found.tensors.update(dict.fromkeys(own, tuple(stored)))
+            order = orders.of(names[CODES], shape[1])
+            count = _differing(parts, order, quantization, checkpoint, weight, shape, in_fp32)
             if count:
                 found.wrong[names[CODES]] = f"{count} of {shape[0] * shape[1]} values differ"
         except (ValueError, ValidationError) as error:
@@ -149,106 +150,9 @@ def _compare(
     return found
 
 
-class Part(Protocol):
-    """Codes, scales or zero points of a weight: their shape, and their values a few rows at a time.
-
-    Attributes:
-        shape: rows and columns.
-        bits: of a code; None for scales.
-    """
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def bits(self) -> int | None: ...
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop-1: codes as int16, scales in their dtype."""
-
-
-class _Part:
-    """A part that is stored in a file."""
-
-    def __init__(
-        self,
-        tensor: onnx.TensorProto,
-        package: Path,
-        *,
-        shape: tuple[int, int] | None = None,
-        bits: int | None = None,
-    ) -> None:
-        """Look at the place, without reading it.
-
-        Args:
-            tensor: the initializer.
-            package: the directory.
-            shape, bits: of codes that the graph has as bytes.
-
-        Raises:
-            ValueError: it has no place in the package, or is no such tensor; says why.
-        """
-        self.shape = shape or tuple(tensor.dims)
-        self.bits = bits or _BITS.get(tensor.data_type)
-        self.dtype = _FLOATS.get(tensor.data_type)
-        place = place_of(tensor)
-        stated = math.prod(tensor.dims) * 8 if bits else None
-        if stated is not None and stated != math.prod(self.shape) * (self.bits or 0):
-            raise ValueError(f"{tensor.name} has shape {list(tensor.dims)}, not that of its codes")
-        if len(self.shape) != 2 or (self.bits is None and self.dtype is None) or place is None:
-            raise ValueError(f"{tensor.name} is no matrix of codes or scales in a file")
-        if not is_inside(package, place.location):
-            raise ValueError(f"{tensor.name} lies outside the package, in {place.location}")
-        self._file, self._offset = package / place.location, place.offset
-        values = self.shape[0] * self.shape[1]
-        size = -(-values * self.bits // 8) if self.bits else values * self._itemsize
-        if not self._file.is_file() or self._offset + size > self._file.stat().st_size:
-            raise ValueError(f"{tensor.name} reaches past the end of {place.location}")
-
-    @property
-    def _itemsize(self) -> int:
-        return 1 if self.dtype is None else self.dtype.itemsize
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop-1: codes as int16, scales in their dtype."""
-        columns = self.shape[1]
-        first, last = start * columns, stop * columns
-        if self.bits != 4:
-            data = self._read(first * self._itemsize, last * self._itemsize)
-            values = torch.from_numpy(data)
-            if self.dtype is not None:
-                values = values.view(self.dtype.torch)
-            return (values.to(torch.int16) if self.dtype is None else values).view(-1, columns)
-        data = self._read(first // 2, -(-last // 2))
-        halves = np.stack([data & 15, data >> 4], axis=1).reshape(-1)[first % 2 :]
-        return torch.from_numpy(halves[: last - first].astype(np.int16)).view(-1, columns)
-
-    def _read(self, begin: int, end: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        with self._file.open("rb") as stream:
-            stream.seek(self._offset + begin)
-            return np.frombuffer(bytearray(stream.read(end - begin)), np.uint8)
-
-
-class _Cut:
-    """The first columns of a part."""
-
-    def __init__(self, part: Part, columns: int) -> None:
-        self._part, self.shape, self.bits = part, (part.shape[0], columns), part.bits
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        return self._part.rows(start, stop)[:, : self.shape[1]]
-
-
-class _Middle:
-    """Zero points that all are the middle code."""
-
-    def __init__(self, shape: tuple[int, int], bits: int) -> None:
-        self.shape, self.bits = shape, bits
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        return torch.full((stop - start, self.shape[1]), 1 << (self.bits - 1), dtype=torch.int16)
-
-
 def _differing(
     parts: Mapping[str, Part],
+    order: torch.Tensor | None,
     quantization: Quantization,
     checkpoint: Checkpoint,
     weight: str,
@@ -256,6 +160,10 @@ def _differing(
     in_fp32: bool,
 ) -> int:
     """How many values of a weight differ in any bit.
+
+    Args:
+        order: the weight's column that each column of the codes is; None for its own order.
+        in_fp32: see `_compare`.
 
     Raises:
         ValueError: the parts do not make a weight of that shape.
@@ -275,6 +183,7 @@ def _differing(
     for start in range(0, shape[0], ROWS):
         stop = min(start + ROWS, shape[0])
         wanted = quantization.rows(weight, shape, start, stop, stored)
+        wanted = wanted if order is None else wanted[:, order]
         steps = codes.rows(start, stop).view(stop - start, blocks, -1)
         steps = steps - zeros.rows(start, stop)[:, :, None]
         scale = scales.rows(start, stop)

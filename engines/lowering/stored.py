@@ -1,6 +1,7 @@
 """Weights in one file of the engine's own. Only their places are decided here: nothing is read or written.
 
-All are in fp32 but the codes and zero points of quantized weights, which `UseMatMulNBits` has made UINT8.
+All are in fp32 but the codes and zero points of quantized weights, which `UseMatMulNBits` has made UINT8, and the
+order of their columns.
 
 A safetensors file has no gaps, so tensors are ordered by the power of two that divides their size: each lies at a
 multiple of that power, up to ALIGNMENT, and all but a few odd ones at a multiple of ALIGNMENT.
@@ -29,7 +30,7 @@ class StoredWeight:
     """A tensor of an engine's weight file.
 
     Attributes:
-        entry: its place in the file, in fp32 ("F32") or as bytes ("U8").
+        entry: its place in the file, in fp32 ("F32"), or with the source's bytes ("U8", "I64").
         source: the tensor of the package that it is made from.
         repeats: how often each value along the last axis is written, see `RepeatedBlocks`; None if the source is
             converted as it is.
@@ -66,7 +67,7 @@ class StoreWeights(InPlacePass):
         dtypes = {name: _stored_as(tensor) for name, tensor in tensors.items()}
         sizes = {name: tensor.size * dtypes[name].bitwidth // 8 for name, tensor in tensors.items()}
         order = sorted(tensors, key=lambda name: -_divisor(sizes[name]))
-        headers = {ir.DataType.UINT8: BYTES, FP32.ir: FP32.safetensors}
+        headers = {ir.DataType.UINT8: BYTES, ir.DataType.INT64: "I64", FP32.ir: FP32.safetensors}
         entries = plan_safetensors(
             self.file,
             {name: headers[dtypes[name]] for name in order},
@@ -89,7 +90,7 @@ class StoreWeights(InPlacePass):
 
 
 def _stored_as(tensor: ir.ExternalTensor | RepeatedBlocks) -> ir.DataType:
-    return ir.DataType.UINT8 if tensor.dtype == ir.DataType.UINT8 else FP32.ir
+    return tensor.dtype if tensor.dtype in (ir.DataType.UINT8, ir.DataType.INT64) else FP32.ir
 
 
 def _weight(entry: TensorEntry, tensor: ir.ExternalTensor | RepeatedBlocks) -> StoredWeight:

@@ -7,10 +7,11 @@ from typing import Any
 
 from qwenport.exporter.errors import ConfigError
 from qwenport.exporter.keys import short
-from qwenport.exporter.quantization.compressed_tensors import METHOD, parse_compressed_tensors
+from qwenport.exporter.quantization import awq, compressed_tensors, gptq
 from qwenport.exporter.quantization.quantization import Quantization
 from qwenport.exporter.quantization.storage import (
     CODES,
+    PERMUTATION,
     SCALES,
     WEIGHT,
     ZEROS,
@@ -24,6 +25,7 @@ from qwenport.exporter.quantization.storage import (
 
 __all__ = [
     "CODES",
+    "PERMUTATION",
     "SCALES",
     "WEIGHT",
     "ZEROS",
@@ -38,7 +40,9 @@ __all__ = [
 ]
 
 METHODS: Mapping[str, Callable[[Mapping[str, Any]], Quantization]] = {
-    METHOD: parse_compressed_tensors,
+    compressed_tensors.METHOD: compressed_tensors.parse_compressed_tensors,
+    awq.METHOD: awq.parse_awq,
+    gptq.METHOD: gptq.parse_gptq,
 }
 
 

@@ -31,7 +31,7 @@ def parse_compressed_tensors(raw: Mapping[str, Any]) -> Quantization:
     """
     settings = Settings("", raw)
     settings.only("quant_method", METHOD)
-    settings.only("quantization_status", "compressed", "frozen", None)
+    settings.only("quantization_status", "compressed", "frozen")
     for key in ("kv_cache_scheme", "sparsity_config", "moe_sparsity_config", "transform_config"):
         settings.only(key, None, {})
     settings.neutral("global_compression_ratio", "version")

@@ -28,6 +28,7 @@ from qwenport.exporter.quantization.storage import (
     Storage,
     viewed,
 )
+from qwenport.exporter.quantization.words import WORD, packed, transposed, unpacked, words_of
 from qwenport.exporter.safetensors_file import TensorEntry, chunks
 from qwenport.wording import cut
 
@@ -38,7 +39,6 @@ PACKED, SCALE, ZERO_POINT, SHAPE = (
     "weight_zero_point",
     "weight_shape",
 )
-WORD = 32  # bits
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,9 @@ class PackQuantized(Storage):
     def zero_points(self, data: bytes, shape: Shape) -> bytes:
         """Those of ONNX, [N, blocks], of the checkpoint's, whose words hold the codes of neighbouring rows."""
         n, blocks = shape
-        words = np.frombuffer(data, np.dtype("<u4")).reshape(-1, blocks)
-        shifts = self.bits * np.arange(self.per_word, dtype=np.uint32)
-        codes = (words[:, None, :] >> shifts[:, None]) & np.uint32((1 << self.bits) - 1)
-        rows = codes.reshape(-1, blocks)[:n].astype(np.uint8).reshape(-1)
-        if self.bits == 8:
-            return rows.tobytes()
-        padded = np.concatenate([rows, np.zeros(len(rows) % 2, np.uint8)])
-        return (padded[0::2] | (padded[1::2] << 4)).tobytes()
+        along_rows = transposed(words_of(data, blocks))
+        codes = unpacked(along_rows, self.bits)[:, :n]
+        return packed(transposed(codes), self.bits)
 
 
 def parse_weights(weights: Settings) -> PackQuantized:

@@ -9,6 +9,8 @@ from qwenport.exporter.quantization.storage import WEIGHT, Storage
 
 LINEAR, EMBEDDING = "Linear", "Embedding"
 """Targets: every linear, and the embedding."""
+ROUTERS = r"re:.*\.mlp\.(gate|shared_expert_gate)$"
+"""The small linears of a mixture that choose: AWQ's and GPTQ's tools leave them out, whatever a config says."""
 
 
 @dataclass(frozen=True)

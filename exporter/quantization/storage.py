@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
+
 from qwenport.exporter.safetensors_file import TensorEntry
 
 CODES = "codes"
@@ -20,6 +23,8 @@ SCALES = "scales"
 """The same: its scales, [N, K / block]."""
 ZEROS = "zeros"
 """The same: its zero points, [N, K / block]."""
+PERMUTATION = "permutation"
+"""The same: int64 [K], the input column of each column of its codes; only if they are in another order."""
 WEIGHT = ".weight"
 Shape = tuple[int, ...]
 
@@ -66,6 +71,7 @@ class Repacked:
 
 
 Part = ByReference | Middle | Repacked
+Order = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,10 @@ class Storage(ABC):
     def stored(self, shape: Shape) -> dict[str, Shape]:
         """Suffix -> shape of the checkpoint's tensors of a weight [N, K]; suffixes follow the linear's name."""
 
+    def optional(self, shape: Shape) -> dict[str, Shape]:
+        """As `stored`: the tensors that a checkpoint may leave out."""
+        return {}
+
     @abstractmethod
     def parts(
         self, linear: str, shape: Shape, tensors: Mapping[str, TensorEntry]
@@ -125,6 +135,20 @@ class Storage(ABC):
             shape: the weight's, [N, K].
             tensors: the checkpoint's; their shapes are those of `stored`.
         """
+
+    def order(
+        self, linear: str, shape: Shape, checkpoint: Path, tensors: Mapping[str, TensorEntry]
+    ) -> Order | None:
+        """The columns of the weight in the order that its codes have in a package; None if it is the weight's own.
+
+        Args:
+            linear, shape, tensors: as for `parts`.
+            checkpoint: the directory, of which a small tensor is read.
+
+        Raises:
+            CheckpointError: the columns do not make groups of one size.
+        """
+        return None
 
     def check(
         self, linear: str, shape: Shape, checkpoint: Path, tensors: Mapping[str, TensorEntry]

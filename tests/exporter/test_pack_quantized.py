@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnx.reference
 import pytest
 import torch
+from changed import changed
+from evaluated import dequantized
 from hypothesis import given
 from hypothesis import strategies as st
 from quantized import quantize, write_pack_quantized
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from qwenport import exporter
 from qwenport.exporter.quantization.pack_quantized import PackQuantized
@@ -50,22 +49,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], Path
     return make
 
 
-def _dequantized(package: Path, linear: str) -> np.ndarray[Any, Any]:
-    """A weight of a package in fp64, computed by ONNX's own evaluator from what model.onnx points at."""
-    model = onnx.load(package / "model.onnx")
-    (node,) = [n for n in model.graph.node if n.name == f"{linear}.DequantizeLinear"]
-    graph = onnx.helper.make_graph(
-        [node],
-        "weight",
-        [],
-        [onnx.helper.make_empty_tensor_value_info(node.output[0])],
-        [t for t in model.graph.initializer if t.name in node.input],
-    )
-    alone = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)])
-    (weight,) = onnx.reference.ReferenceEvaluator(alone).run(None, {})
-    return np.asarray(weight).astype(np.float64)
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_package_refers_to_the_codes_and_dequantizes_to_the_same_bits(
     scheme: str, made: Callable[..., Path], tmp_path: Path
@@ -85,7 +68,7 @@ def test_a_package_refers_to_the_codes_and_dequantizes_to_the_same_bits(
             options.get("group", 32),
             symmetric=options.get("symmetric", True),
         ).dequantized()
-        found = _dequantized(copied.path, linear)
+        found = dequantized(copied.path, linear)
         assert np.array_equal(found, wanted.double().numpy())
     shared = (package.path / "weights" / "model.safetensors").stat()
     assert (
@@ -134,18 +117,6 @@ def test_zero_points_are_those_that_were_packed(
         assert found[: wanted.size].tolist() == wanted.tolist()
 
 
-def _changed(checkpoint: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy with another quantization_config."""
-    target.mkdir()
-    for file in checkpoint.iterdir():
-        (target / file.name).symlink_to(file)
-    config = json.loads((checkpoint / "config.json").read_text())
-    change(config["quantization_config"])
-    (target / "config.json").unlink()
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
 def _set(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     def change(config: dict[str, Any]) -> None:
         for key in path[:-1]:
@@ -161,7 +132,7 @@ WEIGHTS = ("config_groups", "group_0", "weights")
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (_set("quant_method", value="gptq"), "quantized by 'gptq' are not supported"),
+        (_set("quant_method", value="quanto"), "quantized by 'quanto' are not supported"),
         (_set("quant_method", value="bitsandbytes"), "bitsandbytes"),
         (_set("quant_method", value=None), "quant_method"),
         (_set("format", value="nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized'"),
@@ -189,7 +160,7 @@ WEIGHTS = ("config_groups", "group_0", "weights")
 def test_a_setting_that_is_not_supported_is_named(
     change: Any, named: str, made: Callable[..., Path], tmp_path: Path
 ) -> None:
-    checkpoint = _changed(made("4 bits, groups"), tmp_path / "checkpoint", change)
+    checkpoint = changed(made("4 bits, groups"), tmp_path / "checkpoint", config=change)
     with pytest.raises(exporter.ConfigError, match=re.escape(named)):
         exporter.export(checkpoint, tmp_path / "package")
     assert not (tmp_path / "package").exists()
@@ -219,12 +190,7 @@ PACKED = "model.layers.1.mlp.up_proj.weight_packed"
 def test_a_tensor_that_the_format_does_not_have_so_is_named(
     change: Any, named: str, made: Callable[..., Path], tmp_path: Path
 ) -> None:
-    source = made("4 bits, groups")
-    checkpoint = _changed(source, tmp_path / "checkpoint", lambda config: None)
-    tensors = load_file(source / "model.safetensors")
-    change(tensors)
-    (checkpoint / "model.safetensors").unlink()
-    save_file(tensors, checkpoint / "model.safetensors")
+    checkpoint = changed(made("4 bits, groups"), tmp_path / "checkpoint", tensors=change)
     with pytest.raises(exporter.CheckpointError, match=re.escape(named)):
         exporter.export(checkpoint, tmp_path / "package")
 

@@ -83,7 +83,7 @@ class StoredWeights:
             for part, where in parts_of(prefix + name, parameter.shape, self._files):
                 used |= self._checked(part, tuple(parameter[where].shape), _kind(module))
         for name in sorted(self._files):
-            if name.startswith(prefix) and name not in used:
+            if name.startswith(prefix) and name not in used and not self._is_zero_bias(name):
                 raise ValidationError(
                     f"{cut(self._path)}: transformers' {_kind(module)} has no place for tensor {cut(name)}"
                 )
@@ -108,6 +108,14 @@ class StoredWeights:
                     f"transformers' {kind} needs {list(shape)}"
                 )
 
+    def _is_zero_bias(self, name: str) -> bool:
+        """Whether it is a bias of a quantized weight, and zero: tools write one where the model has none."""
+        linear = name.removesuffix(".bias")
+        if linear == name or f"{linear}.weight" not in self._quantized:
+            return False
+        with _Reader() as reader:
+            return not reader.tensor(*self.place(name)).any()
+
     def _quantization_of(self, weight: str) -> Quantization | None:
         """None if the weight is stored as it is."""
         return self._quantization if weight in self._quantized else None
@@ -131,10 +139,10 @@ class StoredWeights:
         """transformers' names of the stored tensors."""
         return sorted(self._files)
 
-    def dequantized(self) -> dict[str, torch.Tensor]:
+    def dequantized(self, parameters: Container[str]) -> dict[str, torch.Tensor]:
         """Every tensor in the dtype it is stored in, quantized weights in that of their scales.
 
-        What belongs to no weight is among them under its own name.
+        What belongs to no weight is among them under its own name, but for biases of zeros beyond `parameters`.
 
         Raises:
             ValidationError: a quantized weight's tensor is missing or misshapen.
@@ -149,6 +157,7 @@ class StoredWeights:
                 if weight in rest:
                     raise ValidationError(f"{cut(self._path)}: {cut(weight)} is stored twice")
                 tensors[weight] = self._stored_rows(weight, shape, 0, shape[0], reader)
+            rest -= {n for n in rest if n not in parameters and self._is_zero_bias(n)}
             for name in rest:
                 tensors[name] = reader.tensor(self._files[name], self._stored_names[name])
         return tensors

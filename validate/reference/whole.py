@@ -81,7 +81,7 @@ class WholeModel:
         else:
             with reported(path, "its weights cannot be read"):
                 self._stored = StoredWeights(path, None, prefix, quantization=quantization)
-            self._model = _load_dequantized(path, type(skeleton), config, self._stored)
+            self._model = _load_dequantized(path, skeleton, config, self._stored)
         if adapter is not None:
             _merge(self._model, path, prefix, adapter)
         for model in (self._model, skeleton):
@@ -188,7 +188,7 @@ def _load(path: Path, config: Any, prefix: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _load_dequantized(path: Path, model_class: Any, config: Any, stored: StoredWeights) -> Any:
+def _load_dequantized(path: Path, skeleton: Any, config: Any, stored: StoredWeights) -> Any:
     """As `_load`, with the quantized weights dequantized by `dequantization`.
 
     While transformers loads them, the weights are in memory in their own dtype as well.
@@ -196,9 +196,9 @@ def _load_dequantized(path: Path, model_class: Any, config: Any, stored: StoredW
     _check_files(path)
     with reported(path, "its weights cannot be read"):
         refuse_quantized_vocabulary(path, stored.names, tied=config.tie_word_embeddings)
-        tensors = stored.dequantized()
+        tensors = stored.dequantized(skeleton.state_dict())
     with reported(path, "transformers does not load it"):
-        model, info = _from_pretrained(model_class, None, config, state_dict=tensors)
+        model, info = _from_pretrained(type(skeleton), None, config, state_dict=tensors)
     del tensors
     # Unexpected is, among others, what `dequantized` found no use for.
     _check_loaded(path, info, ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys"))

@@ -37,7 +37,7 @@ session.decode([None, 3, 4, None])"""
 def passing(**changes: Any) -> dict[str, Any]:
     """A dense model that passes."""
     return {
-        "schema_version": 3,
+        "schema_version": 4,
         "passed": True,
         "verdict": VERDICT,
         "complete": True,

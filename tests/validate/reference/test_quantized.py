@@ -333,9 +333,9 @@ def test_a_quantized_embedding_or_tied_head_is_refused(
 
 
 REFUSED: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "quant_method": lambda stated: stated.update(quant_method="gptq"),
+    "quant_method": lambda stated: stated.update(quant_method="bitsandbytes"),
     "format": lambda stated: stated.update(format="int-quantized"),
-    "quantization_status": lambda stated: stated.update(quantization_status="frozen"),
+    "quantization_status": lambda stated: stated.update(quantization_status="initialized"),
     "kv_cache_scheme": lambda stated: stated.update(kv_cache_scheme={"num_bits": 8}),
     "transform_config": lambda stated: stated.update(transform_config={"config_groups": {"a": 1}}),
     "input_activations": lambda stated: group(stated).update(input_activations={"num_bits": 8}),

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.failures import reported
-from qwenport.validate.reference.dequantization import pack_quantized
+from qwenport.validate.reference.dequantization import awq, gptq, pack_quantized
 from qwenport.validate.reference.dequantization.quantization import (
     KEY,
     Quantization,
@@ -23,6 +23,8 @@ __all__ = ["Quantization", "Stored", "read_quantization", "refuse_quantized_voca
 
 METHODS: Mapping[str, Callable[[Path, Mapping[str, Any]], Quantization]] = {
     pack_quantized.LIBRARY: pack_quantized.read,
+    awq.METHOD: awq.read,
+    gptq.METHOD: gptq.read,
 }
 """quant_method -> (directory, quantization_config) -> the quantization."""
 

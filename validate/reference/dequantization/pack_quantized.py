@@ -37,7 +37,7 @@ BITS = (4, 8)
 # What else a config may say, and what it must say there: anything else changes the values or the arithmetic.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "format": (FORMAT,),
-    "quantization_status": ("compressed",),
+    "quantization_status": ("compressed", "frozen"),
     "kv_cache_scheme": (None,),
     "sparsity_config": (None, {}),
     "transform_config": (None, {}),
