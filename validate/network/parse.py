@@ -114,7 +114,7 @@ def parse_package(package: Package, capacity: int, form: str = MASKED) -> Parsed
         MissingExtraError: tensorrt-rtx is not installed.
         NetworkError: TensorRT's parser refuses the model; the message is the parser's.
     """
-    model = for_tensorrt(
+    model, codes = for_tensorrt(
         package.read_model(),
         dtype=package.dtype,
         capacity=attention_of(form, capacity).slots,
