@@ -43,7 +43,7 @@ def build_plan(
         gpus: architectures to build for; empty for the local GPU.
         profiles: as in the manifest.
         attention: the form of attention.
-        weights: the quantized ones; if there are none, TensorRT is not asked to describe its layers.
+        weights: the quantized ones; if there are none, TensorRT's list of layers is not read.
         progress: called with (what, done, total).
 
     Returns:
@@ -75,7 +75,6 @@ def build_plan(
         for index, gpu in enumerate(gpus):
             config.set_compute_capability(getattr(trt.ComputeCapability, gpu.upper()), index)
 
-    detail = trt.ProfilingVerbosity.DETAILED if weights else None
     monitor = _monitor(trt, progress)
     writer = _plan_writer(trt, plan)
 
@@ -85,7 +84,7 @@ def build_plan(
         check_network(network, trt)
         changed = change_attention(network, trt, attention)
         check_changed(network, trt, attention)
-        create = CreateConfig(profiles=shapes, progress_monitor=monitor, profiling_verbosity=detail)
+        create = CreateConfig(profiles=shapes, progress_monitor=monitor)
         config = PostprocessConfig(create, choose_gpus)(builder, network)
         built = builder.build_serialized_network_to_stream(network, config, writer)
         layers: int = network.num_layers

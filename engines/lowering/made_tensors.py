@@ -57,16 +57,20 @@ class Correction:
     rows: int
     digits: int
 
+    @property
+    def blocks(self) -> int:
+        """Rows without padding."""
+        return self.weights[0].k // self.weights[0].block
+
     def values(self) -> Float32:
-        """The corrections [blocks, N] in fp32, where they are exact, without those that only pad."""
-        return np.concatenate([self._of(weight) for weight in self.weights]).T
+        """The corrections [rows, N] in fp32, where they are exact."""
+        made = np.zeros((self.rows, sum(weight.n for weight in self.weights)), np.float32)
+        made[: self.blocks] = np.concatenate([self._of(weight) for weight in self.weights]).T
+        return made
 
     def stored(self) -> bytes:
-        """The initializer: rounded to the scales' dtype, and padded."""
-        values = self.values()
-        made = np.zeros((self.rows, values.shape[1]), self.weights[0].rounded.numpy())
-        made[: len(values)] = values
-        return made.tobytes()
+        """The initializer: rounded to the scales' dtype."""
+        return self.values().astype(self.weights[0].rounded.numpy()).tobytes()
 
     def _of(self, weight: QuantizedWeight) -> Float32:
         shape = weight.n, weight.k // weight.block
