@@ -11,13 +11,17 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenport.contract import Progress
 from qwenport.engines.apart import run_apart
 from qwenport.engines.errors import BuildError
+from qwenport.engines.layer_check import HEADING, check_layers
 from qwenport.engines.request import Profile
 from qwenport.exporter import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from qwenport.engines.lowering import SignedWeight
 
 
 def build_plan(
@@ -27,9 +31,10 @@ def build_plan(
     gpus: tuple[str, ...],
     profiles: Sequence[Profile],
     attention: str,
+    weights: Sequence[SignedWeight],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Parse, check, change the attention, check again, and build.
+    """Parse, check, change the attention, check again, build, and check what became of quantized weights.
 
     Args:
         trt: the TensorRT module, as returned by `load_tensorrt`.
@@ -38,6 +43,7 @@ def build_plan(
         gpus: architectures to build for; empty for the local GPU.
         profiles: as in the manifest.
         attention: the form of attention.
+        weights: the quantized ones; if there are none, TensorRT's list of layers is not read.
         progress: called with (what, done, total).
 
     Returns:
@@ -45,7 +51,7 @@ def build_plan(
 
     Raises:
         LoweringError: something was lost in parsing, or the attention cannot have that form.
-        BuildError: TensorRT refused the model; the message is its first error.
+        BuildError: TensorRT refused the model; the message is its first error. Or it would expand a quantized weight.
     """
     from polygraphy.backend.trt import (
         CreateConfig,
@@ -85,7 +91,7 @@ def build_plan(
         del parser, changed  # they own the weights and constants that the network references
         return layers if built else None
 
-    with _tensorrt_messages() as messages:
+    with _tensorrt_messages(layers=bool(weights)) as messages:
         try:
             layers = run_apart(build, monitor.stop)
         except PolygraphyException:
@@ -97,30 +103,37 @@ def build_plan(
                 raise failure
         if layers is None:
             raise BuildError(f"TensorRT could not build the engine: {_first_error(messages)}")
+    if weights:
+        check_layers(messages, weights)
     return {"sha256": writer.hexdigest(), "layers": layers}
 
 
 @contextmanager
-def _tensorrt_messages() -> Iterator[list[str]]:
-    """Collect TensorRT's warnings and errors, which Polygraphy would print."""
+def _tensorrt_messages(*, layers: bool) -> Iterator[list[str]]:
+    """Collect TensorRT's warnings and errors, which Polygraphy would print; with `layers` also its list of layers."""
     from polygraphy.logger import G_LOGGER
 
     messages: list[str] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
+            message = record.getMessage()
+            if record.levelno >= logging.WARNING or HEADING in message:
+                messages.append(message)
 
-    logger, collector = logging.getLogger("Polygraphy"), Collector(logging.WARNING)
+    logger, collector = logging.getLogger("Polygraphy"), Collector()
     propagate, logger.propagate = logger.propagate, False
+    level = logger.level
+    logger.setLevel(1 if layers else logging.WARNING)
     logger.addHandler(collector)
     G_LOGGER.use_python_logging_system = True
     try:
-        with G_LOGGER.verbosity(G_LOGGER.WARNING):
+        with G_LOGGER.verbosity(G_LOGGER.EXTRA_VERBOSE if layers else G_LOGGER.WARNING):
             yield messages
     finally:
         G_LOGGER.use_python_logging_system = False
         logger.removeHandler(collector)
+        logger.setLevel(level)
         logger.propagate = propagate
 
 

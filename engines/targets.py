@@ -7,16 +7,25 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenport import import_extra
 from qwenport.contract import GPUS, TENSORRT, TENSORRT_RTX
 from qwenport.engines.errors import BuildError
 
+if TYPE_CHECKING:
+    from qwenport.exporter.quantization import Quantization
+
 FP16_ONLY = ("sm75",)
 """Architectures without fused bf16 attention and without fp32 matmul (TensorRT-RTX on Turing)."""
+
+
+INT4, INT8 = "INT4", "INT8"
+WITHOUT = {INT4: ("sm75",), INT8: ()}
+"""Type of an engine's quantized codes -> the architectures that cannot multiply by it; one of them fails a build."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +77,35 @@ def load_tensorrt(flavour: Flavour, purpose: str) -> Any:
     return module
 
 
-def parse_gpus(text: str | None, flavour: Flavour, dtype: str) -> tuple[str, ...]:
-    """Parse "sm86,sm89" and refuse architectures that the flavour or the dtype does not support.
+def code_types(quantization: Quantization | None) -> tuple[str, ...]:
+    """The types of the codes in an engine: 8 bits with a scale per row stay 8 bits, in blocks they become 4 and 4."""
+    storages = [] if quantization is None else [group.storage for group in quantization.groups]
+    found = (INT8 if s.bits == 8 and s.group is None else INT4 for s in storages)
+    return tuple(dict.fromkeys(found))
+
+
+def parse_gpus(
+    text: str | None, flavour: Flavour, dtype: str, codes: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Parse "sm86,sm89" and refuse architectures that the flavour or a type does not support.
 
     Args:
         text: comma-separated architectures, or None for the flavour's default: for tensorrt-rtx all
-            that can run the dtype, for tensorrt the local GPU.
+            that can run the types, for tensorrt the local GPU.
         flavour: the flavour that will build.
         dtype: the package's dtype.
+        codes: the types of its quantized codes, as of `code_types`.
 
     Raises:
         BuildError: an unknown name, a repeated one, or one that cannot run the model; says which.
     """
     if text is None and flavour.builds_anywhere:
-        return tuple(gpu for gpu in flavour.gpus if dtype == "fp16" or gpu not in FP16_ONLY)
+        unfit = {gpu for each in codes for gpu in WITHOUT[each]}
+        return tuple(
+            gpu
+            for gpu in flavour.gpus
+            if (dtype == "fp16" or gpu not in FP16_ONLY) and gpu not in unfit
+        )
     asked = [current_gpu()] if text is None else [part.strip() for part in text.split(",")]
     gpus = tuple(map(str.lower, asked))
     for gpu, word in zip(gpus, asked, strict=True):
@@ -97,6 +121,11 @@ def parse_gpus(text: str | None, flavour: Flavour, dtype: str) -> tuple[str, ...
             )
         if dtype != "fp16" and gpu in FP16_ONLY:
             raise BuildError(f"{gpu} has no kernels for {dtype}; export with --dtype fp16 for it")
+        lacking = [each for each in codes if gpu in WITHOUT[each]]
+        if lacking:
+            raise BuildError(
+                f"{gpu} has no kernels for {lacking[0]}, which the package's quantized weights need; leave it out of --gpu"
+            )
         if gpus.count(gpu) > 1:
             raise BuildError(f"{gpu} is named twice")
     if text is not None and not flavour.builds_anywhere:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenport.contract import CAPACITY, DTYPES, MODEL, PLAN, WITH_QUERIES, Progress, query
 from qwenport.engines.attention import attention_of, choose_attention
-from qwenport.engines.errors import BuildError
 from qwenport.engines.plan import build_plan
 from qwenport.engines.plugin_library import check_library, register_for_build
 from qwenport.engines.request import Attention, Filled, Request
-from qwenport.engines.targets import FLAVOURS, load_tensorrt, parse_gpus
-from qwenport.exporter import Package, damaged
+from qwenport.engines.targets import FLAVOURS, code_types, load_tensorrt, parse_gpus
+from qwenport.exporter import Package, damaged, require_space
 from qwenport.plugins.compiled import LIBRARY
+
+if TYPE_CHECKING:
+    from qwenport.engines.lowering import SignedWeight
 
 MAX_STEP_TOKENS = 2048
 """Tokens per row in one session step: longer prompts are prefilled in chunks, so that activations stay bounded."""
@@ -42,13 +44,8 @@ def check_for_tensorrt(request: Request) -> None:
         MissingExtraError: the flavour is not installed.
     """
     flavour = FLAVOURS[request.target]
-    if request.package.config.quantization is not None:
-        raise BuildError(
-            f"{request.package.path} is quantized, and engines for {flavour.name} of such packages are not supported; "
-            "--target onnxruntime runs it"
-        )
     _attention(request, ())  # what no GPU can have needs none to be refused
-    gpus = parse_gpus(request.gpus, flavour, request.package.dtype)
+    gpus = _gpus(request)
     _attention(request, gpus)
     if request.plugins is not None:
         check_library(request.plugins, flavour, gpus)
@@ -67,14 +64,14 @@ def fill_for_tensorrt(request: Request, folder: Path, progress: Progress) -> Fil
         LoweringError, BuildError: see `build_plan`.
     """
     package, plugins, flavour = request.package, request.plugins, FLAVOURS[request.target]
-    gpus = parse_gpus(request.gpus, flavour, package.dtype)
+    gpus = _gpus(request)
     attention = _attention(request, gpus)
     trt = load_tensorrt(flavour, "build engines")
     if plugins is not None:
         shutil.copyfile(plugins, folder / LIBRARY)
         register_for_build(trt, folder / LIBRARY)
-    lowered, layers = _write_lowered(
-        request, folder / "lowered", attention.slots, plugins=plugins is not None
+    lowered, layers, weights = _write_lowered(
+        request, folder / "lowered", attention.slots, progress, plugins=plugins is not None
     )
     profiles = [
         request.profile(*tokens, attention=attention, fixed_cache=True)
@@ -87,6 +84,7 @@ def fill_for_tensorrt(request: Request, folder: Path, progress: Progress) -> Fil
         gpus if flavour.builds_anywhere else (),
         profiles,
         attention.form,
+        weights,
         progress,
     )
     shutil.rmtree(folder / "lowered")
@@ -102,6 +100,17 @@ def fill_for_tensorrt(request: Request, folder: Path, progress: Progress) -> Fil
         plugin_layers=layers,
         hashes={PLAN: built["sha256"]},
     )
+
+
+def _gpus(request: Request) -> tuple[str, ...]:
+    """The architectures of the engine.
+
+    Raises:
+        BuildError: see `parse_gpus`.
+    """
+    package = request.package
+    codes = code_types(package.config.quantization)
+    return parse_gpus(request.gpus, FLAVOURS[request.target], package.dtype, codes)
 
 
 def _attention(request: Request, gpus: tuple[str, ...]) -> Attention:
@@ -122,20 +131,30 @@ def _attention(request: Request, gpus: tuple[str, ...]) -> Attention:
 
 
 def _write_lowered(
-    request: Request, folder: Path, slots: int, *, plugins: bool
-) -> tuple[Path, dict[str, int]]:
-    """Write the lowered model where the parser finds the weights: next to a link to them.
+    request: Request, folder: Path, slots: int, progress: Progress, *, plugins: bool
+) -> tuple[Path, dict[str, int], tuple[SignedWeight, ...]]:
+    """Write the lowered model where the parser finds the weights: next to a link to them, and to the new ones.
 
     Returns:
-        The model's file, and the number of uses of each plugin.
+        The model's file, the number of uses of each plugin, and the quantized weights.
+
+    Raises:
+        ExportError: the disk is too small.
+        LoweringError, PackageError: the package's graph cannot be lowered.
     """
     import onnx_ir as ir
 
-    from qwenport.engines.lowering import check_graph, for_tensorrt, plugin_layers
+    from qwenport.engines.lowering import (
+        CODES_FILE,
+        check_graph,
+        for_tensorrt,
+        plugin_layers,
+        write_tensors,
+    )
 
     package = request.package
     with damaged(package.model):
-        model = for_tensorrt(
+        model, codes = for_tensorrt(
             package.read_model(),
             dtype=package.dtype,
             capacity=slots,
@@ -146,9 +165,12 @@ def _write_lowered(
         check_graph(model)
     folder.mkdir()
     os.symlink(os.path.abspath(package.path / "weights"), folder / "weights")
+    if codes.tensors:
+        require_space(folder, codes.bytes)
+        write_tensors(folder / CODES_FILE, codes.tensors, progress)
     path = folder / MODEL
     ir.save(model, path)
-    return path, plugin_layers(model)
+    return path, plugin_layers(model), codes.weights
 
 
 def _bindings(package: Package, attention: Attention) -> dict[str, Any]:

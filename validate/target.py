@@ -139,8 +139,6 @@ def open_target(
         raise ValidationError(f"{path}: neither a package nor an engine (no {MANIFEST})")
     package = load_package(path)
     judged_as = judged_as or PACKAGE
-    if judged_as == NETWORK and package.config.quantization is not None:
-        raise ValidationError(f"{path}: quantized, and TensorRT's network of it cannot be judged")
     in_fp32 = judged_as == NETWORK or device == "cpu"
     form: str | None = None
     architectures: tuple[str, ...] = ()
@@ -169,9 +167,10 @@ def open_target(
 def _form(package: Package, gpus: str | None, attention: str) -> tuple[str, tuple[str, ...]]:
     """The form of attention that `build` gives an engine for tensorrt-rtx, and the architectures that it is for."""
     from qwenport.engines.attention import choose_attention
-    from qwenport.engines.targets import FLAVOURS, parse_gpus
+    from qwenport.engines.targets import FLAVOURS, code_types, parse_gpus
 
-    architectures = parse_gpus(gpus, FLAVOURS[TENSORRT_RTX], package.dtype)
+    codes = code_types(package.config.quantization)
+    architectures = parse_gpus(gpus, FLAVOURS[TENSORRT_RTX], package.dtype, codes)
     form = choose_attention(
         attention,
         flavour=TENSORRT_RTX,

@@ -17,9 +17,18 @@ from qwenport.engines.lowering.few_bits import (
 )
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
+from qwenport.engines.lowering.made_tensors import Correction, write_tensors
 from qwenport.engines.lowering.read_experts_once import ReadExpertsOnce
 from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables, folded
 from qwenport.engines.lowering.rounded import RoundResults
+from qwenport.engines.lowering.signed_codes import (
+    FILE as CODES_FILE,
+)
+from qwenport.engines.lowering.signed_codes import (
+    SignedCodes,
+    SignedWeight,
+    UseSignedCodes,
+)
 from qwenport.engines.lowering.stored import ALIGNMENT, BYTES, StoredWeight, StoreWeights
 from qwenport.engines.lowering.targets import (
     for_onnxruntime,
@@ -33,8 +42,10 @@ from qwenport.engines.lowering.use_plugins import UsePlugins, plugin_layers
 __all__ = [
     "ALIGNMENT",
     "BYTES",
+    "CODES_FILE",
     "Changed",
     "ComputeInFloat32",
+    "Correction",
     "CutRopeTables",
     "DecomposeAttention",
     "DequantizeAtLoad",
@@ -44,12 +55,15 @@ __all__ = [
     "FuseTransposedMatMul",
     "ReadExpertsOnce",
     "RoundResults",
+    "SignedCodes",
+    "SignedWeight",
     "SplitExperts",
     "StaticCapacity",
     "StoreWeights",
     "StoredWeight",
     "UseMatMulNBits",
     "UsePlugins",
+    "UseSignedCodes",
     "change_attention",
     "check_changed",
     "check_graph",
@@ -63,4 +77,5 @@ __all__ = [
     "plugin_layers",
     "repeated_zero_points",
     "rounds_activations",
+    "write_tensors",
 ]

@@ -119,10 +119,10 @@ class UseMatMulNBits(InPlacePass):
             if node.op_type != "DequantizeLinear" or node.domain != "":
                 continue
             try:
-                weight = _quantized(node)
+                weight = quantized_weight(node)
                 if self.exact and not (weight.bits == 4 and weight.scales.dtype == FP32.ir):
                     continue
-                products = _products(node)
+                products = products_of(node)
                 inputs = _laid_out(weight, node, laid_out)
             except LoweringError:
                 if self.exact:
@@ -165,7 +165,7 @@ class DequantizeAtLoad(InPlacePass):
 
 
 @dataclass(frozen=True)
-class _Quantized:
+class QuantizedWeight:
     """A quantized weight.
 
     Attributes:
@@ -186,7 +186,7 @@ class _Quantized:
     block: int
 
 
-def _quantized(node: ir.Node) -> _Quantized:
+def quantized_weight(node: ir.Node) -> QuantizedWeight:
     """What a DequantizeLinear is given.
 
     Raises:
@@ -205,7 +205,9 @@ def _quantized(node: ir.Node) -> _Quantized:
         if size > 0 and k % size == 0:
             shape = (n, k // size)
             if all(v.shape is not None and tuple(v.shape) == shape for v in (scales, zeros)):
-                return _Quantized(codes, scales, zeros, scales.dtype, n, k, BITS[codes.dtype], size)
+                return QuantizedWeight(
+                    codes, scales, zeros, scales.dtype, n, k, BITS[codes.dtype], size
+                )
     raise LoweringError(f"{node.name}: its weight is not in blocks along the second of two axes")
 
 
@@ -217,7 +219,7 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
     return value if value is not None and value.is_initializer() else None
 
 
-def _products(node: ir.Node) -> list[ir.Node]:
+def products_of(node: ir.Node) -> list[ir.Node]:
     """The products by a dequantized weight.
 
     Raises:
@@ -243,7 +245,7 @@ def _products(node: ir.Node) -> list[ir.Node]:
 
 
 def _laid_out(
-    weight: _Quantized, node: ir.Node, known: dict[ir.Value, tuple[int, int]]
+    weight: QuantizedWeight, node: ir.Node, known: dict[ir.Value, tuple[int, int]]
 ) -> list[ir.Value]:
     """The inputs of MatMulNBits after the first; the initializers change their types and shapes.
 
@@ -262,7 +264,7 @@ def _laid_out(
         )
     blocks, repeats = weight.k // block, weight.block // block
     values = [weight.codes, weight.scales]
-    if not _is_symmetric(weight.zeros):
+    if not is_symmetric(weight.zeros):
         values.append(weight.zeros)
     for value in values:
         if known.get(value, (block, repeats)) != (block, repeats):
@@ -284,7 +286,7 @@ def _laid_out(
     return values
 
 
-def _is_symmetric(zeros: ir.Value) -> bool:
+def is_symmetric(zeros: ir.Value) -> bool:
     """Whether all zero points are the middle code, which MatMulNBits assumes where it is given none.
 
     The file says so, because lowering reads no weight.
@@ -316,7 +318,7 @@ def _row_bytes(count: int, bits: int) -> int:
 
 
 def _multiply(
-    graph: ir.Graph, product: ir.Node, weight: _Quantized, inputs: list[ir.Value], level: int
+    graph: ir.Graph, product: ir.Node, weight: QuantizedWeight, inputs: list[ir.Value], level: int
 ) -> None:
     made = ir.node(
         "MatMulNBits",
@@ -351,7 +353,7 @@ def _remove(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _dequantize(graph: ir.Graph, node: ir.Node) -> None:
-    weight = _quantized(node)
+    weight = quantized_weight(node)
     (old,) = node.outputs
     name = str(old.name)
     nodes: list[ir.Node] = []

@@ -19,6 +19,7 @@ from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
 from qwenport.engines.lowering.read_experts_once import ReadExpertsOnce
 from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables
 from qwenport.engines.lowering.rounded import RoundResults
+from qwenport.engines.lowering.signed_codes import SignedCodes, UseSignedCodes
 from qwenport.engines.lowering.stored import StoredWeight, StoreWeights
 from qwenport.engines.lowering.use_plugins import UsePlugins
 
@@ -110,7 +111,7 @@ def for_tensorrt(
     positions: int,
     kv_heads: int,
     plugins: bool = False,
-) -> ir.Model:
+) -> tuple[ir.Model, SignedCodes]:
     """Lower a package's graph for TensorRT or TensorRT-RTX. Changes `model`.
 
     Args:
@@ -120,14 +121,18 @@ def for_tensorrt(
         positions: rows of its rope tables.
         kv_heads: the model's num_key_value_heads.
         plugins: whether the custom operators become plugins.
+
+    Returns:
+        The graph, and what became of quantized weights.
     """
-    passes: list[PassBase] = [StaticCapacity(capacity), FoldRopeTables(positions)]
+    codes = UseSignedCodes()
+    passes: list[PassBase] = [StaticCapacity(capacity), FoldRopeTables(positions), codes]
     if dtype == "fp32":
         passes.append(DecomposeAttention(kv_heads))
     if plugins:
         passes.append(UsePlugins())
     passes.append(ReadExpertsOnce())
-    return _lowered(model, passes)
+    return _lowered(model, passes), codes.made
 
 
 def _lowered(model: ir.Model, passes: Sequence[PassBase]) -> ir.Model:

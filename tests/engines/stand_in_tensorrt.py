@@ -189,7 +189,7 @@ def _loaded(package: exporter.Package, slots: int) -> ort.InferenceSession:
     """The network, loaded once."""
     key = package.path, slots
     if key not in _sessions:
-        model = for_tensorrt(
+        model, _ = for_tensorrt(
             ir.load(package.model),
             dtype="fp32",
             capacity=slots,

@@ -149,7 +149,7 @@ def with_weights(model: ir.Model, package_path) -> bytes:
 
 def test_a_real_package_passes_every_check(package_of: Callable):
     package = package_of("fp16")
-    model = for_tensorrt(
+    model, _ = for_tensorrt(
         ir.load(package.model),
         dtype="fp16",
         capacity=128,

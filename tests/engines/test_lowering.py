@@ -188,7 +188,7 @@ def test_decomposed_attention_equals_torch_and_onnxruntime(
 def test_tensorrt_lowering_decomposes_attention_in_fp32_only(package_of):
     for dtype, attentions in (("fp32", 0), ("bf16", 5), ("fp16", 5)):
         package = package_of(dtype)
-        model = for_tensorrt(
+        model, _ = for_tensorrt(
             ir.load(package.model),
             dtype=dtype,
             capacity=128,

@@ -33,7 +33,7 @@ def package(request, tmp_path_factory: pytest.TempPathFactory) -> exporter.Packa
 
 
 def lowered(package: exporter.Package, *, plugins: bool) -> ir.Model:
-    return for_tensorrt(
+    model, _ = for_tensorrt(
         ir.load(package.model),
         dtype=package.dtype,
         capacity=CAPACITY,
@@ -41,6 +41,7 @@ def lowered(package: exporter.Package, *, plugins: bool) -> ir.Model:
         kv_heads=package.config.num_key_value_heads,
         plugins=plugins,
     )
+    return model
 
 
 def with_functions(model: ir.Model) -> ir.Model:

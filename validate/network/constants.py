@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from qwenport.contract import DTYPES
 from qwenport.engines.lowering import folded
-from qwenport.exporter import CHUNK_BYTES, Package
-from qwenport.validate.network.parse import TORCH, ParsedNetwork, WeightFiles, floating_types
+from qwenport.exporter import CHUNK_BYTES, SCALES, Package
+from qwenport.validate.network.parse import CODES, TORCH, ParsedNetwork, floating_types
+from qwenport.validate.network.quantized import differing
 from qwenport.validate.report import Check, ScenarioResult
 from qwenport.validate.rope_check import TABLES, read_tables
 
@@ -59,7 +60,7 @@ def check_constants(parsed: ParsedNetwork, package: Package, exact: bool) -> Sce
             will compute with, so those are compared; TensorRT's own stay in the model's dtype.
     """
     begun = time.perf_counter()
-    weights = dict(_initializers(package, parsed.files))
+    weights = dict(_initializers(package, parsed)) | dict(_made(parsed))
     wanted = weights | _tables(package, DTYPES[package.dtype].torch)
     layers = list(_constants(parsed))
     found = dict(layers)
@@ -85,6 +86,7 @@ def check_constants(parsed: ParsedNetwork, package: Package, exact: bool) -> Sce
         _none("constants that differ", different),
         _none(f"other constants of more than {MAX_ELEMENTS} numbers", foreign),
         _none("constants that are evaluated with other values", computed),
+        *_quantized(parsed, package),
         Check("weights compared", sum(name in wanted for name, _ in layers), "==", len(wanted)),
     )
     reason = None
@@ -104,11 +106,31 @@ def _none(metric: str, names: list[str]) -> Check:
     return Check(metric, len(names), "==", 0, f"first: {names[0]}" if names else None)
 
 
-def _initializers(package: Package, files: WeightFiles) -> Iterator[tuple[str, _Wanted]]:
-    """Name -> (dtype, shape, bytes) of every floating-point initializer of model.onnx except the rope tables."""
+def _quantized(parsed: ParsedNetwork, package: Package) -> Iterator[Check]:
+    """Whether the signed weights with their corrections are the package's; nothing if it has none."""
+    if parsed.signed:
+        made = {name: parsed.constants[name] for name in parsed.made}
+        wrong = list(differing(parsed.signed, made, package, parsed.files.bytes_of))
+        yield _none("quantized weights with other values", wrong)
+
+
+def _made(parsed: ParsedNetwork) -> Iterator[tuple[str, _Wanted]]:
+    """The same of what lowering made of them."""
+    for name, tensor in parsed.made.items():
+        dtype = {**TORCH, **CODES}[tensor.dtype]
+        yield name, (dtype, tuple(tensor.shape.numpy()), parsed.files.bytes_of(tensor))
+
+
+def _initializers(package: Package, parsed: ParsedNetwork) -> Iterator[tuple[str, _Wanted]]:
+    """Name -> (dtype, shape, bytes) of every floating-point initializer of model.onnx except the rope tables.
+
+    Scales of quantized weights are not among them: lowering makes others.
+    """
+    files = parsed.files
+    replaced = {f"{name}.{SCALES}" for made in parsed.signed.values() for name in made.weights}
     for name, value in package.read_model().graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or tensor.dtype not in TORCH or name in TABLES:
+        if tensor is None or tensor.dtype not in TORCH or name in TABLES or name in replaced:
             continue
         if isinstance(tensor, ir.ExternalTensor):
             data = files.bytes_of(tensor)
@@ -132,7 +154,7 @@ def _tables(package: Package, dtype: torch.dtype) -> dict[str, _Wanted]:
 def _constants(parsed: ParsedNetwork) -> Iterator[tuple[str, _Constant]]:
     """Every floating-point constant of the network by its layer's name."""
     trt = parsed.trt
-    types = floating_types(trt)
+    types = {**floating_types(trt), trt.DataType.INT4: CODES[ir.DataType.INT4]}
     for layer, kind in parsed.layers():
         if kind != "CONSTANT":
             continue
@@ -140,6 +162,8 @@ def _constants(parsed: ParsedNetwork) -> Iterator[tuple[str, _Constant]]:
         weights = layer.weights
         if not isinstance(weights, np.ndarray):
             dtype, data = types.get(weights.dtype), _bytes_of(trt, weights)
+        elif weights.dtype == np.int8:
+            dtype, data = torch.int8, weights.reshape(-1).view(np.uint8)
         elif np.issubdtype(weights.dtype, np.floating):
             flat = weights.reshape(-1)
             dtype, data = torch.from_numpy(flat[:0]).dtype, flat.view(np.uint8)
@@ -156,7 +180,8 @@ def _computed_with(
         values = parsed.constants.get(name)
         if (
             values is None
-            or (values.dtype, tuple(values.shape)) != (dtype, shape)
+            or values.dtype != dtype
+            or (tuple(values.shape) != shape and dtype != CODES[ir.DataType.INT4])
             or not _equal(values.contiguous().view(-1).view(torch.uint8).numpy(), data)
         ):
             yield name
@@ -185,7 +210,8 @@ def _bytes_of(trt: Any, weights: Any) -> Bytes | None:
     seen = _read_weights(weights)
     if seen is None or (seen[0], seen[2]) != (int(weights.dtype), int(weights.size)):
         return None
-    size = int(weights.nbytes)
+    half = weights.dtype == trt.DataType.INT4  # of a byte, for which `nbytes` is nonsense
+    size = -(-int(weights.size) // 2) if half else int(weights.nbytes)
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(seen[1]))
 
 

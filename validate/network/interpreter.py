@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from qwenport import contract
+from qwenport.engines.lowering import SignedWeight
 from qwenport.validate.errors import NetworkError
 from qwenport.validate.network.layers import KINDS, Compute, Context, inputs_of, refuse
 from qwenport.validate.network.parse import ParsedNetwork, WeightFiles, floating_types
+from qwenport.validate.network.quantized import restored, unpacked
 
 HALF = tuple(dtype.torch for dtype in contract.HALF)
 
@@ -72,9 +74,13 @@ class Interpreter:
             parsed.trt.DataType.INT32: torch.int32,
             parsed.trt.DataType.INT64: torch.int64,
             parsed.trt.DataType.BOOL: torch.bool,
+            parsed.trt.DataType.INT8: torch.int8,
+            parsed.trt.DataType.INT4: torch.int8,
         }
         self._makers: dict[str, tuple[Any, str]] = {}
         self._scaled = dict(parsed.scaled)
+        corrections = [weight.correction for weight in parsed.signed.values()]
+        self._corrections = {c.name: c for c in corrections if c is not None}
         for layer, kind in parsed.layers():
             if kind not in KINDS and kind != "CONSTANT":
                 raise NetworkError(f"layer {layer.name} is of kind {kind}, which is not known here")
@@ -156,8 +162,11 @@ class Interpreter:
         tensors = [layer.get_output(index) for index in range(layer.num_outputs)]
         outputs = tuple(_Output(t.name, self.type_of(t), tuple(t.shape)) for t in tensors)
         if kind == "CONSTANT":
-            values = self._constant(layer, outputs[0])
-            return _Step(layer.name, lambda: values, True, (), outputs, True)
+            made = self._made(layer, outputs[0])
+            if made is None:
+                values = self._constant(layer, outputs[0])
+                made = lambda: values  # noqa: E731
+            return _Step(layer.name, made, True, (), outputs, True)
         half = outputs[0].dtype
         rounds = half in HALF
         context = Context(
@@ -165,8 +174,32 @@ class Interpreter:
         )
         layer.__class__ = getattr(self.parsed.trt, KINDS[kind].interface)
         compute = KINDS[kind].read(context, layer)
+        weight = self.parsed.signed.get(outputs[0].name)
+        if self.exact and weight is not None:
+            compute = self._restored(compute, weight)
         updates = kind == "KV_CACHE_UPDATE"
         return _Step(layer.name, compute, KINDS[kind].moves, inputs, outputs, static, updates)
+
+    def _made(self, layer: Any, output: _Output) -> Compute | None:
+        """What makes a constant whose values are not stored as they are; nothing is read before it runs."""
+        correction = self._corrections.get(layer.name)
+        if self.exact and correction is not None:
+            return lambda: torch.from_numpy(correction.values())
+        data = self.parsed.constants.get(layer.name)
+        if data is None or data.dtype != torch.uint8:
+            return None
+        return lambda: unpacked(data, signed=True).view(output.shape)
+
+    def _restored(self, compute: Compute, weight: SignedWeight) -> Compute:
+        assert self.parsed.dtype is not None
+        dtype = contract.DTYPES[self.parsed.dtype].torch
+
+        def computed(*inputs: torch.Tensor) -> torch.Tensor:
+            values = compute(*inputs)
+            assert isinstance(values, torch.Tensor)
+            return restored(values, weight, dtype)
+
+        return computed
 
     def _unscaled(self, name: str) -> _Step:
         """What a tensor was before its scale was multiplied in earlier."""

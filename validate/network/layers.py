@@ -217,7 +217,8 @@ def _matrix_multiply(context: Context, layer: Any) -> Compute:
 
 
 def _slice(context: Context, layer: Any) -> Compute:
-    if _name(layer.mode) != "STRICT_BOUNDS":
+    fills = _name(layer.mode) == "FILL"
+    if not fills and _name(layer.mode) != "STRICT_BOUNDS":
         raise refuse(layer, f"slicing in mode {_name(layer.mode)}")
     names = ("start", "shape", "stride")
     parameters = [_dims(layer, name, index) for index, name in enumerate(names, start=1)]
@@ -241,6 +242,9 @@ def _slice(context: Context, layer: Any) -> Compute:
         for axis, first, count, step in zip(chosen, starts, counts, steps, strict=True):
             size = x.shape[axis]
             last = first + (count - 1) * step
+            if fills:
+                x = _filled(x, axis, first, count, step, 0.0 if fill is None else float(fill))
+                continue
             if count and not (0 <= first < size and 0 <= last < size):
                 raise NetworkError(
                     f"layer {name}: slots {first} to {last} of an axis of {size} are outside it"
@@ -253,6 +257,18 @@ def _slice(context: Context, layer: Any) -> Compute:
         return x
 
     return compute
+
+
+def _filled(
+    x: torch.Tensor, axis: int, first: int, count: int, step: int, fill: float
+) -> torch.Tensor:
+    """Slots of an axis, some of which may be outside of it."""
+    slots = torch.arange(count) * step + first
+    inside = (slots >= 0) & (slots < x.shape[axis])
+    made = x.new_full((*x.shape[:axis], count, *x.shape[axis + 1 :]), fill)
+    return made.index_copy_(
+        axis, torch.nonzero(inside).reshape(-1), x.index_select(axis, slots[inside])
+    )
 
 
 def _concatenation(context: Context, layer: Any) -> Compute:
@@ -418,6 +434,22 @@ def _kv_cache_update(context: Context, layer: Any) -> Compute:
     return compute
 
 
+def _dequantize(context: Context, layer: Any) -> Compute:
+    axis = layer.axis
+    if _given(layer, 2):
+        raise refuse(layer, "a zero point")
+
+    def compute(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        if scales.ndim == 1:
+            scales = scales.reshape([-1 if a == axis else 1 for a in range(codes.ndim)])
+        for along, (count, size) in enumerate(zip(scales.shape, codes.shape, strict=True)):
+            if count not in (1, size):  # a scale is for a block
+                scales = scales.repeat_interleave(size // count, dim=along)
+        return codes.float() * scales
+
+    return compute
+
+
 def _attention(context: Context, layer: Any) -> Compute:
     attention, name = layer.attention, layer.name
     causal = _name(attention.causal_kind)
@@ -527,6 +559,7 @@ KINDS = {
     "FILL": Kind("IFillLayer", _fill),
     "SCATTER": Kind("IScatterLayer", _scatter, moves=True),
     "CUMULATIVE": Kind("ICumulativeLayer", _cumulative),
+    "DEQUANTIZE": Kind("IDequantizeLayer", _dequantize),
     "ROTARY_EMBEDDING": Kind("IRotaryEmbeddingLayer", _rotary),
     "KV_CACHE_UPDATE": Kind("IKVCacheUpdateLayer", _kv_cache_update, moves=True),
     "ATTENTION_INPUT": Kind("IAttentionInputLayer", _attention),

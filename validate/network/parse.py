@@ -6,6 +6,7 @@ The parser gets addresses in memory-mapped files, so parsing a model of any size
 from __future__ import annotations
 
 import mmap
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,17 +16,20 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from qwenport.contract import BF16, DTYPES, FP16, FP32, MASKED
+from qwenport.contract import BF16, DTYPES, FP16, FP32, MASKED, no_progress
 from qwenport.engines import FLAVOURS, LoweringError
 from qwenport.engines.apart import run_apart
 from qwenport.engines.attention import attention_of
 from qwenport.engines.lowering import (
+    CODES_FILE,
+    SignedWeight,
     change_attention,
     check_changed,
     check_graph,
     check_network,
     folded,
     for_tensorrt,
+    write_tensors,
 )
 from qwenport.engines.targets import load_tensorrt
 from qwenport.exporter import Package
@@ -42,20 +46,24 @@ def floating_types(trt: Any) -> dict[Any, torch.dtype]:
 
 
 TORCH = {dtype.ir: dtype.torch for dtype in DTYPES.values()}
+CODES = {ir.DataType.INT8: torch.int8, ir.DataType.INT4: torch.uint8}
+"""Types of signed codes -> what holds them: torch has none of 4 bits."""
 
 
 class WeightFiles:
-    """Memory-mapped files below a folder, whose pages can be released."""
+    """Memory-mapped files, whose pages can be released."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, made: Path | None = None) -> None:
+        """Take a folder, and another that holds what lowering has made."""
+        self._folder, self._made = folder, made
         self._maps: dict[str, tuple[mmap.mmap, Any]] = {}
 
     def bytes_of(self, tensor: ir.ExternalTensor) -> Any:
         """The tensor's bytes, uint8 [n]; not read until they are used."""
         name = str(tensor.location)
         if name not in self._maps:
-            with (self._folder / name).open("rb") as file:
+            folder = self._made if name == CODES_FILE and self._made else self._folder
+            with (folder / name).open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self._maps[name] = (mapped, np.frombuffer(mapped, dtype=np.uint8))
         start, length = tensor.offset or 0, tensor.length
@@ -76,11 +84,14 @@ class ParsedNetwork:
         trt: the module it comes from.
         network: the INetworkDefinition.
         dtype: the model's, "bf16", "fp16" or "fp32"; None if unknown.
-        constants: name -> tensor of every floating-point initializer, in the model's dtype.
+        constants: name -> tensor of every floating-point initializer, in the model's dtype, and of signed codes: int8,
+            or those of 4 bits as uint8 of two each.
         files: the files that hold the large ones.
         owners: objects that must live as long as the network.
         complaints: what `build` would refuse in it.
         scaled: as in `Changed`.
+        signed: quantized weights by the name of what is dequantized.
+        made: the initializers that lowering made of the package's, by name.
     """
 
     trt: Any
@@ -91,6 +102,8 @@ class ParsedNetwork:
     owners: tuple[Any, ...]
     complaints: tuple[str, ...] = ()
     scaled: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    signed: Mapping[str, SignedWeight] = field(default_factory=dict)
+    made: Mapping[str, ir.ExternalTensor] = field(default_factory=dict)
 
     def layers(self) -> Iterator[tuple[Any, str]]:
         """Every layer and the name of its kind.
@@ -114,7 +127,7 @@ def parse_package(package: Package, capacity: int, form: str = MASKED) -> Parsed
         MissingExtraError: tensorrt-rtx is not installed.
         NetworkError: TensorRT's parser refuses the model; the message is the parser's.
     """
-    model = for_tensorrt(
+    model, codes = for_tensorrt(
         package.read_model(),
         dtype=package.dtype,
         capacity=attention_of(form, capacity).slots,
@@ -122,7 +135,19 @@ def parse_package(package: Package, capacity: int, form: str = MASKED) -> Parsed
         kv_heads=package.config.num_key_value_heads,
     )
     complaints = _complaints(check_graph, model)
-    parsed = parse_model(model, package.path, package.dtype)
+    folder = None
+    if codes.tensors:
+        folder = tempfile.TemporaryDirectory()
+        write_tensors(Path(folder.name) / CODES_FILE, codes.tensors, no_progress)
+    parsed = parse_model(
+        model, package.path, package.dtype, made=None if folder is None else Path(folder.name)
+    )
+    parsed = replace(
+        parsed,
+        owners=(*parsed.owners, folder),
+        signed={weight.node: weight for weight in codes.weights},
+        made=_made(model),
+    )
     complaints += _complaints(check_network, parsed.network, parsed.trt)
     try:
         changed = change_attention(parsed.network, parsed.trt, form)
@@ -135,6 +160,15 @@ def parse_package(package: Package, capacity: int, form: str = MASKED) -> Parsed
         owners=(*parsed.owners, changed.constants),
         scaled=changed.scaled,
     )
+
+
+def _made(model: ir.Model) -> dict[str, ir.ExternalTensor]:
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    return {
+        str(tensor.name): tensor
+        for tensor in tensors
+        if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) == CODES_FILE
+    }
 
 
 def with_exact_tables(parsed: ParsedNetwork, package: Package) -> ParsedNetwork:
@@ -161,21 +195,22 @@ def _complaints(check: Callable[..., None], *arguments: Any) -> tuple[str, ...]:
     return ()
 
 
-def parse_model(model: ir.Model, folder: Path, dtype: str | None = None) -> ParsedNetwork:
-    """Let TensorRT parse a lowered model of `dtype` whose external data is below `folder`.
+def parse_model(
+    model: ir.Model, folder: Path, dtype: str | None = None, *, made: Path | None = None
+) -> ParsedNetwork:
+    """Let TensorRT parse a lowered model of `dtype` whose external data is below `folder`, and its new data in `made`.
 
     Raises:
         MissingExtraError, NetworkError: see `parse_package`.
     """
-    return run_apart(lambda: _parse(model, folder, dtype))
+    return run_apart(lambda: _parse(model, WeightFiles(folder, made), dtype))
 
 
-def _parse(model: ir.Model, folder: Path, dtype: str | None) -> ParsedNetwork:
+def _parse(model: ir.Model, files: WeightFiles, dtype: str | None) -> ParsedNetwork:
     trt = load_tensorrt(FLAVOURS[FLAVOUR], "parse the network")
     from polygraphy.backend.trt import get_trt_logger  # of the flavour just chosen
     from polygraphy.logger import G_LOGGER
 
-    files = WeightFiles(folder)
     constants, kept = {}, []
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # the parser keeps its errors
         logger = get_trt_logger()
@@ -189,7 +224,7 @@ def _parse(model: ir.Model, folder: Path, dtype: str | None) -> ParsedNetwork:
                 data = files.bytes_of(tensor)
                 kept.append(data)
                 loaded = parser.load_initializer(name, data.ctypes.data, data.nbytes)
-            if tensor is not None and tensor.dtype in TORCH:
+            if tensor is not None and tensor.dtype in (*TORCH, *CODES):
                 constants[name] = _tensor(tensor, files)
         if not (loaded and parser.parse_model_proto()):
             raise NetworkError(f"TensorRT's parser refuses the model: {_first_error(parser)}")
@@ -197,8 +232,8 @@ def _parse(model: ir.Model, folder: Path, dtype: str | None) -> ParsedNetwork:
 
 
 def _tensor(tensor: ir.TensorProtocol, files: WeightFiles) -> torch.Tensor:
-    dtype = TORCH[tensor.dtype]
-    shape = tuple(tensor.shape.numpy())
+    dtype = {**TORCH, **CODES}[tensor.dtype]
+    shape = tuple(tensor.shape.numpy()) if dtype is not torch.uint8 else (-1,)
     if isinstance(tensor, ir.ExternalTensor):
         data = files.bytes_of(tensor)
     else:

@@ -1,0 +1,427 @@
+"""Quantized weights in the forms that TensorRT fuses with a product or a gather: signed codes, all zero points zero.
+
+A package has a weight [N, K] as unsigned codes q, scales s and zero points z in blocks along K: s (q - z). TensorRT has
+signed types without zero points. With the middle code m,
+
+    x W^T = x (s (q - m))^T - sums(x) c^T,    c = s (z - m)
+
+where `sums` adds the columns of x in each block. Symmetric weights have z = m, and no second product. TensorRT rounds
+s (q - m), c, the sums and both products to the model's dtype, where a package rounds s (q - z) and one product.
+
+It multiplies by 4 bits in blocks, and by 8 bits with a scale per row. 8 bits in blocks become two digits of 4 bits
+each, q = 16 h + l, side by side along K: [x x] times 16 s (h - 8) and s (l - 8), with m = 136.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from qwenport.contract import DOMAIN, MOE_EXPERTS
+from qwenport.engines.errors import LoweringError
+from qwenport.engines.lowering.few_bits import QuantizedWeight, is_symmetric, quantized_weight
+from qwenport.engines.lowering.made_tensors import (
+    Correction,
+    MadeTensor,
+    Part,
+    digit_scales,
+    digits,
+    repeated,
+    signed,
+)
+from qwenport.plugins.nodes import append_node, initializer
+
+FILE = "codes.bin"
+"""Holds the new tensors, next to the lowered model."""
+LEAST_BLOCK, MOST_BLOCK = 16, 128
+"""TensorRT multiplies by 4 bits in blocks of powers of two, from the one to the other."""
+SUMS = 8
+"""A product by corrections is fused if the sums are a multiple of this."""
+ALIGNMENT = 64
+INT4, INT8 = ir.DataType.INT4, ir.DataType.INT8
+
+
+@dataclass(frozen=True)
+class SignedWeight:
+    """What one DequantizeLinear of the lowered graph dequantizes.
+
+    Attributes:
+        node: its name, and its output's.
+        weights: the package's weights in it.
+        elements: of its codes.
+        dtype: of its codes.
+        correction: what is subtracted; None of symmetric weights.
+    """
+
+    node: str
+    weights: tuple[str, ...]
+    elements: int
+    dtype: ir.DataType
+    correction: Correction | None
+
+
+@dataclass(frozen=True)
+class SignedCodes:
+    """What `UseSignedCodes` leaves beside the graph.
+
+    Attributes:
+        tensors: what FILE must hold, and `bytes` its size.
+        weights: the quantized ones.
+    """
+
+    tensors: tuple[MadeTensor, ...] = ()
+    bytes: int = 0
+    weights: tuple[SignedWeight, ...] = ()
+
+
+class UseSignedCodes(InPlacePass):
+    """DequantizeLinear of unsigned codes -> of signed ones. Products by weights of one kind with one input are merged.
+
+    Attributes:
+        made: what else there is, after `call`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = SignedCodes()
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Change `model` in place.
+
+        Raises:
+            LoweringError: a weight that TensorRT would expand, or that is used as none can be.
+        """
+        work = _Work(model.graph)
+        for node in [*model.graph]:
+            if node.op_type == MOE_EXPERTS and node.domain == DOMAIN:
+                for stack in node.inputs[3:5]:
+                    if stack is not None:
+                        work.stack(stack)
+        for group in _by_input(model.graph):
+            work.products(group)
+        for node in [*model.graph]:
+            if _is_dequantized(node) and node.name not in work.names:
+                work.rows(node)
+        self.made = SignedCodes(tuple(work.tensors), work.end, tuple(work.weights))
+        return PassResult(model, bool(work.weights))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How weights become signed. Weights of one form fit into one tensor, one below the other.
+
+    Attributes:
+        k: columns of the package's weight.
+        block: the package's.
+        bits: of the package's codes.
+        dtype: of the scales and of the dequantized weight.
+        symmetric: whether all zero points are the middle code.
+    """
+
+    k: int
+    block: int
+    bits: int
+    dtype: ir.DataType
+    symmetric: bool
+
+    @property
+    def in_digits(self) -> bool:
+        return self.bits == 8 and self.block != self.k
+
+    @property
+    def codes(self) -> ir.DataType:
+        return INT8 if self.bits == 8 and not self.in_digits else INT4
+
+    @property
+    def middle(self) -> int:
+        return 136 if self.in_digits else 1 << (self.bits - 1)
+
+    @property
+    def digits(self) -> int:
+        """That an 8-bit code is split into, or the whole code."""
+        return 2 if self.in_digits else 1
+
+    @property
+    def blocks(self) -> int:
+        """Along the package's K."""
+        return self.k // self.block
+
+
+@dataclass(frozen=True)
+class _Product:
+    """MatMul(x, Transpose(DequantizeLinear(...)))."""
+
+    node: ir.Node
+    transpose: ir.Node
+    dequantize: ir.Node
+    weight: QuantizedWeight
+
+    @property
+    def form(self) -> _Form:
+        return _form(self.weight)
+
+
+class _Work:
+    """The changes to one graph.
+
+    Attributes:
+        tensors, weights: as in `SignedCodes`.
+        names: of the new DequantizeLinear nodes.
+        end: of the file so far.
+    """
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.tensors: list[MadeTensor] = []
+        self.weights: list[SignedWeight] = []
+        self.names: set[str] = set()
+        self.end = 0
+        self._sums: dict[tuple[ir.Value, int], ir.Value] = {}
+
+    def products(self, group: Sequence[_Product]) -> None:
+        """Products of one input by weights of one form: one product, split."""
+        first, form = group[0], group[0].form
+        weights = [product.weight for product in group]
+        x = first.node.inputs[0]
+        assert x is not None
+        name = f"{first.dequantize.name}.signed"
+        correction = self._correction(name, weights, form)
+        dequantized = self._dequantized(name, weights, form, correction, first.dequantize)
+        nodes = _Nodes(self.graph, f"{first.node.name}.signed", form.dtype)
+        factor = nodes.op("Concat", x, x, axis=-1) if form.in_digits else x
+        y = nodes.op("MatMul", factor, nodes.op("Transpose", dequantized, perm=[1, 0]))
+        if correction is not None:
+            sums = self._sums.get((x, form.block))
+            if sums is None:
+                sums = self._sums[x, form.block] = nodes.sums(x, form, correction.rows)
+            values = self.graph.initializers[correction.name]
+            y = nodes.op("Sub", y, nodes.op("Mul" if form.blocks == 1 else "MatMul", sums, values))
+        outputs = [product.node.outputs[0] for product in group]
+        results = [y] if len(group) == 1 else nodes.split(y, [w.n for w in weights], outputs)
+        self.graph.insert_before(first.node, nodes.made)
+        for product, old, new in zip(group, outputs, results, strict=True):
+            new.name, new.type, new.shape = old.name, old.type, old.shape
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            self.graph.remove(product.node, safe=True)
+            self._left(product.transpose, {})
+            self.graph.remove(product.transpose, safe=True)
+            gathered = correction is None and len(group) == 1
+            self._left(product.dequantize, {"Gather": dequantized} if gathered else {})
+            self._remove(product.dequantize)
+
+    def stack(self, stack: ir.Value) -> None:
+        """A mixture's weights [experts, rows, columns]: each expert's dequantized, then stacked.
+
+        Raises:
+            LoweringError: TensorRT would expand them.
+        """
+        reshape = stack.producer()
+        concat = None if reshape is None else _producer(reshape, 0)
+        parts = [] if concat is None else [_producer(concat, i) for i in range(len(concat.inputs))]
+        nodes = [node for node in parts if node is not None and _is_dequantized(node)]
+        if reshape is None or concat is None or not nodes:
+            return
+        weights = [quantized_weight(node) for node in nodes]
+        form = _form(weights[0])
+        if len(nodes) != len(parts) or {_form(weight) for weight in weights} != {form}:
+            raise LoweringError(
+                f"{stack.name}: experts that are not all quantized in one way cannot be stacked"
+            )
+        if not form.symmetric or form.in_digits:
+            what = "of 8 bits in blocks" if form.in_digits else "with zero points"
+            raise LoweringError(
+                f"{stack.name}: TensorRT would expand experts {what}; --target onnxruntime runs them"
+            )
+        name = f"{stack.name}.DequantizeLinear"
+        dequantized = self._dequantized(name, weights, form, None, concat)
+        reshape.replace_input_with(0, dequantized)
+        self.graph.remove(concat, safe=True)
+        for node in nodes:
+            self._left(node, {})
+            self._remove(node)
+
+    def rows(self, node: ir.Node) -> None:
+        """A weight whose rows are only gathered: an embedding.
+
+        Raises:
+            LoweringError: it is used in another way, or cannot be dequantized without a correction.
+        """
+        weight = quantized_weight(node)
+        form = _form(weight)
+        if not form.symmetric or form.in_digits:
+            raise LoweringError(
+                f"{node.name}: rows are gathered only of symmetric weights, of 4 bits or with a scale per row"
+            )
+        dequantized = self._dequantized(f"{node.name}.signed", [weight], form, None, node)
+        self._left(node, {"Gather": dequantized})
+        self._remove(node)
+
+    def _left(self, node: ir.Node, allowed: dict[str, ir.Value]) -> None:
+        """Give what still uses a weight another value: first inputs of the operators that have one.
+
+        Raises:
+            LoweringError: another operator uses it.
+        """
+        for use in [*node.outputs[0].uses()]:
+            if use.node.op_type not in allowed or use.idx != 0:
+                raise LoweringError(
+                    f"{node.name}: used by {use.node.name}; TensorRT takes a quantized weight that is transposed and "
+                    "multiplied by once, stacked for MoEExperts, or without zero points gathered"
+                )
+            use.node.replace_input_with(0, allowed[use.node.op_type])
+
+    def _dequantized(
+        self,
+        name: str,
+        weights: Sequence[QuantizedWeight],
+        form: _Form,
+        correction: Correction | None,
+        before: ir.Node,
+    ) -> ir.Value:
+        """DequantizeLinear of matrices one below the other.
+
+        Raises:
+            LoweringError: TensorRT has no such blocks.
+        """
+        rows, columns = sum(weight.n for weight in weights), form.digits * form.k
+        block = form.k
+        attributes = {"axis": 0}
+        shape: tuple[int, ...] = (rows,)
+        if form.codes == INT4:
+            block = min(form.block & -form.block, MOST_BLOCK)
+            attributes, shape = {"axis": 1, "block_size": block}, (rows, columns // block)
+        if form.codes == INT4 and block < LEAST_BLOCK:
+            raise LoweringError(
+                f"{weights[0].codes.name}: blocks of {form.block} values; TensorRT needs a multiple of {LEAST_BLOCK}"
+            )
+        make = digits if form.in_digits else signed
+        scale = partial(digit_scales if form.in_digits else repeated, repeats=form.block // block)
+        codes = self._add(
+            f"{name}.codes", form.codes, (rows, columns), [partial(make, w) for w in weights]
+        )
+        scales = self._add(
+            f"{name}.scales", form.dtype, shape, [partial(scale, w) for w in weights]
+        )
+        made = tuple(str(w.codes.name).removesuffix(".codes") for w in weights)
+        self.weights.append(SignedWeight(name, made, rows * columns, form.codes, correction))
+        self.names.add(name)
+        nodes: list[ir.Node] = []
+        inputs, results = [codes, scales], [(form.dtype, codes.shape)]
+        append_node(nodes, "DequantizeLinear", inputs, name, results, attributes=attributes)
+        self.graph.insert_before(before, nodes)
+        return nodes[0].outputs[0]
+
+    def _correction(
+        self, name: str, weights: Sequence[QuantizedWeight], form: _Form
+    ) -> Correction | None:
+        """What the sums are multiplied by, with its initializer; None if there is nothing to correct."""
+        if form.symmetric and not form.in_digits:
+            return None
+        rows = form.blocks if form.blocks == 1 else form.blocks + -form.blocks % SUMS
+        made = Correction(f"{name}.correction", tuple(weights), form.middle, rows, form.digits)
+        shape = rows, sum(weight.n for weight in weights)
+        self._add(made.name, form.dtype, shape, [made.stored])
+        return made
+
+    def _add(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], parts: Iterable[Part]
+    ) -> ir.Value:
+        """A new initializer; its bytes are in FILE."""
+        length = -(-math.prod(shape) * dtype.bitwidth // 8)
+        self.tensors.append(MadeTensor(self.end, tuple(parts)))
+        tensor = ir.ExternalTensor(FILE, self.end, length, dtype, shape=ir.Shape(shape), name=name)
+        self.end += length + -length % ALIGNMENT
+        return initializer(self.graph.initializers, tensor)
+
+    def _remove(self, node: ir.Node) -> None:
+        """Remove a DequantizeLinear, and the initializers that were only its own."""
+        inputs = [value for value in node.inputs if value is not None]
+        self.graph.remove(node, safe=True)
+        for value in inputs:
+            if value.is_initializer() and not value.uses():
+                del self.graph.initializers[str(value.name)]
+
+
+class _Nodes:
+    """New nodes that will stand in front of an old one.
+
+    Attributes:
+        made: the nodes in order.
+    """
+
+    def __init__(self, graph: ir.Graph, name: str, dtype: ir.DataType) -> None:
+        self.made: list[ir.Node] = []
+        self._graph, self._name, self._dtype = graph, name, dtype
+
+    def op(self, kind: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        """Append a node with one output."""
+        name = f"{self._name}.{kind}_{len(self.made)}"
+        results = [(self._dtype, None)]
+        return append_node(self.made, kind, inputs, name, results, attributes=attributes)[0]
+
+    def sums(self, x: ir.Value, form: _Form, rows: int) -> ir.Value:
+        """x [batch, seq, K] -> the sums of its blocks [batch, seq, rows]; beyond K there are zeros.
+
+        It is padded before it is summed: TensorRT makes one kernel of that, and two of the opposite.
+
+        Raises:
+            LoweringError: x has other axes.
+        """
+        if x.shape is None or len(x.shape) != 3:
+            raise LoweringError(f"{self._name}: {x.name} has not three axes")
+        if rows == 1:
+            return self.op("ReduceSum", x, self._integers(-1), keepdims=1)
+        padding = rows * form.block - form.k
+        if padding:
+            x = self.op("Pad", x, self._integers(0, 0, 0, 0, 0, padding))
+        blocks = self.op("Reshape", x, self._integers(0, 0, rows, form.block))
+        return self.op("ReduceSum", blocks, self._integers(-1), keepdims=0)
+
+    def split(
+        self, y: ir.Value, sizes: Sequence[int], outputs: Sequence[ir.Value]
+    ) -> Sequence[ir.Value]:
+        """Split the last axis into as many values as `outputs`."""
+        name, inputs = f"{self._name}.Split", [y, self._integers(*sizes)]
+        results = [(self._dtype, value.shape) for value in outputs]
+        return append_node(self.made, "Split", inputs, name, results, attributes={"axis": -1})
+
+    def _integers(self, *values: int) -> ir.Value:
+        name = f"signed.{'_'.join(map(str, values))}"
+        tensor = ir.tensor(np.array(values, dtype=np.int64), name=name)
+        return initializer(self._graph.initializers, tensor)
+
+
+def _form(weight: QuantizedWeight) -> _Form:
+    return _Form(weight.k, weight.block, weight.bits, weight.rounded, is_symmetric(weight.zeros))
+
+
+def _is_dequantized(node: ir.Node) -> bool:
+    return node.op_type == "DequantizeLinear" and node.domain == ""
+
+
+def _producer(node: ir.Node, index: int) -> ir.Node | None:
+    value = node.inputs[index]
+    return None if value is None else value.producer()
+
+
+def _by_input(graph: ir.Graph) -> list[list[_Product]]:
+    """The products by quantized weights; those of one input and one form together."""
+    found: dict[tuple[ir.Value | None, _Form], list[_Product]] = {}
+    for node in graph:
+        transpose = _producer(node, 1) if node.op_type == "MatMul" and node.domain == "" else None
+        dequantize = None
+        if transpose is not None and transpose.op_type == "Transpose":
+            perm = transpose.attributes.get("perm")
+            turned = perm is not None and tuple(perm.as_ints()) == (1, 0)
+            dequantize = _producer(transpose, 0) if turned else None
+        if transpose is not None and dequantize is not None and _is_dequantized(dequantize):
+            product = _Product(node, transpose, dequantize, quantized_weight(dequantize))
+            found.setdefault((node.inputs[0], product.form), []).append(product)
+    return list(found.values())
