@@ -124,7 +124,8 @@ def parse_gpus(
         lacking = [each for each in codes if gpu in WITHOUT[each]]
         if lacking:
             raise BuildError(
-                f"{gpu} has no kernels for {lacking[0]}, which the package's quantized weights need; leave it out of --gpu"
+                f"{gpu} has no kernels for {lacking[0]}, which the package's quantized weights need; "
+                "leave it out of --gpu"
             )
         if gpus.count(gpu) > 1:
             raise BuildError(f"{gpu} is named twice")
