@@ -129,7 +129,8 @@ def digit_scales(weight: QuantizedWeight, repeats: int) -> bytes:
     """
     scales = _numbers(weight.scales).reshape(weight.n, -1)
     high = scales.astype(np.float32) * HIGH_DIGIT
-    made = np.concatenate([high.astype(scales.dtype), scales], axis=1)
+    with np.errstate(over="ignore"):
+        made = np.concatenate([high.astype(scales.dtype), scales], axis=1)
     if not np.isfinite(made.astype(np.float32)).all():
         raise LoweringError(f"{weight.scales.name}: too large for {HIGH_DIGIT} times itself")
     return np.repeat(made, repeats).tobytes()
