@@ -47,6 +47,11 @@ def check_for_tensorrt(request: Request) -> None:
     _attention(request, ())  # what no GPU can have needs none to be refused
     gpus = _gpus(request)
     _attention(request, gpus)
+    config = request.package.config
+    if request.plugins is not None and config.quantization is not None and config.moe is not None:
+        raise BuildError(
+            "the plugin of MoEExperts does not multiply by quantized weights; build without --plugins"
+        )
     if request.plugins is not None:
         check_library(request.plugins, flavour, gpus)
     load_tensorrt(flavour, "build engines")

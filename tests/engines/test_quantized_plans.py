@@ -28,7 +28,8 @@ from qwenport.exporter import Package, export
 from .layer_list import Layer, LayerList, layer_list
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-HALF, MIXTURE = "qwen2.5-0.5b-instruct", "qwen1.5-moe-a2.7b-chat"
+HALF, BIG = "qwen2.5-0.5b-instruct", "qwen2.5-7b-instruct"
+MIXTURE = "qwen1.5-moe-a2.7b-chat"
 VOCABULARY = 256
 LOW_BIT = ("Int4", "Int8")
 DENSE = 4  # products of a dense decoder layer: QKV, output, gate and up, down
@@ -97,6 +98,7 @@ def test_a_dense_layer_has_four_fused_products(
         assert made.weights_bytes <= 1.05 * package.manifest["weights"]["bytes"] + 2**16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "group", "symmetric"), CORRECTED)
 def test_corrections_leave_the_products_fused(
     package_of: Callable[..., Package], bits: int, group: int | None, symmetric: bool
@@ -109,6 +111,7 @@ def test_corrections_leave_the_products_fused(
         assert len(made.layers) <= PLAIN_KERNELS + MOST_CORRECTING
 
 
+@pytest.mark.slow
 def test_experts_are_read_as_codes_and_never_expanded(
     package_of: Callable[..., Package],
 ) -> None:
@@ -126,15 +129,16 @@ def test_experts_are_read_as_codes_and_never_expanded(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("symmetric", "most"), [(True, 1.05), (False, 1.08)])
+@pytest.mark.parametrize("symmetric", [True, False])
 def test_a_plan_is_hardly_larger_than_the_quantized_weights(
-    package_of: Callable[..., Package], tmp_path: Path, symmetric: bool, most: float
+    package_of: Callable[..., Package], tmp_path: Path, symmetric: bool
 ) -> None:
-    package = package_of(HALF, 24, 4, 128, symmetric)
+    """In the 7B shape; in that of 0.5B the kernels of a layer are a fifth of its weights."""
+    package = package_of(BIG, 2, 4, 128, symmetric)
     engine = engines.build(
         package.path, tmp_path / "engine", target="tensorrt-rtx", gpus="sm89", max_batch=1
     )
-    assert engine.plan.stat().st_size <= most * package.manifest["weights"]["bytes"]
+    assert engine.plan.stat().st_size <= 1.05 * package.manifest["weights"]["bytes"]
 
 
 def product(folder: Path, block: int | None) -> SignedWeight:
@@ -197,18 +201,21 @@ def test_without_a_list_of_layers_nothing_is_known() -> None:
         ("bf16", INT4, "sm80 sm86 sm89 sm120 sm121"),
         ("fp16", INT4, "sm80 sm86 sm89 sm120 sm121"),
         ("bf16", INT8, "sm80 sm86 sm89 sm120 sm121"),
-        ("fp16", INT8, "sm75 sm80 sm86 sm89 sm120 sm121"),
+        ("fp16", INT8, "sm80 sm86 sm89 sm120 sm121"),
     ],
 )
 def test_default_gpus_are_those_that_have_the_types(dtype: str, codes: str, default: str) -> None:
     assert parse_gpus(None, RTX, dtype, codes) == tuple(default.split())
 
 
-def test_a_named_gpu_without_the_type_is_refused() -> None:
-    with pytest.raises(BuildError, match="^sm75 has no kernels for INT4, .*leave it out of --gpu$"):
-        parse_gpus("sm86,sm75", RTX, "fp16", INT4)
+@pytest.mark.parametrize("codes", [INT4, INT8])
+def test_a_named_gpu_without_the_type_is_refused(codes: str) -> None:
+    words = rf"^sm75 has no kernels for {codes}, .*leave it out of --gpu$"
+    with pytest.raises(BuildError, match=words):
+        parse_gpus("sm86,sm75", RTX, "fp16", codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "group", "codes"), [(4, 128, INT4), (8, None, INT8), (8, 128, INT4), (4, None, INT4)]
 )

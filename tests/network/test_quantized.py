@@ -108,7 +108,6 @@ def test_the_network_computes_with_the_dequantized_weights(case: tuple[Package, 
     )
     exact, declared = (logits(parsed, package, exact=exact) for exact in (True, False))
     assert difference(exact, wanted) <= EXACT
-    print("RATIO", difference(declared, wanted) / difference(rounded, wanted))
     corrected = any(weight.correction is not None for weight in parsed.signed.values())
     assert difference(declared, wanted) <= OWN_ERROR[corrected] * difference(rounded, wanted)
 
