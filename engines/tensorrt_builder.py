@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenport.contract import CAPACITY, DTYPES, MODEL, PLAN, WITH_QUERIES, Progress, query
 from qwenport.engines.attention import attention_of, choose_attention
+from qwenport.engines.errors import BuildError
 from qwenport.engines.plan import build_plan
 from qwenport.engines.plugin_library import check_library, register_for_build
 from qwenport.engines.request import Attention, Filled, Request

@@ -112,16 +112,17 @@ def test_corrections_leave_the_products_fused(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("symmetric", [True, False])
 def test_experts_are_read_as_codes_and_never_expanded(
-    package_of: Callable[..., Package],
+    package_of: Callable[..., Package], symmetric: bool
 ) -> None:
-    package = package_of(MIXTURE, 1, 4, 128, True, num_experts=8)
+    package = package_of(MIXTURE, 1, 4, 128, symmetric, num_experts=8)
     moe = package.config.moe
     assert moe is not None
     stack = moe.num_experts * 2 * moe.expert_size * package.config.hidden_size
     for made in layer_list(package.path, "sm89", "auto", 2):
-        kinds = Counter(layer.kind for layer in low_bit(made))
-        assert kinds == {"runtime_fusion": 2 + 2, "kgen": 2}  # attention, shared expert; experts
+        read = Counter(k.kind for k in low_bit(made) for c in k.constants if c.dtype in LOW_BIT)
+        assert read == {"runtime_fusion": 2 + 2, "kgen": 2}  # attention, shared expert; experts
         assert elements(made) == quantized_elements(package)
         for layer in made.layers:
             for tensor in layer.outputs:
@@ -231,3 +232,13 @@ def test_engines_for_every_default_gpu_build(
     assert code_type(package.config.quantization) == codes
     engine = engines.build(package.path, tmp_path / "engine", target="tensorrt-rtx", max_batch=1)
     assert engine.manifest["gpus"] == list(parse_gpus(None, RTX, "fp16", codes))
+
+
+def test_a_quantized_mixture_with_plugins_is_refused(
+    package_of: Callable[..., Package], tmp_path: Path
+) -> None:
+    package = package_of(MIXTURE, 1, 4, 128, True, num_experts=4, moe_intermediate_size=128)
+    with pytest.raises(BuildError, match="MoEExperts does not multiply by quantized weights"):
+        engines.build(
+            package.path, tmp_path / "engine", target="tensorrt-rtx", plugins=tmp_path / "library"
+        )

@@ -41,6 +41,7 @@ CASES = [
     ("qwen2", 8, 32, True),
     ("qwen2", 8, 32, False),
     ("qwen2_moe", 4, 32, True),
+    ("qwen2_moe", 4, 32, False),
     ("qwen2_moe", 8, None, True),
 ]
 
