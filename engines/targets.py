@@ -24,8 +24,9 @@ FP16_ONLY = ("sm75",)
 
 
 INT4, INT8 = "INT4", "INT8"
-WITHOUT = {INT4: ("sm75",), INT8: ()}
-"""Type of an engine's quantized codes -> the architectures that cannot multiply by it; one of them fails a build."""
+WITHOUT = {INT4: ("sm75",), INT8: ("sm75",)}
+"""Type of an engine's quantized codes -> the architectures without kernels for all products; one of them fails a build.
+SM75 multiplies by INT8, but expands what follows attention."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenport.contract import CAPACITY, DTYPES, MODEL, PLAN, WITH_QUERIES, Progress, query
 from qwenport.engines.attention import attention_of, choose_attention
+from qwenport.engines.errors import BuildError
 from qwenport.engines.plan import build_plan
 from qwenport.engines.plugin_library import check_library, register_for_build
 from qwenport.engines.request import Attention, Filled, Request
@@ -47,6 +48,11 @@ def check_for_tensorrt(request: Request) -> None:
     _attention(request, ())  # what no GPU can have needs none to be refused
     gpus = _gpus(request)
     _attention(request, gpus)
+    config = request.package.config
+    if request.plugins is not None and config.quantization is not None and config.moe is not None:
+        raise BuildError(
+            "the plugin of MoEExperts does not multiply by quantized weights; build without --plugins"
+        )
     if request.plugins is not None:
         check_library(request.plugins, flavour, gpus)
     load_tensorrt(flavour, "build engines")

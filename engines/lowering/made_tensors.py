@@ -44,11 +44,12 @@ class Correction:
     """What is subtracted from a weight of signed codes, per block: scale * (zero point - middle code).
 
     Attributes:
-        name: of the initializer [blocks, N], in the scales' dtype.
+        name: of the initializer, in the scales' dtype: [rows, N], or of experts [N, rows, 1].
         weights: side by side along N; their blocks have one size.
         middle: the unsigned code that became zero.
         rows: blocks with those that only pad, whose values are zero.
         digits: of a code, side by side along K in the signed weight.
+        of_experts: whether the dequantized weight is corrected itself, since it is gathered before it is multiplied by.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Correction:
     middle: int
     rows: int
     digits: int
+    of_experts: bool = False
 
     @property
     def blocks(self) -> int:
@@ -70,7 +72,8 @@ class Correction:
 
     def stored(self) -> bytes:
         """The initializer: rounded to the scales' dtype."""
-        return self.values().astype(self.weights[0].rounded.numpy()).tobytes()
+        values = self.values().astype(self.weights[0].rounded.numpy())
+        return (values.T if self.of_experts else values).tobytes()
 
     def _of(self, weight: QuantizedWeight) -> Float32:
         shape = weight.n, weight.k // weight.block
@@ -129,7 +132,8 @@ def digit_scales(weight: QuantizedWeight, repeats: int) -> bytes:
     """
     scales = _numbers(weight.scales).reshape(weight.n, -1)
     high = scales.astype(np.float32) * HIGH_DIGIT
-    made = np.concatenate([high.astype(scales.dtype), scales], axis=1)
+    with np.errstate(over="ignore"):
+        made = np.concatenate([high.astype(scales.dtype), scales], axis=1)
     if not np.isfinite(made.astype(np.float32)).all():
         raise LoweringError(f"{weight.scales.name}: too large for {HIGH_DIGIT} times itself")
     return np.repeat(made, repeats).tobytes()

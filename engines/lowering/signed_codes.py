@@ -5,7 +5,8 @@ signed types without zero points. With the middle code m,
 
     x W^T = x (s (q - m))^T - sums(x) c^T,    c = s (z - m)
 
-where `sums` adds the columns of x in each block. Symmetric weights have z = m, and no second product. TensorRT rounds
+where `sums` adds the columns of x in each block. Symmetric weights have z = m, and no second product; c is subtracted
+from the weights of experts, which are gathered before they are multiplied by. TensorRT rounds
 s (q - m), c, the sums and both products to the model's dtype, where a package rounds s (q - z) and one product.
 
 It multiplies by 4 bits in blocks, and by 8 bits with a scale per row. 8 bits in blocks become two digits of 4 bits
@@ -234,14 +235,18 @@ class _Work:
             raise LoweringError(
                 f"{stack.name}: experts that are not all quantized in one way cannot be stacked"
             )
-        if not form.symmetric or form.in_digits:
-            what = "of 8 bits in blocks" if form.in_digits else "with zero points"
+        if form.in_digits:
             raise LoweringError(
-                f"{stack.name}: TensorRT would expand experts {what}; --target onnxruntime runs them"
+                f"{stack.name}: experts of 8 bits in blocks cannot be stacked; --target onnxruntime runs them"
             )
         name = f"{stack.name}.DequantizeLinear"
-        dequantized = self._dequantized(name, weights, form, None, concat)
-        reshape.replace_input_with(0, dequantized)
+        correction = self._correction(name, weights, form, of_experts=True)
+        made = self._dequantized(name, weights, form, correction, concat)
+        if correction is not None:
+            nodes_made = _Nodes(self.graph, f"{stack.name}.signed", form.dtype)
+            made = nodes_made.corrected(made, self.graph.initializers[correction.name], form)
+            self.graph.insert_before(concat, nodes_made.made)
+        reshape.replace_input_with(0, made)
         self.graph.remove(concat, safe=True)
         for node in nodes:
             self._left(node, {})
@@ -319,14 +324,23 @@ class _Work:
         return nodes[0].outputs[0]
 
     def _correction(
-        self, name: str, weights: Sequence[QuantizedWeight], form: _Form
+        self,
+        name: str,
+        weights: Sequence[QuantizedWeight],
+        form: _Form,
+        *,
+        of_experts: bool = False,
     ) -> Correction | None:
         """What the sums are multiplied by, with its initializer; None if there is nothing to correct."""
         if form.symmetric and not form.in_digits:
             return None
-        rows = form.blocks if form.blocks == 1 else form.blocks + -form.blocks % SUMS
-        made = Correction(f"{name}.correction", tuple(weights), form.middle, rows, form.digits)
-        shape = rows, sum(weight.n for weight in weights)
+        padded = form.blocks > 1 and not of_experts
+        rows = form.blocks + (-form.blocks % SUMS if padded else 0)
+        made = Correction(
+            f"{name}.correction", tuple(weights), form.middle, rows, form.digits, of_experts
+        )
+        n = sum(weight.n for weight in weights)
+        shape = (n, rows, 1) if of_experts else (rows, n)
         self._add(made.name, form.dtype, shape, [made.stored])
         return made
 
@@ -383,6 +397,17 @@ class _Nodes:
             x = self.op("Pad", x, self._integers(0, 0, 0, 0, 0, padding))
         blocks = self.op("Reshape", x, self._integers(0, 0, rows, form.block))
         return self.op("ReduceSum", blocks, self._integers(-1), keepdims=0)
+
+    def corrected(self, weight: ir.Value, correction: ir.Value, form: _Form) -> ir.Value:
+        """A weight [N, K] minus the correction [N, blocks, 1] of each block.
+
+        TensorRT does that to the gathered experts alone, in the kernel that dequantizes them.
+        """
+        assert weight.shape is not None
+        n = int(weight.shape.numpy()[0])
+        blocks = self.op("Reshape", weight, self._integers(n, form.blocks, form.block))
+        centred = self.op("Sub", blocks, correction)
+        return self.op("Reshape", centred, self._integers(n, form.k))
 
     def split(
         self, y: ir.Value, sizes: Sequence[int], outputs: Sequence[ir.Value]

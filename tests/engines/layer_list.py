@@ -191,7 +191,11 @@ def _name(name: str) -> str:
 def main(package: str, gpus: str, form: str, max_batch: str) -> None:
     """Build, with a verbose logger of our own, and print its messages."""
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
+    import polygraphy.backend.trt as loaders
     import tensorrt_rtx as trt
+    from polygraphy.backend.trt import util
+
+    theirs = util.get_trt_logger()  # a build of quantized weights reads the list too
 
     class Printing(trt.ILogger):
         def __init__(self) -> None:
@@ -199,11 +203,9 @@ def main(package: str, gpus: str, form: str, max_batch: str) -> None:
 
         def log(self, severity: object, message: str) -> None:
             print(message)
+            theirs.log(severity, message)
 
     logger = Printing()
-    import polygraphy.backend.trt as loaders
-    from polygraphy.backend.trt import util
-
     util.get_trt_logger = lambda: logger
     detailed = trt.ProfilingVerbosity.DETAILED
     loaders.CreateConfig = functools.partial(loaders.CreateConfig, profiling_verbosity=detailed)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qwenport import contract
-from qwenport.engines.lowering import SignedWeight
+from qwenport.engines.lowering import Correction, SignedWeight
 from qwenport.validate.errors import NetworkError
 from qwenport.validate.network.layers import KINDS, Compute, Context, inputs_of, refuse
 from qwenport.validate.network.parse import ParsedNetwork, WeightFiles, floating_types
@@ -184,7 +184,7 @@ class Interpreter:
         """What makes a constant whose values are not stored as they are; nothing is read before it runs."""
         correction = self._corrections.get(layer.name)
         if self.exact and correction is not None:
-            return lambda: torch.from_numpy(correction.values())
+            return lambda: _laid_out(correction, output)
         data = self.parsed.constants.get(layer.name)
         if data is None or data.dtype != torch.uint8:
             return None
@@ -224,6 +224,11 @@ class Interpreter:
                     layer, "a bf16 constant that is not an initializer of the model"
                 ) from None
         return values.reshape(output.shape).to(output.dtype)
+
+
+def _laid_out(correction: Correction, output: _Output) -> torch.Tensor:
+    values = torch.from_numpy(correction.values())
+    return (values.T if correction.of_experts else values).reshape(output.shape)
 
 
 def _without_hazards(steps: list[_Step], wanted: Sequence[str]) -> list[_Step]:

@@ -82,7 +82,10 @@ def differing(
         if codes.dtype == torch.uint8:
             codes = unpacked(codes, signed=True)
         codes, scales = codes.view(len(scales), -1), scales.view(len(scales), -1)
-        corrections = None if weight.correction is None else made[weight.correction.name]
+        correction = weight.correction
+        corrections = None if correction is None else made[correction.name]
+        if correction is not None and correction.of_experts:
+            corrections = made[correction.name].flatten(1).T
         at = 0
         for name in weight.weights:
             parts = [of_package(f"{name}.{part}") for part in (CODES, SCALES, ZEROS)]

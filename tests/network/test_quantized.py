@@ -1,0 +1,135 @@
+"""TensorRT's network of a quantized package means what transformers computes with the dequantized weights."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import numpy as np
+import pytest
+import torch
+from quantized import quantize, write_pack_quantized
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from qwenport.exporter import Package, export
+from qwenport.validate.network import Interpreter, NetworkSession, ParsedNetwork, parse_package
+from qwenport.validate.network.constants import check_constants
+from qwenport.validate.network.parse import with_exact_tables
+from qwenport.validate.network.quantized import unpacked
+
+CAPACITY = 32
+TEXTS = [[1, 2, 3, 4, 5, 6, 7], [40, 11, 30]]
+EXACT = 3e-6
+OWN_ERROR = {False: 1.25, True: 2.0}
+"""Times what transformers loses in bf16; corrections add roundings of the weight and of a second product."""
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,  # three blocks of 32: sums are padded
+    "torch_dtype": "bfloat16",
+}
+EXPERTS = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
+CASES = [
+    ("qwen2", 4, 32, True),
+    ("qwen2", 4, 32, False),
+    ("qwen2", 4, None, False),
+    ("qwen2", 8, None, True),
+    ("qwen2", 8, None, False),
+    ("qwen2", 8, 32, True),
+    ("qwen2", 8, 32, False),
+    ("qwen2_moe", 4, 32, True),
+    ("qwen2_moe", 4, 32, False),
+    ("qwen2_moe", 8, None, True),
+]
+
+
+def dequantized(source: Path, target: Path, bits: int, group: int | None, symmetric: bool) -> Path:
+    """The checkpoint with the weights that a quantized one stands for."""
+    shutil.copytree(source, target)
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("proj.weight"):
+            tensors[name] = quantize(tensor, bits, group, symmetric=symmetric).dequantized()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda c: "-".join(map(str, c)))
+def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Package, Path]:
+    """A quantized package, and a checkpoint of its dequantized weights."""
+    kind, *how = request.param
+    bits, group, symmetric = how
+    folder = tmp_path_factory.mktemp("quantized")
+    raw = checkpoints.mini(kind, **SIZES | (EXPERTS if kind == "qwen2_moe" else {}))
+    source = checkpoints.write_checkpoint(folder / "source", raw, dtype=torch.bfloat16)
+    ignore = ["lm_head", r"re:.*\.gate$", r"re:.*shared_expert_gate$"]
+    quantized = write_pack_quantized(
+        source, folder / "q", bits=bits, group=group, symmetric=symmetric, ignore=ignore
+    )
+    package = export(quantized, folder / "package")
+    return package, dequantized(source, folder / "d", bits, group, symmetric)
+
+
+def of_transformers(checkpoint: Path, dtype: torch.dtype) -> Any:
+    """The logits of all texts, one after the other, in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=dtype, experts_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        made = [model(torch.tensor([text])).logits[0].float().numpy() for text in TEXTS]
+    return np.concatenate(made)
+
+
+def logits(parsed: ParsedNetwork, package: Package, *, exact: bool) -> Any:
+    network = with_exact_tables(parsed, package) if exact else parsed
+    session = NetworkSession(
+        Interpreter(network, exact=exact),
+        package.config,
+        max_batch=2,
+        capacity=CAPACITY,
+        max_positions=package.max_seq_len,
+    )
+    return np.concatenate(list(session.prefill(TEXTS, all_logits=True)))
+
+
+def difference(found: Any, wanted: Any) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def test_the_network_computes_with_the_dequantized_weights(case: tuple[Package, Path]) -> None:
+    package, checkpoint = case
+    parsed = parse_package(package, CAPACITY)
+    row = check_constants(parsed, package, False)
+    assert row.status == "passed" and row.reason is None
+    wanted, rounded = (
+        of_transformers(checkpoint, dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    exact, declared = (logits(parsed, package, exact=exact) for exact in (True, False))
+    assert difference(exact, wanted) <= EXACT
+    corrected = any(weight.correction is not None for weight in parsed.signed.values())
+    assert difference(declared, wanted) <= OWN_ERROR[corrected] * difference(rounded, wanted)
+
+
+@pytest.mark.parametrize("part", ["codes", "scales", "correction"])
+def test_one_wrong_value_among_the_signed_weights_is_found(
+    tmp_path: Path, part: str, tiny_checkpoint: Path
+) -> None:
+    checkpoint = write_pack_quantized(tiny_checkpoint, tmp_path / "c", group=64, symmetric=False)
+    package = export(checkpoint, tmp_path / "package")
+    parsed = parse_package(package, CAPACITY)
+    name = next(name for name in parsed.made if name.endswith(f".{part}"))
+    other = parsed.constants[name].clone()
+    other.view(-1).view(torch.uint8)[3] ^= 1
+    wrong = replace(parsed, constants={**parsed.constants, name: other})
+    failed = {c.metric for c in check_constants(wrong, package, False).checks if not c.passed}
+    assert "quantized weights with other values" in failed
+
+
+def test_values_of_four_bits_are_unpacked_the_low_half_first() -> None:
+    data = torch.arange(256, dtype=torch.uint8)
+    pairs = unpacked(data, signed=True).view(256, 2)
+    assert pairs.amin() == -8 and pairs.amax() == 7
+    assert torch.equal((pairs[:, 0].int() & 15) + 16 * (pairs[:, 1].int() & 15), data.int())
