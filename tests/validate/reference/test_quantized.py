@@ -333,7 +333,7 @@ def test_a_quantized_embedding_or_tied_head_is_refused(
 
 
 REFUSED: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "quant_method": lambda stated: stated.update(quant_method="gptq"),
+    "quant_method": lambda stated: stated.update(quant_method="quanto"),
     "format": lambda stated: stated.update(format="int-quantized"),
     "quantization_status": lambda stated: stated.update(quantization_status="frozen"),
     "kv_cache_scheme": lambda stated: stated.update(kv_cache_scheme={"num_bits": 8}),
