@@ -85,9 +85,11 @@ def test_other_tensors_in_bf16_are_converted(dense: Path, tmp_path: Path) -> Non
     def in_bf16(stored: dict[str, torch.Tensor]) -> None:
         for name, tensor in stored.items():
             if tensor.dtype == torch.float16 and not name.endswith(".scales"):
-                stored[name] = tensor.bfloat16()
+                stored[name] = (tensor + 2.0**-20).bfloat16()  # below what fp16 distinguishes
 
     copy = changed(dense, tmp_path / "checkpoint", tensors=in_bf16)
+    with pytest.raises(exporter.ExportError, match="scales: --dtype fp16 rounds it"):
+        exporter.export(copy, tmp_path / "package")
     package = exporter.export(copy, tmp_path / "package", dtype="fp16")
     assert {p.name for p in (package.path / "weights").iterdir()} == {
         "model.safetensors",
