@@ -60,19 +60,21 @@ def compare_quantized(
         return found
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     orders = _Orders(model, package)
+    stored = _Stored(checkpoint)
     for done, (weight, (_, shape)) in enumerate(weights.items(), 1):
         parts = {part: f"{weight}.{part}" for part in (CODES, SCALES, ZEROS)}
         held = quantization.tensors(weight, shape, checkpoint.tensors)
-        stored = [name for name in held if name in checkpoint.tensors]
+        used = tuple(name for name in held if name in checkpoint.tensors)
         own = (*parts.values(), f"{weight}.{PERMUTATION}")
-        found.tensors.update(dict.fromkeys(own, tuple(stored)))
+        found.tensors.update(dict.fromkeys(own, used))
         missing = [name for name in parts.values() if name not in initializers]
         if missing:
             continue  # its tensors count as unused
         try:
             read = {part: _Part(initializers[name], package) for part, name in parts.items()}
             order = orders.of(parts[CODES], shape[1])
-            count = _differing(read, order, quantization, checkpoint, weight, shape)
+            stored.weight_shape = shape
+            count = _differing(read, order, quantization, stored, weight, shape)
             if count:
                 found.wrong[parts[CODES]] = f"{count} of {shape[0] * shape[1]} values differ"
         except (ValueError, ValidationError) as error:
@@ -191,7 +193,7 @@ def _differing(
     parts: Mapping[str, _Part],
     order: torch.Tensor | None,
     quantization: Quantization,
-    checkpoint: Checkpoint,
+    stored: _Stored,
     weight: str,
     shape: tuple[int, int],
 ) -> int:
@@ -214,7 +216,7 @@ def _differing(
         or shape[1] % blocks
     ):
         raise ValueError(f"its parts make no weight of shape {list(shape)}")
-    stored, count = _Stored(checkpoint, weight, shape), 0
+    count = 0
     for start in range(0, shape[0], ROWS):
         stop = min(start + ROWS, shape[0])
         wanted = quantization.rows(weight, shape, start, stop, stored)
@@ -231,19 +233,21 @@ def _differing(
 
 
 class _Stored:
-    """What a format reads of a checkpoint; tensors of a weight's shape, which the exporter compared, are given."""
+    """What a format reads of a checkpoint.
 
-    def __init__(self, checkpoint: Checkpoint, weight: str, shape: tuple[int, int]) -> None:
-        self._checkpoint, self._shape = checkpoint, shape
-        self.shapes = {
-            name: entry.shape
-            for name, entry in checkpoint.tensors.items()
-            if name.startswith(weight.removesuffix("weight"))
-        }
+    Attributes:
+        shapes: of its tensors.
+        weight_shape: what is read of a tensor that only states a weight's shape: the exporter has compared it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self.shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+        self.weight_shape = (0, 0)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if name not in self.shapes:
-            return torch.tensor(self._shape)
+            return torch.tensor(self.weight_shape)
         return self._copied(name, np.s_[start:stop])
 
     def columns(self, name: str, start: int, stop: int) -> torch.Tensor:

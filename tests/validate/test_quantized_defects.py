@@ -20,6 +20,7 @@ from qwenport.exporter import export, load_package, weights, written_parts
 from qwenport.exporter.quantization import awq, gptq
 from qwenport.exporter.quantization.storage import Repacked
 from qwenport.exporter.quantization.words import halves, packed
+from qwenport.exporter.safetensors_file import read_safetensors_header
 from qwenport.validate.identity import WEIGHTS, check_identity
 from qwenport.validate.reference import Reference, Text
 from qwenport.validate.target import open_target
@@ -267,6 +268,22 @@ def test_without_a_defect_nothing_is_found(
 ) -> None:
     passed, distance = _judged(checkpoint(name), tmp_path / "package")
     assert passed and distance < LEAST / 10
+
+
+def test_columns_that_are_gathered_twice_are_no_permutation(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = checkpoint("gptq, act-order")
+    package = export(path, tmp_path / "package").path
+    file = package / "weights" / written_parts.FILE
+    places = {entry.name: entry for entry in read_safetensors_header(file)[1]}
+    name = next(name for name in places if name.endswith(".permutation"))
+    with file.open("r+b") as stream:
+        stream.seek(places[name].offset)
+        first = stream.read(8)
+        stream.write(first)
+    (weights_row, *_) = check_identity(open_target(package), path).rows
+    assert any("is no permutation of" in failure for failure in weights_row.failures)
 
 
 @pytest.mark.parametrize("name", DEFECTS)
