@@ -395,6 +395,8 @@ def _without_zero_biases(
     Raises:
         CheckpointError: one of them is not zero.
     """
+    if config.quantization is None:
+        return tensors
     parameters = {name for name, _ in _parameters(config)}
     found = {f"{weight.removesuffix(WEIGHT)}.bias" for weight in quantized_weights(config)}
     idle = {name for name in found - parameters if name in tensors}

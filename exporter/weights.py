@@ -361,15 +361,23 @@ def _write(
                     and adapter is None
                     and not torch.equal(converted.to(values.dtype), values)
                 ):
-                    wide = BY_SAFETENSORS[source.dtype].name
-                    alike = all(e.dtype == source.dtype for e in checkpoint.tensors.values())
-                    raise ExportError(
-                        f"tensor {source.name} is {wide} and would lose precision in {dtype}, which config.json "
-                        f"says: --dtype {dtype} rounds it, --dtype {wide if alike else 'fp32'} keeps every value"
-                    )
+                    raise ExportError(_would_lose(checkpoint, source, dtype))
                 writer.write(converted.view(torch.uint8).numpy().data)
                 done += values.nbytes
                 progress(what, done, total)
+
+
+def _would_lose(checkpoint: Checkpoint, source: TensorEntry, dtype: str) -> str:
+    """What to do about a tensor that a dtype would round, which the user did not name."""
+    wide = BY_SAFETENSORS[source.dtype].name
+    lost = f"tensor {source.name} is {wide} and would lose precision in {dtype}"
+    if checkpoint.config.quantization is not None:
+        return f"{lost}, the dtype of the quantized weights' scales: --dtype {dtype} rounds it"
+    alike = all(entry.dtype == source.dtype for entry in checkpoint.tensors.values())
+    return (
+        f"{lost}, which config.json says: --dtype {dtype} rounds it, --dtype {wide if alike else 'fp32'} keeps every "
+        "value"
+    )
 
 
 def _check_values(

@@ -130,18 +130,19 @@ def _compare(
     quantization = read_quantization(checkpoint.path) if weights else None
     if quantization is None:
         return found
+    stored = _Stored(checkpoint)
     for done, (weight, (_, shape)) in enumerate(weights.items(), 1):
         names = {part: f"{weight}.{part}" for part in (CODES, SCALES, ZEROS)}
         held = quantization.tensors(weight, shape, checkpoint.tensors)
-        stored = [name for name in held if name in checkpoint.tensors]
+        used = tuple(name for name in held if name in checkpoint.tensors)
         try:
             parts = parts_of(names)
             if parts.keys() != names.keys():
                 continue  # its tensors count as unused
             own = (*names.values(), f"{weight}.{PERMUTATION}")
-            found.tensors.update(dict.fromkeys(own, tuple(stored)))
+            found.tensors.update(dict.fromkeys(own, used))
             order = orders.of(names[CODES], shape[1])
-            count = _differing(parts, order, quantization, checkpoint, weight, shape, in_fp32)
+            count = _differing(parts, order, quantization, stored, weight, shape, in_fp32)
             if count:
                 found.wrong[names[CODES]] = f"{count} of {shape[0] * shape[1]} values differ"
         except (ValueError, ValidationError) as error:
@@ -154,7 +155,7 @@ def _differing(
     parts: Mapping[str, Part],
     order: torch.Tensor | None,
     quantization: Quantization,
-    checkpoint: Checkpoint,
+    stored: _Stored,
     weight: str,
     shape: tuple[int, int],
     in_fp32: bool,
@@ -179,7 +180,7 @@ def _differing(
         or shape[1] % blocks
     ):
         raise ValueError(f"its parts make no weight of shape {list(shape)}")
-    stored, count = _Stored(checkpoint, weight), 0
+    count = 0
     for start in range(0, shape[0], ROWS):
         stop = min(start + ROWS, shape[0])
         wanted = quantization.rows(weight, shape, start, stop, stored)
@@ -197,15 +198,11 @@ def _differing(
 
 
 class _Stored:
-    """What a format reads of a weight's tensors in a checkpoint."""
+    """What a format reads of a checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, weight: str) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self._path = checkpoint.path
-        self._entries = {
-            name: entry
-            for name, entry in (*checkpoint.tensors.items(), *checkpoint.implied.items())
-            if name.startswith(weight.removesuffix("weight"))
-        }
+        self._entries = {**checkpoint.tensors, **checkpoint.implied}
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:

@@ -86,8 +86,11 @@ def test_other_tensors_in_bf16_are_converted(dense: Path, tmp_path: Path) -> Non
         for name, tensor in stored.items():
             if tensor.dtype == torch.float16 and not name.endswith(".scales"):
                 stored[name] = tensor.bfloat16()
+        stored["model.norm.weight"][3] = 2.0**-30  # no number of fp16
 
     copy = changed(dense, tmp_path / "checkpoint", tensors=in_bf16)
+    with pytest.raises(exporter.ExportError, match="scales: --dtype fp16 rounds it"):
+        exporter.export(copy, tmp_path / "package")
     package = exporter.export(copy, tmp_path / "package", dtype="fp16")
     assert {p.name for p in (package.path / "weights").iterdir()} == {
         "model.safetensors",
