@@ -53,7 +53,15 @@ from qwenport.exporter.package import (
     export,
     load_package,
 )
-from qwenport.exporter.quantization import CODES, SCALES, ZEROS
+from qwenport.exporter.quantization import (
+    CODES,
+    INPUT_SCALE,
+    SCALES,
+    WHOLE,
+    ZEROS,
+    Storage,
+    part_name,
+)
 from qwenport.exporter.rope import Rope, rope_tables
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
@@ -70,8 +78,10 @@ __all__ = [
     "CODES",
     "COMPANIONS",
     "FILES",
+    "INPUT_SCALE",
     "SCALES",
     "SOURCE",
+    "WHOLE",
     "ZEROS",
     "Adapter",
     "Checkpoint",
@@ -85,6 +95,7 @@ __all__ = [
     "Package",
     "PackageError",
     "Rope",
+    "Storage",
     "TensorEntry",
     "TracingError",
     "as_json",
@@ -106,6 +117,7 @@ __all__ = [
     "lock_directory",
     "open_checkpoint",
     "parse_config",
+    "part_name",
     "plan_safetensors",
     "published",
     "quantized_weights",

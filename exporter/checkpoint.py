@@ -116,7 +116,10 @@ def open_checkpoint(
     _compare(expected_tensors(config, tensors), tensors)
     _compare_types(config, tensors)
     implied: set[str] = set()
-    for weight, (storage, shape) in quantized_weights(config).items():
+    quantized = quantized_weights(config)
+    _refuse_rounded_experts(quantized)
+    notes += dict.fromkeys(s.note for s, _ in quantized.values() if s.note is not None)
+    for weight, (storage, shape) in quantized.items():
         implied |= storage.check(weight.removesuffix(WEIGHT), shape, path, tensors)
     if implied:
         notes.append(f"{_name_some(sorted(implied))}: as config.json implies, not needed")
@@ -124,11 +127,25 @@ def open_checkpoint(
     dtype = config.dtype or BY_SAFETENSORS[tensors["model.embed_tokens.weight"].dtype].name
     adapter = read_adapter(path, tensors) if merged else None
     if adapter is not None:
+        if (at := next((name for name in adapter.matrices if name in quantized), None)) is not None:
+            raise CheckpointError(f"the adapter changes {cut(at)}, which is quantized")
         count, rank = len(adapter.matrices), adapter.rank
         notes.append(
             f"the adapter next to the weights (rank {rank}) is merged into {count} of them"
         )
     return Checkpoint(path, config, dtype, tensors, found.files, prefix, tuple(notes), adapter)
+
+
+def _refuse_rounded_experts(
+    quantized: dict[str, tuple[Storage, tuple[int, int]]],
+) -> None:
+    """Raises ConfigError: an expert's input is rounded, which happens between the products of one operator."""
+    for weight, (storage, _) in quantized.items():
+        if ".experts." in weight and storage.activations is not None:
+            raise ConfigError(
+                f"quantization_config: experts whose activations are rounded to FP8 are not supported (first: "
+                f"{cut(weight.removesuffix(WEIGHT))}); experts in FP8 by weight alone are"
+            )
 
 
 def refuse_what_is_no_checkpoint(path: Path) -> None:
@@ -411,17 +428,22 @@ def _compare(expected: dict[str, tuple[int, ...]], tensors: dict[str, TensorEntr
             "are not part of the model"
         )
     for name, shape in expected.items():
-        if tensors[name].shape != shape:
+        found = tensors[name].shape
+        if found != shape and not (shape == () and found == (1,)):  # one number
             raise CheckpointError(
-                f"tensor {name} has shape {list(tensors[name].shape)}; config.json implies {list(shape)}"
+                f"tensor {name} has shape {list(found)}; config.json implies {list(shape)}"
             )
 
 
 def _compare_types(config: ModelConfig, tensors: dict[str, TensorEntry]) -> None:
-    """Integers are where the format has them, and nowhere else."""
-    integers = {} if config.quantization is None else config.quantization.integers
+    """Integers and FP8 are where the format has them, and nowhere else."""
+    codes = {
+        f"{weight.removesuffix(WEIGHT)}.{suffix}": dtype
+        for weight, (storage, _) in quantized_weights(config).items()
+        for suffix, dtype in storage.integers.items()
+    }
     for name, entry in tensors.items():
-        wanted = integers.get(name.rpartition(".")[2])
+        wanted = codes.get(name)
         if wanted is None and entry.dtype not in BY_SAFETENSORS:
             raise CheckpointError(
                 f"tensor {cut(name)} has dtype {entry.dtype}; supported: {', '.join(BY_SAFETENSORS)}"

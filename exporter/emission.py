@@ -22,15 +22,24 @@ from qwenport.exporter.tracing import Call, Ref, Span, Sym, TensorType, Trace, n
 from qwenport.plugins.nodes import append_node, initializer
 from qwenport.plugins.operator import operators
 
+RoundsInput = Callable[["GraphBuilder", ir.Value], ir.Value]
+"""(the graph, x [..., K]) -> x rounded; those that are equal do the same."""
+
 
 @dataclass
 class GraphBuilder:
-    """An ONNX graph under construction: nodes, and shared initializers."""
+    """An ONNX graph under construction: nodes, and shared initializers.
+
+    Attributes:
+        roundings: weight -> appends the rounding of its linear's input, and returns the result.
+    """
 
     nodes: list[ir.Node] = field(default_factory=list)
     initializers: dict[str, ir.Value] = field(default_factory=dict)
     sizes: dict[tuple[ir.Value, int], ir.Value] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
+    roundings: dict[ir.Value, RoundsInput] = field(default_factory=dict)
+    rounded: dict[tuple[ir.Value, RoundsInput], ir.Value] = field(default_factory=dict)
 
     def add(
         self,
@@ -107,6 +116,15 @@ class GraphBuilder:
                 attributes={"start": axis, "end": axis + 1},
             )
         return self.sizes[key]
+
+    def rounded_for(self, weight: ir.Value, x: ir.Value) -> ir.Value:
+        """The input of the linear of `weight` as it multiplies it: `x`, or `x` rounded, once for equal roundings."""
+        rounding = self.roundings.get(weight)
+        if rounding is None:
+            return x
+        if (x, rounding) not in self.rounded:
+            self.rounded[x, rounding] = rounding(self, x)
+        return self.rounded[x, rounding]
 
 
 def emit(
@@ -217,7 +235,8 @@ class _Emitter:
 
 
 def _linear(e: _Emitter, x: Ref, weight: Ref, bias: Ref | None = None) -> ir.Value:
-    product = e.op("MatMul", x, e.op("Transpose", weight, like=weight, perm=[1, 0]))
+    given = e.builder.rounded_for(e.values[weight.index], e.values[x.index])
+    product = e.op("MatMul", given, e.op("Transpose", weight, like=weight, perm=[1, 0]))
     return product if bias is None else e.op("Add", product, bias)
 
 

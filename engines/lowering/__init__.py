@@ -14,12 +14,13 @@ from qwenport.engines.lowering.few_bits import (
     UseMatMulNBits,
     repeated_zero_points,
 )
+from qwenport.engines.lowering.float8 import DequantizeFloat8AtLoad
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
 from qwenport.engines.lowering.read_experts_once import ReadExpertsOnce
 from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables, folded
 from qwenport.engines.lowering.rounded import RoundResults
-from qwenport.engines.lowering.stored import ALIGNMENT, BYTES, StoredWeight, StoreWeights
+from qwenport.engines.lowering.stored import ALIGNMENT, KEPT, StoredWeight, StoreWeights
 from qwenport.engines.lowering.targets import (
     for_onnxruntime,
     for_onnxruntime_engine,
@@ -30,12 +31,13 @@ from qwenport.engines.lowering.use_plugins import UsePlugins, plugin_layers
 
 __all__ = [
     "ALIGNMENT",
-    "BYTES",
+    "KEPT",
     "Changed",
     "ComputeInFloat32",
     "CutRopeTables",
     "DecomposeAttention",
     "DequantizeAtLoad",
+    "DequantizeFloat8AtLoad",
     "DropCasts",
     "FoldConstants",
     "FoldRopeTables",

@@ -7,25 +7,34 @@ from typing import Any
 
 from qwenport.exporter.errors import ConfigError
 from qwenport.exporter.keys import short
-from qwenport.exporter.quantization.compressed_tensors import METHOD, parse_compressed_tensors
+from qwenport.exporter.quantization import compressed_tensors, fine_grained_fp8
 from qwenport.exporter.quantization.quantization import Quantization
 from qwenport.exporter.quantization.storage import (
     CODES,
+    DYNAMIC,
+    INPUT_SCALE,
     SCALES,
+    STATIC,
     WEIGHT,
+    WHOLE,
     ZEROS,
     ByReference,
     Middle,
     Part,
     Repacked,
     Storage,
+    part_name,
     viewed,
 )
 
 __all__ = [
     "CODES",
+    "DYNAMIC",
+    "INPUT_SCALE",
     "SCALES",
+    "STATIC",
     "WEIGHT",
+    "WHOLE",
     "ZEROS",
     "ByReference",
     "Middle",
@@ -34,11 +43,13 @@ __all__ = [
     "Repacked",
     "Storage",
     "parse_quantization",
+    "part_name",
     "viewed",
 ]
 
 METHODS: Mapping[str, Callable[[Mapping[str, Any]], Quantization]] = {
-    METHOD: parse_compressed_tensors,
+    compressed_tensors.METHOD: compressed_tensors.parse_compressed_tensors,
+    fine_grained_fp8.METHOD: fine_grained_fp8.parse_fine_grained_fp8,
 }
 
 

@@ -55,11 +55,6 @@ class Quantization:
         return None
 
     @property
-    def integers(self) -> dict[str, str]:
-        """Suffix of a tensor -> its dtype in safetensors, if it holds integers."""
-        return {s: dtype for group in self.groups for s, dtype in group.storage.integers.items()}
-
-    @property
     def least_bits(self) -> int:
         """Of a code, where they are fewest."""
         return min(group.storage.bits for group in self.groups)
