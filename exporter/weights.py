@@ -180,7 +180,8 @@ def _check_dtype(checkpoint: Checkpoint, dtype: str, parts: Mapping[str, Part]) 
             if stored != DTYPES[dtype].safetensors:
                 own = BY_SAFETENSORS[stored].name
                 raise ExportError(
-                    f"the scales of {linear} are {own}; a quantized checkpoint is exported in their dtype: --dtype {own}"
+                    f"the scales of {linear} are {own}; a quantized checkpoint is exported in their "
+                    f"dtype: --dtype {own}"
                 )
 
 

@@ -58,6 +58,10 @@ class FineGrainedFP8(Storage):
         "checkpoint's own kernels do"
     )
 
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        return (WHOLE,)
+
     def objection(self, shape: Shape) -> str | None:
         return None
 

@@ -55,6 +55,10 @@ class FloatQuantized(Storage):
 
     integers: ClassVar[Mapping[str, str]] = {WEIGHT.removeprefix("."): FP8}
 
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        return CODES, SCALES, *([INPUT_SCALE] if self.activations == STATIC else [])
+
     def objection(self, shape: Shape) -> str | None:
         return None
 

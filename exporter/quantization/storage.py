@@ -108,6 +108,11 @@ class Storage(ABC):
     """What users of such a checkpoint should know; None if there is nothing to say."""
 
     @property
+    def part_names(self) -> tuple[str, ...]:
+        """The names of `parts`."""
+        return CODES, SCALES, ZEROS
+
+    @property
     def code_dtype(self) -> str:
         """The codes' type: "U4" or "U8"."""
         return f"U{self.bits}"

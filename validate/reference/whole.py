@@ -47,6 +47,7 @@ class WholeModel:
 
     Attributes:
         num_layers: decoder layers.
+        rounds_inputs: whether linears round their inputs.
         rotary: transformers' rotary module.
         calls: the layers' arguments.
     """
@@ -75,10 +76,13 @@ class WholeModel:
         """
         with reported(path / CONFIG, "transformers makes no model of it"):
             skeleton = model_without_weights(copy.deepcopy(config))
+        self.rounds_inputs = False
         if quantization is None:
             self._model = _load(path, config, prefix)
         else:
-            self._model = _load_dequantized(path, type(skeleton), config, prefix, quantization)
+            self._model, self.rounds_inputs = _load_dequantized(
+                path, type(skeleton), config, prefix, quantization
+            )
         if adapter is not None:
             _merge(self._model, path, prefix, adapter)
         for model in (self._model, skeleton):
@@ -183,8 +187,8 @@ def _load(path: Path, config: Any, prefix: str) -> Any:
 
 def _load_dequantized(
     path: Path, model_class: Any, config: Any, prefix: str, quantization: Quantization
-) -> Any:
-    """As `_load`, with the quantized weights dequantized by `dequantization`.
+) -> tuple[Any, bool]:
+    """As `_load`, with the quantized weights dequantized by `dequantization`; also whether linears round inputs.
 
     While transformers loads them, the weights are in memory in their own dtype as well.
     """
@@ -199,7 +203,7 @@ def _load_dequantized(
     # Unexpected is, among others, what `dequantized` found no use for.
     _check_loaded(path, info, ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys"))
     _align(model)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False), stored.round_inputs(model)
 
 
 def _check_files(path: Path) -> None:
