@@ -230,7 +230,7 @@ class Reference:
             with self.opened_layer(index, "fp32") as layer:
                 with recorded(layer.module) as codes:
                     whole_state = layer.run_tensor(states[0], 0, "eager", sizes[0])
-                same = Choices({}, 0.0, {index: codes()})
+                    same = Choices({}, 0.0, {index: codes()})
                 states = [whole_state, layer.run_tensor(states[1], 0, "eager", sizes[1], same)]
             with self.opened_layer(index, "fp64") as layer:
                 exact = layer.run_tensor(exact, 0, "eager", len(tokens), same)

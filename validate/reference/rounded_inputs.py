@@ -112,7 +112,7 @@ def agreeing(choices: Sequence[Choices | None], taken: Callable[[int], None]) ->
 
 @contextlib.contextmanager
 def recorded(layer: Any) -> Iterator[Callable[[], dict[str, Float32]]]:
-    """Record while the context lasts; yields a function that returns path of a linear -> its rounded input."""
+    """Record while the context lasts; yields a function that then returns path of a linear -> its rounded input."""
     hooks = _hooks(layer)
     for hook in hooks.values():
         hook.made = []
