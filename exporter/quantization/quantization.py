@@ -56,8 +56,13 @@ class Quantization:
 
     @property
     def least_bits(self) -> int:
-        """Of a code, where they are fewest."""
-        return min(group.storage.bits for group in self.groups)
+        """Of a value in a package, where they are fewest."""
+        return min(16 if g.storage.is_whole else g.storage.bits for g in self.groups)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether linears round their inputs to FP8."""
+        return any(group.storage.activations is not None for group in self.groups)
 
 
 def _names(rule: str, module: str) -> bool:
