@@ -172,7 +172,7 @@ def _write_weights(
 
 def _made(package: Path, weight: StoredWeight, buffer: Float32) -> Iterator[bytes | memoryview]:
     """The bytes of a tensor of the engine, in chunks; each is valid until the next."""
-    from qwenport.engines.lowering import BYTES, repeated_zero_points
+    from qwenport.engines.lowering import KEPT, repeated_zero_points
 
     source = weight.source
     stored = TensorEntry(
@@ -183,7 +183,7 @@ def _made(package: Path, weight: StoredWeight, buffer: Float32) -> Iterator[byte
         source.offset or 0,
         source.nbytes,
     )
-    if weight.entry.dtype == BYTES and weight.repeats is not None:
+    if weight.entry.dtype in KEPT and weight.repeats is not None:
         data = b"".join(chunks(package, stored))  # few: at most a byte for 16 values of the weight
         if len(data) == source.nbytes:
             rows, blocks = source.shape.numpy()
@@ -191,7 +191,7 @@ def _made(package: Path, weight: StoredWeight, buffer: Float32) -> Iterator[byte
             yield repeated_zero_points(data, bits, shape, weight.repeats).data.cast("B")
         return
     for chunk in chunks(package, stored):
-        if weight.entry.dtype != FP32.safetensors:
+        if weight.entry.dtype in KEPT:
             yield chunk
         elif weight.repeats is None:
             yield _in_float32(chunk, BY_ONNX[source.dtype.name], buffer)

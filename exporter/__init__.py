@@ -53,7 +53,16 @@ from qwenport.exporter.package import (
     export,
     load_package,
 )
-from qwenport.exporter.quantization import CODES, PERMUTATION, SCALES, ZEROS
+from qwenport.exporter.quantization import (
+    CODES,
+    INPUT_SCALE,
+    PERMUTATION,
+    SCALES,
+    WHOLE,
+    ZEROS,
+    Storage,
+    part_name,
+)
 from qwenport.exporter.rope import Rope, rope_tables
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
@@ -70,9 +79,11 @@ __all__ = [
     "CODES",
     "COMPANIONS",
     "FILES",
+    "INPUT_SCALE",
     "PERMUTATION",
     "SCALES",
     "SOURCE",
+    "WHOLE",
     "ZEROS",
     "Adapter",
     "Checkpoint",
@@ -86,6 +97,7 @@ __all__ = [
     "Package",
     "PackageError",
     "Rope",
+    "Storage",
     "TensorEntry",
     "TracingError",
     "as_json",
@@ -107,6 +119,7 @@ __all__ = [
     "lock_directory",
     "open_checkpoint",
     "parse_config",
+    "part_name",
     "plan_safetensors",
     "published",
     "quantized_weights",

@@ -19,7 +19,7 @@ from qwenport.exporter.errors import CheckpointError, ConfigError
 from qwenport.exporter.json_file import read_json
 from qwenport.exporter.manifest import why_no_directory
 from qwenport.exporter.names import rotary_buffers, understood
-from qwenport.exporter.quantization import SCALES, WEIGHT, ByReference, Storage
+from qwenport.exporter.quantization import SCALES, WEIGHT, ZEROS, ByReference, Storage
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
     TensorEntry,
@@ -123,7 +123,10 @@ def open_checkpoint(
     _compare(expected_tensors(config, tensors), tensors)
     _compare_types(config, tensors)
     implied: dict[str, TensorEntry] = {}
-    for weight, (storage, shape) in quantized_weights(config).items():
+    quantized = quantized_weights(config)
+    _refuse_rounded_inputs(quantized)
+    notes += dict.fromkeys(s.note for s, _ in quantized.values() if s.note is not None)
+    for weight, (storage, shape) in quantized.items():
         for name in storage.check(weight.removesuffix(WEIGHT), shape, path, tensors):
             implied[name] = tensors[name]
     tensors = {name: entry for name, entry in tensors.items() if name not in implied}
@@ -134,6 +137,8 @@ def open_checkpoint(
     )
     adapter = read_adapter(path, tensors) if merged else None
     if adapter is not None:
+        if (at := next((name for name in adapter.matrices if name in quantized), None)) is not None:
+            raise CheckpointError(f"the adapter changes {cut(at)}, which is quantized")
         count, rank = len(adapter.matrices), adapter.rank
         notes.append(
             f"the adapter next to the weights (rank {rank}) is merged into {count} of them"
@@ -141,6 +146,25 @@ def open_checkpoint(
     return Checkpoint(
         path, config, dtype, tensors, found.files, prefix, tuple(notes), adapter, implied
     )
+
+
+def _refuse_rounded_inputs(
+    quantized: dict[str, tuple[Storage, tuple[int, int]]],
+) -> None:
+    """Raises ConfigError: an expert's input is rounded, which happens between the products of one operator.
+
+    Or the head's: logits are computed at a few positions only, where `validate` cannot follow its codes.
+    """
+    for weight, (storage, _) in quantized.items():
+        if weight == "lm_head.weight" and storage.activations is not None:
+            raise ConfigError(
+                "quantization_config: a head whose input is rounded to FP8 is not supported; name lm_head in ignore"
+            )
+        if ".experts." in weight and storage.activations is not None:
+            raise ConfigError(
+                f"quantization_config: experts whose activations are rounded to FP8 are not supported (first: "
+                f"{cut(weight.removesuffix(WEIGHT))}); experts in FP8 by weight alone are"
+            )
 
 
 def refuse_what_is_no_checkpoint(path: Path) -> None:
@@ -410,9 +434,11 @@ def _without_zero_biases(
 
 
 def _dtype_of_scales(config: ModelConfig, tensors: dict[str, TensorEntry]) -> str | None:
-    """The dtype that quantized weights are dequantized to: that of the first one's scales."""
+    """The dtype that integer codes are dequantized to: that of the first weight's scales."""
     for weight, (storage, shape) in quantized_weights(config).items():
-        part = storage.parts(weight.removesuffix(WEIGHT), shape, tensors)[SCALES]
+        if ZEROS not in storage.part_names:
+            continue
+        part = storage.parts(weight.removesuffix(WEIGHT), shape, tensors, "")[SCALES]
         stored = part.entry.dtype if isinstance(part, ByReference) else part.dtype
         return BY_SAFETENSORS[stored].name
     return None
@@ -458,17 +484,22 @@ def _compare(expected: dict[str, tuple[int, ...]], tensors: dict[str, TensorEntr
             "are not part of the model"
         )
     for name, shape in expected.items():
-        if tensors[name].shape != shape:
+        found = tensors[name].shape
+        if found != shape and not (shape == () and found == (1,)):  # one number
             raise CheckpointError(
-                f"tensor {name} has shape {list(tensors[name].shape)}; config.json implies {list(shape)}"
+                f"tensor {name} has shape {list(found)}; config.json implies {list(shape)}"
             )
 
 
 def _compare_types(config: ModelConfig, tensors: dict[str, TensorEntry]) -> None:
-    """Integers are where the format has them, and nowhere else."""
-    integers = {} if config.quantization is None else config.quantization.integers
+    """Integers and FP8 are where the format has them, and nowhere else."""
+    codes = {
+        f"{weight.removesuffix(WEIGHT)}.{suffix}": dtype
+        for weight, (storage, _) in quantized_weights(config).items()
+        for suffix, dtype in storage.integers.items()
+    }
     for name, entry in tensors.items():
-        wanted = integers.get(name.rpartition(".")[2])
+        wanted = codes.get(name)
         if wanted is None and entry.dtype not in BY_SAFETENSORS:
             raise CheckpointError(
                 f"tensor {cut(name)} has dtype {entry.dtype}; supported: {', '.join(BY_SAFETENSORS)}"

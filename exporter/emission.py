@@ -22,10 +22,17 @@ from qwenport.exporter.tracing import Call, Ref, Span, Sym, TensorType, Trace, n
 from qwenport.plugins.nodes import append_node, initializer
 from qwenport.plugins.operator import operators
 
+RoundsInput = Callable[["GraphBuilder", ir.Value], ir.Value]
+"""(the graph, x [..., K]) -> x rounded; those that are equal do the same."""
+
 
 @dataclass
 class GraphBuilder:
-    """An ONNX graph under construction: nodes, and shared initializers."""
+    """An ONNX graph under construction: nodes, and shared initializers.
+
+    Attributes:
+        roundings: weight -> appends the rounding of its linear's input, and returns the result.
+    """
 
     nodes: list[ir.Node] = field(default_factory=list)
     initializers: dict[str, ir.Value] = field(default_factory=dict)
@@ -33,6 +40,8 @@ class GraphBuilder:
     names: dict[str, int] = field(default_factory=dict)
     permutations: dict[ir.Value, ir.Value] = field(default_factory=dict)
     gathered: dict[tuple[ir.Value, ir.Value], ir.Value] = field(default_factory=dict)
+    roundings: dict[ir.Value, RoundsInput] = field(default_factory=dict)
+    rounded: dict[tuple[ir.Value, RoundsInput], ir.Value] = field(default_factory=dict)
 
     def add(
         self,
@@ -129,6 +138,15 @@ class GraphBuilder:
                 attributes={"start": axis, "end": axis + 1},
             )
         return self.sizes[key]
+
+    def rounded_for(self, weight: ir.Value, x: ir.Value) -> ir.Value:
+        """The input of the linear of `weight` as it multiplies it: `x`, or `x` rounded, once for equal roundings."""
+        rounding = self.roundings.get(weight)
+        if rounding is None:
+            return x
+        if (x, rounding) not in self.rounded:
+            self.rounded[x, rounding] = rounding(self, x)
+        return self.rounded[x, rounding]
 
 
 def emit(
@@ -240,7 +258,8 @@ class _Emitter:
 
 def _linear(e: _Emitter, x: Ref, weight: Ref, bias: Ref | None = None) -> ir.Value:
     ordered = e.builder.ordered(e.values[x.index], e.values[weight.index], e.name("Gather"))
-    product = e.op("MatMul", ordered, e.op("Transpose", weight, like=weight, perm=[1, 0]))
+    given = e.builder.rounded_for(e.values[weight.index], ordered)
+    product = e.op("MatMul", given, e.op("Transpose", weight, like=weight, perm=[1, 0]))
     return product if bias is None else e.op("Add", product, bias)
 
 

@@ -22,7 +22,19 @@ from qwenport.exporter import emission, tracing
 from qwenport.exporter.checkpoint import DOWN, GATE_UP, expert_parts
 from qwenport.exporter.config import ModelConfig, MoEConfig
 from qwenport.exporter.decoder import DecoderLayer, Epilogue, Prologue, checkpoint_name
-from qwenport.exporter.quantization import CODES, PERMUTATION, SCALES, WEIGHT, ZEROS
+from qwenport.exporter.quantization import (
+    CODES,
+    DYNAMIC,
+    INPUT_SCALE,
+    PERMUTATION,
+    SCALES,
+    STATIC,
+    WEIGHT,
+    ZEROS,
+    Storage,
+    part_name,
+)
+from qwenport.exporter.rounded_activations import Rounding
 from qwenport.plugins.operator import operators
 
 OPSET = 24
@@ -57,9 +69,11 @@ def build_graph(
         return builder.initializer(found)
 
     def matrix(name: str) -> ir.Value:
-        if not config.is_quantized(name):
+        storage = config.storage(name)
+        if storage is None or storage.is_whole:
             return stored(name)
-        made, permutation = _dequantized(builder, name, stored), tensor(f"{name}.{PERMUTATION}")
+        made = _dequantized(builder, name, storage, stored)
+        permutation = tensor(part_name(name, PERMUTATION))
         if permutation is not None:
             builder.permutations[made] = builder.initializer(permutation)
         return made
@@ -152,20 +166,37 @@ def build_graph(
 
 
 def _dequantized(
-    builder: emission.GraphBuilder, name: str, stored: Callable[[str], ir.Value]
+    builder: emission.GraphBuilder,
+    name: str,
+    storage: Storage,
+    stored: Callable[[str], ir.Value],
 ) -> ir.Value:
-    """The weight [N, K] of its codes, scales and zero points, in the order of the codes' columns."""
-    codes, scales, zeros = (stored(f"{name}.{part}") for part in (CODES, SCALES, ZEROS))
+    """The weight [N, K] of its parts, made once, wherever it is used, in the order of the codes' columns.
+
+    Its linear's input is rounded as the storage says.
+    """
+    codes, scales = (stored(part_name(name, part)) for part in (CODES, SCALES))
     assert codes.shape is not None and scales.shape is not None and scales.dtype is not None
-    (_, columns), (_, blocks) = codes.shape.numpy(), scales.shape.numpy()
-    return builder.add(
+    inputs, attributes = [codes, scales], {}
+    if len(scales.shape) == 2:
+        (_, columns), (_, blocks) = codes.shape.numpy(), scales.shape.numpy()
+        inputs.append(stored(part_name(name, ZEROS)))
+        attributes = {"axis": 1, "block_size": columns // blocks}
+    elif len(scales.shape) == 1:
+        attributes = {"axis": 0}
+    weight = builder.add(
         "DequantizeLinear",
-        [codes, scales, zeros],
+        inputs,
         f"{name.removesuffix(WEIGHT)}.DequantizeLinear",
         dtype=scales.dtype,
         shape=codes.shape,
-        attributes={"axis": 1, "block_size": columns // blocks},
+        attributes=attributes,
     )
+    if storage.activations == STATIC:
+        builder.roundings[weight] = Rounding(stored(part_name(name, INPUT_SCALE)))
+    elif storage.activations == DYNAMIC:
+        builder.roundings[weight] = Rounding(None)
+    return weight
 
 
 def _stack(

@@ -348,11 +348,13 @@ def expected_model(
     from qwenport.exporter.written_parts import location_of
 
     config = checkpoint.config
-    entries = plan_weights(checkpoint, dtype, weights).entries
+    plan = plan_weights(checkpoint, dtype, weights)
+    entries = plan.entries
     tables = rope_entries(config, max_seq_len)
     used: set[str] = set()
 
     def tensor(name: str) -> ir.TensorProtocol | None:
+        name = plan.same.get(name, name)
         used.add(name)
         if name in tables:
             return external_tensor(name, ROPE, tables[name])
@@ -472,7 +474,14 @@ def _is_held(tensor: ir.ExternalTensor, there: ir.ExternalTensor) -> bool:
     if tensor.dtype in (ir.DataType.UINT4, ir.DataType.UINT8):
         assert tensor.length is not None and there.length is not None
         return not there.dtype.is_floating_point() and tensor.length <= there.length
-    return (there.length, there.dtype, there.shape) == (tensor.length, tensor.dtype, tensor.shape)
+    if there.dtype != tensor.dtype or there.length != tensor.length:
+        return False
+    return _without_ones(there.shape) == _without_ones(tensor.shape)
+
+
+def _without_ones(shape: ir.Shape) -> list[int]:
+    """The axes of a shape that matter: scales [N, 1] are [N] in a graph."""
+    return [size for size in shape.numpy() if size != 1]
 
 
 def _graph_of(model: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qwenport.contract import BY_SAFETENSORS, INTEGER_BYTES
+from qwenport.contract import BY_SAFETENSORS, CODE_BYTES
 from qwenport.exporter.errors import CheckpointError
 from qwenport.exporter.keys import short
 from qwenport.wording import cut
@@ -26,7 +26,7 @@ CHUNK_BYTES = 1 << 24
 """Bytes of weights in memory at a time."""
 MOST_HEADER_BYTES = 1 << 23  # a published shard has at most a few thousand tensors
 MOST_TENSORS = 1 << 16
-_BYTES = {**{name: dtype.itemsize for name, dtype in BY_SAFETENSORS.items()}, **INTEGER_BYTES}
+_BYTES = {**{name: dtype.itemsize for name, dtype in BY_SAFETENSORS.items()}, **CODE_BYTES}
 
 
 @dataclass(frozen=True)

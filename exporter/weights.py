@@ -16,7 +16,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from qwenport.contract import BY_SAFETENSORS, COPY, DTYPES, PACK, Progress
+from qwenport.contract import BY_SAFETENSORS, COPY, DTYPES, FP8, PACK, Progress
 from qwenport.exporter.checkpoint import (
     Checkpoint,
     expert_stacks,
@@ -26,14 +26,15 @@ from qwenport.exporter.checkpoint import (
 from qwenport.exporter.directory import require_space
 from qwenport.exporter.errors import ExportError
 from qwenport.exporter.quantization import (
+    INPUT_SCALE,
     PERMUTATION,
     SCALES,
     WEIGHT,
     ByReference,
-    Middle,
     Part,
     Repacked,
     Storage,
+    part_name,
 )
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
@@ -48,11 +49,12 @@ CONVERTED = "model.safetensors"  # all tensors
 CONVERTED_SOME = "converted.safetensors"  # those whose dtype differs from the rest
 PACKED = "experts-packed.safetensors"
 
-_INTEGERS = {
+_CODES = {
     "U4": ir.DataType.UINT4,
     "U8": ir.DataType.UINT8,
     "I32": ir.DataType.INT32,
     "I64": ir.DataType.INT64,
+    FP8: ir.DataType.FLOAT8E4M3FN,
 }
 _FICLONE = 0x40049409  # linux/fs.h: share the extents of a file, copy on write
 
@@ -67,12 +69,14 @@ class WeightPlan:
         written: the tensors among them that go into the package's own file -> the checkpoint's tensors that
             each consists of, concatenated. All others stay in the checkpoint's files.
         parts: those of quantized weights that the package writes into files of their own.
+        same: input scale of a linear -> the equal one of another in its module, which stands for both.
     """
 
     mode: str
     entries: dict[str, TensorEntry]
     written: dict[str, list[TensorEntry]]
     parts: WrittenParts
+    same: dict[str, str]
 
     def conversions(self) -> dict[str, int]:
         """ "fp32 to bf16" -> the number of the checkpoint's tensors converted so."""
@@ -87,7 +91,7 @@ class WeightPlan:
 
 
 def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
-    """Lay out a package's weights. Nothing is written, and of the weights nothing read but the order of columns.
+    """Lay out a package's weights. Nothing is written, and only orders of columns and input scales are read.
 
     Args:
         checkpoint: the source.
@@ -98,8 +102,11 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
     Raises:
         ExportError: there is nothing to pack, or single experts have their columns in an order of their own.
     """
-    quantized = _quantized_parts(checkpoint)
-    _check_scales(checkpoint, dtype, quantized)
+    quantized = _quantized_parts(checkpoint, DTYPES[dtype].safetensors)
+    _check_dtype(checkpoint, dtype, quantized)
+    same = _equal_input_scales(checkpoint, quantized)
+    for name in same:
+        del quantized[name]
     tensors, parts = _as_computed_with(checkpoint, quantized), plan_written_parts(quantized)
     experts = expert_stacks(checkpoint)
     stacks = {
@@ -123,7 +130,7 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
     if all(entry.dtype != stored and entry.dtype in BY_SAFETENSORS for entry in tensors.values()):
         written = {**stacks, **{name: [entry] for name, entry in single.items()}}
         entries = _laid_out(checkpoint, CONVERTED, dtype, written)
-        return WeightPlan("convert", entries | parts.places, written, parts)
+        return WeightPlan("convert", entries | parts.places, written, parts, same)
     kept = single if mode == PACK else tensors
     written = {
         name: [entry]
@@ -138,19 +145,19 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
             f"the package would write {file}, which is a file of the checkpoint; rename it there (and in its index)"
         )
     entries = kept | _laid_out(checkpoint, file, dtype, written) | parts.places
-    return WeightPlan(mode, entries, written, parts)
+    return WeightPlan(mode, entries, written, parts, same)
 
 
-def _quantized_parts(checkpoint: Checkpoint) -> dict[str, Part]:
+def _quantized_parts(checkpoint: Checkpoint, dtype: str) -> dict[str, Part]:
     """Part of a quantized weight, as the graph names it -> what it is made of."""
     found: dict[str, Part] = {}
     for weight, (storage, shape) in quantized_weights(checkpoint.config).items():
         linear = weight.removesuffix(WEIGHT)
-        parts = storage.parts(linear, shape, checkpoint.tensors)
-        found |= {f"{weight}.{name}": part for name, part in parts.items()}
+        parts = storage.parts(linear, shape, checkpoint.tensors, dtype)
+        found |= {part_name(weight, name): part for name, part in parts.items()}
         permutation = _permutation(checkpoint, storage, linear, shape)
         if permutation is not None:
-            found[f"{weight}.{PERMUTATION}"] = permutation
+            found[part_name(weight, PERMUTATION)] = permutation
     return found
 
 
@@ -173,22 +180,45 @@ def _permutation(
     return Repacked("I64", order.shape, (), lambda read: data)
 
 
-def _check_scales(checkpoint: Checkpoint, dtype: str, parts: Mapping[str, Part]) -> None:
-    """Refuse another dtype than the scales': dequantized values are rounded to theirs.
+def _check_dtype(checkpoint: Checkpoint, dtype: str, parts: Mapping[str, Part]) -> None:
+    """Refuse another dtype than the scales', or for weights dequantized by the export than the checkpoint's.
+
+    Values are rounded to that dtype.
 
     Raises:
         ExportError: names a weight.
     """
-    for weight in quantized_weights(checkpoint.config):
-        part = parts[f"{weight}.{SCALES}"]
-        assert not isinstance(part, Middle)
-        stored = part.entry.dtype if isinstance(part, ByReference) else part.dtype
-        if stored != DTYPES[dtype].safetensors:
-            own = BY_SAFETENSORS[stored].name
+    for weight, (storage, _) in quantized_weights(checkpoint.config).items():
+        linear = weight.removesuffix(WEIGHT)
+        if storage.is_whole and dtype != checkpoint.dtype:
             raise ExportError(
-                f"the scales of {weight.removesuffix(WEIGHT)} are {own}; a quantized checkpoint is exported in their "
-                f"dtype: --dtype {own}"
+                f"{linear} is dequantized to the checkpoint's dtype: --dtype {checkpoint.dtype}"
             )
+        for name in (SCALES, INPUT_SCALE):
+            part = parts.get(part_name(weight, name))
+            if not isinstance(part, ByReference | Repacked):
+                continue
+            stored = part.entry.dtype if isinstance(part, ByReference) else part.dtype
+            if stored != DTYPES[dtype].safetensors:
+                own = BY_SAFETENSORS[stored].name
+                raise ExportError(
+                    f"the scales of {linear} are {own}; a quantized checkpoint is exported in their "
+                    f"dtype: --dtype {own}"
+                )
+
+
+def _equal_input_scales(checkpoint: Checkpoint, parts: Mapping[str, Part]) -> dict[str, str]:
+    """Input scale -> an equal one of its module: linears with one input then share its rounding."""
+    first: dict[tuple[str, bytes], str] = {}
+    same: dict[str, str] = {}
+    for name, part in parts.items():
+        if not name.endswith(f".{INPUT_SCALE}") or not isinstance(part, ByReference):
+            continue
+        module = name.removesuffix(f"{WEIGHT}.{INPUT_SCALE}").rpartition(".")[0]
+        value = b"".join(chunks(checkpoint.path, part.entry))
+        if (known := first.setdefault((module, value), name)) != name:
+            same[name] = known
+    return same
 
 
 def _as_computed_with(checkpoint: Checkpoint, parts: Mapping[str, Part]) -> dict[str, TensorEntry]:
@@ -245,7 +275,7 @@ def place_weights(
             for name, entry in plan.entries.items()
             if name not in plan.written
             and name not in plan.parts.places
-            and entry.dtype in BY_SAFETENSORS
+            and (entry.dtype in BY_SAFETENSORS or entry.dtype == FP8)
         ]
         _check_values(checkpoint, left, progress)
     return plan
@@ -276,7 +306,7 @@ def external_tensor(name: str, location: str, entry: TensorEntry) -> ir.External
         location,
         entry.offset,
         entry.length,
-        _INTEGERS[entry.dtype] if entry.dtype in _INTEGERS else BY_SAFETENSORS[entry.dtype].ir,
+        _CODES[entry.dtype] if entry.dtype in _CODES else BY_SAFETENSORS[entry.dtype].ir,
         shape=ir.Shape(entry.shape),
         name=name,
     )
@@ -397,8 +427,9 @@ def _values(checkpoint: Checkpoint, entry: TensorEntry) -> Iterator[torch.Tensor
         ExportError: a value is NaN or infinite.
     """
     for chunk in chunks(checkpoint.path, entry):
-        values = torch.frombuffer(bytearray(chunk), dtype=BY_SAFETENSORS[entry.dtype].torch)
-        if not torch.isfinite(values).all():
+        dtype = torch.float8_e4m3fn if entry.dtype == FP8 else BY_SAFETENSORS[entry.dtype].torch
+        values = torch.frombuffer(bytearray(chunk), dtype=dtype)
+        if not torch.isfinite(values.float() if entry.dtype == FP8 else values).all():
             kind = "NaN" if values.isnan().any() else "infinity"
             raise ExportError(f"tensor {entry.name} holds {kind}; the checkpoint is damaged")
         yield values

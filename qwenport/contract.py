@@ -70,8 +70,10 @@ FP64 = Dtype(
     "fp64", "float64", "F64", "DOUBLE", 11, 8
 )  # the oracle's arithmetic; no package has it
 
-INTEGER_BYTES = {"U8": 1, "I32": 4, "I64": 8}
-"""The integer types of quantized weights in a safetensors header, and their bytes."""
+FP8 = "F8_E4M3"
+"""Codes of 8 bits that are numbers themselves, in a safetensors header: ONNX's FLOAT8E4M3FN."""
+CODE_BYTES = {"U8": 1, "I32": 4, "I64": 8, FP8: 1}
+"""The types of quantized weights in a safetensors header that no other tensor has, and their bytes."""
 
 DTYPES = {dtype.name: dtype for dtype in (BF16, FP16, FP32)}
 """The dtypes that a package may have, by name."""

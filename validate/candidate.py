@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,10 @@ Rehearse = Callable[[CachedSession], None]
 
 class Refused(Exception):  # noqa: N818 - a verdict on the target, not an error of ours
     """TensorRT's parser or the interpreter refuses the target; the message is theirs."""
+
+
+_LINEAR = re.compile(r"model\.layers\.(\d+)\.(.+)\.MatMul")
+_ROUNDED = re.compile(r"\.rounded(_\d+)?$")  # exporter/rounded_activations.py
 
 
 class Candidate:
@@ -138,6 +143,25 @@ class Candidate:
                 found.update(str(output.name) for output in producer.outputs)
                 pending += [given for given in producer.inputs if given is not None]
         return frozenset(found)
+
+    def rounded_inputs(self, layers: int) -> dict[int, dict[str, str]]:
+        """Layer -> path of a linear in it -> the value that is its input, where the graph has rounded it to FP8.
+
+        Args:
+            layers: the first layers to look at.
+        """
+        found: dict[int, dict[str, str]] = {}
+        if self._interpreter is not None or self._target.package is None:
+            return found
+        with reported(self._target.package.model, "cannot be read as a model"):
+            for node in self._target.package.read_model().graph:
+                linear = _LINEAR.fullmatch(str(node.name))
+                given = node.inputs[0].name if linear and node.inputs[0] is not None else None
+                if linear is None or given is None or not _ROUNDED.search(given):
+                    continue
+                if (layer := int(linear[1])) < layers:
+                    found.setdefault(layer, {})[linear[2]] = given
+        return found
 
     def geometry(self, max_batch: int, capacity: int) -> Geometry:
         """The geometry of a session of that size and of its steps, as `generate` and C++ run this target."""

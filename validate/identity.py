@@ -286,13 +286,14 @@ def _any_as_it_lies(checkpoint: Checkpoint, dtype: str) -> bool:
 def _weight_types(model: onnx.ModelProto) -> set[int]:
     from qwenport.validate.model_file import is_floating
 
-    """Types of the tensors in weight files; constants of the graph may have any type."""
+    """Types of the tensors in weight files but codes; constants of the graph may have any type."""
     return {
         tensor.data_type
         for tensor in model.graph.initializer
         if tensor.name not in TABLES
         and tensor.data_location == tensor.EXTERNAL
         and is_floating(tensor.data_type)
+        and tensor.data_type != tensor.FLOAT8E4M3FN
     }
 
 

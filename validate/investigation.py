@@ -88,6 +88,7 @@ class Investigation:
         fault: where the error starts, once found.
         unexplained: why it was not found; None if it was, or if nothing failed.
         routers: sparse layer -> the value that holds each token's experts.
+        rounded: layer -> path of a linear in it -> the value that is its input, rounded to FP8.
         router_margin: the largest margin of a router near-tie, in logits.
         bands: agreement of expert choices by margin, once counted.
     """
@@ -99,10 +100,12 @@ class Investigation:
         self._reference = oracle.reference
         self._config, self._dtype, self.router_margin = config, dtype, router_margin
         self.routers = router_choices(config, self._reference.num_layers)
-        self._names = [
-            *hidden_states(self._reference.num_layers),
+        self.rounded = bench.candidate.rounded_inputs(self._reference.num_layers)
+        self._choosing = [
             *self.routers.values(),
+            *dict.fromkeys(name for paths in self.rounded.values() for name in paths.values()),
         ]
+        self._names = [*hidden_states(self._reference.num_layers), *self._choosing]
         self.errors: tuple[OperatorError, ...] = ()
         self.fault: Fault | None = None
         self.unexplained: str | None = None
@@ -121,18 +124,25 @@ class Investigation:
         return [name for name in self._names if not self._bench.candidate.uses(name)]
 
     def choices(self, scenario: Scenario) -> list[Choices] | None:
-        """The experts that the target chose for a scenario's texts; None if that cannot be observed."""
-        if not self.routers or not self._bench.candidate.can_be_observed:
+        """The experts and codes that the target chose for a scenario's texts; None if they cannot be observed."""
+        if not self._choosing or not self._bench.candidate.can_be_observed:
             return None
-        observation = self._bench.observe(scenario, list(self.routers.values()))
+        observation = self._bench.observe(scenario, self._choosing)
         return None if observation is None else self.choices_seen(observation)
 
     def choices_seen(self, observation: Observation) -> list[Choices] | None:
-        """The same from an observation that includes the routers."""
-        if not self.routers:
+        """The same from an observation that includes them."""
+        if not self._choosing:
             return None
         return [
-            Choices({layer: seen[name] for layer, name in self.routers.items()}, self.router_margin)
+            Choices(
+                {layer: seen[name] for layer, name in self.routers.items()},
+                self.router_margin,
+                {
+                    layer: {path: seen[name].astype(np.float32) for path, name in paths.items()}
+                    for layer, paths in self.rounded.items()
+                },
+            )
             for seen in observation.seen
         ]
 

@@ -6,8 +6,8 @@ limited to a window, a cache that ends early or a table that is wrong at large p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,11 +55,13 @@ class LayerRun:
     Attributes:
         entry, end: the layer's input and output, fp32 [S, hidden].
         experts: int64 [S, k]; None for a dense layer.
+        rounded: path of a linear -> its input rounded to FP8, fp32 [S, K].
     """
 
     entry: Float32
     end: Float32
     experts: NDArray[np.int64] | None
+    rounded: Mapping[str, Float32] = field(default_factory=dict)
 
 
 def run_layer_alone(
@@ -78,18 +80,23 @@ def run_layer_alone(
     parts = candidate.parts()
     with parts.prologue([]) as run:
         entries = [run(0, feeds, None)[0] for feeds in steps]
-    observe = [] if router is None else [router]
+    names = candidate.rounded_inputs(layer + 1).get(layer, {})
+    observe = [*([] if router is None else [router]), *dict.fromkeys(names.values())]
     ends, experts = [], []
+    rounded: dict[str, list[Float32]] = {path: [] for path in names}
     with parts.layer(layer, [geometry], observe) as run:
         for feeds, entry in zip(steps, entries, strict=True):
             end, seen = run(0, feeds, entry)
             ends.append(as_array(end)[0])
             if router is not None:
                 experts.append(np.array(seen[router][0], dtype=np.int64))
+            for path, name in names.items():
+                rounded[path].append(as_array(seen[name])[0].copy())
     return LayerRun(
         np.concatenate([as_array(entry)[0] for entry in entries]),
         np.concatenate(ends),
         np.concatenate(experts) if experts else None,
+        {path: np.concatenate(values) for path, values in rounded.items()},
     )
 
 
@@ -97,9 +104,10 @@ def check_distance(run: LayerRun, reference: Reference, layer: int, margin: floa
     """Compare one layer over a long text with transformers' own, given the same hidden states, at every position.
 
     Args:
-        margin: experts chosen in a router near-tie, within this margin, are taken over.
+        margin: experts chosen in a router near-tie, within this margin, are taken over, and so are FP8 codes.
     """
-    choices = None if run.experts is None else Choices({layer: run.experts}, margin)
+    experts = {} if run.experts is None else {layer: run.experts}
+    choices = Choices(experts, margin, {layer: run.rounded})
     expected = reference.run_layer(layer, "fp32", run.entry, attention="sdpa", choices=choices)
     with np.errstate(all="ignore"):
         errors = np.linalg.norm(run.end.astype(np.float64) - expected, axis=1)

@@ -7,6 +7,7 @@ rows of one weight.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,18 @@ import numpy as np
 import onnx
 import torch
 
-from qwenport.contract import BY_SAFETENSORS, Progress
-from qwenport.exporter import CODES, PERMUTATION, SCALES, ZEROS, Checkpoint, quantized_weights
+from qwenport.contract import BY_SAFETENSORS, FP8, Progress
+from qwenport.exporter import (
+    CODES,
+    INPUT_SCALE,
+    PERMUTATION,
+    SCALES,
+    WHOLE,
+    ZEROS,
+    Checkpoint,
+    part_name,
+    quantized_weights,
+)
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.quantized_parts import Cut, Middle, Orders, Part, StoredPart
 from qwenport.validate.reference.dequantization import Quantization, read_quantization
@@ -27,8 +38,12 @@ ROWS = 1024
 _TORCH = {
     "I32": torch.int32,
     "I64": torch.int64,
+    FP8: torch.float8_e4m3fn,
     **{name: dtype.torch for name, dtype in BY_SAFETENSORS.items()},
 }
+
+Rows = Callable[[int, int], torch.Tensor]
+"""(start, stop) -> rows start..stop-1 of a weight."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ def compare_quantized(
             if name in initializers
         }
 
-    return _compare(checkpoint, parts_of, Orders(model, package), progress, in_fp32=False)
+    return _compare(checkpoint, parts_of, model, package, progress, in_fp32=False)
 
 
 def compare_quantized_engine(
@@ -79,11 +94,18 @@ def compare_quantized_engine(
     products = {node.input[1]: node for node in model.graph.node if node.op_type == "MatMulNBits"}
 
     def parts_of(names: Mapping[str, str]) -> dict[str, Part]:
-        if names[CODES] not in products:
+        product = products.get(names.get(CODES, ""))
+        if product is not None:
+            return _parts_of_product(product, initializers, engine)
+        if ZEROS in names:
             return {}
-        return _parts_of_product(products[names[CODES]], initializers, engine)
+        return {
+            part: StoredPart(initializers[name], engine)
+            for part, name in names.items()
+            if name in initializers
+        }
 
-    return _compare(checkpoint, parts_of, Orders(model, engine), progress, in_fp32=True)
+    return _compare(checkpoint, parts_of, model, engine, progress, in_fp32=True)
 
 
 def _parts_of_product(
@@ -116,7 +138,8 @@ def _parts_of_product(
 def _compare(
     checkpoint: Checkpoint,
     parts_of: Callable[[Mapping[str, str]], Mapping[str, Part]],
-    orders: Orders,
+    model: onnx.ModelProto,
+    folder: Path,
     progress: Progress,
     *,
     in_fp32: bool,
@@ -130,25 +153,102 @@ def _compare(
     quantization = read_quantization(checkpoint.path) if weights else None
     if quantization is None:
         return found
-    stored = _Stored(checkpoint)
-    for done, (weight, (_, shape)) in enumerate(weights.items(), 1):
-        names = {part: f"{weight}.{part}" for part in (CODES, SCALES, ZEROS)}
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    orders, stored = Orders(model, folder), _Stored(checkpoint)
+    for done, (weight, (storage, shape)) in enumerate(weights.items(), 1):
+        names = {
+            part: part_name(weight, part) for part in storage.part_names if part != INPUT_SCALE
+        }
+        scale = f"{weight.removesuffix(WEIGHT)}.{INPUT_SCALE}"
         held = quantization.tensors(weight, shape, checkpoint.tensors)
-        used = tuple(name for name in held if name in checkpoint.tensors)
+        used = tuple(name for name in held if name in checkpoint.tensors and name != scale)
+        if INPUT_SCALE in storage.part_names:
+            for name in _equal_scales(initializers, folder, stored, weight, scale):
+                found.tensors[name] = (*found.tensors.get(name, ()), scale)
+        first = next(iter(names.values()))
         try:
             parts = parts_of(names)
             if parts.keys() != names.keys():
                 continue  # its tensors count as unused
-            own = (*names.values(), f"{weight}.{PERMUTATION}")
+            own = (*names.values(), part_name(weight, PERMUTATION))
             found.tensors.update(dict.fromkeys(own, used))
-            order = orders.of(names[CODES], shape[1])
+            order = orders.of(names[CODES], shape[1]) if CODES in names else None
             count = _differing(parts, order, quantization, stored, weight, shape, in_fp32)
             if count:
-                found.wrong[names[CODES]] = f"{count} of {shape[0] * shape[1]} values differ"
+                found.wrong[first] = f"{count} of {shape[0] * shape[1]} values differ"
         except (ValueError, ValidationError) as error:
-            found.wrong[names[CODES]] = str(error)
+            found.wrong[first] = str(error)
         progress("comparing quantized weights", done, len(weights))
     return found
+
+
+def _equal_scales(
+    initializers: Mapping[str, onnx.TensorProto],
+    folder: Path,
+    stored: _Stored,
+    weight: str,
+    scale: str,
+) -> list[str]:
+    """Tensors of the graph that have the value of an input scale: its own, or another linear's of its module."""
+    module = weight.removesuffix(WEIGHT).rpartition(".")[0]
+    wanted = stored.rows(scale, 0, 1).reshape(1)
+    found = []
+    for name, tensor in initializers.items():
+        if not name.startswith(f"{module}.") or not name.endswith(f"{WEIGHT}.{INPUT_SCALE}"):
+            continue
+        with contextlib.suppress(ValueError):  # no such tensor: the checkpoint's counts as unused
+            made = StoredPart(tensor, folder).values()
+            if torch.equal(made.double(), wanted.double()):
+                found.append(name)
+    return found
+
+
+def _rows_of(parts: Mapping[str, Part], shape: tuple[int, int]) -> Rows:
+    """A function (start, stop) -> those rows of the weight that the parts make.
+
+    Raises:
+        ValueError: they do not make a weight of that shape.
+    """
+    if WHOLE in parts:
+        whole = parts[WHOLE]
+        if not isinstance(whole, StoredPart) or whole.shape != shape or whole.dtype is None:
+            raise ValueError(f"is no weight of shape {list(shape)}")
+        return whole.rows
+    return _of_integers(parts, shape) if ZEROS in parts else _of_float8(parts, shape)
+
+
+def _of_integers(parts: Mapping[str, Part], shape: tuple[int, int]) -> Rows:
+    codes, scales, zeros = parts[CODES], parts[SCALES], parts[ZEROS]
+    blocks = scales.shape[1] if len(scales.shape) == 2 else 0
+    if (
+        codes.shape != shape
+        or scales.shape[0] != shape[0]
+        or zeros.shape != scales.shape
+        or zeros.bits != codes.bits
+        or blocks == 0
+        or shape[1] % blocks
+    ):
+        raise ValueError(f"its parts make no weight of shape {list(shape)}")
+
+    def made(start: int, stop: int) -> torch.Tensor:
+        steps = codes.rows(start, stop).view(stop - start, blocks, -1)
+        steps = steps - zeros.rows(start, stop)[:, :, None]
+        scale = scales.rows(start, stop)
+        return (steps.to(scale.dtype) * scale[:, :, None]).flatten(1)
+
+    return made
+
+
+def _of_float8(parts: Mapping[str, Part], shape: tuple[int, int]) -> Rows:
+    codes, scales = parts[CODES], parts[SCALES]
+    if not isinstance(codes, StoredPart) or not isinstance(scales, StoredPart):
+        raise ValueError("its parts are not stored")
+    if codes.shape != shape or codes.dtype != torch.float8_e4m3fn or scales.dtype is None:
+        raise ValueError(f"its parts make no weight of shape {list(shape)}")
+    if scales.shape not in ((), (shape[0],)):
+        raise ValueError(f"its scales have shape {list(scales.shape)}")
+    values = scales.values().expand(shape[0])[:, None]
+    return lambda start, stop: codes.rows(start, stop).to(values.dtype) * values[start:stop]
 
 
 def _differing(
@@ -169,26 +269,12 @@ def _differing(
     Raises:
         ValueError: the parts do not make a weight of that shape.
     """
-    codes, scales, zeros = parts[CODES], parts[SCALES], parts[ZEROS]
-    blocks = scales.shape[1]
-    if (
-        codes.shape != shape
-        or scales.shape[0] != shape[0]
-        or zeros.shape != scales.shape
-        or zeros.bits != codes.bits
-        or blocks == 0
-        or shape[1] % blocks
-    ):
-        raise ValueError(f"its parts make no weight of shape {list(shape)}")
-    count = 0
+    rows, count = _rows_of(parts, shape), 0
     for start in range(0, shape[0], ROWS):
         stop = min(start + ROWS, shape[0])
         wanted = quantization.rows(weight, shape, start, stop, stored)
         wanted = wanted if order is None else wanted[:, order]
-        steps = codes.rows(start, stop).view(stop - start, blocks, -1)
-        steps = steps - zeros.rows(start, stop)[:, :, None]
-        scale = scales.rows(start, stop)
-        made = (steps.to(scale.dtype) * scale[:, :, None]).flatten(1)
+        made = rows(start, stop)
         if made.dtype != (torch.float32 if in_fp32 else wanted.dtype):
             raise ValueError(f"is {made.dtype}, the checkpoint's is {wanted.dtype}")
         made = made.to(wanted.dtype)
@@ -215,5 +301,6 @@ class _Stored:
         entry = self._entries[name]
         dtype = _TORCH[entry.dtype]
         integers = np.dtype(f"<i{dtype.itemsize}")
-        mapped = np.memmap(self._path / entry.file, integers, "r", entry.offset, entry.shape)
+        shape = entry.shape or (1,)
+        mapped = np.memmap(self._path / entry.file, integers, "r", entry.offset, shape)
         return torch.from_numpy(np.array(mapped[where])).view(dtype)

@@ -15,7 +15,10 @@ from qwenport.contract import BY_SAFETENSORS
 from qwenport.validate.model_file import is_inside, place_of
 
 _BITS: dict[int, int] = {onnx.TensorProto.UINT4: 4, onnx.TensorProto.UINT8: 8}
-_FLOATS = {int(dtype.ir): dtype for dtype in BY_SAFETENSORS.values()}
+_FLOATS = {
+    int(onnx.TensorProto.FLOAT8E4M3FN): torch.float8_e4m3fn,
+    **{int(dtype.ir): dtype.torch for dtype in BY_SAFETENSORS.values()},
+}
 
 
 class Part(Protocol):
@@ -62,12 +65,12 @@ class StoredPart:
         stated = math.prod(tensor.dims) * 8 if bits else None
         if stated is not None and stated != math.prod(self.shape) * (self.bits or 0):
             raise ValueError(f"{tensor.name} has shape {list(tensor.dims)}, not that of its codes")
-        if len(self.shape) != 2 or (self.bits is None and self.dtype is None) or place is None:
+        if len(self.shape) > 2 or (self.bits is None and self.dtype is None) or place is None:
             raise ValueError(f"{tensor.name} is no matrix of codes or scales in a file")
         if not is_inside(package, place.location):
             raise ValueError(f"{tensor.name} lies outside the package, in {place.location}")
         self._file, self._offset = package / place.location, place.offset
-        values = self.shape[0] * self.shape[1]
+        values = math.prod(self.shape)
         size = -(-values * self.bits // 8) if self.bits else values * self._itemsize
         if not self._file.is_file() or self._offset + size > self._file.stat().st_size:
             raise ValueError(f"{tensor.name} reaches past the end of {place.location}")
@@ -76,15 +79,21 @@ class StoredPart:
     def _itemsize(self) -> int:
         return 1 if self.dtype is None else self.dtype.itemsize
 
+    def values(self) -> torch.Tensor:
+        """All values of floats, in their dtype, [count]."""
+        assert self.dtype is not None
+        data = self._read(0, math.prod(self.shape) * self._itemsize)
+        return torch.from_numpy(data).view(self.dtype)
+
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop-1: codes as int16, scales in their dtype."""
+        """Rows start..stop-1 of a matrix: integer codes as int16, floats in their dtype."""
         columns = self.shape[1]
         first, last = start * columns, stop * columns
         if self.bits != 4:
             data = self._read(first * self._itemsize, last * self._itemsize)
             values = torch.from_numpy(data)
             if self.dtype is not None:
-                values = values.view(self.dtype.torch)
+                values = values.view(self.dtype)
             return (values.to(torch.int16) if self.dtype is None else values).view(-1, columns)
         data = self._read(first // 2, -(-last // 2))
         halves = np.stack([data & 15, data >> 4], axis=1).reshape(-1)[first % 2 :]

@@ -181,12 +181,25 @@ def _form(package: Package, gpus: str | None, attention: str) -> tuple[str, tupl
     return form, architectures
 
 
+def _refuse_rounded_inputs(engine: Path, config: ModelConfig) -> None:
+    """Raises ValidationError: an engine's FP8 codes cannot be seen, so that none can be taken over in a tie."""
+    if config.quantization is not None and config.quantization.rounds_inputs:
+        raise ValidationError(
+            f"{engine}: its linears round their inputs to FP8, and an engine's codes cannot be observed; judge its "
+            "package"
+        )
+
+
 def _engine(path: Path) -> Target:
     from qwenport.engines import load_engine
 
     engine = load_engine(path)
     manifest, on_cpu = engine.manifest, engine.flavour == ONNXRUNTIME
     try:
+        config = parse_config(
+            read_config_json(path), manifest["rope_scaling"], manifest["max_seq_len"]
+        )
+        _refuse_rounded_inputs(path, config)
         return Target(
             path=path,
             judged_as=ENGINE,
@@ -194,9 +207,7 @@ def _engine(path: Path) -> Target:
             compute_dtype=engine.activations,
             rounds=False,
             device="cpu" if on_cpu else "cuda",
-            config=parse_config(
-                read_config_json(path), manifest["rope_scaling"], manifest["max_seq_len"]
-            ),
+            config=config,
             capacity=manifest["max_seq_len"],
             max_batch=manifest["max_batch"],
             attention=None,

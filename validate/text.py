@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
@@ -40,13 +40,15 @@ class Text:
 
 @dataclass(frozen=True)
 class Choices:
-    """The experts that a target chose for a text. The oracle takes over those that were as good as its own.
+    """What a target chose for a text: experts, and FP8 codes. The oracle takes over those as good as its own.
 
     Attributes:
         experts: sparse layer -> int64 [len(tokens), k].
         margin: in router logits. Another set of experts is taken over if the best expert it lacks is ahead of the
             worst one it has instead by less than this.
+        rounded: layer -> path of a linear in it -> its input rounded to FP8, fp32 [len(tokens), K].
     """
 
     experts: Mapping[int, NDArray[np.int64]]
     margin: float
+    rounded: Mapping[int, Mapping[str, NDArray[np.float32]]] = field(default_factory=dict)

@@ -80,6 +80,10 @@ ROUNDING_LEAST = 0.125
 FP32_ROUTER_MARGIN = 2e-4
 HALF_ROUTER_MARGIN = 0.1  # TensorRT-Model-Connect's, for logits in half precision
 
+# A linear's input that is rounded to FP8 counts as a tie between two codes if it lies in the middle between them, up to
+# this times the largest input of its token. Inputs of two correct fp32 programs differ as their logits do.
+FP8_ROUNDING_MARGIN = FP32_REL_L2
+
 # cos and sin of equal angles on two different vector units: a few units in the last place of 1 (1.2e-7).
 ROPE_ABSOLUTE = 1e-6
 

@@ -15,6 +15,7 @@ from qwenport.engines.lowering.few_bits import (
     repeated_zero_points,
     rounds_activations,
 )
+from qwenport.engines.lowering.float8 import DequantizeFloat8AtLoad
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
 from qwenport.engines.lowering.made_tensors import Correction, write_tensors
@@ -29,7 +30,7 @@ from qwenport.engines.lowering.signed_codes import (
     SignedWeight,
     UseSignedCodes,
 )
-from qwenport.engines.lowering.stored import ALIGNMENT, BYTES, StoredWeight, StoreWeights
+from qwenport.engines.lowering.stored import ALIGNMENT, KEPT, StoredWeight, StoreWeights
 from qwenport.engines.lowering.targets import (
     for_onnxruntime,
     for_onnxruntime_engine,
@@ -41,14 +42,15 @@ from qwenport.engines.lowering.use_plugins import UsePlugins, plugin_layers
 
 __all__ = [
     "ALIGNMENT",
-    "BYTES",
     "CODES_FILE",
+    "KEPT",
     "Changed",
     "ComputeInFloat32",
     "Correction",
     "CutRopeTables",
     "DecomposeAttention",
     "DequantizeAtLoad",
+    "DequantizeFloat8AtLoad",
     "DropCasts",
     "FoldConstants",
     "FoldRopeTables",

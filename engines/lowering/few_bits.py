@@ -19,6 +19,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from qwenport.contract import FP32, HALF, SYMMETRIC_ZEROS
 from qwenport.engines.errors import LoweringError
+from qwenport.engines.lowering.float8 import dequantizes_float8
 from qwenport.engines.lowering.fused_matmul import DOMAIN
 from qwenport.plugins.nodes import append_node, initializer
 
@@ -116,7 +117,7 @@ class UseMatMulNBits(InPlacePass):
         graph, modified = model.graph, False
         laid_out: dict[ir.Value, tuple[int, int]] = {}
         for node in [*graph]:
-            if node.op_type != "DequantizeLinear" or node.domain != "":
+            if not _dequantizes_integers(node):
                 continue
             try:
                 weight = quantized_weight(node)
@@ -158,7 +159,7 @@ class DequantizeAtLoad(InPlacePass):
         Raises:
             LoweringError: what is dequantized is no weight.
         """
-        found = [n for n in model.graph if n.op_type == "DequantizeLinear" and n.domain == ""]
+        found = [node for node in model.graph if _dequantizes_integers(node)]
         for node in found:
             _dequantize(model.graph, node)
         return PassResult(model, bool(found))
@@ -209,6 +210,11 @@ def quantized_weight(node: ir.Node) -> QuantizedWeight:
                     codes, scales, zeros, scales.dtype, n, k, BITS[codes.dtype], size
                 )
     raise LoweringError(f"{node.name}: its weight is not in blocks along the second of two axes")
+
+
+def _dequantizes_integers(node: ir.Node) -> bool:
+    is_any = node.op_type == "DequantizeLinear" and node.domain == ""
+    return is_any and not dequantizes_float8(node)
 
 
 def _stored(value: ir.Value | None) -> ir.Value | None:

@@ -1,7 +1,7 @@
 """Weights in one file of the engine's own. Only their places are decided here: nothing is read or written.
 
-All are in fp32 but the codes and zero points of quantized weights, which `UseMatMulNBits` has made UINT8, and the
-order of their columns.
+All are in fp32 but codes in FP8, the codes and zero points of the other quantized weights, which `UseMatMulNBits` has
+made UINT8, and the order of their columns.
 
 A safetensors file has no gaps, so tensors are ordered by the power of two that divides their size: each lies at a
 multiple of that power, up to ALIGNMENT, and all but a few odd ones at a multiple of ALIGNMENT.
@@ -14,15 +14,18 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from qwenport.contract import FP32
+from qwenport.contract import FP8, FP32
 from qwenport.engines.lowering.few_bits import RepeatedBlocks
+from qwenport.engines.lowering.float8 import FLOAT8
 from qwenport.exporter import TensorEntry, plan_safetensors
 
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector register."""
 
 BYTES = "U8"
-"""In a safetensors header: the dtype of what keeps its bytes."""
+"""In a safetensors header: the dtype of codes that are integers."""
+KEPT = (BYTES, FP8)
+"""The dtypes of what keeps its bytes."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class StoredWeight:
     """A tensor of an engine's weight file.
 
     Attributes:
-        entry: its place in the file, in fp32 ("F32"), or with the source's bytes ("U8", "I64").
+        entry: its place in the file, in fp32 ("F32"), or with the source's bytes ("U8", "F8_E4M3", "I64").
         source: the tensor of the package that it is made from.
         repeats: how often each value along the last axis is written, see `RepeatedBlocks`; None if the source is
             converted as it is.
@@ -67,7 +70,12 @@ class StoreWeights(InPlacePass):
         dtypes = {name: _stored_as(tensor) for name, tensor in tensors.items()}
         sizes = {name: tensor.size * dtypes[name].bitwidth // 8 for name, tensor in tensors.items()}
         order = sorted(tensors, key=lambda name: -_divisor(sizes[name]))
-        headers = {ir.DataType.UINT8: BYTES, ir.DataType.INT64: "I64", FP32.ir: FP32.safetensors}
+        headers = {
+            ir.DataType.UINT8: BYTES,
+            FLOAT8: FP8,
+            ir.DataType.INT64: "I64",
+            FP32.ir: FP32.safetensors,
+        }
         entries = plan_safetensors(
             self.file,
             {name: headers[dtypes[name]] for name in order},
@@ -90,7 +98,8 @@ class StoreWeights(InPlacePass):
 
 
 def _stored_as(tensor: ir.ExternalTensor | RepeatedBlocks) -> ir.DataType:
-    return tensor.dtype if tensor.dtype in (ir.DataType.UINT8, ir.DataType.INT64) else FP32.ir
+    kept = (ir.DataType.UINT8, ir.DataType.INT64, FLOAT8)
+    return tensor.dtype if tensor.dtype in kept else FP32.ir
 
 
 def _weight(entry: TensorEntry, tensor: ir.ExternalTensor | RepeatedBlocks) -> StoredWeight:

@@ -14,6 +14,7 @@ from qwenport.engines.lowering.capacity import StaticCapacity
 from qwenport.engines.lowering.constants import DropCasts, FoldConstants
 from qwenport.engines.lowering.experts import SplitExperts
 from qwenport.engines.lowering.few_bits import DequantizeAtLoad, UseMatMulNBits
+from qwenport.engines.lowering.float8 import DequantizeFloat8AtLoad
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
 from qwenport.engines.lowering.read_experts_once import ReadExpertsOnce
@@ -35,6 +36,7 @@ def for_onnxruntime(model: ir.Model, *, on_cpu: bool) -> ir.Model:
             UseMatMulNBits(exact=True),
             ComputeInFloat32(),
             DequantizeAtLoad(),
+            DequantizeFloat8AtLoad(model),
             FuseTransposedMatMul(),
         )
         return _lowered(model, passes)
@@ -49,6 +51,7 @@ def for_onnxruntime_rounded(model: ir.Model, dtype: Dtype) -> ir.Model:
         UseMatMulNBits(exact=True),
         ComputeInFloat32(),
         DequantizeAtLoad(),
+        DequantizeFloat8AtLoad(model),
         rounded,
     )
     return _lowered(model, passes)
@@ -73,7 +76,7 @@ def for_onnxruntime_engine(
 ) -> tuple[ir.Model, tuple[StoredWeight, ...]]:
     """Lower a package's graph to one that onnxruntime's CPU provider runs as it is, in fp32. Changes `model`.
 
-    Products by quantized weights round activations to int8.
+    Products by weights of integers round activations to int8; weights in FP8 are dequantized when it is loaded.
 
     Args:
         model: the package's graph.
@@ -87,6 +90,7 @@ def for_onnxruntime_engine(
     from onnx_ir.passes.common import InlinePass, RemoveUnusedOpsetsPass
 
     stored = None if file is None else StoreWeights(file)
+    float8 = DequantizeFloat8AtLoad(model)
     passes = (
         SplitExperts(),
         InlinePass(),
@@ -94,6 +98,7 @@ def for_onnxruntime_engine(
         UseMatMulNBits(exact=False),
         *(() if stored is None else (stored,)),
         ComputeInFloat32(),
+        float8,
         FuseTransposedMatMul(),
         FoldConstants(),
         DropCasts(),

@@ -7,27 +7,36 @@ from typing import Any
 
 from qwenport.exporter.errors import ConfigError
 from qwenport.exporter.keys import short
-from qwenport.exporter.quantization import awq, compressed_tensors, gptq
+from qwenport.exporter.quantization import awq, compressed_tensors, fine_grained_fp8, gptq
 from qwenport.exporter.quantization.quantization import Quantization
 from qwenport.exporter.quantization.storage import (
     CODES,
+    DYNAMIC,
+    INPUT_SCALE,
     PERMUTATION,
     SCALES,
+    STATIC,
     WEIGHT,
+    WHOLE,
     ZEROS,
     ByReference,
     Middle,
     Part,
     Repacked,
     Storage,
+    part_name,
     viewed,
 )
 
 __all__ = [
     "CODES",
+    "DYNAMIC",
+    "INPUT_SCALE",
     "PERMUTATION",
     "SCALES",
+    "STATIC",
     "WEIGHT",
+    "WHOLE",
     "ZEROS",
     "ByReference",
     "Middle",
@@ -36,6 +45,7 @@ __all__ = [
     "Repacked",
     "Storage",
     "parse_quantization",
+    "part_name",
     "viewed",
 ]
 
@@ -43,6 +53,7 @@ METHODS: Mapping[str, Callable[[Mapping[str, Any]], Quantization]] = {
     compressed_tensors.METHOD: compressed_tensors.parse_compressed_tensors,
     awq.METHOD: awq.parse_awq,
     gptq.METHOD: gptq.parse_gptq,
+    fine_grained_fp8.METHOD: fine_grained_fp8.parse_fine_grained_fp8,
 }
 
 

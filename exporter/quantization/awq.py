@@ -105,7 +105,7 @@ class Awq(Storage):
         return frozenset()
 
     def parts(
-        self, linear: str, shape: Shape, tensors: Mapping[str, TensorEntry]
+        self, linear: str, shape: Shape, tensors: Mapping[str, TensorEntry], dtype: str
     ) -> dict[str, Part]:
         codes, scales = tensors[f"{linear}.{QWEIGHT}"], tensors[f"{linear}.{QSCALES}"]
         small = shape[0], scales.shape[0]

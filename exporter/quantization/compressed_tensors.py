@@ -10,7 +10,7 @@ from typing import Any
 
 from qwenport.exporter.errors import ConfigError
 from qwenport.exporter.keys import short
-from qwenport.exporter.quantization import pack_quantized
+from qwenport.exporter.quantization import float_quantized, pack_quantized
 from qwenport.exporter.quantization.quantization import EMBEDDING, LINEAR, Group, Quantization
 from qwenport.exporter.quantization.settings import Settings, refused
 from qwenport.exporter.quantization.storage import Storage
@@ -18,9 +18,11 @@ from qwenport.exporter.quantization.storage import Storage
 METHOD = "compressed-tensors"
 MIXED = "mixed-precision"
 """The format of a checkpoint whose groups have formats of their own."""
-FORMATS: Mapping[str, Callable[[Settings], Storage]] = {
+FORMATS: Mapping[str, Callable[[Settings, Settings | None], Storage]] = {
     pack_quantized.FORMAT: pack_quantized.parse_weights,
+    **dict.fromkeys(float_quantized.FORMATS, float_quantized.parse_weights),
 }
+"""Format -> (a group's weights, its input_activations) -> how it stores weights."""
 
 
 def parse_compressed_tensors(raw: Mapping[str, Any]) -> Quantization:
@@ -47,18 +49,19 @@ def parse_compressed_tensors(raw: Mapping[str, Any]) -> Quantization:
 def _group(name: str, given: Any, whole: str) -> Group:
     where = f"config_groups.{short(name)}."
     settings = Settings(where, given)
-    own = settings.only("format", *FORMATS, None)
+    own = settings.only("format", None, *FORMATS)
     method: str = own or whole
     if method not in FORMATS:
         raise refused(f"{where}format", own)
     if whole not in (method, MIXED):
         raise refused(f"{where}format", own)
-    for key in ("input_activations", "output_activations"):
-        settings.only(key, None)
+    settings.only("output_activations", None)
+    activations = settings.take("input_activations")
     targets = settings.names("targets")
     classes = {t for t in targets if not t.startswith("re:") and "." not in t and t != "lm_head"}
     if not targets or not classes <= {LINEAR, EMBEDDING}:
         raise refused(f"{where}targets", list(targets))
     weights = settings.take("weights")
     settings.finish()
-    return Group(targets, FORMATS[method](Settings(f"{where}weights.", weights)))
+    rounded = None if activations is None else Settings(f"{where}input_activations.", activations)
+    return Group(targets, FORMATS[method](Settings(f"{where}weights.", weights), rounded))

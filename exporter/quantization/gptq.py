@@ -169,7 +169,7 @@ class Gptq(Storage):
         return _order(groups)
 
     def parts(
-        self, linear: str, shape: Shape, tensors: Mapping[str, TensorEntry]
+        self, linear: str, shape: Shape, tensors: Mapping[str, TensorEntry], dtype: str
     ) -> dict[str, Part]:
         codes, scales = tensors[f"{linear}.{QWEIGHT}"], tensors[f"{linear}.{QSCALES}"]
         small = shape[0], scales.shape[0]

@@ -89,7 +89,7 @@ class PackQuantized(Storage):
         return frozenset([name])
 
     def parts(
-        self, linear: str, shape: Shape, tensors: Mapping[str, TensorEntry]
+        self, linear: str, shape: Shape, tensors: Mapping[str, TensorEntry], dtype: str
     ) -> dict[str, Part]:
         packed, scales = tensors[f"{linear}.{PACKED}"], tensors[f"{linear}.{SCALE}"]
         zeros: Part = Middle(self.code_dtype, scales.shape)
@@ -116,12 +116,14 @@ class PackQuantized(Storage):
         return packed(transposed(codes), self.bits)
 
 
-def parse_weights(weights: Settings) -> PackQuantized:
-    """Read a group's `weights`.
+def parse_weights(weights: Settings, activations: Settings | None) -> PackQuantized:
+    """Read a group's `weights`, and its `input_activations`, which must be none.
 
     Raises:
         ConfigError: it asks for what is not supported; says which key.
     """
+    if activations is not None:
+        raise activations.refused()
     weights.neutral("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
     bits = weights.required("num_bits", 4, 8)
     weights.required("type", "int")

@@ -57,14 +57,14 @@ class Quantization:
         return None
 
     @property
-    def integers(self) -> dict[str, str]:
-        """Suffix of a tensor -> its dtype in safetensors, if it holds integers."""
-        return {s: dtype for group in self.groups for s, dtype in group.storage.integers.items()}
+    def least_bits(self) -> int:
+        """Of a value in a package, where they are fewest."""
+        return min(16 if g.storage.is_whole else g.storage.bits for g in self.groups)
 
     @property
-    def least_bits(self) -> int:
-        """Of a code, where they are fewest."""
-        return min(group.storage.bits for group in self.groups)
+    def rounds_inputs(self) -> bool:
+        """Whether linears round their inputs to FP8."""
+        return any(group.storage.activations is not None for group in self.groups)
 
     def in_words(self) -> str:
         """For people: the formats and what they are of."""

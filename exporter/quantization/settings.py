@@ -68,6 +68,10 @@ class Settings:
         for key in keys:
             self._given.pop(key, None)
 
+    def refused(self) -> ConfigError:
+        """The error for an object that is not supported, whatever is in it."""
+        return refused(self._where.rstrip("."), self._given)
+
     def finish(self) -> None:
         """Refuse what nobody asked for.
 

@@ -1,7 +1,9 @@
 """How a weight is stored at low bit: what every format states of itself.
 
-A package holds such a weight [N, K] as parts, whatever the format: codes, scales and zero points, in blocks along K.
-`DequantizeLinear` makes the weight of them: (code - zero point) * scale.
+A package holds such a weight [N, K] as parts, whatever the format. Of integers they are codes, scales and zero points,
+in blocks along K, and `DequantizeLinear` makes the weight of them: (code - zero point) * scale. Of FP8 they are codes
+and scales, one for each row or for all. What no runtime multiplies by is dequantized by the export: its part is the
+weight itself.
 """
 
 from __future__ import annotations
@@ -20,13 +22,24 @@ from qwenport.exporter.safetensors_file import TensorEntry
 CODES = "codes"
 """After a weight's name and a dot: its codes, [N, K]."""
 SCALES = "scales"
-"""The same: its scales, [N, K / block]."""
+"""The same: its scales, [N, K / block]; of FP8 [N] or []."""
 ZEROS = "zeros"
 """The same: its zero points, [N, K / block]."""
 PERMUTATION = "permutation"
 """The same: int64 [K], the input column of each column of its codes; only if they are in another order."""
+INPUT_SCALE = "input_scale"
+"""The same: the scale [] that its linear's input is rounded with."""
+WHOLE = "whole"
+"""Instead of all of these: the weight [N, K]; it has the weight's name."""
 WEIGHT = ".weight"
+STATIC, DYNAMIC = "static", "dynamic"
+"""How a linear rounds its input to FP8: with INPUT_SCALE, or with the largest absolute value of each token."""
 Shape = tuple[int, ...]
+
+
+def part_name(weight: str, part: str) -> str:
+    """The name in the graph of a part of "L.weight"."""
+    return weight if part == WHOLE else f"{weight}.{part}"
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,7 @@ class Storage(ABC):
         group: values along K that share a scale; None if all of a row do.
         symmetric: whether every zero point is the middle code.
         format: the format's name, for manifests.
+        activations: how the linear's input is rounded to FP8: STATIC, DYNAMIC or, if it is not, None.
     """
 
     bits: int
@@ -90,8 +104,19 @@ class Storage(ABC):
     symmetric: bool
     format: str
 
+    activations: str | None = None
+
     integers: ClassVar[Mapping[str, str]]
-    """Suffix of a tensor -> its dtype in safetensors, if it holds integers."""
+    """Suffix of a tensor -> its dtype in safetensors, if it holds integers or FP8."""
+    is_whole: ClassVar[bool] = False
+    """Whether the only part is WHOLE."""
+    note: ClassVar[str | None] = None
+    """What users of such a checkpoint should know; None if there is nothing to say."""
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The names of `parts`."""
+        return CODES, SCALES, ZEROS
 
     @property
     def code_dtype(self) -> str:
@@ -126,14 +151,15 @@ class Storage(ABC):
 
     @abstractmethod
     def parts(
-        self, linear: str, shape: Shape, tensors: Mapping[str, TensorEntry]
+        self, linear: str, shape: Shape, tensors: Mapping[str, TensorEntry], dtype: str
     ) -> dict[str, Part]:
-        """CODES, SCALES and ZEROS -> what they are made of.
+        """Each part, CODES or another of the names above -> what it is made of.
 
         Args:
             linear: its name, without ".weight".
             shape: the weight's, [N, K].
             tensors: the checkpoint's; their shapes are those of `stored`.
+            dtype: the package's, as in a safetensors header.
         """
 
     def order(

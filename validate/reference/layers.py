@@ -124,7 +124,7 @@ class OpenLayer:
             first_position: position of hidden[0].
             attention: "eager" or "sdpa".
             queries_at_once: tokens per piece.
-            choices: experts of this layer to take over in near-ties.
+            choices: experts and FP8 codes of this layer to take over in near-ties.
 
         Returns:
             The layer's output, fp32 [S, hidden].
@@ -182,9 +182,16 @@ class OpenLayer:
         self, choices: Choices | None, start: int, stop: int, total: int
     ) -> Choices | None:
         """The choices for one piece; None if they belong to another text."""
-        if choices is None or self._index not in choices.experts:
+        if choices is None:
             return None
-        experts = choices.experts[self._index]
-        if len(experts) != total:
+        experts = choices.experts.get(self._index)
+        rounded = choices.rounded.get(self._index, {})
+        lengths = [] if experts is None else [len(experts)]
+        lengths += [len(values) for values in rounded.values()]
+        if not lengths or set(lengths) != {total}:
             return None
-        return Choices({self._index: experts[start:stop]}, choices.margin)
+        return Choices(
+            {} if experts is None else {self._index: experts[start:stop]},
+            choices.margin,
+            {self._index: {path: values[start:stop] for path, values in rounded.items()}},
+        )

@@ -42,6 +42,7 @@ from qwenport.validate.reference.loading import (
     read_config,
     torch_dtype,
 )
+from qwenport.validate.reference.rounded_inputs import agreeing, recorded
 from qwenport.validate.reference.streamed import StreamedModel
 from qwenport.validate.reference.whole import WholeModel
 from qwenport.validate.target import Target
@@ -66,7 +67,8 @@ class Reference:
         num_layers: number of decoder layers used.
         weights_note: a description of the weights, for a reviewer.
         routed: whether tokens go to experts, whose choice rounding may change.
-        replayed: number of expert choices taken over so far, in all calls together.
+        rounds_inputs: whether linears round their inputs to FP8.
+        replayed: number of expert choices and FP8 codes taken over so far, in all calls together.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Reference:
             if target.config.rope.depends_on_length:
                 pin_rope(self._model.rotary, target.rope_length)
         self.num_layers = self._model.num_layers
+        self.rounds_inputs = self._model.rounds_inputs
         self.replayed = 0
         self._progress = progress
         self._greedy: dict[tuple[tuple[int, ...], int], tuple[list[int], Float32]] = {}
@@ -202,6 +205,7 @@ class Reference:
 
         One is between its logits through its cache in pieces and in one piece. The other is between those in one piece
         and its logits in fp64: if a few channels dwarf the rest, sums lose precision that the first does not show.
+        Where inputs are rounded to FP8, all three have the codes of those in one piece, unless they are further off.
 
         Args:
             pieces: the number of pieces, equally long except for the last; fewer if there are fewer tokens. Pieces
@@ -225,12 +229,12 @@ class Reference:
         tick = self._counter("own rounding", 1)
         for index in range(self.num_layers):
             with self.opened_layer(index, "fp32") as layer:
-                states = [
-                    layer.run_tensor(state, 0, "eager", size)
-                    for state, size in zip(states, sizes, strict=True)
-                ]
+                with recorded(layer.module) as codes:
+                    whole_state = layer.run_tensor(states[0], 0, "eager", sizes[0])
+                    same = Choices({}, 0.0, {index: codes()})
+                states = [whole_state, layer.run_tensor(states[1], 0, "eager", sizes[1], same)]
             with self.opened_layer(index, "fp64") as layer:
-                exact = layer.run_tensor(exact, 0, "eager", len(tokens))
+                exact = layer.run_tensor(exact, 0, "eager", len(tokens), same)
             tick()
         wanted = [state[None, list(text.positions)] for state in (*states, exact)]
         with self._model.final_norm("fp32") as norm, torch.inference_mode():
@@ -398,7 +402,7 @@ class Reference:
         def taken(count: int) -> None:
             self.replayed += count
 
-        return replaying(choices, taken)
+        return together(replaying(choices, taken), agreeing(choices, taken))
 
     def _counting(self, what: str, texts: int) -> Attach:
         return counting(self._counter(what, texts))

@@ -102,7 +102,8 @@ class StoredWeights:
                 raise ValidationError(
                     f"{cut(self._path)} has no tensor {cut(name)}, which transformers' {kind} needs"
                 )
-            if self._shapes[name] != shape:
+            one = {self._shapes[name], shape} <= {(), (1,)}  # number
+            if self._shapes[name] != shape and not one:
                 raise ValidationError(
                     f"{cut(self._path)}: tensor {cut(name)} has shape {list(self._shapes[name])}; "
                     f"transformers' {kind} needs {list(shape)}"
@@ -161,6 +162,30 @@ class StoredWeights:
             for name in rest:
                 tensors[name] = reader.tensor(self._files[name], self._stored_names[name])
         return tensors
+
+    def round_inputs(self, model: torch.nn.Module) -> bool:
+        """Register the hooks of linears of `model` that round their input; returns whether there are any.
+
+        Raises:
+            ValidationError: a scale is missing, or the model has no such linear.
+        """
+        found = False
+        with _Reader() as reader:
+            for weight in sorted(self._quantized):
+                assert self._quantization is not None
+                hook = self._quantization.rounds_input(weight, _Tensors(self, reader))
+                if hook is None:
+                    continue
+                try:
+                    module = model.get_submodule(weight.removesuffix(".weight"))
+                except AttributeError as error:
+                    raise ValidationError(
+                        f"{cut(self._path)}: {cut(weight)} is no linear of transformers' model, whose input could be "
+                        "rounded"
+                    ) from error
+                module.register_forward_pre_hook(hook)
+                found = True
+        return found
 
     @contextlib.contextmanager
     def loaded(
@@ -252,6 +277,8 @@ class _Tensors:
         return self._weights.shapes
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if not self.shapes[name]:
+            return self._reader.tensor(*self._weights.place(name))
         return self._reader.slices(*self._weights.place(name), slice(start, stop))
 
     def columns(self, name: str, start: int, stop: int) -> torch.Tensor:

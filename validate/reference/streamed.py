@@ -30,6 +30,7 @@ class StreamedModel:
 
     Attributes:
         num_layers: decoder layers.
+        rounds_inputs: whether linears round their inputs.
         rotary: transformers' rotary module.
         calls: the layers' arguments.
     """
@@ -69,6 +70,8 @@ class StreamedModel:
         self._stored.check(EMBEDDING, model.model.embed_tokens)
         self._stored.check(FINAL_NORM, model.model.norm)
         self._stored.check(self._head_prefix, model.lm_head)
+        with reported(path, "its scales cannot be read"):
+            self.rounds_inputs = self._stored.round_inputs(model)
         keep_layers(model, layers)
 
         self._layers = list(model.model.layers)

@@ -47,6 +47,7 @@ class WholeModel:
 
     Attributes:
         num_layers: decoder layers.
+        rounds_inputs: whether linears round their inputs.
         rotary: transformers' rotary module.
         calls: the layers' arguments.
     """
@@ -75,13 +76,16 @@ class WholeModel:
         """
         with reported(path / CONFIG, "transformers makes no model of it"):
             skeleton = model_without_weights(copy.deepcopy(config))
+        self.rounds_inputs = False
         self._stored: StoredWeights | None = None
         if quantization is None:
             self._model = _load(path, config, prefix)
         else:
             with reported(path, "its weights cannot be read"):
                 self._stored = StoredWeights(path, None, prefix, quantization=quantization)
-            self._model = _load_dequantized(path, skeleton, config, self._stored)
+            self._model, self.rounds_inputs = _load_dequantized(
+                path, skeleton, config, self._stored, quantization
+            )
         if adapter is not None:
             _merge(self._model, path, prefix, adapter)
         for model in (self._model, skeleton):
@@ -188,8 +192,10 @@ def _load(path: Path, config: Any, prefix: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _load_dequantized(path: Path, skeleton: Any, config: Any, stored: StoredWeights) -> Any:
-    """As `_load`, with the quantized weights dequantized by `dequantization`.
+def _load_dequantized(
+    path: Path, skeleton: Any, config: Any, stored: StoredWeights, quantization: Quantization
+) -> tuple[Any, bool]:
+    """As `_load`, with the quantized weights dequantized by `dequantization`; also whether linears round inputs.
 
     While transformers loads them, the weights are in memory in their own dtype as well.
     """
@@ -203,7 +209,7 @@ def _load_dequantized(path: Path, skeleton: Any, config: Any, stored: StoredWeig
     # Unexpected is, among others, what `dequantized` found no use for.
     _check_loaded(path, info, ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys"))
     _align(model)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False), stored.round_inputs(model)
 
 
 def _check_files(path: Path) -> None:

@@ -9,7 +9,13 @@ from typing import Any
 
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.failures import reported
-from qwenport.validate.reference.dequantization import awq, gptq, pack_quantized
+from qwenport.validate.reference.dequantization import (
+    awq,
+    fine_grained_fp8,
+    float_quantized,
+    gptq,
+    pack_quantized,
+)
 from qwenport.validate.reference.dequantization.quantization import (
     KEY,
     Quantization,
@@ -21,12 +27,27 @@ from qwenport.wording import cut
 
 __all__ = ["Quantization", "Stored", "read_quantization", "refuse_quantized_vocabulary"]
 
-METHODS: Mapping[str, Callable[[Path, Mapping[str, Any]], Quantization]] = {
-    pack_quantized.LIBRARY: pack_quantized.read,
+Read = Callable[[Path, Mapping[str, Any]], Quantization]
+"""(directory, quantization_config) -> the quantization."""
+FORMATS: Mapping[str, Read] = {
+    pack_quantized.FORMAT: pack_quantized.read,
+    **dict.fromkeys(float_quantized.FORMATS, float_quantized.read),
+}
+"""Those of compressed-tensors."""
+
+
+def _compressed_tensors(path: Path, stated: Mapping[str, Any]) -> Quantization:
+    check_stated(path, KEY, stated, {"format": tuple(FORMATS)})
+    return FORMATS[stated["format"]](path, stated)
+
+
+METHODS: Mapping[str, Read] = {
+    pack_quantized.LIBRARY: _compressed_tensors,
     awq.METHOD: awq.read,
     gptq.METHOD: gptq.read,
+    fine_grained_fp8.METHOD: fine_grained_fp8.read,
 }
-"""quant_method -> (directory, quantization_config) -> the quantization."""
+"""By quant_method."""
 
 
 def read_quantization(path: Path) -> Quantization | None:

@@ -16,6 +16,7 @@ import torch
 
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.reference.files import CONFIG
+from qwenport.validate.reference.rounded_inputs import RoundsInput
 from qwenport.wording import cut, one_line
 
 KEY = "quantization_config"
@@ -98,6 +99,14 @@ class Quantization(ABC):
         Raises:
             ValidationError: the tensors do not make such a weight; says which and why.
         """
+
+    def rounds_input(self, weight: str, stored: Stored) -> RoundsInput | None:
+        """The forward pre-hook that rounds the input of a weight's linear; None if it is not rounded.
+
+        Raises:
+            ValidationError: its scale is missing, or has a dtype that the format does not.
+        """
+        return None
 
     def shape_of(self, name: str, stored: Stored) -> Shape:
         """The shape of a stored tensor.
