@@ -24,7 +24,7 @@ ALIGNMENT = 64
 
 BYTES = "U8"
 """In a safetensors header: the dtype of codes that are integers."""
-KEPT = (BYTES, FP8)
+KEPT = (BYTES, FP8, "I64")
 """The dtypes of what keeps its bytes."""
 
 
