@@ -27,7 +27,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from qwenport.contract import DOMAIN, MOE_EXPERTS
 from qwenport.engines.errors import LoweringError
-from qwenport.engines.lowering.few_bits import QuantizedWeight, is_symmetric, quantized_weight
+from qwenport.engines.lowering.few_bits import QuantizedWeight, quantized_weight
 from qwenport.engines.lowering.made_tensors import (
     Correction,
     MadeTensor,
@@ -36,6 +36,15 @@ from qwenport.engines.lowering.made_tensors import (
     digits,
     repeated,
     signed,
+)
+from qwenport.engines.lowering.signed_forms import (
+    INT4,
+    Form,
+    Product,
+    form_of,
+    is_dequantized,
+    producer,
+    products_by_input,
 )
 from qwenport.plugins.nodes import append_node, initializer
 
@@ -46,7 +55,6 @@ LEAST_BLOCK, MOST_BLOCK = 16, 128
 SUMS = 8
 """A product by corrections is fused if the sums are a multiple of this."""
 ALIGNMENT = 64
-INT4, INT8 = ir.DataType.INT4, ir.DataType.INT8
 
 
 @dataclass(frozen=True)
@@ -105,68 +113,13 @@ class UseSignedCodes(InPlacePass):
                 for stack in node.inputs[3:5]:
                     if stack is not None:
                         work.stack(stack)
-        for group in _by_input(model.graph):
+        for group in products_by_input(model.graph):
             work.products(group)
         for node in [*model.graph]:
-            if _is_dequantized(node) and node.name not in work.names:
+            if is_dequantized(node) and node.name not in work.names:
                 work.rows(node)
         self.made = SignedCodes(tuple(work.tensors), work.end, tuple(work.weights))
         return PassResult(model, bool(work.weights))
-
-
-@dataclass(frozen=True)
-class _Form:
-    """How weights become signed. Weights of one form fit into one tensor, one below the other.
-
-    Attributes:
-        k: columns of the package's weight.
-        block: the package's.
-        bits: of the package's codes.
-        dtype: of the scales and of the dequantized weight.
-        symmetric: whether all zero points are the middle code.
-    """
-
-    k: int
-    block: int
-    bits: int
-    dtype: ir.DataType
-    symmetric: bool
-
-    @property
-    def in_digits(self) -> bool:
-        return self.bits == 8 and self.block != self.k
-
-    @property
-    def codes(self) -> ir.DataType:
-        return INT8 if self.bits == 8 and not self.in_digits else INT4
-
-    @property
-    def middle(self) -> int:
-        return 136 if self.in_digits else 1 << (self.bits - 1)
-
-    @property
-    def digits(self) -> int:
-        """That an 8-bit code is split into, or the whole code."""
-        return 2 if self.in_digits else 1
-
-    @property
-    def blocks(self) -> int:
-        """Along the package's K."""
-        return self.k // self.block
-
-
-@dataclass(frozen=True)
-class _Product:
-    """MatMul(x, Transpose(DequantizeLinear(...)))."""
-
-    node: ir.Node
-    transpose: ir.Node
-    dequantize: ir.Node
-    weight: QuantizedWeight
-
-    @property
-    def form(self) -> _Form:
-        return _form(self.weight)
 
 
 class _Work:
@@ -186,7 +139,7 @@ class _Work:
         self.end = 0
         self._sums: dict[tuple[ir.Value, int], ir.Value] = {}
 
-    def products(self, group: Sequence[_Product]) -> None:
+    def products(self, group: Sequence[Product]) -> None:
         """Products of one input by weights of one form: one product, split."""
         first, form = group[0], group[0].form
         weights = [product.weight for product in group]
@@ -224,14 +177,14 @@ class _Work:
             LoweringError: TensorRT would expand them.
         """
         reshape = stack.producer()
-        concat = None if reshape is None else _producer(reshape, 0)
-        parts = [] if concat is None else [_producer(concat, i) for i in range(len(concat.inputs))]
-        nodes = [node for node in parts if node is not None and _is_dequantized(node)]
+        concat = None if reshape is None else producer(reshape, 0)
+        parts = [] if concat is None else [producer(concat, i) for i in range(len(concat.inputs))]
+        nodes = [node for node in parts if node is not None and is_dequantized(node)]
         if reshape is None or concat is None or not nodes:
             return
         weights = [quantized_weight(node) for node in nodes]
-        form = _form(weights[0])
-        if len(nodes) != len(parts) or {_form(weight) for weight in weights} != {form}:
+        form = form_of(weights[0])
+        if len(nodes) != len(parts) or {form_of(weight) for weight in weights} != {form}:
             raise LoweringError(
                 f"{stack.name}: experts that are not all quantized in one way cannot be stacked"
             )
@@ -259,7 +212,7 @@ class _Work:
             LoweringError: it is used in another way, or cannot be dequantized without a correction.
         """
         weight = quantized_weight(node)
-        form = _form(weight)
+        form = form_of(weight)
         if not form.symmetric or form.in_digits:
             raise LoweringError(
                 f"{node.name}: rows are gathered only of symmetric weights, of 4 bits or with a scale per row"
@@ -286,7 +239,7 @@ class _Work:
         self,
         name: str,
         weights: Sequence[QuantizedWeight],
-        form: _Form,
+        form: Form,
         correction: Correction | None,
         before: ir.Node,
     ) -> ir.Value:
@@ -327,7 +280,7 @@ class _Work:
         self,
         name: str,
         weights: Sequence[QuantizedWeight],
-        form: _Form,
+        form: Form,
         *,
         of_experts: bool = False,
     ) -> Correction | None:
@@ -380,7 +333,7 @@ class _Nodes:
         results = [(self._dtype, None)]
         return append_node(self.made, kind, inputs, name, results, attributes=attributes)[0]
 
-    def sums(self, x: ir.Value, form: _Form, rows: int) -> ir.Value:
+    def sums(self, x: ir.Value, form: Form, rows: int) -> ir.Value:
         """x [batch, seq, K] -> the sums of its blocks [batch, seq, rows]; beyond K there are zeros.
 
         It is padded before it is summed: TensorRT makes one kernel of that, and two of the opposite.
@@ -398,7 +351,7 @@ class _Nodes:
         blocks = self.op("Reshape", x, self._integers(0, 0, rows, form.block))
         return self.op("ReduceSum", blocks, self._integers(-1), keepdims=0)
 
-    def corrected(self, weight: ir.Value, correction: ir.Value, form: _Form) -> ir.Value:
+    def corrected(self, weight: ir.Value, correction: ir.Value, form: Form) -> ir.Value:
         """A weight [N, K] minus the correction [N, blocks, 1] of each block.
 
         TensorRT does that to the gathered experts alone, in the kernel that dequantizes them.
@@ -421,32 +374,3 @@ class _Nodes:
         name = f"signed.{'_'.join(map(str, values))}"
         tensor = ir.tensor(np.array(values, dtype=np.int64), name=name)
         return initializer(self._graph.initializers, tensor)
-
-
-def _form(weight: QuantizedWeight) -> _Form:
-    return _Form(weight.k, weight.block, weight.bits, weight.rounded, is_symmetric(weight.zeros))
-
-
-def _is_dequantized(node: ir.Node) -> bool:
-    return node.op_type == "DequantizeLinear" and node.domain == ""
-
-
-def _producer(node: ir.Node, index: int) -> ir.Node | None:
-    value = node.inputs[index]
-    return None if value is None else value.producer()
-
-
-def _by_input(graph: ir.Graph) -> list[list[_Product]]:
-    """The products by quantized weights; those of one input and one form together."""
-    found: dict[tuple[ir.Value | None, _Form], list[_Product]] = {}
-    for node in graph:
-        transpose = _producer(node, 1) if node.op_type == "MatMul" and node.domain == "" else None
-        dequantize = None
-        if transpose is not None and transpose.op_type == "Transpose":
-            perm = transpose.attributes.get("perm")
-            turned = perm is not None and tuple(perm.as_ints()) == (1, 0)
-            dequantize = _producer(transpose, 0) if turned else None
-        if transpose is not None and dequantize is not None and _is_dequantized(dequantize):
-            product = _Product(node, transpose, dequantize, quantized_weight(dequantize))
-            found.setdefault((node.inputs[0], product.form), []).append(product)
-    return list(found.values())

@@ -453,3 +453,27 @@ def test_scatter_elements(data: st.DataObject) -> None:
     }
     model = one("ScatterElements", inputs, stated=draw_stated(draw, inputs), axis=axis)
     check(model, inputs, "SCATTER")
+
+
+@given(st.data())
+@few
+def test_padding_with_zeros(data: st.DataObject) -> None:
+    shape = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    pads = np.array(data.draw(st.lists(st.integers(0, 3), min_size=4, max_size=4)), np.int64)
+    check(one("Pad", {"x": x, "pads": pads}, constant=["pads"]), {"x": x}, "SLICE")
+
+
+@about("DEQUANTIZE")
+@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([None, 2, 4]))
+@few
+def test_codes_times_the_scales_of_rows_and_of_blocks(
+    rows: int, blocks: int, size: int | None
+) -> None:
+    random = np.random.default_rng(rows)
+    codes = random.integers(-128, 128, (rows, blocks * (size or 3)), dtype=np.int8)
+    shape = (rows,) if size is None else (rows, blocks)
+    scales = random.uniform(0.1, 2, shape).astype(np.float32)
+    how = {"axis": 0} if size is None else {"axis": 1, "block_size": size}
+    model = one("DequantizeLinear", {"q": codes, "s": scales}, constant=["q", "s"], **how)
+    check(model, {}, "DEQUANTIZE")

@@ -120,7 +120,6 @@ FEW = int64(1, 0)
         ("ReduceProd", {"x": ROW}, [], {}, "the reduction PROD"),
         ("MatMul", {"x": ROW, "z": ROW}, [], {}, "a product with a vector"),
         ("Tile", {"x": ROW, "n": int64(2)}, ["n"], {}, "slicing in mode WRAP"),
-        ("Pad", {"x": ROW, "n": FEW}, ["n"], {}, "slicing in mode FILL"),
         ("Pad", {"x": ROW, "n": FEW}, ["n"], {"mode": "reflect"}, "slicing in mode REFLECT"),
         ("Pad", {"x": ROW, "n": FEW}, ["n"], {"mode": "edge"}, "slicing in mode CLAMP"),
         ("GatherND", {"x": X, "i": FEW[:, None] * 0}, [], {}, "gathering in mode ND"),
