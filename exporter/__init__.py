@@ -54,6 +54,7 @@ from qwenport.exporter.package import (
     load_package,
 )
 from qwenport.exporter.quantization import CODES, SCALES, ZEROS
+from qwenport.exporter.quantizing import Recipe, make_recipe
 from qwenport.exporter.rope import Rope, rope_tables
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
@@ -84,6 +85,7 @@ __all__ = [
     "Note",
     "Package",
     "PackageError",
+    "Recipe",
     "Rope",
     "TensorEntry",
     "TracingError",
@@ -104,6 +106,7 @@ __all__ = [
     "kind_of",
     "load_package",
     "lock_directory",
+    "make_recipe",
     "open_checkpoint",
     "parse_config",
     "plan_safetensors",

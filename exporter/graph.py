@@ -55,8 +55,14 @@ def build_graph(
         assert found is not None, name
         return builder.initializer(found)
 
+    dequantized: dict[str, ir.Value] = {}
+
     def matrix(name: str) -> ir.Value:
-        return _dequantized(builder, name, stored) if config.is_quantized(name) else stored(name)
+        if not config.is_quantized(name):
+            return stored(name)
+        if name not in dequantized:
+            dequantized[name] = _dequantized(builder, name, stored)
+        return dequantized[name]
 
     def weight(name: str, shape: tracing.Shape) -> ir.Value:
         stack = name.endswith((GATE_UP, DOWN)) and tensor(name) is None

@@ -5,6 +5,7 @@ qwenport.json    the manifest
 rope.safetensors cos and sin tables, fp32
 weights/         the checkpoint's safetensors files (links), or the package's own files
 proof.safetensors   what engines of it must reproduce, once `validate` or `build` has made it
+checkpoint/      of a package that `export` quantized: the quantized checkpoint, which the weights are links to
 config.json, tokenizer and generation files, as in the checkpoint
 """
 
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from qwenport import __version__
 from qwenport.contract import (
     ADAPTERS,
+    CHECKPOINT,
     DEFAULT_MAX_BATCH,
     DTYPES,
     LINK,
@@ -69,6 +71,8 @@ from qwenport.exporter.safetensors_file import (
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from qwenport.exporter.quantizing import Recipe
 
 MOST_BATCH = 1 << 16
 
@@ -164,6 +168,7 @@ def export(
     rope_scaling: str | None = None,
     weights: str = LINK,
     adapter: str | None = None,
+    quantize: Recipe | None = None,
     check_values: bool = False,
     strict: bool = False,
     force_clean: bool = False,
@@ -183,6 +188,8 @@ def export(
         weights: "link" (by reference), "copy" (a package that can be moved) or "pack" (by reference, but with
             each sparse layer's experts stacked in a file of the package's own).
         adapter: what to do with an adapter in the checkpoint's directory: "ignore" or "merge" it.
+        quantize: round the weights to few bits; see `make_recipe`. The quantized checkpoint becomes a part of the
+            package.
         check_values: read every weight, and refuse NaN and infinity; converted or stacked weights are always checked.
         strict: refuse unread keys of config.json; otherwise they are only noted.
         force_clean: remove scratch directories of exports to the same path, even of exports that may still run.
@@ -224,11 +231,16 @@ def export(
         weights,
         check_values,
     )
+    if quantize is not None:
+        _check_quantizable(checkpoint, weights)
     companions_of(checkpoint.path)
     for doubt in doubts(checkpoint.path, checkpoint.config.vocab_size):
         note(doubt)
     with atomic_directory(package_path, force_clean=force_clean, note=note) as scratch:
-        manifest = _write(checkpoint, scratch, request, progress)
+        if quantize is None:
+            manifest = _write(checkpoint, scratch, request, progress)
+        else:
+            manifest = _write_quantized(checkpoint, scratch, request, quantize, progress)
     return Package(package_path, as_json(manifest), checkpoint.config)
 
 
@@ -245,6 +257,20 @@ class _Request:
     check_values: bool
 
 
+def _check_quantizable(checkpoint: Checkpoint, weights: str) -> None:
+    """Raises ExportError: the checkpoint cannot be quantized, or its weights would not be the package's own."""
+    if checkpoint.config.quantization is not None:
+        raise ExportError(f"{checkpoint.path} is quantized already; --quantize rounds floating-point weights")
+    if checkpoint.adapter is not None:
+        raise ExportError(
+            "--quantize and --adapter merge do not go together; merge the adapter into the checkpoint with peft first"
+        )
+    if weights != LINK:
+        raise ExportError(
+            f"--weights {weights} is for weights that stay as they are; --quantize writes new ones into the package"
+        )
+
+
 def _checked_length(config: ModelConfig, asked: int | None) -> int:
     if asked is None:
         return config.max_context
@@ -256,8 +282,26 @@ def _checked_length(config: ModelConfig, asked: int | None) -> int:
     return asked
 
 
+def _write_quantized(
+    original: Checkpoint, scratch: Path, request: _Request, recipe: Recipe, progress: Progress
+) -> dict[str, Any]:
+    """Write the quantized checkpoint, and the package of it."""
+    from qwenport.exporter.quantizing.writing import write_quantized  # imports torch
+
+    folder = scratch / CHECKPOINT
+    write_quantized(original, folder, recipe, request.dtype, progress)
+    made = open_checkpoint(folder, request.rope_scaling, max_seq_len=request.max_seq_len)
+    checkpoint = dataclasses.replace(made, notes=original.notes)
+    quantized = {**recipe.describe(), **_identity(original)}
+    return _write(checkpoint, scratch, request, progress, quantized)
+
+
 def _write(
-    checkpoint: Checkpoint, scratch: Path, request: _Request, progress: Progress
+    checkpoint: Checkpoint,
+    scratch: Path,
+    request: _Request,
+    progress: Progress,
+    quantized: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     # torch and the IR are imported here: reading a package needs neither
     import onnx_ir as ir
@@ -305,20 +349,31 @@ def _write(
             "converted": plan.conversions(),
             "notes": list(checkpoint.notes),
             "adapter": None if checkpoint.adapter is None else checkpoint.adapter.describe(),
-            "config_sha256": sha256(checkpoint.path / "config.json"),
-            "files": [
-                {"name": f.name, "bytes": f.size, "header_sha256": f.header_sha256}
-                for f in checkpoint.files
-            ],
+            "quantized": quantized,
+            **_identity(checkpoint),
         },
         "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(scratch.iterdir())
+            path.relative_to(scratch).as_posix(): {
+                "bytes": path.stat().st_size,
+                "sha256": sha256(path),
+            }
+            for path in (*sorted(scratch.iterdir()), *_companions(scratch / CHECKPOINT))
             if path.is_file()
         },
     }
     write_json(scratch / MANIFEST, manifest)
     return manifest
+
+
+def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells a checkpoint from others, for a manifest."""
+    return {
+        "config_sha256": sha256(checkpoint.path / "config.json"),
+        "files": [
+            {"name": f.name, "bytes": f.size, "header_sha256": f.header_sha256}
+            for f in checkpoint.files
+        ],
+    }
 
 
 def expected_model(
@@ -389,10 +444,16 @@ def _binding(value: Any) -> dict[str, Any]:
 def _weight_files(package: Path, read: Sequence[WeightFile]) -> dict[str, dict[str, Any]]:
     """The manifest's entries for the weight files; the checkpoint's were read already."""
     known, files = {file.name: file for file in read}, {}
-    for path in sorted((package / "weights").iterdir()):
+    for path in sorted((*package.glob("weights/*"), *package.glob(f"{CHECKPOINT}/*.safetensors"))):
         file = known.get(path.name) or read_safetensors_header(path)[0]
-        files[f"weights/{path.name}"] = {"bytes": file.size, "header_sha256": file.header_sha256}
+        name = path.relative_to(package).as_posix()
+        files[name] = {"bytes": file.size, "header_sha256": file.header_sha256}
     return files
+
+
+def _companions(checkpoint: Path) -> list[Path]:
+    """The files of the checkpoint in a package, without its weights."""
+    return sorted(p for p in checkpoint.glob("*") if p.suffix != ".safetensors")
 
 
 SHAPE = {

@@ -63,7 +63,7 @@ class Scheme:
         bits: of a code, 4 or 8.
         group_size: columns with one scale; None if a scale is for a whole row.
         symmetric: whether the zero point is the middle of the codes; if not, it is stored.
-        targets: the linears: names, "re:" and a pattern, or "Linear" for all.
+        targets: the modules: names, "re:" and a pattern, or "Linear" or "Embedding" for all of them.
         stated: the group as config.json has it, for the library.
     """
 
@@ -110,7 +110,8 @@ class Quantization:
         by_target = {target: scheme for scheme in self.schemes for target in scheme.targets}
         patterns = sorted(target for target in by_target if target.startswith("re:"))
         matching = [target for target in patterns if re.match(target.removeprefix("re:"), linear)]
-        for target in (linear, *matching, "Linear"):
+        kind = "Embedding" if linear.endswith("embed_tokens") else "Linear"
+        for target in (linear, *matching, kind):
             if target in by_target:
                 return by_target[target]
         raise ValidationError(
@@ -216,18 +217,16 @@ def read_quantization(path: Path) -> Quantization | None:
         return Quantization(path, tuple(schemes))
 
 
-def refuse_quantized_vocabulary(path: Path, names: Iterable[str], *, tied: bool) -> None:
-    """Refuse a quantized embedding, and a quantized head beside an embedding that is the head too.
+def refuse_quantized_tied_head(path: Path, names: Iterable[str], *, tied: bool) -> None:
+    """Refuse a quantized head beside an embedding that is the head too.
 
     Raises:
         ValidationError: it names the tensor.
     """
-    refused = ("model.embed_tokens.weight_", *(["lm_head.weight_"] if tied else []))
     for name in sorted(names):
-        if name.startswith(refused):
+        if tied and name.startswith("lm_head.weight_"):
             raise ValidationError(
-                f"{cut(path)}: no place for tensor {cut(name)}: "
-                "an embedding, or a head tied to it, cannot be quantized"
+                f"{cut(path)}: no place for tensor {cut(name)}: the head is tied to the embedding"
             )
 
 

@@ -16,7 +16,7 @@ from qwenport.validate.reference.files import CONFIG, DECODER
 from qwenport.validate.reference.hooks import Attach, attached
 from qwenport.validate.reference.layers import LayerCalls, call_layer
 from qwenport.validate.reference.loading import keep_layers, model_without_weights, torch_dtype
-from qwenport.validate.reference.quantized import Quantization, refuse_quantized_vocabulary
+from qwenport.validate.reference.quantized import Quantization, refuse_quantized_tied_head
 from qwenport.validate.reference.stored import StoredWeights
 from qwenport.validate.text import Text
 
@@ -62,7 +62,7 @@ class StreamedModel:
         with reported(path / CONFIG, "transformers makes no model of it"):
             model = model_without_weights(config)
         tied = model.config.tie_word_embeddings
-        refuse_quantized_vocabulary(path, self._stored.names, tied=tied)
+        refuse_quantized_tied_head(path, self._stored.names, tied=tied)
         for index, layer in enumerate(model.model.layers):
             self._stored.check(_layer_prefix(index), layer)
         self._head_prefix = EMBEDDING if tied else HEAD

@@ -34,7 +34,7 @@ from qwenport.validate.reference.loading import (
     model_without_weights,
     torch_dtype,
 )
-from qwenport.validate.reference.quantized import Quantization, refuse_quantized_vocabulary
+from qwenport.validate.reference.quantized import Quantization, refuse_quantized_tied_head
 from qwenport.validate.reference.stored import StoredWeights, parts_of
 from qwenport.validate.text import Text
 from qwenport.wording import cut, one_line
@@ -191,7 +191,7 @@ def _load_dequantized(
     _check_files(path)
     with reported(path, "its weights cannot be read"):
         stored = StoredWeights(path, None, prefix, quantization=quantization)
-        refuse_quantized_vocabulary(path, stored.names, tied=config.tie_word_embeddings)
+        refuse_quantized_tied_head(path, stored.names, tied=config.tie_word_embeddings)
         tensors = stored.dequantized()
     with reported(path, "transformers does not load it"):
         model, info = _from_pretrained(model_class, None, config, state_dict=tensors)
