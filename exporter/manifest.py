@@ -148,7 +148,6 @@ SOURCE = {
     "adapter": Maybe({"config_sha256": str, "sha256": str, "matrices": int}),
     "quantized": Maybe(
         {
-            "linears": {"bits": int, "symmetric": int},
             "config_sha256": str,
             "files": [{"name": str, "bytes": int, "header_sha256": str}],
         }

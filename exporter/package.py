@@ -260,7 +260,9 @@ class _Request:
 def _check_quantizable(checkpoint: Checkpoint, weights: str) -> None:
     """Raises ExportError: the checkpoint cannot be quantized, or its weights would not be the package's own."""
     if checkpoint.config.quantization is not None:
-        raise ExportError(f"{checkpoint.path} is quantized already; --quantize rounds floating-point weights")
+        raise ExportError(
+            f"{checkpoint.path} is quantized already; --quantize rounds floating-point weights"
+        )
     if checkpoint.adapter is not None:
         raise ExportError(
             "--quantize and --adapter merge do not go together; merge the adapter into the checkpoint with peft first"

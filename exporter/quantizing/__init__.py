@@ -1,4 +1,4 @@
-"""`export --quantize`: rounds the weights of a checkpoint and writes them as a checkpoint that compressed-tensors reads."""
+"""`export --quantize`: rounds the weights of a checkpoint, and writes one that compressed-tensors reads."""
 
 from qwenport.exporter.quantizing.recipe import Recipe, make_recipe
 

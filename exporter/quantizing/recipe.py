@@ -66,9 +66,7 @@ class Recipe:
         return {"linears": _stated(self.linears), "vocabulary": _stated(self.vocabulary)}
 
 
-def make_recipe(
-    bits: str, *, group: int | None = None, symmetric: bool | None = None
-) -> Recipe:
+def make_recipe(bits: str, *, group: int | None = None, symmetric: bool | None = None) -> Recipe:
     """The recipe of `export --quantize`.
 
     Args:

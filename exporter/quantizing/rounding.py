@@ -1,4 +1,4 @@
-"""Rounds a weight to codes: in each group the scale, and the zero point, with the least squared error that a search finds.
+"""Rounds a weight to codes: each group gets the scale and zero point of least squared error that a search finds.
 
 A group is a run of values along K that share a scale. The search starts from the scale that spans the largest value,
 tries smaller ones, which clip the largest values and round all others more finely, and then fits the scale to the
@@ -72,9 +72,7 @@ def round_weight(weight: torch.Tensor, storage: Storage, dtype: torch.dtype) -> 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = list(pool.map(rounded, weight.split(at_once)))
     codes, scales, zeros = (torch.cat([made[index] for made in done]) for index in range(3))
-    return Rounded(
-        codes.reshape(rows, columns), scales.reshape(rows, -1), zeros.reshape(rows, -1)
-    )
+    return Rounded(codes.reshape(rows, columns), scales.reshape(rows, -1), zeros.reshape(rows, -1))
 
 
 class _Rounding:

@@ -119,7 +119,7 @@ def _weights(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, _Weight]:
     """
     quantization = parse_quantization(recipe.settings(checkpoint.config))
     config, tensors = replace(checkpoint.config, quantization=quantization), checkpoint.tensors
-    parts = {}
+    parts: dict[str, TensorEntry] = {}
     for stack, entry in tensors.items():
         if config.moe is not None and stack.endswith((GATE_UP, DOWN)):
             names = expert_parts(stack, config.moe.num_experts)
@@ -146,9 +146,7 @@ def _cut(entry: TensorEntry, count: int) -> list[TensorEntry]:
     ]
 
 
-def _write_weight(
-    writer: BinaryIO, checkpoint: Path, weight: _Weight, dtype: str
-) -> Iterator[int]:
+def _write_weight(writer: BinaryIO, checkpoint: Path, weight: _Weight, dtype: str) -> Iterator[int]:
     """Write the tensors of a weight, and count the bytes read for it."""
     storage, bits = weight.storage, weight.storage.bits
     scales, zeros = [], []
@@ -205,5 +203,6 @@ def _config(checkpoint: Path, settings: dict[str, Any], dtype: str) -> dict[str,
     """The new config.json; its dtype is the scales', which dequantized weights have."""
     raw = read_config_json(checkpoint)
     keys = [key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"]
-    named = dict.fromkeys(keys, DTYPES[dtype].torch_name)
-    return {**raw, **named, "quantization_config": settings}
+    for key in keys:
+        raw[key] = DTYPES[dtype].torch_name
+    return {**raw, "quantization_config": settings}

@@ -176,7 +176,8 @@ class StoredWeights:
             if (quantization := self._quantization_of(name)) is not None:
                 shape = quantization.shape(name, self._reading(reader))
             found = [
-                self._stored_rows(name, shape, int(run[0]), int(run[-1]) + 1, reader) for run in runs
+                self._stored_rows(name, shape, int(run[0]), int(run[-1]) + 1, reader)
+                for run in runs
             ]
             stored = torch.cat(found)[torch.from_numpy(np.searchsorted(wanted, indices))]
         return self._rounded(stored).to(dtype, copy=True)
