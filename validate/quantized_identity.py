@@ -145,7 +145,7 @@ def _differing(
         or shape[1] % blocks
     ):
         raise ValueError(f"its parts make no weight of shape {list(shape)}")
-    read, count = _reader(checkpoint, weight, shape), 0
+    read, count = reader_of(checkpoint, weight, shape), 0
     for start in range(0, shape[0], ROWS):
         stop = min(start + ROWS, shape[0])
         wanted = quantization.rows(weight, shape, start, stop, read)
@@ -160,7 +160,7 @@ def _differing(
     return count
 
 
-def _reader(
+def reader_of(
     checkpoint: Checkpoint, weight: str, shape: tuple[int, int]
 ) -> Callable[[str, int, int], torch.Tensor]:
     """Reads rows of the checkpoint's tensors; those of a weight's shape, which the exporter compared, are given."""
@@ -169,12 +169,13 @@ def _reader(
         if name not in checkpoint.tensors:
             return torch.tensor(shape)
         entry = checkpoint.tensors[name]
-        return _rows(checkpoint.path, entry, start, stop)
+        return rows_of(checkpoint.path, entry, start, stop)
 
     return read
 
 
-def _rows(path: Path, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+def rows_of(path: Path, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+    """Rows start..stop-1 of a tensor of the directory `path`, as stored."""
     size = entry.length // max(entry.shape[0], 1)
     stop = min(stop, entry.shape[0])
     with (path / entry.file).open("rb") as stream:

@@ -239,8 +239,8 @@ def _uses(node: ir.Node) -> tuple[list[ir.Node], list[ir.Node]]:
             or any(n.op_type != "MatMul" or n.domain != "" for n in by)
         ):
             raise LoweringError(
-                f"{node.name}: used by {transpose.name}; a quantized weight can only be looked up in, or transposed and "
-                "multiplied by"
+                f"{node.name}: used by {transpose.name}; a quantized weight can only be looked up in, or "
+                "transposed and multiplied by"
             )
         products += by
     return products, lookups
