@@ -237,10 +237,11 @@ def export(
     for doubt in doubts(checkpoint.path, checkpoint.config.vocab_size):
         note(doubt)
     with atomic_directory(package_path, force_clean=force_clean, note=note) as scratch:
-        if quantize is None:
-            manifest = _write(checkpoint, scratch, request, progress)
-        else:
-            manifest = _write_quantized(checkpoint, scratch, request, quantize, progress)
+        quantized = None
+        if quantize is not None:
+            quantized = {**quantize.describe(), **_identity(checkpoint)}
+            checkpoint = _quantized(checkpoint, scratch, request, quantize, progress)
+        manifest = _write(checkpoint, scratch, request, progress, quantized)
     return Package(package_path, as_json(manifest), checkpoint.config)
 
 
@@ -284,18 +285,16 @@ def _checked_length(config: ModelConfig, asked: int | None) -> int:
     return asked
 
 
-def _write_quantized(
+def _quantized(
     original: Checkpoint, scratch: Path, request: _Request, recipe: Recipe, progress: Progress
-) -> dict[str, Any]:
-    """Write the quantized checkpoint, and the package of it."""
+) -> Checkpoint:
+    """Write the quantized checkpoint into the package; returns it, with the notes on the original."""
     from qwenport.exporter.quantizing.writing import write_quantized  # imports torch
 
     folder = scratch / CHECKPOINT
     write_quantized(original, folder, recipe, request.dtype, progress)
     made = open_checkpoint(folder, request.rope_scaling, max_seq_len=request.max_seq_len)
-    checkpoint = dataclasses.replace(made, notes=original.notes)
-    quantized = {**recipe.describe(), **_identity(original)}
-    return _write(checkpoint, scratch, request, progress, quantized)
+    return dataclasses.replace(made, notes=original.notes)
 
 
 def _write(
@@ -303,7 +302,7 @@ def _write(
     scratch: Path,
     request: _Request,
     progress: Progress,
-    quantized: dict[str, Any] | None = None,
+    quantized: dict[str, Any] | None,
 ) -> dict[str, Any]:
     # torch and the IR are imported here: reading a package needs neither
     import onnx_ir as ir

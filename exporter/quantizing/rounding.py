@@ -87,9 +87,6 @@ class _Rounding:
         self._up = torch.ldexp(torch.ones(exponent.shape), -exponent)
         self._values = values * self._up
         self._work = torch.empty_like(self._values)
-        self._least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-        reach = self._middle if storage.symmetric else self._most + 1
-        self._largest = torch.finfo(dtype).max / reach  # no code times such a scale is infinite
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes [groups, group], scales [groups, 1] in the dtype and zero points [groups, 1]."""
@@ -123,13 +120,16 @@ class _Rounding:
             yield high / self._middle, middle
             yield high / (self._middle - 1), middle
             return
+        spread = high - low
+        zero = torch.where(self._empty, middle, (-low * self._most / spread).round_())
         for clip in CLIPS:
-            scale = self._stored((high - low) * (clip / self._most))
-            yield scale, (-low * clip / scale).round_().clamp_(0, self._most)
+            yield spread * (clip / self._most), zero
 
-    def _stored(self, scale: torch.Tensor) -> torch.Tensor:
-        """Scales after their rounding to the dtype."""
-        scale = (scale / self._up).clamp_(self._least, self._largest)
+    def _stored(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Scales after their rounding to the dtype; none is 0, or so large that a dequantized value is infinite."""
+        info = torch.finfo(self._dtype)
+        largest = info.max * (1 - 2 * info.eps) / torch.maximum(zero, self._most - zero)
+        scale = torch.minimum((scale / self._up).clamp_(info.tiny * info.eps), largest)
         return scale.to(self._dtype).float() * self._up
 
     def _steps(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ class _Rounding:
     def _tried(
         self, scale: torch.Tensor, zero: torch.Tensor, *, as_dequantized: bool = False
     ) -> _Choice:
-        scale = self._stored(scale)
+        scale = self._stored(scale, zero)
         made = self._steps(scale, zero).mul_(scale)
         if as_dequantized:
             made = (made / self._up).to(self._dtype).float().mul_(self._up)
