@@ -63,6 +63,7 @@ from qwenport.exporter.quantization import (
     Storage,
     part_name,
 )
+from qwenport.exporter.quantizing import Recipe, make_recipe
 from qwenport.exporter.rope import Rope, rope_tables
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
@@ -96,6 +97,7 @@ __all__ = [
     "Note",
     "Package",
     "PackageError",
+    "Recipe",
     "Rope",
     "Storage",
     "TensorEntry",
@@ -117,6 +119,7 @@ __all__ = [
     "kind_of",
     "load_package",
     "lock_directory",
+    "make_recipe",
     "open_checkpoint",
     "parse_config",
     "part_name",

@@ -68,11 +68,15 @@ def build_graph(
         assert found is not None, name
         return builder.initializer(found)
 
+    dequantized: dict[str, ir.Value] = {}
+
     def matrix(name: str) -> ir.Value:
         storage = config.storage(name)
         if storage is None or storage.is_whole:
             return stored(name)
-        made = _dequantized(builder, name, storage, stored)
+        if name in dequantized:
+            return dequantized[name]
+        made = dequantized[name] = _dequantized(builder, name, storage, stored)
         permutation = tensor(part_name(name, PERMUTATION))
         if permutation is not None:
             builder.permutations[made] = builder.initializer(permutation)

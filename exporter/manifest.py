@@ -146,6 +146,12 @@ SOURCE = {
     "converted": Each(int),
     "notes": [str],
     "adapter": Maybe({"config_sha256": str, "sha256": str, "matrices": int}),
+    "quantized": Maybe(
+        {
+            "config_sha256": str,
+            "files": [{"name": str, "bytes": int, "header_sha256": str}],
+        }
+    ),
     "config_sha256": str,
     "files": [{"name": str, "bytes": int, "header_sha256": str}],
 }

@@ -6,6 +6,7 @@ rope.safetensors cos and sin tables, fp32
 symmetric-zero-points.safetensors   those of symmetric quantized weights, if there are any
 weights/         the checkpoint's safetensors files (links), or the package's own files
 proof.safetensors   what engines of it must reproduce, once `validate` or `build` has made it
+checkpoint/      of a package that `export` quantized: the quantized checkpoint, which the weights are links to
 config.json, tokenizer and generation files, as in the checkpoint
 """
 
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from qwenport import __version__
 from qwenport.contract import (
     ADAPTERS,
+    CHECKPOINT,
     DEFAULT_MAX_BATCH,
     DTYPES,
     LINK,
@@ -71,6 +73,8 @@ from qwenport.exporter.safetensors_file import (
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from qwenport.exporter.quantizing import Recipe
 
 MOST_BATCH = 1 << 16
 
@@ -166,6 +170,7 @@ def export(
     rope_scaling: str | None = None,
     weights: str = LINK,
     adapter: str | None = None,
+    quantize: Recipe | None = None,
     check_values: bool = False,
     strict: bool = False,
     force_clean: bool = False,
@@ -185,6 +190,8 @@ def export(
         weights: "link" (by reference), "copy" (a package that can be moved) or "pack" (by reference, but with
             each sparse layer's experts stacked in a file of the package's own).
         adapter: what to do with an adapter in the checkpoint's directory: "ignore" or "merge" it.
+        quantize: round the weights to few bits; see `make_recipe`. The quantized checkpoint becomes a part of the
+            package.
         check_values: read every weight, and refuse NaN and infinity; converted or stacked weights are always checked.
         strict: refuse unread keys of config.json; otherwise they are only noted.
         force_clean: remove scratch directories of exports to the same path, even of exports that may still run.
@@ -226,11 +233,17 @@ def export(
         weights,
         check_values,
     )
+    if quantize is not None:
+        _check_quantizable(checkpoint, weights)
     companions_of(checkpoint.path)
     for doubt in doubts(checkpoint.path, checkpoint.config.vocab_size):
         note(doubt)
     with atomic_directory(package_path, force_clean=force_clean, note=note) as scratch:
-        manifest = _write(checkpoint, scratch, request, progress)
+        quantized = None
+        if quantize is not None:
+            quantized = {**quantize.describe(), **_identity(checkpoint)}
+            checkpoint = _quantized(checkpoint, scratch, request, quantize, progress)
+        manifest = _write(checkpoint, scratch, request, progress, quantized)
     return Package(package_path, as_json(manifest), checkpoint.config)
 
 
@@ -247,6 +260,22 @@ class _Request:
     check_values: bool
 
 
+def _check_quantizable(checkpoint: Checkpoint, weights: str) -> None:
+    """Raises ExportError: the checkpoint cannot be quantized, or its weights would not be the package's own."""
+    if checkpoint.config.quantization is not None:
+        raise ExportError(
+            f"{checkpoint.path} is quantized already; --quantize rounds floating-point weights"
+        )
+    if checkpoint.adapter is not None:
+        raise ExportError(
+            "--quantize and --adapter merge do not go together; merge the adapter into the checkpoint with peft first"
+        )
+    if weights != LINK:
+        raise ExportError(
+            f"--weights {weights} is for weights that stay as they are; --quantize writes new ones into the package"
+        )
+
+
 def _checked_length(config: ModelConfig, asked: int | None) -> int:
     if asked is None:
         return config.max_context
@@ -258,8 +287,24 @@ def _checked_length(config: ModelConfig, asked: int | None) -> int:
     return asked
 
 
+def _quantized(
+    original: Checkpoint, scratch: Path, request: _Request, recipe: Recipe, progress: Progress
+) -> Checkpoint:
+    """Write the quantized checkpoint into the package; returns it, with the notes on the original."""
+    from qwenport.exporter.quantizing.writing import write_quantized  # imports torch
+
+    folder = scratch / CHECKPOINT
+    write_quantized(original, folder, recipe, request.dtype, progress)
+    made = open_checkpoint(folder, request.rope_scaling, max_seq_len=request.max_seq_len)
+    return dataclasses.replace(made, notes=original.notes)
+
+
 def _write(
-    checkpoint: Checkpoint, scratch: Path, request: _Request, progress: Progress
+    checkpoint: Checkpoint,
+    scratch: Path,
+    request: _Request,
+    progress: Progress,
+    quantized: dict[str, Any] | None,
 ) -> dict[str, Any]:
     # torch and the IR are imported here: reading a package needs neither
     import onnx_ir as ir
@@ -307,20 +352,31 @@ def _write(
             "converted": plan.conversions(),
             "notes": list(checkpoint.notes),
             "adapter": None if checkpoint.adapter is None else checkpoint.adapter.describe(),
-            "config_sha256": sha256(checkpoint.path / "config.json"),
-            "files": [
-                {"name": f.name, "bytes": f.size, "header_sha256": f.header_sha256}
-                for f in checkpoint.files
-            ],
+            "quantized": quantized,
+            **_identity(checkpoint),
         },
         "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(scratch.iterdir())
+            path.relative_to(scratch).as_posix(): {
+                "bytes": path.stat().st_size,
+                "sha256": sha256(path),
+            }
+            for path in (*sorted(scratch.iterdir()), *_companions(scratch / CHECKPOINT))
             if path.is_file()
         },
     }
     write_json(scratch / MANIFEST, manifest)
     return manifest
+
+
+def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells a checkpoint from others, for a manifest."""
+    return {
+        "config_sha256": sha256(checkpoint.path / "config.json"),
+        "files": [
+            {"name": f.name, "bytes": f.size, "header_sha256": f.header_sha256}
+            for f in checkpoint.files
+        ],
+    }
 
 
 def expected_model(
@@ -395,10 +451,16 @@ def _binding(value: Any) -> dict[str, Any]:
 def _weight_files(package: Path, read: Sequence[WeightFile]) -> dict[str, dict[str, Any]]:
     """The manifest's entries for the weight files; the checkpoint's were read already."""
     known, files = {file.name: file for file in read}, {}
-    for path in sorted((package / "weights").iterdir()):
+    for path in sorted((*package.glob("weights/*"), *package.glob(f"{CHECKPOINT}/*.safetensors"))):
         file = known.get(path.name) or read_safetensors_header(path)[0]
-        files[f"weights/{path.name}"] = {"bytes": file.size, "header_sha256": file.header_sha256}
+        name = path.relative_to(package).as_posix()
+        files[name] = {"bytes": file.size, "header_sha256": file.header_sha256}
     return files
+
+
+def _companions(checkpoint: Path) -> list[Path]:
+    """The files of the checkpoint in a package, without its weights."""
+    return sorted(p for p in checkpoint.glob("*") if p.suffix != ".safetensors")
 
 
 SHAPE = {

@@ -169,6 +169,8 @@ ENGINE_WEIGHTS = "weights.safetensors"
 """The weights and rope tables of an onnxruntime engine, which its model.onnx refers to."""
 SYMMETRIC_ZEROS = "symmetric-zero-points.safetensors"
 """The file in a package of the zero points of symmetric weights: all are the middle code."""
+CHECKPOINT = "checkpoint"
+"""The folder in a package that `export` quantized: the quantized checkpoint."""
 PROOF = "proof.safetensors"
 """What an engine must reproduce; docs/reference/proof.md."""
 JIT_CACHE = "kernels.bin"
@@ -179,6 +181,10 @@ COS_TABLE, SIN_TABLE = "rope.cos", "rope.sin"
 
 WEIGHT_MODES = LINK, COPY, PACK = ("link", "copy", "pack")
 ADAPTERS = IGNORE, MERGE = ("ignore", "merge")
+QUANTIZE = INT8, INT4 = ("int8", "int4")
+"""What `export` rounds linears to."""
+GROUPS = (32, 64, 128)
+"""Values that share a scale, of which int4 has a choice; the first is the default."""
 DEFAULT_MAX_BATCH = 8
 """Batch rows that a package is exported for by default."""
 TARGETS = ONNXRUNTIME, TENSORRT_RTX, TENSORRT = ("onnxruntime", "tensorrt-rtx", "tensorrt")

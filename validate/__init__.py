@@ -10,7 +10,7 @@ from qwenport.validate.proof_making import BUILD_SECONDS as PROOF_SECONDS
 from qwenport.validate.proof_making import KeptProof, keep_proof, make_proof
 from qwenport.validate.report import Check, Report, ScenarioResult
 from qwenport.validate.report import prepare as prepare_report
-from qwenport.validate.target import Target, check_source, open_target
+from qwenport.validate.target import Sources, Target, check_source, open_target
 from qwenport.validate.thresholds import parse_overrides
 from qwenport.validate.validation import Options, Validation, validate
 
@@ -24,6 +24,7 @@ __all__ = [
     "Options",
     "Report",
     "ScenarioResult",
+    "Sources",
     "Target",
     "Validation",
     "ValidationError",

@@ -26,6 +26,7 @@ from qwenport.exporter import (
     WHOLE,
     ZEROS,
     Checkpoint,
+    TensorEntry,
     part_name,
     quantized_weights,
 )
@@ -154,7 +155,7 @@ def _compare(
     if quantization is None:
         return found
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    orders, stored = Orders(model, folder), _Stored(checkpoint)
+    orders, stored = Orders(model, folder), StoredTensors.of(checkpoint)
     for done, (weight, (storage, shape)) in enumerate(weights.items(), 1):
         names = {
             part: part_name(weight, part) for part in storage.part_names if part != INPUT_SCALE
@@ -185,7 +186,7 @@ def _compare(
 def _equal_scales(
     initializers: Mapping[str, onnx.TensorProto],
     folder: Path,
-    stored: _Stored,
+    stored: StoredTensors,
     weight: str,
     scale: str,
 ) -> list[str]:
@@ -255,7 +256,7 @@ def _differing(
     parts: Mapping[str, Part],
     order: torch.Tensor | None,
     quantization: Quantization,
-    stored: _Stored,
+    stored: StoredTensors,
     weight: str,
     shape: tuple[int, int],
     in_fp32: bool,
@@ -283,13 +284,18 @@ def _differing(
     return count
 
 
-class _Stored:
-    """What a format reads of a checkpoint."""
+class StoredTensors:
+    """What the oracle's formats read of a checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._path = checkpoint.path
-        self._entries = {**checkpoint.tensors, **checkpoint.implied}
-        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+    def __init__(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
+        """Look at tensors of the directory `path`."""
+        self._path, self._entries = path, entries
+        self.shapes = {name: entry.shape for name, entry in entries.items()}
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> StoredTensors:
+        """All that a checkpoint has."""
+        return cls(checkpoint.path, {**checkpoint.tensors, **checkpoint.implied})
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._copied(name, np.s_[start:stop])

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenport.contract import AUTO, ENGINE, MANIFEST, NETWORK, ONNXRUNTIME, PACKAGE, TENSORRT_RTX
+from qwenport.contract import (
+    AUTO,
+    CHECKPOINT,
+    ENGINE,
+    MANIFEST,
+    NETWORK,
+    ONNXRUNTIME,
+    PACKAGE,
+    TENSORRT_RTX,
+)
 from qwenport.exporter import (
     ConfigError,
     ModelConfig,
@@ -44,7 +54,8 @@ class Target:
         gpus: the architectures that the network is judged for; empty for other targets.
         rope_length: positions that the rope tables were made for.
         rope_scaling: "KIND:FACTOR" that the export added to the checkpoint's config, or None.
-        source: the checkpoint it was made from: dtype, config_sha256, files with header_sha256.
+        source: the checkpoint that its weights are: dtype, config_sha256, files with header_sha256; and, if `export`
+            quantized it, what that one was made from.
         package: the package itself; None for an engine.
         engine: the engine itself; None for a package.
     """
@@ -222,9 +233,23 @@ def _engine(path: Path) -> Target:
         raise ValidationError(f"{path}: not an engine that can be judged ({error})") from error
 
 
-def check_source(target: Target, checkpoint_path: Path) -> None:
+@dataclass(frozen=True)
+class Sources:
+    """What a target is compared with.
+
+    Attributes:
+        checkpoint: what its weights are, value for value: the oracle's source.
+        original: what `export` quantized into `checkpoint`; None if it did not, or it was not given.
+    """
+
+    checkpoint: Path
+    original: Path | None = None
+
+
+def check_source(target: Target, checkpoint_path: Path) -> Sources:
     """Compare the reference checkpoint with the one that the target was made from.
 
+    A package that `export` quantized holds its quantized checkpoint; given the original one, both are compared with.
     Names, sizes and headers of the weight files are compared, not their values: finding other values under
     the same headers is up to the scenarios.
 
@@ -232,13 +257,29 @@ def check_source(target: Target, checkpoint_path: Path) -> None:
         ConfigError, CheckpointError: not a checkpoint.
         ValidationError: it is another checkpoint; says what differs.
     """
+    quantized = target.source["quantized"]
+    config = checkpoint_path / "config.json"
+    if quantized is None or not config.is_file() or sha256(config) != quantized["config_sha256"]:
+        _check_source(target, checkpoint_path, target.source)
+        return Sources(checkpoint_path)
+    _check_source(target, checkpoint_path, {**quantized, "adapter": None})
+    own = target.path / CHECKPOINT
+    if target.package is None:
+        raise ValidationError(
+            f"{target.path}: quantized; --reference must be the quantized checkpoint, {CHECKPOINT}/ in its package"
+        )
+    _check_source(target, own, target.source)
+    return Sources(own, checkpoint_path)
+
+
+def _check_source(target: Target, checkpoint_path: Path, source: Mapping[str, Any]) -> None:
     checkpoint = open_checkpoint(
         checkpoint_path, target.rope_scaling, max_seq_len=target.rope_length, merged=target.merged
     )
     made_from = f"{target.path} was not made from {checkpoint_path}"
-    if sha256(checkpoint_path / "config.json") != target.source["config_sha256"]:
+    if sha256(checkpoint_path / "config.json") != source["config_sha256"]:
         raise ValidationError(f"{made_from}: config.json differs")
-    recorded = {f["name"]: (f["bytes"], f["header_sha256"]) for f in target.source["files"]}
+    recorded = {f["name"]: (f["bytes"], f["header_sha256"]) for f in source["files"]}
     found = {f.name: (f.size, f.header_sha256) for f in checkpoint.files}
     if recorded.keys() != found.keys():
         odd = sorted(recorded.keys() ^ found.keys())
@@ -246,5 +287,5 @@ def check_source(target: Target, checkpoint_path: Path) -> None:
     for name, identity in recorded.items():
         if found[name] != identity:
             raise ValidationError(f"{made_from}: {name} has another header or size")
-    if checkpoint.adapter is not None and checkpoint.adapter.describe() != target.source["adapter"]:
+    if checkpoint.adapter is not None and checkpoint.adapter.describe() != source["adapter"]:
         raise ValidationError(f"{made_from}: another adapter is next to the weights")

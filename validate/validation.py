@@ -31,11 +31,12 @@ from qwenport.validate.judge import Judge, result_of
 from qwenport.validate.memory import must_stream
 from qwenport.validate.oracle import Oracle
 from qwenport.validate.prompts import make_prompts, special_ids
+from qwenport.validate.quantized_origin import quantization_row
 from qwenport.validate.report import Report, ScenarioResult
 from qwenport.validate.run import Observation, Run
 from qwenport.validate.runner import Runner
 from qwenport.validate.scenarios import LOOKED_INTO, SCENARIOS, greedy_prompt, scenarios
-from qwenport.validate.target import Target, check_source, open_target
+from qwenport.validate.target import Sources, Target, check_source, open_target
 from qwenport.validate.thresholds import FP32_ROUTER_MARGIN, HALF_ROUTER_MARGIN
 from qwenport.validate.thresholds import NAMES as THRESHOLDS
 
@@ -114,11 +115,11 @@ def validate(
         attention=attention,
         device=device,
     )
-    check_source(opened, Path(reference))
+    sources = check_source(opened, Path(reference))
     text = None if prompts is None else Path(prompts)
     before = None if original is None else Path(original)
     options = Options(streamed, layers, text, thresholds or {}, budget, seed, before)
-    validation = Validation(opened, Path(reference), options, progress=progress)
+    validation = Validation(opened, sources, options, progress=progress)
     validation.run()
     return validation.report()
 
@@ -127,7 +128,8 @@ class Validation:
     """One validation in progress; `report` may be called at any time.
 
     Attributes:
-        target, checkpoint, options: as given.
+        target, sources, options: as given.
+        checkpoint: the oracle's source.
         layers, streamed: decoder layers to run; whether one is loaded at a time.
         prompts: what the scenarios are fed.
         results: those of the scenarios that have run.
@@ -141,7 +143,7 @@ class Validation:
     def __init__(
         self,
         target: Target,
-        checkpoint: Path,
+        sources: Sources,
         options: Options = Options(),
         *,
         progress: Progress = no_progress,
@@ -152,7 +154,8 @@ class Validation:
             ValidationError: the request cannot be met.
         """
         settle()
-        self.target, self.checkpoint, self.options = target, checkpoint, options
+        self.target, self.sources, self.options = target, sources, options
+        self.checkpoint = checkpoint = sources.checkpoint
         self.layers, self.streamed = _extent(target, options)
         if options.original is not None:
             check_original(target, options.original)
@@ -183,6 +186,10 @@ class Validation:
         identity = check_identity(self.target, self.checkpoint, self._progress)
         self.results += identity.rows
         self.weights_sha256 = identity.weights_sha256
+        origin = quantization_row(
+            self.target, self.checkpoint, self.sources.original, self._progress
+        )
+        self.results += [] if origin is None else [origin]
         if not identity.safe:
             self._not_run("model.onnx points outside the package, so nothing of it is run")
             return
@@ -304,7 +311,7 @@ class Validation:
         return investigation.follow(LOOKED_INTO)
 
     def _measured_cost(self, plan: Plan) -> Cost | None:
-        original = self.options.original
+        original = self.options.original or self.sources.original
         if original is None:
             return None
         assert self._oracle is not None

@@ -21,6 +21,7 @@ from qwenport.contract import FP32, HALF, SYMMETRIC_ZEROS
 from qwenport.engines.errors import LoweringError
 from qwenport.engines.lowering.float8 import dequantizes_float8
 from qwenport.engines.lowering.fused_matmul import DOMAIN
+from qwenport.engines.lowering.lookup import is_lookup, look_up
 from qwenport.plugins.nodes import append_node, initializer
 
 BITS = {ir.DataType.UINT4: 4, ir.DataType.UINT8: 8}
@@ -96,7 +97,10 @@ def repeated_zero_points(data: bytes, bits: int, shape: tuple[int, int], repeats
 
 
 class UseMatMulNBits(InPlacePass):
-    """MatMul(x, Transpose(DequantizeLinear(codes, scales, zeros))) -> com.microsoft.MatMulNBits(x, ...)."""
+    """MatMul(x, Transpose(DequantizeLinear(codes, scales, zeros))) -> com.microsoft.MatMulNBits(x, ...).
+
+    Rows of a quantized embedding are looked up in the same codes, by GatherBlockQuantized.
+    """
 
     def __init__(self, *, exact: bool) -> None:
         """Choose the arithmetic.
@@ -123,7 +127,9 @@ class UseMatMulNBits(InPlacePass):
                 weight = quantized_weight(node)
                 if self.exact and not (weight.bits == 4 and weight.scales.dtype == FP32.ir):
                     continue
-                products = products_of(node)
+                products, lookups = uses_of(node)
+                if self.exact and lookups:
+                    continue
                 inputs = _laid_out(weight, node, laid_out)
             except LoweringError:
                 if self.exact:
@@ -131,6 +137,8 @@ class UseMatMulNBits(InPlacePass):
                 raise
             for product in products:
                 _multiply(graph, product, weight, inputs, EXACT if self.exact else INT8)
+            for lookup in lookups:
+                look_up(graph, lookup, inputs, bits=weight.bits)
             _remove(graph, node)
             modified = True
         if modified:
@@ -225,14 +233,17 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
     return value if value is not None and value.is_initializer() else None
 
 
-def products_of(node: ir.Node) -> list[ir.Node]:
-    """The products by a dequantized weight.
+def uses_of(node: ir.Node) -> tuple[list[ir.Node], list[ir.Node]]:
+    """The products by a dequantized weight, and the lookups of its rows.
 
     Raises:
         LoweringError: it is used in another way.
     """
-    products = []
-    for transpose in node.outputs[0].consumers():
+    products, lookups = [], []
+    for transpose, operand in node.outputs[0].uses():
+        if is_lookup(transpose, operand):
+            lookups.append(transpose)
+            continue
         by = [use.node for use in transpose.outputs[0].uses() if use.idx == 1]
         multiplied = by and len(by) == len(transpose.outputs[0].uses())
         perm = transpose.attributes.get("perm")
@@ -244,10 +255,11 @@ def products_of(node: ir.Node) -> list[ir.Node]:
             or any(n.op_type != "MatMul" or n.domain != "" for n in by)
         ):
             raise LoweringError(
-                f"{node.name}: used by {transpose.name}; a quantized weight can only be transposed and multiplied by"
+                f"{node.name}: used by {transpose.name}; a quantized weight can only be looked up in, or "
+                "transposed and multiplied by"
             )
         products += by
-    return products
+    return products, lookups
 
 
 def _laid_out(

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     type=PATH,
     required=True,
     metavar="CHECKPOINT",
-    help="The checkpoint that TARGET was made from; transformers runs it.",
+    help="The checkpoint that TARGET was made from; transformers runs it. For a package that export quantized: the "
+    "checkpoint before, or checkpoint/ in the package.",
 )
 @click.option(
     "--original",
@@ -161,10 +162,10 @@ def command(
     if report_dir is not None:
         prepare_report(report_dir)  # before any work, so that no old report survives a failure
     opened = open_target(target, judged_as=judged_as, exact=exact, gpus=gpus, attention=attention)
-    check_source(opened, reference)
+    sources = check_source(opened, reference)
     options = Options(stream or None, layers, prompts, overrides, budget, seed, original)
     with progress_bar("loading", quiet) as progress:
-        validation = Validation(opened, reference, options, progress=progress)
+        validation = Validation(opened, sources, options, progress=progress)
         try:
             validation.run()
         except KeyboardInterrupt:

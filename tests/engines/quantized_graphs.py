@@ -149,6 +149,25 @@ def product_of(folder: Path, given: Quantized) -> ir.Model:
     return ir.Model(graph, ir_version=11)
 
 
+def lookup_in(folder: Path, given: Quantized, *, tied: bool) -> ir.Model:
+    """rows = weight[ids], with ids int64 [B, S]; a tied head also multiplies by the weight, as `product_of`."""
+    model = product_of(folder, given)
+    graph, k = model.graph, given.codes.shape[1]
+    dequantized = graph[0].outputs[0]
+    ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(("b", "s")))
+    gather = ir.node("Gather", [dequantized, ids], attributes={"axis": 0}, name="rows")
+    (rows,) = gather.outputs
+    rows.name, rows.type, rows.shape = "rows", dequantized.type, ir.Shape(("b", "s", k))
+    graph.insert_after(graph[0], gather)
+    graph.inputs.insert(0, ids)
+    graph.outputs.insert(0, rows)
+    if not tied:
+        graph.outputs.pop()
+        graph.remove([*graph][:1:-1], safe=True)
+        graph.inputs.pop()
+    return model
+
+
 def write(folder: Path, target: Path, model: ir.Model, weights: Any) -> None:
     """Write what `for_onnxruntime_engine` returned of a graph whose files lie below `folder`."""
     package: Any = SimpleNamespace(path=folder)

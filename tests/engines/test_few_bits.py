@@ -35,6 +35,7 @@ from .quantized_graphs import (
     count,
     dequantize_linear,
     difference,
+    lookup_in,
     product_of,
     random_weight,
     with_level,
@@ -322,3 +323,33 @@ def experts_model(
         name="g",
     )
     return ir.Model(graph, ir_version=11, functions=[moe_experts.function_body(24)])
+
+
+@settings(max_examples=15)
+@given(weight=weights((16, 32, 48, 128, 384)), tied=st.booleans())
+def test_rows_are_looked_up_in_the_codes_that_a_tied_head_multiplies_by(
+    weight, tied, tmp_path_factory
+) -> None:
+    folder, x = tmp_path_factory.mktemp("lookup"), activations(weight)
+    ids = np.array([[0, len(weight.codes) - 1], [0, 0]])
+    feeds = {"ids": ids, **({"x": x} if tied else {})}
+
+    def computed(model: ir.Model) -> list[Any]:
+        session = start_onnxruntime(ir.to_proto(model).SerializeToString(), folder, threads=1)
+        return session.run(None, feeds)
+
+    package = computed(for_onnxruntime(lookup_in(folder, weight, tied=tied), on_cpu=True))
+    np.testing.assert_array_equal(package[0], weight.weight.astype(np.float32)[ids])
+    if weight.bits == 4 and not weight.symmetric:
+        with pytest.raises(LoweringError, match="zero points"):
+            UseMatMulNBits(exact=False)(lookup_in(folder, weight, tied=tied))
+        return
+    model, store = stored(lookup_in(folder, weight, tied=tied), folder)
+    assert count(model, "GatherBlockQuantized") == 1 and count(model, "MatMulNBits") == tied
+    assert sum(w.entry.name.endswith("codes") for w in store.weights) == 1
+    engine = computed(with_level(model, 1))
+    np.testing.assert_allclose(engine[0], weight.exact[ids], rtol=1e-6, atol=1e-7)
+    if tied:
+        assert error_of(package[1], x, weight.weight) < FP32_ERROR
+        assert error_of(engine[1], x, weight.exact) < FP32_ERROR
+    shutil.rmtree(folder)

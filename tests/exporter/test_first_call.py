@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwenport.exporter import first_call, open_checkpoint, rope_tables
-from qwenport.validate import Options, Validation, validation
+from qwenport.validate import Options, Sources, Validation, validation
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen2.5"
 
@@ -49,4 +49,4 @@ def test_it_is_the_first_thing_that_a_validation_does(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(validation, "settle", settle)
     with pytest.raises(FirstError):
-        Validation(None, TINY, Options())  # type: ignore[arg-type]
+        Validation(None, Sources(TINY), Options())  # type: ignore[arg-type]

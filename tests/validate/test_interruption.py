@@ -12,7 +12,7 @@ from command_line import Capture
 from qwenport import cli
 from qwenport.commands import validate as command
 from qwenport.exporter import export
-from qwenport.validate import Options, Validation, open_target
+from qwenport.validate import Options, Sources, Validation, open_target
 from qwenport.validate.scenarios import SCENARIOS
 
 from .bundled import make_checkpoint, strict_json
@@ -61,7 +61,9 @@ def test_what_was_judged_before_an_interruption_is_told_and_does_not_pass(
 ) -> None:
     package, checkpoint = pair
     options = Options(streamed, budget="quick")
-    validation = Validation(open_target(package), checkpoint, options, progress=interrupting(at))
+    validation = Validation(
+        open_target(package), Sources(checkpoint), options, progress=interrupting(at)
+    )
     with pytest.raises(KeyboardInterrupt):
         validation.run()
     report = validation.report()

@@ -216,14 +216,19 @@ class StoredWeights:
 
     def rows(self, name: str, indices: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """The rows `indices` of a matrix, [len(indices), columns]; no other row is read."""
-        with opened(self._files[name]) as content:
-            table = content.get_slice(self._stored_names[name])
-            wanted = np.unique(np.asarray(indices, dtype=np.int64))
-            # consecutive rows are one read
-            runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
-            stored = torch.cat([table[int(run[0]) : int(run[-1]) + 1] for run in runs])
-            found = stored[torch.from_numpy(np.searchsorted(wanted, indices))]
-        return self._rounded(found).to(dtype, copy=True)
+        wanted = np.unique(np.asarray(indices, dtype=np.int64))
+        # consecutive rows are one read
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
+        with _Reader() as reader:
+            shape: Sequence[int] = ()
+            if (quantization := self._quantization_of(name)) is not None:
+                shape = quantization.shape(name, _Tensors(self, reader))
+            found = [
+                self._stored_rows(name, shape, int(run[0]), int(run[-1]) + 1, reader)
+                for run in runs
+            ]
+            stored = torch.cat(found)[torch.from_numpy(np.searchsorted(wanted, indices))]
+        return self._rounded(stored).to(dtype, copy=True)
 
     def _read(
         self,

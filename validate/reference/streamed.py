@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from qwenport.validate.failures import reported
 from qwenport.validate.reference.adapter import MergedAdapter
-from qwenport.validate.reference.dequantization import Quantization, refuse_quantized_vocabulary
+from qwenport.validate.reference.dequantization import Quantization, refuse_quantized_tied_head
 from qwenport.validate.reference.files import CONFIG, DECODER
 from qwenport.validate.reference.hooks import Attach, attached
 from qwenport.validate.reference.layers import LayerCalls, call_layer
@@ -63,7 +63,7 @@ class StreamedModel:
         with reported(path / CONFIG, "transformers makes no model of it"):
             model = model_without_weights(config)
         tied = model.config.tie_word_embeddings
-        refuse_quantized_vocabulary(path, self._stored.names, tied=tied)
+        refuse_quantized_tied_head(path, self._stored.names, tied=tied)
         for index, layer in enumerate(model.model.layers):
             self._stored.check(_layer_prefix(index), layer)
         self._head_prefix = EMBEDDING if tied else HEAD

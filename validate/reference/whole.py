@@ -15,7 +15,7 @@ from qwenport.validate.errors import ValidationError
 from qwenport.validate.failures import reported
 from qwenport.validate.quiet import quiet_transformers
 from qwenport.validate.reference.adapter import MergedAdapter
-from qwenport.validate.reference.dequantization import Quantization, refuse_quantized_vocabulary
+from qwenport.validate.reference.dequantization import Quantization, refuse_quantized_tied_head
 from qwenport.validate.reference.files import (
     CONFIG,
     DECODER,
@@ -201,7 +201,7 @@ def _load_dequantized(
     """
     _check_files(path)
     with reported(path, "its weights cannot be read"):
-        refuse_quantized_vocabulary(path, stored.names, tied=config.tie_word_embeddings)
+        refuse_quantized_tied_head(path, stored.names, tied=config.tie_word_embeddings)
         tensors = stored.dequantized(skeleton.state_dict())
     with reported(path, "transformers does not load it"):
         model, info = _from_pretrained(type(skeleton), None, config, state_dict=tensors)

@@ -25,7 +25,7 @@ from qwenport.validate.reference.dequantization.quantization import (
 from qwenport.validate.reference.files import CONFIG
 from qwenport.wording import cut
 
-__all__ = ["Quantization", "Stored", "read_quantization", "refuse_quantized_vocabulary"]
+__all__ = ["Quantization", "Stored", "read_quantization", "refuse_quantized_tied_head"]
 
 Read = Callable[[Path, Mapping[str, Any]], Quantization]
 """(directory, quantization_config) -> the quantization."""
@@ -64,16 +64,14 @@ def read_quantization(path: Path) -> Quantization | None:
         return METHODS[stated["quant_method"]](path, stated)
 
 
-def refuse_quantized_vocabulary(path: Path, names: Iterable[str], *, tied: bool) -> None:
-    """Refuse a quantized embedding, and a quantized head beside an embedding that is the head too.
+def refuse_quantized_tied_head(path: Path, names: Iterable[str], *, tied: bool) -> None:
+    """Refuse a quantized head beside an embedding that is the head too.
 
     Raises:
         ValidationError: it names the tensor.
     """
-    modules = ("model.embed_tokens.", *(["lm_head."] if tied else []))
-    for name in sorted(names):
-        if name.startswith(modules) and not name.endswith(".weight"):
+    for name in sorted(names) if tied else ():
+        if name.startswith("lm_head.") and not name.endswith(".weight"):
             raise ValidationError(
-                f"{cut(path)}: no place for tensor {cut(name)}: "
-                "an embedding, or a head tied to it, cannot be quantized"
+                f"{cut(path)}: no place for tensor {cut(name)}: the head is tied to the embedding"
             )

@@ -64,7 +64,7 @@ class Scheme:
         bits: of a code, 4 or 8.
         group_size: columns with one scale; None if a scale is for a whole row.
         symmetric: whether the zero point is the middle of the codes; if not, it is stored.
-        targets: the linears: names, "re:" and a pattern, or "Linear" for all.
+        targets: the modules: names, "re:" and a pattern, or "Linear" or "Embedding" for all of them.
         stated: the group as config.json has it, for the library.
     """
 
@@ -111,7 +111,8 @@ class PackQuantized(Quantization):
         by_target = {target: scheme for scheme in self.schemes for target in scheme.targets}
         patterns = sorted(target for target in by_target if target.startswith("re:"))
         matching = [target for target in patterns if re.match(target.removeprefix("re:"), linear)]
-        for target in (linear, *matching, "Linear"):
+        kind = "Embedding" if linear.endswith("embed_tokens") else "Linear"
+        for target in (linear, *matching, kind):
             if target in by_target:
                 return by_target[target]
         raise ValidationError(
