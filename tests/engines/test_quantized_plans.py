@@ -22,7 +22,7 @@ from qwenport.engines import FLAVOURS, BuildError
 from qwenport.engines.layer_check import check_layers
 from qwenport.engines.lowering import SignedWeight
 from qwenport.engines.plan import build_plan
-from qwenport.engines.targets import INT4, INT8, code_type, load_tensorrt, parse_gpus
+from qwenport.engines.targets import INT4, INT8, code_types, load_tensorrt, parse_gpus
 from qwenport.exporter import Package, export
 
 from .layer_list import Layer, LayerList, layer_list
@@ -206,14 +206,14 @@ def test_without_a_list_of_layers_nothing_is_known() -> None:
     ],
 )
 def test_default_gpus_are_those_that_have_the_types(dtype: str, codes: str, default: str) -> None:
-    assert parse_gpus(None, RTX, dtype, codes) == tuple(default.split())
+    assert parse_gpus(None, RTX, dtype, (codes,)) == tuple(default.split())
 
 
 @pytest.mark.parametrize("codes", [INT4, INT8])
 def test_a_named_gpu_without_the_type_is_refused(codes: str) -> None:
     words = rf"^sm75 has no kernels for {codes}, .*leave it out of --gpu$"
     with pytest.raises(BuildError, match=words):
-        parse_gpus("sm86,sm75", RTX, "fp16", codes)
+        parse_gpus("sm86,sm75", RTX, "fp16", (codes,))
 
 
 @pytest.mark.slow
@@ -229,9 +229,9 @@ def test_engines_for_every_default_gpu_build(
         config, tmp_path / "c", layers=1, bits=bits, group=group, dtype=torch.float16
     )
     package = export(folder, tmp_path / "package", max_seq_len=1024, dtype="fp16")
-    assert code_type(package.config.quantization) == codes
+    assert code_types(package.config.quantization) == (codes,)
     engine = engines.build(package.path, tmp_path / "engine", target="tensorrt-rtx", max_batch=1)
-    assert engine.manifest["gpus"] == list(parse_gpus(None, RTX, "fp16", codes))
+    assert engine.manifest["gpus"] == list(parse_gpus(None, RTX, "fp16", (codes,)))
 
 
 def test_a_quantized_mixture_with_plugins_is_refused(
