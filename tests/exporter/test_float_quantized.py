@@ -297,6 +297,21 @@ def test_scales_in_fp32_ask_for_a_package_in_fp32(
         exporter.export(made("rows"), tmp_path / "refused", dtype="fp32")
 
 
+def test_an_adapter_of_a_weight_in_fp8_is_refused(
+    made: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = _changed(made("rows"), tmp_path / "checkpoint")
+    prefix, weights = "base_model.model.", {"A": torch.ones(4, 192), "B": torch.ones(640, 4)}
+    save_file(
+        {f"{prefix}{UP}.lora_{key}.weight": tensor for key, tensor in weights.items()},
+        checkpoint / "adapter_model.safetensors",
+    )
+    stated = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": [UP]}
+    (checkpoint / "adapter_config.json").write_text(json.dumps(stated))
+    with pytest.raises(exporter.CheckpointError, match=f"{UP}.weight, which is quantized"):
+        exporter.export(checkpoint, tmp_path / "package", adapter="merge")
+
+
 @pytest.mark.parametrize("activations", [None, "dynamic"])
 def test_experts_are_in_fp8_by_weight_alone(activations: str | None, tmp_path: Path) -> None:
     how: dict[str, Any] = {"activations": activations}

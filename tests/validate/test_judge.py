@@ -33,6 +33,7 @@ class Known:
     replayed = 0
     rounding_here = OWN_ROUNDING
     routed = False
+    rounds_inputs = False
 
     def __init__(self, made: Mapping[tuple[str, str], Array], replaying: Array = None) -> None:
         self._made, self._replaying = made, replaying
@@ -135,6 +136,16 @@ def test_a_dense_model_may_be_off_by_as_much_as_transformers_own_fp32_is_there(
     monkeypatch.setattr(Known, "routed", routed)
     result = judge(off(EXACT, size, 1), {("fp32", "eager"): EXACT}, "fp32")
     assert (result.status == "passed") == passes
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_fp8_codes_that_fall_the_other_way_in_fp64_excuse_nothing(
+    rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Known, "rounding_here", 1e-2)
+    monkeypatch.setattr(Known, "rounds_inputs", rounds)
+    result = judge(off(EXACT, 3e-5, 1), {("fp32", "eager"): EXACT}, "fp32")
+    assert (result.status == "passed") != rounds
 
 
 @pytest.mark.parametrize(
