@@ -170,14 +170,14 @@ def write_gptq(
 
     Args:
         head: quantize the head too.
-        kept: parts of the names of linears that stay.
+        kept: parts of the names of linears that stay; a dot follows each name.
         zero_biases: write biases for the linears of MLPs, which have none.
         stated: added to what config.json states.
     """
     how = {"bits": bits, "group": group, "symmetric": symmetric, "act_order": act_order}
 
     def stored(linear: str, weight: torch.Tensor) -> Tensors | None:
-        if (linear == "lm_head" and not head) or any(part in linear for part in kept):
+        if (linear == "lm_head" and not head) or any(part in f"{linear}." for part in kept):
             return None
         made, columns = gptq_made(linear, weight, **how)
         tensors = gptq_tensors(linear, made, version=version, columns=columns)

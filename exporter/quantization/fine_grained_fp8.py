@@ -62,6 +62,11 @@ class FineGrainedFP8(Storage):
     def part_names(self) -> tuple[str, ...]:
         return (WHOLE,)
 
+    def in_words(self) -> str:
+        return (
+            f"FP8 in blocks of {self.block_rows} x {self.block_columns}, dequantized by the export"
+        )
+
     def objection(self, shape: Shape) -> str | None:
         return None
 

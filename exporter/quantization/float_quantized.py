@@ -59,6 +59,10 @@ class FloatQuantized(Storage):
     def part_names(self) -> tuple[str, ...]:
         return CODES, SCALES, *([INPUT_SCALE] if self.activations == STATIC else [])
 
+    def in_words(self) -> str:
+        inputs = f", {self.activations} activations" if self.activations else ""
+        return f"FP8 per {'row' if self.by_row else 'tensor'}{inputs}"
+
     def objection(self, shape: Shape) -> str | None:
         return None
 
