@@ -80,6 +80,18 @@ def test_quick_run_writes_its_json(name: str, measured: tuple[str, ...], work: P
 
 
 @pytest.mark.slow
+def test_quick_run_of_few_bits_measures_every_engine(work: Path) -> None:
+    data = run_quick("few_bits", work)
+    assert {row["contender"] for row in data["summary"]} == {
+        "qwenport fp32",
+        "qwenport int8",
+        "qwenport int4",
+    }
+    for row in data["summary"]:
+        assert row["error"] is None and row["decode_cpu_seconds"] > 0 and row["weight_bytes"] > 0
+
+
+@pytest.mark.slow
 def test_quick_run_of_experts_measures_both_parts_and_checks_every_output(work: Path) -> None:
     data = run_quick("experts", work)
     assert [row["contender"] for row in data["summary"] if row["error"]] == []

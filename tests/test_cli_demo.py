@@ -23,10 +23,17 @@ def test_demo_runs_every_step_and_sums_up(tmp_path: Path, capsys: Capture) -> No
     assert [line.split()[:3] for line in table[:14]] == [
         [model, name, "done"] for model in demo.CHECKPOINTS for name in names
     ]
-    assert sum(line.startswith("$ qwenport ") for line in out.splitlines()) == 14
+    few_bits = ["export", "inspect", "validate", "build", "selftest", "generate"]
+    assert [line.split()[1:4] for line in table[14:20]] == [
+        ["int4", name, "done"] for name in few_bits
+    ]
+    assert sum(line.startswith("$ qwenport ") for line in out.splitlines()) == 20
     kept = {path.name for path in (tmp_path / "kept").iterdir()}
     kinds = ("engine", "engine.parity", "package", "package.parity")
-    assert kept == {f"{model}.{kind}" for model in demo.CHECKPOINTS for kind in kinds}
+    assert kept == {f"{model}.{kind}" for model in demo.CHECKPOINTS for kind in kinds} | {
+        f"{demo.CHECKPOINTS[0]}-int4.{kind}" for kind in ("engine", "package")
+    }
+    assert "quantized linears 4 bits in groups of 32, symmetric" in out
 
 
 def test_demo_without_tensorrt_rtx_names_the_extra_and_goes_on(
@@ -41,8 +48,10 @@ def test_demo_without_tensorrt_rtx_names_the_extra_and_goes_on(
     (error,) = [line for line in err.splitlines() if "error:" in line]
     assert error.startswith("error: build of tiny-qwen2.5: tensorrt-rtx is not installed")
     assert error.endswith("pip install 'qwenport[rtx]'")
-    results = [line.split()[2] for line in out.split("bytes\n")[1].splitlines()]
+    table = [line.split() for line in out.split("bytes\n")[1].splitlines()]
+    results = [words[2] for words in table if words[1] != "int4"]
     assert results == ["done", "done", "failed", "skipped:", "done"]
+    assert [words[3] for words in table if words[1] == "int4"] == ["done"] * 6
 
 
 def test_demo_outside_a_source_checkout_says_so(

@@ -99,8 +99,9 @@ def print_json(data: dict[str, Any]) -> None:
 
 
 def bytes_of(directory: Path) -> int:
-    """Total size of all files under a directory in bytes; hard links count like any other file."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    """Total size of all files under a directory in bytes; several links to one file count once."""
+    files = (path.stat() for path in directory.rglob("*") if path.is_file())
+    return sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())
 
 
 def runtime_of(manifest: dict[str, Any]) -> str:

@@ -57,8 +57,8 @@ class Outcome:
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars and no notes.")
 def command(out: Path | None, quiet: bool) -> None:
-    """Take the small checkpoints of the repository, a dense one and a mixture of experts, from export to text.
-    No GPU is needed.
+    """Take the small checkpoints of the repository, a dense one and a mixture of experts, from export to text,
+    and the dense one with weights in 4 bits. No GPU is needed.
 
     Each step prints the command it stands for, and a table sums them up. Exit codes: 0 all steps
     done, 1 parity does not hold, 2 a step failed, for instance for a missing extra.
@@ -70,9 +70,11 @@ def command(out: Path | None, quiet: bool) -> None:
     """
     checkpoints = _bundled_checkpoints()
     with _working_directory(out) as directory:
-        outcomes = [
-            _run(step) for checkpoint in checkpoints for step in steps(checkpoint, directory, quiet)
+        planned = [
+            step for checkpoint in checkpoints for step in steps(checkpoint, directory, quiet)
         ]
+        planned += few_bits(checkpoints[0], directory, quiet)
+        outcomes = [_run(step) for step in planned]
     _summarise(outcomes)
     if out is not None:
         click.echo(f"kept in {out}")
@@ -98,6 +100,34 @@ def steps(checkpoint: Path, out: Path, quiet: bool) -> list[Step]:
         (("build", made, built, *rtx, *silent), package, engine),
         (("inspect", built, "--brief"), engine, None),
         (("generate", made, *text, *silent), package, None),
+    ]
+    return [Step(model, words[0], words, needs, makes) for words, needs, makes in commands]
+
+
+def few_bits(checkpoint: Path, out: Path, quiet: bool) -> list[Step]:
+    """The commands for the same model with weights in 4 bits, in order."""
+    model = f"{checkpoint.name} int4"
+    package, engine = (
+        out / f"{checkpoint.name}-int4.package",
+        out / f"{checkpoint.name}-int4.engine",
+    )
+    made, built = str(package), str(engine)
+    silent = ("--quiet",) if quiet else ()
+    commands: list[tuple[tuple[str, ...], Path, Path | None]] = [
+        (("export", str(checkpoint), made, "--quantize", "int4", *silent), checkpoint, package),
+        (("inspect", made, "--brief"), package, None),
+        (
+            ("validate", made, "--reference", str(checkpoint), "--budget", "quick", *silent),
+            package,
+            None,
+        ),
+        (("build", made, built, "--target", "onnxruntime", *silent), package, engine),
+        (("selftest", built, *silent), engine, None),
+        (
+            ("generate", built, "--prompt", PROMPT, "--temperature", "0.7", "--seed", "1", *silent),
+            engine,
+            None,
+        ),
     ]
     return [Step(model, words[0], words, needs, makes) for words, needs, makes in commands]
 
@@ -177,12 +207,12 @@ def _run(step: Step) -> Outcome:
 
 
 def _summarise(outcomes: list[Outcome]) -> None:
-    click.echo("\nmodel           step      result                 seconds      bytes")
+    click.echo("\nmodel              step      result                 seconds      bytes")
     for outcome in outcomes:
         result = "failed" if outcome.exit_code == EXIT_ERROR else outcome.result
         seconds = "" if outcome.seconds is None else f"{outcome.seconds:.1f}"
         written = "" if outcome.bytes is None else size(outcome.bytes)
-        names = f"{outcome.step.model:<15} {outcome.step.name:<9}"
+        names = f"{outcome.step.model:<18} {outcome.step.name:<9}"
         click.echo(f"{names} {result:<22} {seconds:>7} {written:>10}".rstrip())
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from quantized import write_pack_quantized
 
 from qwenport import engines, exporter
 from qwenport.contract import ONNXRUNTIME
@@ -18,19 +16,14 @@ from qwenport.validate import keep_proof
 from .builds import ROOT
 from .runtime import Library
 
-ROUTERS = (r"re:.*mlp\.gate$", r"re:.*shared_expert_gate$")
-SCHEMES: dict[str, tuple[str, dict[str, Any], bytes]] = {
-    "4 bits": (
-        "tiny-qwen2.5",
-        {"group": 16, "symmetric": False},
-        b"4 bits in groups of 16, asymmetric",
-    ),
-    "8 bits": (
-        "tiny-qwen2-moe",
-        {"bits": 8, "group": None, "ignore": ("lm_head", *ROUTERS)},
-        b"8 bits per row, symmetric",
-    ),
+BUNDLED = ROOT / "examples" / "quantized"
+WORDS = {
+    "awq": b"4 bits in groups of 32, asymmetric",
+    "gptq-act-order": b"4 bits in groups of 32, symmetric",
+    "gptq-mixture": b"4 bits in groups of 32, symmetric",
+    "w8a16": b"8 bits per row, symmetric",
 }
+"""Bundled checkpoint -> what its engine says of its weights."""
 PROMPTS = [list(range(100, 170)), [7], list(range(300, 333))]
 KERNELS = 0.02
 """Of logits: without prepacked weights onnxruntime multiplies with other kernels, whose activations stay in fp32."""
@@ -44,34 +37,31 @@ def library(release: Path) -> Library:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], engines.Engine]:
-    """Scheme -> an engine that carries a proof."""
+    """Bundled checkpoint -> an engine that carries a proof."""
     folder, known = tmp_path_factory.mktemp("quantized"), dict[str, engines.Engine]()
 
     def make(scheme: str) -> engines.Engine:
         if scheme not in known:
-            name, options, _ = SCHEMES[scheme]
-            path = folder / scheme
-            write_pack_quantized(ROOT / "examples" / name, path, **options)
-            package = exporter.export(path, folder / f"{scheme} package")
+            package = exporter.export(BUNDLED / scheme, folder / f"{scheme}.package")
             keep_proof(package)
             known[scheme] = engines.build(
-                package.path, folder / f"{scheme} engine", target=ONNXRUNTIME, max_batch=3
+                package.path, folder / f"{scheme}.engine", target=ONNXRUNTIME, max_batch=3
             )
         return known[scheme]
 
     return make
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", WORDS)
 def test_an_engine_says_what_its_weights_are(
     scheme: str, made: Callable[[str], engines.Engine], library: Library, onnxruntime_library: Path
 ) -> None:
     engine = library.load(made(scheme).path, onnxruntime=onnxruntime_library)
     info = engine.info()
-    assert (info.dtype, info.weights, info.activations) == (b"fp32", SCHEMES[scheme][2], b"int8")
+    assert (info.dtype, info.weights, info.activations) == (b"fp32", WORDS[scheme], b"int8")
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", WORDS)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("mode", "tolerance"), [("fast_steps", 0), ("fast_start", KERNELS)])
 def test_the_same_logits_as_python(
@@ -97,7 +87,7 @@ def test_the_same_logits_as_python(
     assert np.linalg.norm(ours - right) <= tolerance * np.linalg.norm(right)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", WORDS)
 @pytest.mark.parametrize("mode", ["fast_steps", "fast_start"])
 def test_the_self_test_passes(
     scheme: str,
