@@ -44,7 +44,7 @@ def config_of(shape: str) -> dict[str, Any]:
 def tensors_of(config: dict[str, Any]) -> Shapes:
     """Name -> shape of every tensor, in the order in which transformers saves them."""
     from qwenport.exporter import parse_config
-    from qwenport.exporter.checkpoint import expected_tensors
+    from qwenport.exporter.expected import expected_tensors
 
     shapes = expected_tensors(parse_config(config))
     return {name: shapes[name] for name in sorted(shapes, key=_saving_order)}

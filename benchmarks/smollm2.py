@@ -221,7 +221,7 @@ def convert(file: Path, folder: Path) -> None:
     from safetensors.torch import save_file
 
     from qwenport.exporter import parse_config
-    from qwenport.exporter.checkpoint import expected_tensors
+    from qwenport.exporter.expected import expected_tensors
 
     reader = GGUFReader(file)
     metadata = {key: field.contents() for key, field in reader.fields.items()}

@@ -4,13 +4,7 @@ Heavy imports (torch, onnx_ir) happen inside `export`, so that a package opens q
 """
 
 from qwenport.exporter.adapter import Adapter
-from qwenport.exporter.checkpoint import (
-    Checkpoint,
-    expert_stacks,
-    open_checkpoint,
-    quantized_weights,
-    stacked_shape,
-)
+from qwenport.exporter.checkpoint import Checkpoint, expert_stacks, open_checkpoint, stacked_shape
 from qwenport.exporter.companions import COMPANIONS, check_companions, copy_companions, stop_ids
 from qwenport.exporter.config import ModelConfig, parse_config, read_config_json
 from qwenport.exporter.directory import (
@@ -28,6 +22,8 @@ from qwenport.exporter.errors import (
     PackageError,
     TracingError,
 )
+from qwenport.exporter.expected import quantized_weights
+from qwenport.exporter.exporting import expected_model, export
 from qwenport.exporter.first_call import settle
 from qwenport.exporter.json_file import read_json
 from qwenport.exporter.manifest import (
@@ -46,13 +42,7 @@ from qwenport.exporter.manifest import (
     read_manifest,
     write_json,
 )
-from qwenport.exporter.package import (
-    Package,
-    describe_graph,
-    expected_model,
-    export,
-    load_package,
-)
+from qwenport.exporter.package import Package, describe_graph, load_package
 from qwenport.exporter.quantization import (
     CODES,
     INPUT_SCALE,

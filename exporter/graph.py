@@ -19,9 +19,9 @@ from qwenport.contract import (
     WRITE_INDICES,
 )
 from qwenport.exporter import emission, tracing
-from qwenport.exporter.checkpoint import DOWN, GATE_UP, expert_parts
 from qwenport.exporter.config import ModelConfig, MoEConfig
 from qwenport.exporter.decoder import DecoderLayer, Epilogue, Prologue, checkpoint_name
+from qwenport.exporter.expected import DOWN, GATE_UP, expert_parts
 from qwenport.exporter.quantization import (
     CODES,
     DYNAMIC,

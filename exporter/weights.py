@@ -17,14 +17,10 @@ import onnx_ir as ir
 import torch
 
 from qwenport.contract import BY_SAFETENSORS, COPY, DTYPES, FP8, PACK, Progress
-from qwenport.exporter.checkpoint import (
-    Checkpoint,
-    expert_stacks,
-    quantized_weights,
-    stacked_shape,
-)
+from qwenport.exporter.checkpoint import Checkpoint, expert_stacks, stacked_shape
 from qwenport.exporter.directory import require_space
 from qwenport.exporter.errors import ExportError
+from qwenport.exporter.expected import quantized_weights
 from qwenport.exporter.quantization import (
     INPUT_SCALE,
     PERMUTATION,

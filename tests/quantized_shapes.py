@@ -12,7 +12,7 @@ from quantized import quantization_config
 from safetensors.torch import save_file
 
 from qwenport.exporter import parse_config
-from qwenport.exporter.checkpoint import expected_tensors
+from qwenport.exporter.expected import expected_tensors
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny-qwen2.5"
 

@@ -16,18 +16,12 @@ from typing import Any, BinaryIO
 import torch
 
 from qwenport.contract import BY_SAFETENSORS, DTYPES, GROUPS, Progress
-from qwenport.exporter.checkpoint import (
-    DOWN,
-    GATE_UP,
-    SINGLE_FILE,
-    Checkpoint,
-    expert_parts,
-    quantized_weights,
-)
+from qwenport.exporter.checkpoint import SINGLE_FILE, Checkpoint
 from qwenport.exporter.companions import copy_companions
 from qwenport.exporter.config import read_config_json
 from qwenport.exporter.directory import require_space
 from qwenport.exporter.errors import ExportError
+from qwenport.exporter.expected import DOWN, GATE_UP, expert_parts, quantized_weights
 from qwenport.exporter.manifest import write_json
 from qwenport.exporter.quantization import WEIGHT, Storage, parse_quantization
 from qwenport.exporter.quantization.pack_quantized import (

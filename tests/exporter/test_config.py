@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from published import FAMILIES, assert_means_the_same
 
 from qwenport.exporter import ConfigError, parse_config, read_config_json
-from qwenport.exporter.checkpoint import expected_tensors
+from qwenport.exporter.expected import expected_tensors
 from qwenport.exporter.families import FAMILIES as FAMILIES_HERE
 
 # --- what is published

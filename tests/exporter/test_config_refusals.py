@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from published import FAMILIES, assert_means_the_same
 
 from qwenport.exporter import ConfigError, parse_config, read_config_json
-from qwenport.exporter.checkpoint import expected_tensors
+from qwenport.exporter.expected import expected_tensors
 
 # --- every field that changes the mathematics
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from transformers_reads import keys_read
 
 from qwenport.exporter import ConfigError, parse_config
-from qwenport.exporter.checkpoint import expected_tensors, expert_parts
+from qwenport.exporter.expected import expected_tensors, expert_parts
 from qwenport.exporter.families import FAMILIES as EVERY_FAMILY
 
 MOE_TYPES = tuple(name for name, family in EVERY_FAMILY.items() if family.sparse)
