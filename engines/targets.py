@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qwenport import import_extra
-from qwenport.contract import GPUS, TENSORRT, TENSORRT_RTX
+from qwenport.contract import FP8, GPUS, TENSORRT, TENSORRT_RTX
 from qwenport.engines.errors import BuildError
 
 if TYPE_CHECKING:
@@ -79,8 +79,20 @@ def load_tensorrt(flavour: Flavour, purpose: str) -> Any:
 
 
 def code_types(quantization: Quantization | None) -> tuple[str, ...]:
-    """The types of the codes in an engine: 8 bits with a scale per row stay 8 bits, in blocks they become 4 and 4."""
-    storages = [] if quantization is None else [group.storage for group in quantization.groups]
+    """The types of the codes in an engine: 8 bits with a scale per row stay 8 bits, in blocks they become 4 and 4.
+
+    Weights that the export has dequantized have none.
+
+    Raises:
+        BuildError: the weights are FP8, which no engine of TensorRT multiplies by here.
+    """
+    groups = () if quantization is None else quantization.groups
+    storages = [group.storage for group in groups if not group.storage.is_whole]
+    if any(FP8 in storage.integers.values() for storage in storages):
+        raise BuildError(
+            "the package's weights are FP8 with a scale per row or per tensor, which no TensorRT engine has here; "
+            "--target onnxruntime runs the package"
+        )
     found = (INT8 if s.bits == 8 and s.group is None else INT4 for s in storages)
     return tuple(dict.fromkeys(found))
 

@@ -40,8 +40,8 @@ def check_for_tensorrt(request: Request) -> None:
     """Refuse what cannot be built, before anything is written.
 
     Raises:
-        BuildError, PluginError: an architecture that cannot run the model, or a form of attention or a library that is
-            not for it.
+        BuildError, PluginError: weights that no engine has, an architecture that cannot run the model, or a form of
+            attention or a library that is not for it.
         MissingExtraError: the flavour is not installed.
     """
     flavour = FLAVOURS[request.target]
@@ -49,7 +49,8 @@ def check_for_tensorrt(request: Request) -> None:
     gpus = _gpus(request)
     _attention(request, gpus)
     config = request.package.config
-    if request.plugins is not None and config.quantization is not None and config.moe is not None:
+    quantized = bool(code_types(config.quantization))
+    if request.plugins is not None and quantized and config.moe is not None:
         raise BuildError(
             "the plugin of MoEExperts does not multiply by quantized weights; build without --plugins"
         )

@@ -74,9 +74,8 @@ class Interpreter:
             parsed.trt.DataType.INT32: torch.int32,
             parsed.trt.DataType.INT64: torch.int64,
             parsed.trt.DataType.BOOL: torch.bool,
-            parsed.trt.DataType.INT8: torch.int8,
-            parsed.trt.DataType.INT4: torch.int8,
         }
+        self._codes = (parsed.trt.DataType.INT8, parsed.trt.DataType.INT4)
         self._makers: dict[str, tuple[Any, str]] = {}
         self._scaled = dict(parsed.scaled)
         corrections = [weight.correction for weight in parsed.signed.values()]
@@ -108,7 +107,10 @@ class Interpreter:
         return found | {name for name, (made, _) in self._scaled.items() if made in found}
 
     def type_of(self, tensor: Any) -> torch.dtype:
-        """The type in which a tensor is stored here."""
+        """The type in which a tensor is stored here; codes are only constants."""
+        maker = self._makers.get(tensor.name)
+        if tensor.dtype in self._codes and maker is not None and maker[1] == "CONSTANT":
+            return torch.int8
         if tensor.dtype not in self._types:
             raise NetworkError(f"tensor {tensor.name} has type {tensor.dtype}, not known here")
         return self._types[tensor.dtype]
