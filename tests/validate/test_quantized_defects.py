@@ -25,6 +25,8 @@ from qwenport.validate.identity import WEIGHTS, check_identity
 from qwenport.validate.reference import Reference, Text
 from qwenport.validate.target import open_target
 
+from . import pack_quantized_defects, test_fp8
+
 TEXT = [5, 600, 7, 42, 1000, 3, 250, 11]
 LEAST = 1e-4
 """Of the relative distance of logits: a hundred times what rounding gives."""
@@ -62,6 +64,7 @@ CHECKPOINTS: dict[str, Callable[[Path, Path], Path]] = {
     "gptq, v2, asymmetric": _gptq(symmetric=False, version=2),
     "gptq, 8 bits, asymmetric": _gptq(symmetric=False, bits=8),
     "gptq, act-order": _gptq(act_order=True),
+    **pack_quantized_defects.CHECKPOINTS,
 }
 """name -> (source, target) -> a quantized checkpoint."""
 
@@ -223,6 +226,7 @@ DEFECTS: dict[str, tuple[str, Seed]] = {
         "gptq, act-order",
         _set(written_parts, "_same_permutations", _one_permutation_per_size),
     ),
+    **pack_quantized_defects.DEFECTS,
 }
 """name -> (a checkpoint, what is changed in the exporter)."""
 
@@ -284,6 +288,11 @@ def test_columns_that_are_gathered_twice_are_no_permutation(
         stream.write(first)
     (weights_row, *_) = check_identity(open_target(package), path).rows
     assert any("is no permutation of" in failure for failure in weights_row.failures)
+
+
+def test_there_are_enough_mistakes_and_some_of_each_kind_of_checkpoint() -> None:
+    assert len(DEFECTS) + len(test_fp8.DEFECTS) >= 25
+    assert {made for made, _ in DEFECTS.values()} == CHECKPOINTS.keys()
 
 
 @pytest.mark.parametrize("name", DEFECTS)
