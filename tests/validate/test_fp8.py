@@ -194,21 +194,22 @@ def _another_weight_s_scales(model: ir.Model) -> None:
     node.replace_input_with(1, model.graph.initializers[f"{gate}.weight.scales"])
 
 
-@pytest.mark.parametrize(
-    ("name", "seed"),
-    [
-        ("static", _static_scale_ignored),
-        ("static", _scale_of_another_input),
-        ("static", _no_saturation),
-        ("dynamic", _over_the_wrong_axis),
-        ("dynamic", _over_all),
-        ("dynamic", _e5m2("Cast")),
-        ("dynamic", _input_of_one_linear_not_rounded),
-        ("rows", _inverse_scales),
-        ("rows", _scales_of_neighbours),
-        ("rows", _another_weight_s_scales),
-    ],
-)
+DEFECTS: list[tuple[str, Callable[[ir.Model], None]]] = [
+    ("static", _static_scale_ignored),
+    ("static", _scale_of_another_input),
+    ("static", _no_saturation),
+    ("dynamic", _over_the_wrong_axis),
+    ("dynamic", _over_all),
+    ("dynamic", _e5m2("Cast")),
+    ("dynamic", _input_of_one_linear_not_rounded),
+    ("rows", _inverse_scales),
+    ("rows", _scales_of_neighbours),
+    ("rows", _another_weight_s_scales),
+]
+"""(scheme, what is changed in the graph)."""
+
+
+@pytest.mark.parametrize(("name", "seed"), DEFECTS)
 def test_a_mistake_in_the_graph_shows_in_the_logits(
     name: str,
     seed: Callable[[ir.Model], None],

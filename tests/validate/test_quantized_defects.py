@@ -11,21 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
 from quantized_words import write_awq, write_gptq
 from safetensors.torch import load_file, save_file
 
+from qwenport.contract import MODEL, no_progress
 from qwenport.engines import OnnxRuntimeSession
-from qwenport.exporter import export, load_package, weights, written_parts
+from qwenport.exporter import export, load_package, open_checkpoint, weights, written_parts
 from qwenport.exporter.quantization import awq, gptq
 from qwenport.exporter.quantization.storage import Repacked
 from qwenport.exporter.quantization.words import halves, packed
 from qwenport.exporter.safetensors_file import read_safetensors_header
-from qwenport.validate.identity import WEIGHTS, check_identity
+from qwenport.validate.identity import check_identity
 from qwenport.validate.reference import Reference, Text
 from qwenport.validate.target import open_target
+from qwenport.validate.weights_identity import compare_weights
 
-TEXT = [5, 600, 7, 42, 1000, 3, 250, 11]
+from . import pack_quantized_defects, test_fp8
+from .bundled import make_checkpoint
+
+TEXT = [5, 199, 7, 42, 280, 3, 250, 11]
 LEAST = 1e-4
 """Of the relative distance of logits: a hundred times what rounding gives."""
 
@@ -41,7 +48,7 @@ def _with_positive_weights(source: Path, target: Path) -> Path:
     for file in source.iterdir():
         (target / file.name).symlink_to(file)
     tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"].abs_()
+    tensors["model.layers.1.mlp.up_proj.weight"].abs_()
     (target / "model.safetensors").unlink()
     save_file(tensors, target / "model.safetensors")
     return target
@@ -62,6 +69,7 @@ CHECKPOINTS: dict[str, Callable[[Path, Path], Path]] = {
     "gptq, v2, asymmetric": _gptq(symmetric=False, version=2),
     "gptq, 8 bits, asymmetric": _gptq(symmetric=False, bits=8),
     "gptq, act-order": _gptq(act_order=True),
+    **pack_quantized_defects.CHECKPOINTS,
 }
 """name -> (source, target) -> a quantized checkpoint."""
 
@@ -223,6 +231,7 @@ DEFECTS: dict[str, tuple[str, Seed]] = {
         "gptq, act-order",
         _set(written_parts, "_same_permutations", _one_permutation_per_size),
     ),
+    **pack_quantized_defects.DEFECTS,
 }
 """name -> (a checkpoint, what is changed in the exporter)."""
 
@@ -232,16 +241,17 @@ _WANTED: dict[Path, Any] = {}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(
-    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """The tiny checkpoint, quantized."""
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A small checkpoint, quantized."""
     made: dict[str, Path] = {}
+    source = make_checkpoint(
+        tmp_path_factory.mktemp("small"), dtype=torch.float16, tie_word_embeddings=False
+    )
 
     def make(name: str) -> Path:
         if name not in made:
             target = tmp_path_factory.mktemp("quantized") / "checkpoint"
-            made[name] = CHECKPOINTS[name](tiny_checkpoint, target)
+            made[name] = CHECKPOINTS[name](source, target)
         return made[name]
 
     return make
@@ -251,15 +261,15 @@ def _judged(checkpoint: Path, package: Path) -> tuple[bool, float]:
     """(whether the weights pass, the relative distance of the logits)."""
     export(checkpoint, package)
     target = open_target(package)
-    rows = {row.name: row for row in check_identity(target, checkpoint).rows}
+    model = onnx.load(package / MODEL, load_external_data=False)
+    compared = compare_weights(model, package, open_checkpoint(checkpoint), no_progress)
     if checkpoint not in _WANTED:
         text = Text.ending(TEXT, len(TEXT))
         (_WANTED[checkpoint],) = Reference(target, checkpoint).logits([text])
     wanted = _WANTED[checkpoint]
     (found,) = OnnxRuntimeSession(load_package(package)).prefill([TEXT], all_logits=True)
-    return rows[WEIGHTS].status == "passed", float(
-        np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
-    )
+    passed = all(check.passed for check in compared.checks)
+    return passed, float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -284,6 +294,11 @@ def test_columns_that_are_gathered_twice_are_no_permutation(
         stream.write(first)
     (weights_row, *_) = check_identity(open_target(package), path).rows
     assert any("is no permutation of" in failure for failure in weights_row.failures)
+
+
+def test_there_are_enough_mistakes_and_some_of_each_kind_of_checkpoint() -> None:
+    assert len(DEFECTS) + len(test_fp8.DEFECTS) >= 25
+    assert {made for made, _ in DEFECTS.values()} == CHECKPOINTS.keys()
 
 
 @pytest.mark.parametrize("name", DEFECTS)
