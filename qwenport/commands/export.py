@@ -210,11 +210,14 @@ _MODES = {
 def _report(package: Package, seconds: float) -> dict[str, Any]:
     weights = package.manifest["weights"]
     sources = {f"weights/{file['name']}" for file in package.manifest["source"]["files"]}
+    own = (
+        package.manifest["source"]["quantized"] is not None
+    )  # the links are to a checkpoint within
     linked = sum(
         file["bytes"]
         for name, file in weights["files"].items()
-        if name in sources and weights["mode"] in ("link", "pack")
-    )  # to the checkpoint, or to the quantized one in the package, which counts there
+        if name in sources and weights["mode"] in ("link", "pack") and not own
+    )
     return {
         "package": str(package.path),
         "model_type": package.config.model_type,
