@@ -14,7 +14,8 @@ import pytest
 
 from qwenport.cli import main
 from qwenport.engines import build
-from qwenport.exporter import SOURCE, Rope, export
+from qwenport.exporter import SOURCE, Rope, export, make_recipe
+from qwenport.exporter.quantization import Storage
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG")]
@@ -103,13 +104,14 @@ def paths(value: Any, path: str = "") -> Iterator[str]:
 
 
 def test_the_page_of_manifests_has_every_key_and_no_other(tmp_path: Path):
-    """What no bundled checkpoint has comes from the rope kinds' classes and the shape of an adapter's entry."""
+    """What none of these has comes from the classes of rope kinds and formats and the shape of an adapter's entry."""
     tiny, sparse = ROOT / "examples" / "tiny-qwen2.5", ROOT / "examples" / "tiny-qwen2-moe"
     packages = [
         export(tiny, tmp_path / "dense", rope_scaling="yarn:4"),
         export(sparse, tmp_path / "sparse", dtype="fp32"),
+        export(tiny, tmp_path / "quantized", quantize=make_recipe("int4")),
     ]
-    on_cpu = build(tmp_path / "sparse", tmp_path / "on-cpu", target="onnxruntime")
+    on_cpu = build(tmp_path / "quantized", tmp_path / "on-cpu", target="onnxruntime")
     engine = build(
         tmp_path / "sparse",
         tmp_path / "engine",
@@ -118,13 +120,15 @@ def test_the_page_of_manifests_has_every_key_and_no_other(tmp_path: Path):
         max_seq_len=64,
     )
     both = keys_on_the_page("In both")
-    rope = {key for key in both if key.startswith("model.rope.")}
-    of_classes = {
-        f"model.rope.{field.name}"
-        for kind in [Rope, *Rope.__subclasses__()]
-        for field in dataclasses.fields(kind)
-    }
-    assert rope == of_classes
+    of_classes = set()
+    for base, place in ((Rope, "model.rope."), (Storage, "model.quantization.groups[].storage.")):
+        of_kinds = {
+            f"{place}{field.name}"
+            for kind in [base, *base.__subclasses__()]
+            for field in dataclasses.fields(kind)
+        }
+        assert {key for key in both if key.startswith(place)} == of_kinds
+        of_classes |= of_kinds
     of_adapters = {f"source.adapter.{key}" for key in SOURCE["adapter"].of}
 
     def check(manifests: list[Any], section: str) -> None:

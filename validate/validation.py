@@ -49,7 +49,11 @@ OWN_ROUNDING = 64  # tokens on which transformers' own rounding in fp32 is measu
 
 @dataclass(frozen=True)
 class Options:
-    """How to validate: see the arguments of `validate` with the same names."""
+    """How to validate.
+
+    Attributes:
+        streamed, layers, prompts, thresholds, budget, seed, original: the arguments of `validate` with these names.
+    """
 
     streamed: bool | None = None
     layers: int | None = None

@@ -148,7 +148,7 @@ def test_the_exporter_s_parts_under_onnx_s_operator_are_the_oracle_s_bits(
     entries = {e.name: e for e in read_safetensors_header(folder / "model.safetensors")[1]}
     storage, (n, k) = case.storage, case.shape
     storage.check(L, case.shape, folder, entries)
-    parts = storage.parts(L, case.shape, entries)
+    parts = storage.parts(L, case.shape, entries, entries[f"{L}.scales"].dtype)
     made = []
     kinds = {
         "U4": onnx.TensorProto.UINT4,
