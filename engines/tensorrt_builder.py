@@ -113,7 +113,7 @@ def _gpus(request: Request) -> tuple[str, ...]:
     """The architectures of the engine.
 
     Raises:
-        BuildError: see `parse_gpus`.
+        BuildError: see `code_types` and `parse_gpus`.
     """
     package = request.package
     codes = code_types(package.config.quantization)

@@ -176,7 +176,11 @@ def open_target(
 
 
 def _form(package: Package, gpus: str | None, attention: str) -> tuple[str, tuple[str, ...]]:
-    """The form of attention that `build` gives an engine for tensorrt-rtx, and the architectures that it is for."""
+    """The form of attention that `build` gives an engine for tensorrt-rtx, and the architectures that it is for.
+
+    Raises:
+        BuildError: there is no such engine.
+    """
     from qwenport.engines.attention import choose_attention
     from qwenport.engines.targets import FLAVOURS, code_types, parse_gpus
 
