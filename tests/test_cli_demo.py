@@ -33,7 +33,7 @@ def test_demo_runs_every_step_and_sums_up(tmp_path: Path, capsys: Capture) -> No
     assert kept == {f"{model}.{kind}" for model in demo.CHECKPOINTS for kind in kinds} | {
         f"{demo.CHECKPOINTS[0]}-int4.{kind}" for kind in ("engine", "package")
     }
-    assert "quantized linears 4 bits in groups of 32, symmetric" in out
+    assert "quantized 4 bits in groups of 32, symmetric" in out
 
 
 def test_demo_without_tensorrt_rtx_names_the_extra_and_goes_on(

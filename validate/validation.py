@@ -31,7 +31,6 @@ from qwenport.validate.judge import Judge, result_of
 from qwenport.validate.memory import must_stream
 from qwenport.validate.oracle import Oracle
 from qwenport.validate.prompts import make_prompts, special_ids
-from qwenport.validate.quantized_origin import quantization_row
 from qwenport.validate.report import Report, ScenarioResult
 from qwenport.validate.run import Observation, Run
 from qwenport.validate.runner import Runner
@@ -190,6 +189,8 @@ class Validation:
         identity = check_identity(self.target, self.checkpoint, self._progress)
         self.results += identity.rows
         self.weights_sha256 = identity.weights_sha256
+        from qwenport.validate.quantized_origin import quantization_row  # imports torch
+
         origin = quantization_row(
             self.target, self.checkpoint, self.sources.original, self._progress
         )

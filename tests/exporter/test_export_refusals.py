@@ -96,13 +96,13 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import onnx_ir, torch
-from qwenport.exporter import export, package
+from qwenport.exporter import export, exporting
 checkpoint, out = map(Path, sys.argv[1:])
 die = lambda *arguments, **keywords: os.kill(os.getpid(), signal.SIGKILL)
 
 def export_and_die(stage):
     if stage == "manifest":
-        package.write_json = die
+        exporting.write_json = die
     elif stage == "rename":
         os.rename = os.replace = Path.rename = Path.replace = die
     keywords = {"progress": die, "dtype": "fp32"} if stage == "convert" else {}

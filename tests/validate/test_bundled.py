@@ -123,7 +123,7 @@ def _assert_written(report: Report, folder: Path, package: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json"]
     data = strict_json((folder / "report.json").read_text(encoding="utf-8"))
     assert data.keys() == REPORT_KEYS and data["coverage"].keys() == COVERAGE_KEYS
-    assert (data["schema_version"], data["passed"]) == (3, True)
+    assert (data["schema_version"], data["passed"]) == (4, True)
     assert data["verdict"] == report.verdict
     for scenario in data["scenarios"]:
         assert scenario.keys() == SCENARIO_KEYS
