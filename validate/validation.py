@@ -181,6 +181,8 @@ class Validation:
 
         Raises the same errors as `validate`.
         """
+        from qwenport.validate.quantized_origin import quantization_row  # imports torch
+
         engine = self.target.engine
         if engine is not None and self.target.for_onnxruntime is None:
             from qwenport.engines.tensorrt_session import check_gpu
@@ -189,8 +191,6 @@ class Validation:
         identity = check_identity(self.target, self.checkpoint, self._progress)
         self.results += identity.rows
         self.weights_sha256 = identity.weights_sha256
-        from qwenport.validate.quantized_origin import quantization_row  # imports torch
-
         origin = quantization_row(
             self.target, self.checkpoint, self.sources.original, self._progress
         )
