@@ -369,7 +369,8 @@ TEST_CASE("bounds are those of the engine's arithmetic, and a proof of another d
   CHECK(rounding.info.activations == "int8");
   const auto model = std::make_shared<const stand_in::StandInModel>(rounding, off);
   const auto passes = [&] {
-    return qwenport::detail::run_proof(model, Proof(bytes_of(file, rounding), "proof", rounding.info.vocab_size), "")
+    return qwenport::detail::run_proof(model,
+                                       Proof(bytes_of(file, rounding), "proof", rounding.info.vocab_size), "")
         .passed;
   };
   CHECK_FALSE(passes());

@@ -20,8 +20,8 @@ constexpr std::size_t most_top = 32;
 constexpr std::size_t most_bytes = std::size_t{32} << 20U;
 constexpr std::array metadata_keys{"format",     "format_version", "package_sha256", "dtype",
                                    "vocab_size", "cases",          "experts",        "made_by"};
-constexpr std::size_t columns = 3;      // of the bounds
-constexpr std::size_t directions = 64;  // of the projection: a token's signs are the bits of one word
+constexpr std::size_t kinds_of_bounds = 3;  // of the bounds
+constexpr std::size_t directions = 64;      // of the projection: a token's signs are the bits of one word
 
 /// A tensor of 32-bit elements.
 struct Table {
@@ -282,7 +282,7 @@ Proof::Proof(std::string_view file, const std::string& where, int vocab_size)
   const Table values = tensors.take("top_values", "F32", top_);
   const Table lengths = tensors.take("norms", "F32", 0);
   const Table projected = tensors.take("projections", "F32", directions);
-  const Table allowed = tensors.take("bounds", "F32", columns);
+  const Table allowed = tensors.take("bounds", "F32", kinds_of_bounds);
   for (const Table* table : {&ids, &values, &lengths, &projected, &allowed}) {
     if (table->rows != marked.rows) tensors.fail("its marks differ in number");
   }
@@ -302,11 +302,12 @@ Proof::Proof(std::string_view file, const std::string& where, int vocab_size)
       tensors.wrong("marks", "inside sequences");
     }
     const float norm = norms[i] == 0 ? 1 : norms[i];
-    marks_.push_back({&top_ids_[i * top_],
-                      &top_values_[i * top_],
-                      &projections_[i * directions],
-                      norm,
-                      {bounds[columns * i], bounds[columns * i + 1], bounds[columns * i + 2]}});
+    marks_.push_back(
+        {&top_ids_[i * top_],
+         &top_values_[i * top_],
+         &projections_[i * directions],
+         norm,
+         {bounds[kinds_of_bounds * i], bounds[kinds_of_bounds * i + 1], bounds[kinds_of_bounds * i + 2]}});
     if (!marks.emplace(std::pair(sequence, length), &marks_.back()).second) {
       tensors.wrong("marks", "without a pair that occurs twice");
     }

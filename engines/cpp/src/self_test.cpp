@@ -164,7 +164,8 @@ SelfTestReport run_proof(const std::shared_ptr<const Model>& model, const Proof&
     fitting.push_back(&one);
   }
   if (!fitting.empty()) {
-    const std::size_t bound = manifest.info.activations == contract::int8 ? 2 : is_fp32 ? 0 : 1;
+    std::size_t bound = is_fp32 ? 0 : 1;
+    if (manifest.info.activations == contract::int8) bound = 2;
     Runner runner(model, proof, options, bound);
     report.passed = std::all_of(fitting.begin(), fitting.end(),
                                 [&](const ProofCase* one) { return runner.run(*one, report); });
