@@ -51,7 +51,7 @@ COLUMNS: Columns = {
 
 
 def engine_of(name: str, options: tuple[str, ...], checkpoint: Path, report: Report) -> Path:
-    """An onnxruntime engine of ours."""
+    """Our onnxruntime engine."""
 
     def made(kind: str, command: Command) -> Path:
         found = make_model(f"{checkpoint.name}-{name}-{kind}", command, report.work, True)
