@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from qwenport.exporter.quantization.storage import WEIGHT, Storage
 
@@ -44,6 +45,16 @@ class Quantization:
         Args:
             parameter: in transformers' names; the experts of a layer are single linears.
         """
+        if parameter not in self._known:
+            self._known[parameter] = self._find(parameter)
+        return self._known[parameter]
+
+    @cached_property
+    def _known(self) -> dict[str, Storage | None]:
+        """What `storage` has found: patterns are many, and an export asks for each weight several times."""
+        return {}
+
+    def _find(self, parameter: str) -> Storage | None:
         module = parameter.removesuffix(WEIGHT)
         if module == parameter or module.endswith("norm"):
             return None
