@@ -16,14 +16,14 @@ namespace {
 using qwenport::detail::AddressRange;
 using qwenport::detail::HugePages;
 
-constexpr std::size_t huge = std::size_t{2} << 20;
+constexpr std::size_t huge = 2U << 20U;
 constexpr std::size_t size = 8 * huge;
 
 /// A line of what the kernel says of the process, in bytes.
 std::size_t rollup(const std::string& key) {
   std::ifstream file("/proc/self/smaps_rollup");
   for (std::string line; std::getline(file, line);) {
-    if (line.rfind(key + ":", 0) == 0) return std::stoul(line.substr(key.size() + 1)) << 10;
+    if (line.rfind(key + ":", 0) == 0) return std::stoul(line.substr(key.size() + 1)) << 10U;
   }
   return 0;
 }

@@ -12,7 +12,7 @@
 namespace qwenport::detail {
 namespace {
 
-constexpr std::uintptr_t huge = std::uintptr_t{2} << 20;  // where pages have 4 KiB
+constexpr std::uintptr_t huge = 2U << 20U;  // where pages have 4 KiB
 constexpr std::uintptr_t small = 4096;
 constexpr int collapse = 25;  // MADV_COLLAPSE of Linux 6.1: copy pages into huge ones, now
 
