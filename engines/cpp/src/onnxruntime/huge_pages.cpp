@@ -4,9 +4,9 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cinttypes>
-#include <cstdio>
+#include <cstdint>
 #include <fstream>
+#include <sstream>
 #include <string>
 
 namespace qwenport::detail {
@@ -30,11 +30,17 @@ std::vector<AddressRange> anonymous_memory() {
   for (std::string line; std::getline(file, line);) {
     std::uintptr_t start = 0;
     std::uintptr_t end = 0;
-    std::uint64_t inode = 1;
-    char rights[5] = {};
-    const int read = std::sscanf(line.c_str(), "%" SCNxPTR "-%" SCNxPTR " %4s %*s %*s %" SCNu64, &start, &end,
-                                 rights, &inode);
-    if (read == 4 && inode == 0 && std::string(rights) == "rw-p") found.emplace_back(start, end);
+    std::uint64_t inode = 0;
+    std::string rights;
+    std::string offset;
+    std::string device;
+    std::istringstream fields(line);
+    fields >> std::hex >> start;
+    fields.ignore();  // a dash
+    if ((fields >> end >> rights >> offset >> device >> std::dec >> inode) && inode == 0 &&
+        rights == "rw-p") {
+      found.emplace_back(start, end);
+    }
   }
   return found;
 }
