@@ -19,7 +19,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from qwenport.contract import DOMAIN, MOE_EXPERTS
 from qwenport.engines.errors import LoweringError
 from qwenport.engines.lowering.act_order import sorted_weight
-from qwenport.plugins.nodes import append_node, initializer
+from qwenport.plugins.nodes import append_node, initializer, remove_unused
 
 INT64 = ir.DataType.INT64
 
@@ -108,7 +108,7 @@ class _Split:
         self.y.replace_all_uses_with(y, replace_graph_outputs=True)
         self.graph.remove(self.node, safe=True)
         for stack in (gate_up, down):
-            _drop(self.graph, stack)
+            remove_unused(self.graph, stack)
 
     def op(
         self, op_type: str, *inputs: ir.Value, dtype: ir.DataType | None = None, **attributes: Any
@@ -198,18 +198,3 @@ def _shape(value: ir.Value) -> tuple[int, int, int]:
     assert value.shape is not None
     experts, rows, columns = value.shape.numpy()
     return experts, rows, columns
-
-
-def _drop(graph: ir.Graph, stack: ir.Value) -> None:
-    """Remove a value that is no longer used, and what only it was made of."""
-    producer = stack.producer()
-    if producer is None:
-        if not stack.uses():
-            graph.initializers.pop(stack.name)  # type: ignore[arg-type]
-        return
-    if any(output.uses() for output in producer.outputs):
-        return
-    inputs = dict.fromkeys(value for value in producer.inputs if value is not None)
-    graph.remove(producer, safe=True)
-    for value in inputs:
-        _drop(graph, value)

@@ -27,6 +27,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from qwenport.contract import DOMAIN, MOE_EXPERTS
 from qwenport.engines.errors import LoweringError
+from qwenport.engines.lowering.act_order import columns_of, sorted_weight
 from qwenport.engines.lowering.few_bits import QuantizedWeight, quantized_weight
 from qwenport.engines.lowering.made_tensors import (
     Correction,
@@ -46,8 +47,10 @@ from qwenport.engines.lowering.signed_forms import (
     producer,
     products_by_input,
 )
-from qwenport.plugins.nodes import append_node, initializer
+from qwenport.plugins.moe_experts import INPUTS
+from qwenport.plugins.nodes import append_node, initializer, remove_unused
 
+INT32 = ir.DataType.INT32
 FILE = "codes.bin"
 """Holds the new tensors, next to the lowered model."""
 LEAST_BLOCK, MOST_BLOCK = 16, 128
@@ -67,6 +70,8 @@ class SignedWeight:
         elements: of its codes.
         dtype: of its codes.
         correction: what is subtracted; None of symmetric weights.
+        columns: the initializer int32 [experts, digits * K] that has, for each column of an expert's codes, the column
+            of its input; None if they are the input's own.
     """
 
     node: str
@@ -74,6 +79,7 @@ class SignedWeight:
     elements: int
     dtype: ir.DataType
     correction: Correction | None
+    columns: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,9 +116,7 @@ class UseSignedCodes(InPlacePass):
         work = _Work(model.graph)
         for node in [*model.graph]:
             if node.op_type == MOE_EXPERTS and node.domain == DOMAIN:
-                for stack in node.inputs[3:5]:
-                    if stack is not None:
-                        work.stack(stack)
+                work.experts(node)
         for group in products_by_input(model.graph):
             work.products(group)
         for node in [*model.graph]:
@@ -170,7 +174,28 @@ class _Work:
             self._left(product.dequantize, {"Gather": dequantized} if gathered else {})
             self._remove(product.dequantize)
 
-    def stack(self, stack: ir.Value) -> None:
+    def experts(self, node: ir.Node) -> None:
+        """A mixture's weights, and the order of their columns if it is not their input's.
+
+        Raises:
+            LoweringError: TensorRT would expand them.
+        """
+        stacks = [stack for stack in node.inputs[3:5] if stack is not None]
+        columns = [columns_of(stack) for stack in stacks]
+        ordered = any(column.is_needed for column in columns)
+        names = [f"{stack.name}.columns" if ordered else None for stack in stacks]
+        for stack, name in zip(stacks, names, strict=True):
+            self.stack(stack, name)
+        if ordered:
+            made = [
+                self._add(f"{stack.name}.columns", INT32, column.shape, column.parts())
+                for stack, column in zip(stacks, columns, strict=True)
+            ]
+            node.resize_inputs(len(INPUTS) + len(made))
+            for index, value in enumerate(made, len(INPUTS)):
+                node.replace_input_with(index, value)
+
+    def stack(self, stack: ir.Value, columns: str | None) -> None:
         """A mixture's weights [experts, rows, columns]: each expert's dequantized, then stacked.
 
         Raises:
@@ -178,7 +203,8 @@ class _Work:
         """
         reshape = stack.producer()
         concat = None if reshape is None else producer(reshape, 0)
-        parts = [] if concat is None else [producer(concat, i) for i in range(len(concat.inputs))]
+        stacked = [] if concat is None else [value for value in concat.inputs if value is not None]
+        parts = [sorted_weight(value)[0].producer() for value in stacked]
         nodes = [node for node in parts if node is not None and is_dequantized(node)]
         if reshape is None or concat is None or not nodes:
             return
@@ -188,22 +214,17 @@ class _Work:
             raise LoweringError(
                 f"{stack.name}: experts that are not all quantized in one way cannot be stacked"
             )
-        if form.in_digits:
-            raise LoweringError(
-                f"{stack.name}: experts of 8 bits in blocks cannot be stacked; --target onnxruntime runs them"
-            )
         name = f"{stack.name}.DequantizeLinear"
         correction = self._correction(name, weights, form, of_experts=True)
-        made = self._dequantized(name, weights, form, correction, concat)
+        made = self._dequantized(name, weights, form, correction, concat, columns)
         if correction is not None:
             nodes_made = _Nodes(self.graph, f"{stack.name}.signed", form.dtype)
             made = nodes_made.corrected(made, self.graph.initializers[correction.name], form)
             self.graph.insert_before(concat, nodes_made.made)
         reshape.replace_input_with(0, made)
-        self.graph.remove(concat, safe=True)
+        remove_unused(self.graph, concat.outputs[0])
         for node in nodes:
             self._left(node, {})
-            self._remove(node)
 
     def rows(self, node: ir.Node) -> None:
         """A weight whose rows are only gathered: an embedding.
@@ -242,19 +263,20 @@ class _Work:
         form: Form,
         correction: Correction | None,
         before: ir.Node,
+        columns: str | None = None,
     ) -> ir.Value:
         """DequantizeLinear of matrices one below the other.
 
         Raises:
             LoweringError: TensorRT has no such blocks.
         """
-        rows, columns = sum(weight.n for weight in weights), form.digits * form.k
+        rows, k = sum(weight.n for weight in weights), form.digits * form.k
         block = form.k
         attributes = {"axis": 0}
         shape: tuple[int, ...] = (rows,)
         if form.codes == INT4:
             block = min(form.block & -form.block, MOST_BLOCK)
-            attributes, shape = {"axis": 1, "block_size": block}, (rows, columns // block)
+            attributes, shape = {"axis": 1, "block_size": block}, (rows, k // block)
         if form.codes == INT4 and block < LEAST_BLOCK:
             raise LoweringError(
                 f"{weights[0].codes.name}: blocks of {form.block} values; TensorRT needs a multiple of {LEAST_BLOCK}"
@@ -262,13 +284,13 @@ class _Work:
         make = digits if form.in_digits else signed
         scale = partial(digit_scales if form.in_digits else repeated, repeats=form.block // block)
         codes = self._add(
-            f"{name}.codes", form.codes, (rows, columns), [partial(make, w) for w in weights]
+            f"{name}.codes", form.codes, (rows, k), [partial(make, w) for w in weights]
         )
         scales = self._add(
             f"{name}.scales", form.dtype, shape, [partial(scale, w) for w in weights]
         )
         made = tuple(str(w.codes.name).removesuffix(".codes") for w in weights)
-        self.weights.append(SignedWeight(name, made, rows * columns, form.codes, correction))
+        self.weights.append(SignedWeight(name, made, rows * k, form.codes, correction, columns))
         self.names.add(name)
         nodes: list[ir.Node] = []
         inputs, results = [codes, scales], [(form.dtype, codes.shape)]
@@ -287,8 +309,11 @@ class _Work:
         """What the sums are multiplied by, with its initializer; None if there is nothing to correct."""
         if form.symmetric and not form.in_digits:
             return None
-        padded = form.blocks > 1 and not of_experts
-        rows = form.blocks + (-form.blocks % SUMS if padded else 0)
+        rows = form.blocks
+        if of_experts:
+            rows *= form.digits
+        elif form.blocks > 1:
+            rows += -form.blocks % SUMS
         made = Correction(
             f"{name}.correction", tuple(weights), form.middle, rows, form.digits, of_experts
         )
@@ -352,15 +377,16 @@ class _Nodes:
         return self.op("ReduceSum", blocks, self._integers(-1), keepdims=0)
 
     def corrected(self, weight: ir.Value, correction: ir.Value, form: Form) -> ir.Value:
-        """A weight [N, K] minus the correction [N, blocks, 1] of each block.
+        """A weight [N, digits * K] minus the correction [N, digits * blocks, 1] of each block.
 
         TensorRT does that to the gathered experts alone, in the kernel that dequantizes them.
         """
         assert weight.shape is not None
         n = int(weight.shape.numpy()[0])
-        blocks = self.op("Reshape", weight, self._integers(n, form.blocks, form.block))
+        sizes = n, form.digits * form.blocks, form.block
+        blocks = self.op("Reshape", weight, self._integers(*sizes))
         centred = self.op("Sub", blocks, correction)
-        return self.op("Reshape", centred, self._integers(n, form.k))
+        return self.op("Reshape", centred, self._integers(n, form.digits * form.k))
 
     def split(
         self, y: ir.Value, sizes: Sequence[int], outputs: Sequence[ir.Value]
