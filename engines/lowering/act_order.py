@@ -1,8 +1,8 @@
 """Experts whose columns lie sorted by group (act-order), as a package has them.
 
-The operator gets each expert's weight in its own order of columns: a Gather of the sorted one along K, by the inverse of
-the permutation, which TopK computes. No target expands a weight for that: targets multiply by the sorted weight, and
-gather the activations by the permutation.
+The operator gets each expert's weight in its own order of columns: a Gather of the sorted one along K, by the inverse
+of the permutation, which TopK computes. No target expands a weight for that: targets multiply by the sorted weight,
+and gather the activations by the permutation.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qwenport.engines.errors import LoweringError
-from qwenport.engines.lowering.few_bits import quantized_weight
 from qwenport.engines.lowering.made_tensors import Part, read
-from qwenport.engines.lowering.signed_forms import form_of, is_dequantized, producer
+from qwenport.engines.lowering.signed_forms import producer
 
 
 def sorted_weight(weight: ir.Value) -> tuple[ir.Value, ir.Value | None]:
@@ -60,22 +59,20 @@ class Columns:
     Attributes:
         permutations: of each expert, the initializer int64 [k]; None if its columns are in their own order.
         k: columns of an expert's weight.
-        digits: of a code, side by side along K.
     """
 
     permutations: tuple[ir.Value | None, ...]
     k: int
-    digits: int
 
     @property
     def is_needed(self) -> bool:
         """Whether they are not the input's own columns."""
-        return self.digits > 1 or any(order is not None for order in self.permutations)
+        return any(order is not None for order in self.permutations)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the tensor: [experts, digits * k]."""
-        return len(self.permutations), self.digits * self.k
+        """Of the tensor: [experts, k]."""
+        return len(self.permutations), self.k
 
     def parts(self) -> Iterator[Part]:
         """The tensor's bytes, int32, one expert at a time."""
@@ -83,7 +80,7 @@ class Columns:
 
     def _of(self, permutation: ir.Value | None) -> bytes:
         own = np.arange(self.k) if permutation is None else read(permutation).view(np.int64)
-        return np.tile(own.astype(np.int32), self.digits).tobytes()
+        return own.astype(np.int32).tobytes()
 
 
 def columns_of(stack: ir.Value) -> Columns:
@@ -97,17 +94,14 @@ def columns_of(stack: ir.Value) -> Columns:
     reshape = stack.producer()
     concat = None if reshape is None else producer(reshape, 0)
     stacked = [] if concat is None else [value for value in concat.inputs if value is not None]
-    found = [sorted_weight(value) for value in stacked]
-    nodes = [node for value, _ in found if (node := value.producer()) and is_dequantized(node)]
-    if not nodes:
-        return Columns((None,) * experts, k, 1)
-    parts = len(found) // experts
-    orders = [order for _, order in found]
+    orders = [sorted_weight(value)[1] for value in stacked]
+    if not any(orders):
+        return Columns((None,) * experts, k)
+    parts = len(orders) // experts
     by_expert = [orders[at : at + parts] for at in range(0, len(orders), parts)]
     if any(len(set(some)) > 1 for some in by_expert):
         raise LoweringError(
             f"{stack.name}: the two weights of an expert with one input have their columns in different orders; "
             "--target onnxruntime runs them"
         )
-    digits = form_of(quantized_weight(nodes[0])).digits
-    return Columns(tuple(some[0] for some in by_expert), k, digits)
+    return Columns(tuple(some[0] for some in by_expert), k)

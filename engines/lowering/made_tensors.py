@@ -44,8 +44,7 @@ class Correction:
     """What is subtracted from a weight of signed codes, per block: scale * (zero point - middle code).
 
     Attributes:
-        name: of the initializer, in the scales' dtype: [rows, N], or of experts [N, rows, 1], where the last digits
-            are corrected, since they are the smaller numbers.
+        name: of the initializer, in the scales' dtype: [rows, N], or of experts [N, rows, 1].
         weights: side by side along N; their blocks have one size.
         middle: the unsigned code that became zero.
         rows: blocks with those that only pad, whose values are zero.
@@ -65,16 +64,10 @@ class Correction:
         """Rows without padding."""
         return self.weights[0].k // self.weights[0].block
 
-    @property
-    def of_blocks(self) -> slice:
-        """The rows that are not zero."""
-        last = self.rows - self.blocks if self.of_experts else 0
-        return slice(last, last + self.blocks)
-
     def values(self) -> Float32:
         """The corrections [rows, N] in fp32, where they are exact."""
         made = np.zeros((self.rows, sum(weight.n for weight in self.weights)), np.float32)
-        made[self.of_blocks] = np.concatenate([self._of(weight) for weight in self.weights]).T
+        made[: self.blocks] = np.concatenate([self._of(weight) for weight in self.weights]).T
         return made
 
     def stored(self) -> bytes:

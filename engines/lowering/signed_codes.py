@@ -5,12 +5,14 @@ signed types without zero points. With the middle code m,
 
     x W^T = x (s (q - m))^T - sums(x) c^T,    c = s (z - m)
 
-where `sums` adds the columns of x in each block. Symmetric weights have z = m, and no second product; c is subtracted
-from the weights of experts, which are gathered before they are multiplied by. TensorRT rounds
+where `sums` adds the columns of x in each block. Symmetric weights have z = m, and no second product. TensorRT rounds
 s (q - m), c, the sums and both products to the model's dtype, where a package rounds s (q - z) and one product.
 
 It multiplies by 4 bits in blocks, and by 8 bits with a scale per row. 8 bits in blocks become two digits of 4 bits
 each, q = 16 h + l, side by side along K: [x x] times 16 s (h - 8) and s (l - 8), with m = 136.
+
+Experts are gathered before they are multiplied by: their digits are added, and c is subtracted from the weights
+themselves. Where the columns are sorted (act-order), the operator is given their order too.
 """
 
 from __future__ import annotations
@@ -19,9 +21,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
@@ -47,6 +47,7 @@ from qwenport.engines.lowering.signed_forms import (
     producer,
     products_by_input,
 )
+from qwenport.engines.lowering.signed_nodes import SignedNodes
 from qwenport.plugins.moe_experts import INPUTS
 from qwenport.plugins.nodes import append_node, initializer, remove_unused
 
@@ -70,8 +71,8 @@ class SignedWeight:
         elements: of its codes.
         dtype: of its codes.
         correction: what is subtracted; None of symmetric weights.
-        columns: the initializer int32 [experts, digits * K] that has, for each column of an expert's codes, the column
-            of its input; None if they are the input's own.
+        columns: the initializer int32 [experts, K] that has, for each column of an expert's codes, the column of its
+            input; None if they are the input's own, and of what is no stack of experts.
     """
 
     node: str
@@ -152,7 +153,7 @@ class _Work:
         name = f"{first.dequantize.name}.signed"
         correction = self._correction(name, weights, form)
         dequantized = self._dequantized(name, weights, form, correction, first.dequantize)
-        nodes = _Nodes(self.graph, f"{first.node.name}.signed", form.dtype)
+        nodes = SignedNodes(self.graph, f"{first.node.name}.signed", form.dtype)
         factor = nodes.op("Concat", x, x, axis=-1) if form.in_digits else x
         y = nodes.op("MatMul", factor, nodes.op("Transpose", dequantized, perm=[1, 0]))
         if correction is not None:
@@ -162,7 +163,8 @@ class _Work:
             values = self.graph.initializers[correction.name]
             y = nodes.op("Sub", y, nodes.op("Mul" if form.blocks == 1 else "MatMul", sums, values))
         outputs = [product.node.outputs[0] for product in group]
-        results = [y] if len(group) == 1 else nodes.split(y, [w.n for w in weights], outputs)
+        shapes = [value.shape for value in outputs]
+        results = [y] if len(group) == 1 else nodes.split(y, [w.n for w in weights], shapes)
         self.graph.insert_before(first.node, nodes.made)
         for product, old, new in zip(group, outputs, results, strict=True):
             new.name, new.type, new.shape = old.name, old.type, old.shape
@@ -218,9 +220,9 @@ class _Work:
         correction = self._correction(name, weights, form, of_experts=True)
         made = self._dequantized(name, weights, form, correction, concat, columns)
         if correction is not None:
-            nodes_made = _Nodes(self.graph, f"{stack.name}.signed", form.dtype)
-            made = nodes_made.corrected(made, self.graph.initializers[correction.name], form)
-            self.graph.insert_before(concat, nodes_made.made)
+            new = SignedNodes(self.graph, f"{stack.name}.signed", form.dtype)
+            made = new.corrected(made, self.graph.initializers[correction.name], form)
+            self.graph.insert_before(concat, new.made)
         reshape.replace_input_with(0, made)
         remove_unused(self.graph, concat.outputs[0])
         for node in nodes:
@@ -310,9 +312,7 @@ class _Work:
         if form.symmetric and not form.in_digits:
             return None
         rows = form.blocks
-        if of_experts:
-            rows *= form.digits
-        elif form.blocks > 1:
+        if form.blocks > 1 and not of_experts:
             rows += -form.blocks % SUMS
         made = Correction(
             f"{name}.correction", tuple(weights), form.middle, rows, form.digits, of_experts
@@ -339,64 +339,3 @@ class _Work:
         for value in inputs:
             if value.is_initializer() and not value.uses():
                 del self.graph.initializers[str(value.name)]
-
-
-class _Nodes:
-    """New nodes that will stand in front of an old one.
-
-    Attributes:
-        made: the nodes in order.
-    """
-
-    def __init__(self, graph: ir.Graph, name: str, dtype: ir.DataType) -> None:
-        self.made: list[ir.Node] = []
-        self._graph, self._name, self._dtype = graph, name, dtype
-
-    def op(self, kind: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        """Append a node with one output."""
-        name = f"{self._name}.{kind}_{len(self.made)}"
-        results = [(self._dtype, None)]
-        return append_node(self.made, kind, inputs, name, results, attributes=attributes)[0]
-
-    def sums(self, x: ir.Value, form: Form, rows: int) -> ir.Value:
-        """x [batch, seq, K] -> the sums of its blocks [batch, seq, rows]; beyond K there are zeros.
-
-        It is padded before it is summed: TensorRT makes one kernel of that, and two of the opposite.
-
-        Raises:
-            LoweringError: x has other axes.
-        """
-        if x.shape is None or len(x.shape) != 3:
-            raise LoweringError(f"{self._name}: {x.name} has not three axes")
-        if rows == 1:
-            return self.op("ReduceSum", x, self._integers(-1), keepdims=1)
-        padding = rows * form.block - form.k
-        if padding:
-            x = self.op("Pad", x, self._integers(0, 0, 0, 0, 0, padding))
-        blocks = self.op("Reshape", x, self._integers(0, 0, rows, form.block))
-        return self.op("ReduceSum", blocks, self._integers(-1), keepdims=0)
-
-    def corrected(self, weight: ir.Value, correction: ir.Value, form: Form) -> ir.Value:
-        """A weight [N, digits * K] minus the correction [N, digits * blocks, 1] of each block.
-
-        TensorRT does that to the gathered experts alone, in the kernel that dequantizes them.
-        """
-        assert weight.shape is not None
-        n = int(weight.shape.numpy()[0])
-        sizes = n, form.digits * form.blocks, form.block
-        blocks = self.op("Reshape", weight, self._integers(*sizes))
-        centred = self.op("Sub", blocks, correction)
-        return self.op("Reshape", centred, self._integers(n, form.digits * form.k))
-
-    def split(
-        self, y: ir.Value, sizes: Sequence[int], outputs: Sequence[ir.Value]
-    ) -> Sequence[ir.Value]:
-        """Split the last axis into as many values as `outputs`."""
-        name, inputs = f"{self._name}.Split", [y, self._integers(*sizes)]
-        results = [(self._dtype, value.shape) for value in outputs]
-        return append_node(self.made, "Split", inputs, name, results, attributes={"axis": -1})
-
-    def _integers(self, *values: int) -> ir.Value:
-        name = f"signed.{'_'.join(map(str, values))}"
-        tensor = ir.tensor(np.array(values, dtype=np.int64), name=name)
-        return initializer(self._graph.initializers, tensor)

@@ -148,7 +148,6 @@ def _in_blocks(
 ) -> ir.Value:
     """x [T, H], experts and weights [..., k] -> fp32 [T, H]. `sizes` are T, k, E and H, `pairs` is T k."""
     op, one, zero = body.op, body.integers(1), body.integers(0)
-    gate_up, down = body.inputs[3:5]
     tokens, k, count, width = sizes
     blocks, rows = layout.blocks, layout.rows
 
