@@ -43,6 +43,7 @@ def check_layers(messages: Iterable[str], weights: Sequence[SignedWeight]) -> No
     fused: dict[str, set[str]] = {weight.node: set() for weight in weights}
     expanded: set[str] = set()
     elements = {weight.node: weight.elements for weight in weights}
+    digits = {w.node: 1 if w.correction is None else w.correction.digits for w in weights}
     for message in messages:
         if HEADING not in message:
             continue
@@ -51,7 +52,7 @@ def check_layers(messages: Iterable[str], weights: Sequence[SignedWeight]) -> No
             held = sum(size for size, dtype in _tensors(constants) if dtype in LOW_BIT)
             made = max((size for size, _ in _tensors(outputs)), default=0)
             for node in elements.keys() & set(_NODE.findall(nodes)):
-                if held >= elements[node] > made:
+                if held >= elements[node] > made * digits[node]:
                     fused[node].add(profile)
                 else:
                     expanded.add(node)

@@ -69,6 +69,7 @@ def build_graph(
         return builder.initializer(found)
 
     dequantized: dict[str, ir.Value] = {}
+    inverses: dict[ir.Value, ir.Value] = {}
 
     def matrix(name: str) -> ir.Value:
         storage = config.storage(name)
@@ -82,12 +83,28 @@ def build_graph(
             builder.permutations[made] = builder.initializer(permutation)
         return made
 
+    def in_own_order(name: str) -> ir.Value:
+        made = matrix(name)
+        permutation = builder.permutations.get(made)
+        if permutation is None:
+            return made
+        if permutation not in inverses:
+            inverses[permutation] = _inverse(builder, permutation)
+        return builder.add(
+            "Gather",
+            [made, inverses[permutation]],
+            f"{name.removesuffix(WEIGHT)}.Gather",
+            dtype=made.dtype or float_type,
+            shape=made.shape,
+            attributes={"axis": 1},
+        )
+
     def weight(name: str, shape: tracing.Shape) -> ir.Value:
         stack = name.endswith((GATE_UP, DOWN)) and tensor(name) is None
         if not stack:
             return matrix(name)
         experts, rows, columns = (int(size) for size in shape)
-        parts = [matrix(part) for part in expert_parts(name, experts)]
+        parts = [in_own_order(part) for part in expert_parts(name, experts)]
         return _stack(builder, name, parts, (experts, rows, columns))
 
     def weights(traced: tracing.Trace, prefix: str) -> dict[str, ir.Value]:
@@ -201,6 +218,20 @@ def _dequantized(
     elif storage.activations == DYNAMIC:
         builder.roundings[weight] = Rounding(None)
     return weight
+
+
+def _inverse(builder: emission.GraphBuilder, permutation: ir.Value) -> ir.Value:
+    """The inverse of a permutation [K]: the order that sorts it."""
+    shape, int64 = permutation.shape, ir.DataType.INT64
+    assert shape is not None
+    _, inverse = builder.add_many(
+        "TopK",
+        [permutation, builder.constant(shape.numpy())],
+        f"{permutation.name}.TopK",
+        [(int64, shape), (int64, shape)],
+        attributes={"largest": 0},
+    )
+    return inverse
 
 
 def _stack(

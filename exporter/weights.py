@@ -96,7 +96,7 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
             experts). Weights that an adapter changes are always written.
 
     Raises:
-        ExportError: there is nothing to pack, or single experts have their columns in an order of their own.
+        ExportError: there is nothing to pack.
     """
     quantized = _quantized_parts(checkpoint, DTYPES[dtype].safetensors)
     _check_dtype(checkpoint, dtype, quantized)
@@ -160,18 +160,10 @@ def _quantized_parts(checkpoint: Checkpoint, dtype: str) -> dict[str, Part]:
 def _permutation(
     checkpoint: Checkpoint, storage: Storage, linear: str, shape: tuple[int, int]
 ) -> Repacked | None:
-    """The order of a weight's columns, if it is not their own.
-
-    Raises:
-        ExportError: of an expert, whose activations are gathered for each token inside an operator.
-    """
+    """The order of a weight's columns, if it is not their own."""
     order = storage.order(linear, shape, checkpoint.path, checkpoint.tensors)
     if order is None:
         return None
-    if ".experts." in linear:
-        raise ExportError(
-            f"the columns of {linear} are in an order of their own (act-order), which is not supported for experts"
-        )
     data = order.astype("<i8").tobytes()
     return Repacked("I64", order.shape, (), lambda read: data)
 

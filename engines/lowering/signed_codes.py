@@ -5,12 +5,14 @@ signed types without zero points. With the middle code m,
 
     x W^T = x (s (q - m))^T - sums(x) c^T,    c = s (z - m)
 
-where `sums` adds the columns of x in each block. Symmetric weights have z = m, and no second product; c is subtracted
-from the weights of experts, which are gathered before they are multiplied by. TensorRT rounds
+where `sums` adds the columns of x in each block. Symmetric weights have z = m, and no second product. TensorRT rounds
 s (q - m), c, the sums and both products to the model's dtype, where a package rounds s (q - z) and one product.
 
 It multiplies by 4 bits in blocks, and by 8 bits with a scale per row. 8 bits in blocks become two digits of 4 bits
 each, q = 16 h + l, side by side along K: [x x] times 16 s (h - 8) and s (l - 8), with m = 136.
+
+Experts are gathered before they are multiplied by: their digits are added, and c is subtracted from the weights
+themselves. Where the columns are sorted (act-order), the operator is given their order too.
 """
 
 from __future__ import annotations
@@ -19,14 +21,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from qwenport.contract import DOMAIN, MOE_EXPERTS
 from qwenport.engines.errors import LoweringError
+from qwenport.engines.lowering.act_order import columns_of, sorted_weight
 from qwenport.engines.lowering.few_bits import QuantizedWeight, quantized_weight
 from qwenport.engines.lowering.made_tensors import (
     Correction,
@@ -46,8 +47,11 @@ from qwenport.engines.lowering.signed_forms import (
     producer,
     products_by_input,
 )
-from qwenport.plugins.nodes import append_node, initializer
+from qwenport.engines.lowering.signed_nodes import SignedNodes
+from qwenport.plugins.moe_experts import INPUTS
+from qwenport.plugins.nodes import append_node, initializer, remove_unused
 
+INT32 = ir.DataType.INT32
 FILE = "codes.bin"
 """Holds the new tensors, next to the lowered model."""
 LEAST_BLOCK, MOST_BLOCK = 16, 128
@@ -67,6 +71,8 @@ class SignedWeight:
         elements: of its codes.
         dtype: of its codes.
         correction: what is subtracted; None of symmetric weights.
+        columns: the initializer int32 [experts, K] that has, for each column of an expert's codes, the column of its
+            input; None if they are the input's own, and of what is no stack of experts.
     """
 
     node: str
@@ -74,6 +80,7 @@ class SignedWeight:
     elements: int
     dtype: ir.DataType
     correction: Correction | None
+    columns: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,9 +117,7 @@ class UseSignedCodes(InPlacePass):
         work = _Work(model.graph)
         for node in [*model.graph]:
             if node.op_type == MOE_EXPERTS and node.domain == DOMAIN:
-                for stack in node.inputs[3:5]:
-                    if stack is not None:
-                        work.stack(stack)
+                work.experts(node)
         for group in products_by_input(model.graph):
             work.products(group)
         for node in [*model.graph]:
@@ -148,7 +153,7 @@ class _Work:
         name = f"{first.dequantize.name}.signed"
         correction = self._correction(name, weights, form)
         dequantized = self._dequantized(name, weights, form, correction, first.dequantize)
-        nodes = _Nodes(self.graph, f"{first.node.name}.signed", form.dtype)
+        nodes = SignedNodes(self.graph, f"{first.node.name}.signed", form.dtype)
         factor = nodes.op("Concat", x, x, axis=-1) if form.in_digits else x
         y = nodes.op("MatMul", factor, nodes.op("Transpose", dequantized, perm=[1, 0]))
         if correction is not None:
@@ -158,7 +163,8 @@ class _Work:
             values = self.graph.initializers[correction.name]
             y = nodes.op("Sub", y, nodes.op("Mul" if form.blocks == 1 else "MatMul", sums, values))
         outputs = [product.node.outputs[0] for product in group]
-        results = [y] if len(group) == 1 else nodes.split(y, [w.n for w in weights], outputs)
+        shapes = [value.shape for value in outputs]
+        results = [y] if len(group) == 1 else nodes.split(y, [w.n for w in weights], shapes)
         self.graph.insert_before(first.node, nodes.made)
         for product, old, new in zip(group, outputs, results, strict=True):
             new.name, new.type, new.shape = old.name, old.type, old.shape
@@ -170,7 +176,28 @@ class _Work:
             self._left(product.dequantize, {"Gather": dequantized} if gathered else {})
             self._remove(product.dequantize)
 
-    def stack(self, stack: ir.Value) -> None:
+    def experts(self, node: ir.Node) -> None:
+        """A mixture's weights, and the order of their columns if it is not their input's.
+
+        Raises:
+            LoweringError: TensorRT would expand them.
+        """
+        stacks = [stack for stack in node.inputs[3:5] if stack is not None]
+        columns = [columns_of(stack) for stack in stacks]
+        ordered = any(column.is_needed for column in columns)
+        names = [f"{stack.name}.columns" if ordered else None for stack in stacks]
+        for stack, name in zip(stacks, names, strict=True):
+            self.stack(stack, name)
+        if ordered:
+            made = [
+                self._add(f"{stack.name}.columns", INT32, column.shape, column.parts())
+                for stack, column in zip(stacks, columns, strict=True)
+            ]
+            node.resize_inputs(len(INPUTS) + len(made))
+            for index, value in enumerate(made, len(INPUTS)):
+                node.replace_input_with(index, value)
+
+    def stack(self, stack: ir.Value, columns: str | None) -> None:
         """A mixture's weights [experts, rows, columns]: each expert's dequantized, then stacked.
 
         Raises:
@@ -178,7 +205,8 @@ class _Work:
         """
         reshape = stack.producer()
         concat = None if reshape is None else producer(reshape, 0)
-        parts = [] if concat is None else [producer(concat, i) for i in range(len(concat.inputs))]
+        stacked = [] if concat is None else [value for value in concat.inputs if value is not None]
+        parts = [sorted_weight(value)[0].producer() for value in stacked]
         nodes = [node for node in parts if node is not None and is_dequantized(node)]
         if reshape is None or concat is None or not nodes:
             return
@@ -188,22 +216,17 @@ class _Work:
             raise LoweringError(
                 f"{stack.name}: experts that are not all quantized in one way cannot be stacked"
             )
-        if form.in_digits:
-            raise LoweringError(
-                f"{stack.name}: experts of 8 bits in blocks cannot be stacked; --target onnxruntime runs them"
-            )
         name = f"{stack.name}.DequantizeLinear"
         correction = self._correction(name, weights, form, of_experts=True)
-        made = self._dequantized(name, weights, form, correction, concat)
+        made = self._dequantized(name, weights, form, correction, concat, columns)
         if correction is not None:
-            nodes_made = _Nodes(self.graph, f"{stack.name}.signed", form.dtype)
-            made = nodes_made.corrected(made, self.graph.initializers[correction.name], form)
-            self.graph.insert_before(concat, nodes_made.made)
+            new = SignedNodes(self.graph, f"{stack.name}.signed", form.dtype)
+            made = new.corrected(made, self.graph.initializers[correction.name], form)
+            self.graph.insert_before(concat, new.made)
         reshape.replace_input_with(0, made)
-        self.graph.remove(concat, safe=True)
+        remove_unused(self.graph, concat.outputs[0])
         for node in nodes:
             self._left(node, {})
-            self._remove(node)
 
     def rows(self, node: ir.Node) -> None:
         """A weight whose rows are only gathered: an embedding.
@@ -242,19 +265,20 @@ class _Work:
         form: Form,
         correction: Correction | None,
         before: ir.Node,
+        columns: str | None = None,
     ) -> ir.Value:
         """DequantizeLinear of matrices one below the other.
 
         Raises:
             LoweringError: TensorRT has no such blocks.
         """
-        rows, columns = sum(weight.n for weight in weights), form.digits * form.k
+        rows, k = sum(weight.n for weight in weights), form.digits * form.k
         block = form.k
         attributes = {"axis": 0}
         shape: tuple[int, ...] = (rows,)
         if form.codes == INT4:
             block = min(form.block & -form.block, MOST_BLOCK)
-            attributes, shape = {"axis": 1, "block_size": block}, (rows, columns // block)
+            attributes, shape = {"axis": 1, "block_size": block}, (rows, k // block)
         if form.codes == INT4 and block < LEAST_BLOCK:
             raise LoweringError(
                 f"{weights[0].codes.name}: blocks of {form.block} values; TensorRT needs a multiple of {LEAST_BLOCK}"
@@ -262,13 +286,13 @@ class _Work:
         make = digits if form.in_digits else signed
         scale = partial(digit_scales if form.in_digits else repeated, repeats=form.block // block)
         codes = self._add(
-            f"{name}.codes", form.codes, (rows, columns), [partial(make, w) for w in weights]
+            f"{name}.codes", form.codes, (rows, k), [partial(make, w) for w in weights]
         )
         scales = self._add(
             f"{name}.scales", form.dtype, shape, [partial(scale, w) for w in weights]
         )
         made = tuple(str(w.codes.name).removesuffix(".codes") for w in weights)
-        self.weights.append(SignedWeight(name, made, rows * columns, form.codes, correction))
+        self.weights.append(SignedWeight(name, made, rows * k, form.codes, correction, columns))
         self.names.add(name)
         nodes: list[ir.Node] = []
         inputs, results = [codes, scales], [(form.dtype, codes.shape)]
@@ -287,8 +311,9 @@ class _Work:
         """What the sums are multiplied by, with its initializer; None if there is nothing to correct."""
         if form.symmetric and not form.in_digits:
             return None
-        padded = form.blocks > 1 and not of_experts
-        rows = form.blocks + (-form.blocks % SUMS if padded else 0)
+        rows = form.blocks
+        if form.blocks > 1 and not of_experts:
+            rows += -form.blocks % SUMS
         made = Correction(
             f"{name}.correction", tuple(weights), form.middle, rows, form.digits, of_experts
         )
@@ -314,63 +339,3 @@ class _Work:
         for value in inputs:
             if value.is_initializer() and not value.uses():
                 del self.graph.initializers[str(value.name)]
-
-
-class _Nodes:
-    """New nodes that will stand in front of an old one.
-
-    Attributes:
-        made: the nodes in order.
-    """
-
-    def __init__(self, graph: ir.Graph, name: str, dtype: ir.DataType) -> None:
-        self.made: list[ir.Node] = []
-        self._graph, self._name, self._dtype = graph, name, dtype
-
-    def op(self, kind: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        """Append a node with one output."""
-        name = f"{self._name}.{kind}_{len(self.made)}"
-        results = [(self._dtype, None)]
-        return append_node(self.made, kind, inputs, name, results, attributes=attributes)[0]
-
-    def sums(self, x: ir.Value, form: Form, rows: int) -> ir.Value:
-        """x [batch, seq, K] -> the sums of its blocks [batch, seq, rows]; beyond K there are zeros.
-
-        It is padded before it is summed: TensorRT makes one kernel of that, and two of the opposite.
-
-        Raises:
-            LoweringError: x has other axes.
-        """
-        if x.shape is None or len(x.shape) != 3:
-            raise LoweringError(f"{self._name}: {x.name} has not three axes")
-        if rows == 1:
-            return self.op("ReduceSum", x, self._integers(-1), keepdims=1)
-        padding = rows * form.block - form.k
-        if padding:
-            x = self.op("Pad", x, self._integers(0, 0, 0, 0, 0, padding))
-        blocks = self.op("Reshape", x, self._integers(0, 0, rows, form.block))
-        return self.op("ReduceSum", blocks, self._integers(-1), keepdims=0)
-
-    def corrected(self, weight: ir.Value, correction: ir.Value, form: Form) -> ir.Value:
-        """A weight [N, K] minus the correction [N, blocks, 1] of each block.
-
-        TensorRT does that to the gathered experts alone, in the kernel that dequantizes them.
-        """
-        assert weight.shape is not None
-        n = int(weight.shape.numpy()[0])
-        blocks = self.op("Reshape", weight, self._integers(n, form.blocks, form.block))
-        centred = self.op("Sub", blocks, correction)
-        return self.op("Reshape", centred, self._integers(n, form.k))
-
-    def split(
-        self, y: ir.Value, sizes: Sequence[int], outputs: Sequence[ir.Value]
-    ) -> Sequence[ir.Value]:
-        """Split the last axis into as many values as `outputs`."""
-        name, inputs = f"{self._name}.Split", [y, self._integers(*sizes)]
-        results = [(self._dtype, value.shape) for value in outputs]
-        return append_node(self.made, "Split", inputs, name, results, attributes={"axis": -1})
-
-    def _integers(self, *values: int) -> ir.Value:
-        name = f"signed.{'_'.join(map(str, values))}"
-        tensor = ir.tensor(np.array(values, dtype=np.int64), name=name)
-        return initializer(self._graph.initializers, tensor)

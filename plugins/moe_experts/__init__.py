@@ -16,10 +16,10 @@ Qwen3Moe and Mixtral.
 """
 
 from qwenport.plugins.moe_experts.emission import emit
-from qwenport.plugins.moe_experts.function import function_body, tensorrt_body
+from qwenport.plugins.moe_experts.function import body_by_columns, function_body, tensorrt_body
 from qwenport.plugins.moe_experts.lowering import use_plugin
 from qwenport.plugins.moe_experts.reference import moe_experts
-from qwenport.plugins.moe_experts.schema import NAME, VERSION, schema
+from qwenport.plugins.moe_experts.schema import BY_COLUMNS, INPUTS, NAME, VERSION, schema
 from qwenport.plugins.operator import Operator, Plugin
 
 OPERATOR = Operator(
@@ -31,4 +31,15 @@ OPERATOR = Operator(
     plugin=Plugin(NAME, use_plugin),
 )
 
-__all__ = ["NAME", "OPERATOR", "VERSION", "function_body", "moe_experts", "schema", "tensorrt_body"]
+__all__ = [
+    "BY_COLUMNS",
+    "INPUTS",
+    "NAME",
+    "OPERATOR",
+    "VERSION",
+    "body_by_columns",
+    "function_body",
+    "moe_experts",
+    "schema",
+    "tensorrt_body",
+]

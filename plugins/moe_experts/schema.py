@@ -9,6 +9,10 @@ from qwenport.contract import DOMAIN, DTYPES, FP32, MOE_EXPERTS
 NAME = MOE_EXPERTS
 VERSION = 1
 INPUTS = ("x", "indices", "weights", "gate_up", "down")
+BY_COLUMNS = f"{NAME}ByColumns"
+"""A function that lowering for TensorRT puts in the operator's place; no package has it."""
+COLUMNS = ("gate_up_columns", "down_columns")
+"""Its inputs after INPUTS."""
 
 
 def schema() -> onnx.defs.OpSchema:

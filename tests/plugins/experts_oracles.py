@@ -15,8 +15,7 @@ import torch
 from calls import ELEMENTS, model_of_call, session_of
 from hypothesis import strategies as st
 
-from qwenport.plugins import moe_experts as op
-from qwenport.plugins.moe_experts import function_body, tensorrt_body
+from qwenport.plugins.moe_experts import body_by_columns, function_body, tensorrt_body
 
 OPERATOR = torch.ops.qwenport.moe_experts.default
 
@@ -195,6 +194,7 @@ def model_of(
     *,
     by_expert: bool = False,
     for_tensorrt: bool = False,
+    by_columns: bool = False,
     dtype: torch.dtype = torch.float32,
     rank: int = 2,
 ) -> onnx.ModelProto:
@@ -207,7 +207,10 @@ def model_of(
         "down": (element, 3),
     }
     body = tensorrt_body(opset) if for_tensorrt else function_body(opset, by_expert=by_expert)
-    return model_of_call(op.NAME, body, inputs, {"y": (element, rank)}, by_expert=int(by_expert))
+    if by_columns:
+        body = body_by_columns(opset)
+        inputs |= dict.fromkeys(("gate_up_columns", "down_columns"), (ir.DataType.INT32, 2))
+    return model_of_call(body.name, body, inputs, {"y": (element, rank)}, by_expert=int(by_expert))
 
 
 @functools.cache

@@ -24,6 +24,7 @@ CASES: dict[str, tuple[Path, Callable[..., Path], dict[str, Any]]] = {
         {"version": 2, "act_order": True, "symmetric": False, "zero_biases": True},
     ),
     "gptq, mixture": (MIXTURE, write_gptq, {"bits": 8, "group": -1, "symmetric": False}),
+    "gptq, mixture, act-order": (MIXTURE, write_gptq, {"act_order": True, "symmetric": False}),
 }
 
 
