@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from qwenport.exporter.quantization.storage import WEIGHT, Storage
+from qwenport.exporter.quantization.storage import WEIGHT, ZEROS, Storage
 
 LINEAR, EMBEDDING = "Linear", "Embedding"
 """Targets: every linear, and the embedding."""
@@ -71,6 +71,11 @@ class Quantization:
     def least_bits(self) -> int:
         """Of a value in a package, where they are fewest."""
         return min(16 if g.storage.is_whole else g.storage.bits for g in self.groups)
+
+    @property
+    def has_integers(self) -> bool:
+        """Whether some weights are integers with zero points, rather than FP8."""
+        return any(ZEROS in group.storage.part_names for group in self.groups)
 
     @property
     def rounds_inputs(self) -> bool:
