@@ -30,7 +30,7 @@ def check_layers(messages: Iterable[str], weights: Sequence[SignedWeight]) -> No
     """Refuse an engine in which a quantized weight is expanded.
 
     In every profile, each layer that dequantizes a weight must have its codes as a constant, and no output of fixed
-    sizes that is as large as the weight: what it makes of them depends on the tokens.
+    sizes that is as large as the weight, its digits added: what it makes of them depends on the tokens.
 
     Args:
         messages: TensorRT's, with the one that has the layers.
