@@ -74,6 +74,7 @@ class Interpreter:
             parsed.trt.DataType.INT32: torch.int32,
             parsed.trt.DataType.INT64: torch.int64,
             parsed.trt.DataType.BOOL: torch.bool,
+            parsed.trt.DataType.FP8: torch.float8_e4m3fn,
         }
         self._codes = (parsed.trt.DataType.INT8, parsed.trt.DataType.INT4)
         self._makers: dict[str, tuple[Any, str]] = {}
@@ -107,7 +108,7 @@ class Interpreter:
         return found | {name for name, (made, _) in self._scaled.items() if made in found}
 
     def type_of(self, tensor: Any) -> torch.dtype:
-        """The type in which a tensor is stored here; codes are only constants."""
+        """The type in which a tensor is stored here; codes of integers are only constants."""
         maker = self._makers.get(tensor.name)
         if tensor.dtype in self._codes and maker is not None and maker[1] == "CONSTANT":
             return torch.int8
