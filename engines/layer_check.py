@@ -29,8 +29,8 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 def check_layers(messages: Iterable[str], weights: Sequence[SignedWeight]) -> None:
     """Refuse an engine in which a quantized weight is expanded.
 
-    In every profile, a layer that dequantizes a weight must have its codes as a constant, and none may have an output of
-    fixed sizes that is as large as the weight: what they make of it depends on the tokens. With inputs in FP8 the
+    In every profile, a layer that dequantizes a weight must have its codes as a constant, and none may have an output
+    of fixed sizes that is as large as the weight: what they make of it depends on the tokens. With inputs in FP8 the
     weight's scales are in another layer than its codes.
 
     Args:
