@@ -151,7 +151,7 @@ class Candidate:
             layers: the first layers to look at.
         """
         found: dict[int, dict[str, str]] = {}
-        if self._interpreter is not None or self._target.package is None:
+        if self._target.package is None:
             return found
         with reported(self._target.package.model, "cannot be read as a model"):
             for node in self._target.package.read_model().graph:

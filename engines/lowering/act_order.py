@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from qwenport.engines.errors import LoweringError
 from qwenport.engines.lowering.made_tensors import Part, read
-from qwenport.engines.lowering.signed_forms import producer
+from qwenport.engines.lowering.products import producer
 
 
 def sorted_weight(weight: ir.Value) -> tuple[ir.Value, ir.Value | None]:

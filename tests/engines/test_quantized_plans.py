@@ -261,7 +261,7 @@ def test_engines_for_every_default_gpu_build(
         config, tmp_path / "c", layers=1, bits=bits, group=group, dtype=torch.float16
     )
     package = export(folder, tmp_path / "package", max_seq_len=1024, dtype="fp16")
-    assert code_types(package.config.quantization) == (codes,)
+    assert code_types(package.config) == (codes,)
     engine = engines.build(package.path, tmp_path / "engine", target="tensorrt-rtx", max_batch=1)
     assert engine.manifest["gpus"] == list(parse_gpus(None, RTX, "fp16", (codes,)))
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from qwenport.contract import DOMAIN, no_progress
 from qwenport.engines import LoweringError
-from qwenport.engines.lowering import CODES_FILE, SignedCodes, UseSignedCodes, write_tensors
+from qwenport.engines.lowering import CODES_FILE, MadeFile, UseSignedCodes, write_tensors
 
 from .quantized_graphs import DTYPES, Quantized, count, dequantize_linear, difference, random_weight
 
@@ -67,13 +67,13 @@ class Graph:
         return ir.Model(graph, ir_version=11)
 
 
-def lower(model: ir.Model) -> SignedCodes:
-    codes = UseSignedCodes()
-    codes(model)
-    return codes.made
+def lower(model: ir.Model) -> MadeFile:
+    made = MadeFile()
+    UseSignedCodes(made)(model)
+    return made
 
 
-def run(model: ir.Model, made: SignedCodes, folder: Path, **feeds: Any) -> list[Any]:
+def run(model: ir.Model, made: MadeFile, folder: Path, **feeds: Any) -> list[Any]:
     """What onnxruntime computes with the lowered graph and the file that it refers to."""
     target = folder / "lowered"
     target.mkdir()

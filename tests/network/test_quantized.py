@@ -13,17 +13,22 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
+from float_quantized import write_float_quantized
 from quantized import quantize, write_pack_quantized
 from quantized_words import gptq_dequantized, write_gptq
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qwenport.contract import DTYPES
+from qwenport.engines.onnxruntime_session import OnnxRuntimeSession
 from qwenport.exporter import Package, export
 from qwenport.validate.network import Interpreter, NetworkSession, ParsedNetwork, parse_package
 from qwenport.validate.network.constants import check_constants
 from qwenport.validate.network.parse import with_exact_tables
 from qwenport.validate.network.quantized import unpacked
+from qwenport.validate.reference.rounded_inputs import by_formula
+
+TRAINED = Path(__file__).parents[2] / "examples" / "tiny-qwen2.5"
 
 CAPACITY = 32
 TEXTS = [[1, 2, 3, 4, 5, 6, 7], [40, 11, 30]]
@@ -144,6 +149,71 @@ def test_the_network_computes_with_the_dequantized_weights(case: tuple[Package, 
     assert difference(exact, wanted) <= EXACT
     corrected = any(weight.correction is not None for weight in parsed.signed.values())
     assert difference(declared, wanted) <= OWN_ERROR[corrected] * difference(rounded, wanted)
+
+
+FLOAT8: dict[str, dict[str, Any]] = {
+    "rows": {},
+    "one scale": {"by_row": False},
+    "static": {"activations": "static", "by_row": False},
+    "dynamic": {"activations": "dynamic"},
+}
+
+
+@pytest.mark.parametrize("scheme", FLOAT8)
+def test_the_network_of_fp8_computes_what_the_package_does(tmp_path: Path, scheme: str) -> None:
+    """In exact arithmetic, with the codes of inputs: a near-tie would be off by much more."""
+    package = export(
+        write_float_quantized(TRAINED, tmp_path / "c", **FLOAT8[scheme]), tmp_path / "p"
+    )
+    parsed = parse_package(package, CAPACITY)
+    assert not parsed.complaints
+    row = check_constants(parsed, package, False)
+    assert row.status == "passed" and row.reason is None
+    session = OnnxRuntimeSession(package, max_batch=2, capacity=CAPACITY)
+    wanted = np.concatenate(list(session.prefill(TEXTS, all_logits=True)))
+    assert difference(logits(parsed, package, exact=True), wanted) <= EXACT
+
+
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+def test_inputs_are_rounded_step_by_step_as_compressed_tensors_does(
+    tmp_path: Path, activations: str
+) -> None:
+    """In bf16, bit for bit, given the same inputs."""
+    checkpoint = write_float_quantized(TRAINED, tmp_path / "c", activations=activations)
+    package = export(checkpoint, tmp_path / "p")
+    values = {str(v.name) for node in package.read_model().graph for v in node.outputs}
+    rounded = [name for name in values if name.endswith(".rounded")]
+    session = NetworkSession(
+        Interpreter(parse_package(package, CAPACITY)),
+        package.config,
+        max_batch=1,
+        capacity=CAPACITY,
+        max_positions=package.max_seq_len,
+        observe=[*rounded, *(name.removesuffix(".rounded") for name in rounded)],
+    )
+    list(session.prefill(TEXTS[:1], all_logits=True))
+    scales = load_file(checkpoint / "model.safetensors")
+    for name in rounded:
+        made, x = (
+            torch.from_numpy(session.observed[n]).bfloat16()
+            for n in (name, name.removesuffix(".rounded"))
+        )
+        options = [t.reshape(()) for n, t in scales.items() if n.endswith("input_scale")] or [None]
+        assert any(torch.equal(by_formula({}, x, scale), made) for scale in options), name
+
+
+def test_a_wrong_code_or_scale_in_fp8_is_found(tmp_path: Path) -> None:
+    package = export(
+        write_float_quantized(TRAINED, tmp_path / "c", activations="static"), tmp_path / "p"
+    )
+    parsed = parse_package(package, CAPACITY)
+    for part in ("codes", "scales"):
+        name = next(name for name in parsed.made if name.endswith(f".{part}"))
+        other = parsed.constants[name].clone()
+        other.view(-1).view(torch.uint8)[3] ^= 1
+        wrong = replace(parsed, constants={**parsed.constants, name: other})
+        failed = {c.metric for c in check_constants(wrong, package, False).checks if not c.passed}
+        assert "quantized weights with other values" in failed
 
 
 @pytest.mark.parametrize("part", ["codes", "scales", "correction"])

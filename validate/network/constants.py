@@ -155,6 +155,7 @@ def _constants(parsed: ParsedNetwork) -> Iterator[tuple[str, _Constant]]:
     """Every floating-point constant of the network by its layer's name, and those that are codes or int32."""
     trt = parsed.trt
     types = {**floating_types(trt), trt.DataType.INT4: CODES[ir.DataType.INT4]}
+    types[trt.DataType.FP8] = CODES[ir.DataType.FLOAT8E4M3FN]
     for layer, kind in parsed.layers():
         if kind != "CONSTANT":
             continue

@@ -46,7 +46,11 @@ def floating_types(trt: Any) -> dict[Any, torch.dtype]:
 
 
 TORCH = {dtype.ir: dtype.torch for dtype in DTYPES.values()}
-CODES = {ir.DataType.INT8: torch.int8, ir.DataType.INT4: torch.uint8}
+CODES = {
+    ir.DataType.INT8: torch.int8,
+    ir.DataType.INT4: torch.uint8,
+    ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
+}
 """Types of signed codes -> what holds them: torch has none of 4 bits."""
 INTEGERS = {ir.DataType.INT32: torch.int32}
 """Of the orders of columns that lowering makes."""
@@ -86,8 +90,8 @@ class ParsedNetwork:
         trt: the module it comes from.
         network: the INetworkDefinition.
         dtype: the model's, "bf16", "fp16" or "fp32"; None if unknown.
-        constants: name -> tensor of every floating-point initializer, in the model's dtype, of signed codes: int8, or
-            those of 4 bits as uint8 of two each, and of orders of columns: int32.
+        constants: name -> tensor of every floating-point initializer, of signed codes: int8 or FP8, or those of 4 bits as
+            uint8 of two each, and of orders of columns: int32.
         files: the files that hold the large ones.
         owners: objects that must live as long as the network.
         complaints: what `build` would refuse in it.

@@ -17,6 +17,7 @@ from qwenport.engines.lowering import SignedWeight
 from qwenport.exporter import CODES, SCALES, ZEROS, Package
 from qwenport.validate.quantized_parts import Orders
 
+FLOAT8 = ir.DataType.FLOAT8E4M3FN
 ROWS = 256
 """Of a weight, in memory at once."""
 
@@ -80,6 +81,7 @@ def differing(
             return unpacked(data, signed=False)[: shape[0] * shape[1]].view(shape)
         types = {ir.DataType.UINT8: torch.uint8, ir.DataType.FLOAT: torch.float32}
         types |= {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
+        types |= {FLOAT8: torch.float8_e4m3fn}
         return data.view(types[tensor.dtype]).view(shape)
 
     for node, weight in weights.items():
@@ -95,6 +97,13 @@ def differing(
         columns = None if weight.columns is None else made[weight.columns]
         at = 0
         for index, name in enumerate(weight.weights):
+            if weight.dtype == FLOAT8:
+                theirs8, factors = (of_package(f"{name}.{part}") for part in (CODES, SCALES))
+                mine = slice(at, at + len(theirs8))
+                at += len(theirs8)
+                if not _equal_float8(theirs8, factors, codes[mine], scales[mine]):
+                    yield name
+                continue
             parts = [of_package(f"{name}.{part}") for part in (CODES, SCALES, ZEROS)]
             rows = len(parts[0])
             mine = slice(at, at + rows)
@@ -110,6 +119,18 @@ def differing(
                     continue
             if not _equal(parts, codes[mine], scales[mine], theirs):
                 yield name
+
+
+def _equal_float8(
+    package_codes: torch.Tensor,
+    package_scales: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+) -> bool:
+    """Whether codes are the package's byte for byte, and scales [N, 1] have the values of its [N] or []."""
+    same = torch.equal(package_codes.view(torch.uint8), codes.view(torch.uint8))
+    wanted = package_scales.double().reshape(-1, 1).expand(scales.shape)
+    return same and torch.equal(scales.double(), wanted)
 
 
 def _equal(
