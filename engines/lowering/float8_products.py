@@ -36,10 +36,9 @@ from qwenport.engines.lowering.products import (
     multiplications,
     producer,
     redirect,
-    remove,
     replace_products,
 )
-from qwenport.plugins.nodes import append_node, initializer
+from qwenport.plugins.nodes import append_node, initializer, remove_unused
 
 SINGLE = FP32.ir
 
@@ -207,7 +206,7 @@ class _Work:
         weight = float8_weight(node)
         dequantized = self._dequantized(f"{node.name}.signed", [weight], weight.rounded, node)
         redirect(node, {"Gather": dequantized})
-        remove(self.graph, node)
+        remove_unused(self.graph, node.outputs[0])
 
     def _dequantized(
         self, name: str, weights: Sequence[Float8Weight], dtype: ir.DataType, before: ir.Node

@@ -19,6 +19,7 @@ from qwenport.contract import DOMAIN, no_progress
 from qwenport.engines import LoweringError
 from qwenport.engines.lowering import (
     CODES_FILE,
+    MadeFile,
     ReadExpertsOnce,
     SplitExperts,
     UseMatMulNBits,
@@ -180,9 +181,9 @@ def for_onnxruntime(model: ir.Model, folder: Path) -> ir.Model:
 
 
 def for_tensorrt(model: ir.Model, folder: Path) -> ir.Model:
-    codes = UseSignedCodes()
-    codes(model)
-    write_tensors(folder / CODES_FILE, codes.made.tensors, no_progress)
+    made = MadeFile()
+    UseSignedCodes(made)(model)
+    write_tensors(folder / CODES_FILE, made.tensors, no_progress)
     ReadExpertsOnce()(model)
     return model
 
@@ -266,12 +267,12 @@ def test_for_tensorrt_an_expert_s_columns_are_a_tensor_beside_its_codes(tmp_path
     mixture = small(bits=8, symmetric=False)
     mixture.orders[1]["down"] = None
     model = model_of(tmp_path, mixture, 2)
-    codes = UseSignedCodes()
-    codes(model)
-    assert [weight.columns for weight in codes.made.weights] == ["gate_up.columns", "down.columns"]
+    made = MadeFile()
+    UseSignedCodes(made)(model)
+    assert [weight.columns for weight in made.weights] == ["gate_up.columns", "down.columns"]
     assert not {"Gather", "TopK", "Concat"} & {node.op_type for node in model.graph}
     assert not any("permutation" in name for name in model.graph.initializers)
-    write_tensors(tmp_path / CODES_FILE, codes.made.tensors, no_progress)
+    write_tensors(tmp_path / CODES_FILE, made.tensors, no_progress)
     tensor = model.graph.initializers["down.columns"].const_value
     assert isinstance(tensor, ir.ExternalTensor) and tensor.offset is not None
     data = np.fromfile(tmp_path / CODES_FILE, np.int32, 3 * 48, offset=tensor.offset)
@@ -290,7 +291,7 @@ def test_tensorrt_refuses_gate_and_up_in_two_orders(tmp_path: Path) -> None:
     mixture = small()
     mixture.orders[2]["up"] = mixture.orders[2]["gate"][::-1].copy()
     with pytest.raises(LoweringError, match=r"^gate_up: .*different orders; --target onnxruntime"):
-        UseSignedCodes()(model_of(tmp_path, mixture, 2))
+        UseSignedCodes(MadeFile())(model_of(tmp_path, mixture, 2))
 
 
 def _largest(model: ir.Model) -> None:

@@ -90,8 +90,8 @@ class ParsedNetwork:
         trt: the module it comes from.
         network: the INetworkDefinition.
         dtype: the model's, "bf16", "fp16" or "fp32"; None if unknown.
-        constants: name -> tensor of every floating-point initializer, of signed codes: int8 or FP8, or those of 4 bits as
-            uint8 of two each, and of orders of columns: int32.
+        constants: name -> tensor of every floating-point initializer, of signed codes: int8 or FP8, or those of 4 bits
+            as uint8 of two each, and of orders of columns: int32.
         files: the files that hold the large ones.
         owners: objects that must live as long as the network.
         complaints: what `build` would refuse in it.
