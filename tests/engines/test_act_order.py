@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,9 @@ def _of_rows(model: ir.Model) -> None:
 
 
 @pytest.mark.parametrize("change", [_largest, _forward, _of_rows])
-@pytest.mark.parametrize("lower", [SplitExperts, UseSignedCodes])
+@pytest.mark.parametrize(
+    "lower", [SplitExperts, partial(UseSignedCodes, MadeFile())], ids=["split", "signed"]
+)
 def test_columns_that_are_gathered_in_another_way_are_refused(
     tmp_path: Path, lower: Callable[[], Any], change: Callable[[ir.Model], None]
 ) -> None:
