@@ -106,6 +106,20 @@ def code_types(config: ModelConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def serves(flavour: Flavour, gpu: str, config: ModelConfig, dtype: str) -> bool:
+    """Whether engines of a flavour run a model on an architecture."""
+    try:
+        codes = code_types(config)
+    except BuildError:
+        return False
+    return gpu in flavour.gpus and _has_types(gpu, dtype, codes)
+
+
+def _has_types(gpu: str, dtype: str, codes: Sequence[str]) -> bool:
+    has_dtype = dtype == "fp16" or gpu not in FP16_ONLY
+    return has_dtype and not any(gpu in WITHOUT[each] for each in codes)
+
+
 def parse_gpus(
     text: str | None, flavour: Flavour, dtype: str, codes: Sequence[str] = ()
 ) -> tuple[str, ...]:
@@ -122,12 +136,7 @@ def parse_gpus(
         BuildError: an unknown name, a repeated one, or one that cannot run the model; says which.
     """
     if text is None and flavour.builds_anywhere:
-        unfit = {gpu for each in codes for gpu in WITHOUT[each]}
-        return tuple(
-            gpu
-            for gpu in flavour.gpus
-            if (dtype == "fp16" or gpu not in FP16_ONLY) and gpu not in unfit
-        )
+        return tuple(gpu for gpu in flavour.gpus if _has_types(gpu, dtype, codes))
     asked = [current_gpu()] if text is None else [part.strip() for part in text.split(",")]
     gpus = tuple(map(str.lower, asked))
     for gpu, word in zip(gpus, asked, strict=True):

@@ -16,9 +16,9 @@ import torch
 from onnx import TensorProto, helper
 from quantized_shapes import write_gptq_shape, write_shape
 
-from qwenport import engines
+from qwenport import cli, engines
 from qwenport.contract import MASKED, PLAN, no_progress
-from qwenport.engines import FLAVOURS, BuildError
+from qwenport.engines import FLAVOURS, BuildError, serves
 from qwenport.engines.layer_check import check_layers
 from qwenport.engines.lowering import SignedWeight
 from qwenport.engines.lowering.made_tensors import Correction
@@ -29,6 +29,7 @@ from qwenport.exporter import Package, export
 from .layer_list import Layer, LayerList, layer_list
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 HALF, BIG = "qwen2.5-0.5b-instruct", "qwen2.5-7b-instruct"
 MIXTURE = "qwen1.5-moe-a2.7b-chat"
 VOCABULARY = 256
@@ -274,3 +275,24 @@ def test_a_quantized_mixture_with_plugins_is_refused(
         engines.build(
             package.path, tmp_path / "engine", target="tensorrt-rtx", plugins=tmp_path / "library"
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus"),
+    [
+        ("w4a16", {"sm80", "sm86", "sm89", "sm120", "sm121"}),
+        ("fp8-dynamic", {"sm89", "sm120", "sm121"}),
+    ],
+)
+def test_inspect_says_which_gpus_build_takes(
+    name: str, gpus: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = export(EXAMPLES / "quantized" / name, tmp_path / "package")
+    chosen = parse_gpus(None, RTX, package.dtype, code_types(package.config))
+    assert set(chosen) == gpus
+    told = {gpu for gpu in RTX.gpus if serves(RTX, gpu, package.config, package.dtype)}
+    assert told == gpus
+    assert cli.main(["inspect", str(package.path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    able = {g["architecture"] for g in shown["gpus"] if RTX.name in g["targets"]}
+    assert able and able <= gpus
