@@ -19,6 +19,7 @@ from qwenport.engines.lowering.float8 import DequantizeFloat8AtLoad
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
 from qwenport.engines.lowering.made_tensors import Correction, write_tensors
+from qwenport.engines.lowering.moved_inputs import MoveRoundedInputs
 from qwenport.engines.lowering.read_experts_once import ReadExpertsOnce
 from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables, folded
 from qwenport.engines.lowering.rounded import RoundResults
@@ -35,6 +36,7 @@ from qwenport.engines.lowering.targets import (
     for_onnxruntime,
     for_onnxruntime_engine,
     for_onnxruntime_int8,
+    for_onnxruntime_moved,
     for_onnxruntime_rounded,
     for_tensorrt,
 )
@@ -55,6 +57,7 @@ __all__ = [
     "FoldConstants",
     "FoldRopeTables",
     "FuseTransposedMatMul",
+    "MoveRoundedInputs",
     "ReadExpertsOnce",
     "RoundResults",
     "SignedCodes",
@@ -74,6 +77,7 @@ __all__ = [
     "for_onnxruntime",
     "for_onnxruntime_engine",
     "for_onnxruntime_int8",
+    "for_onnxruntime_moved",
     "for_onnxruntime_rounded",
     "for_tensorrt",
     "plugin_layers",
