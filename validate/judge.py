@@ -23,11 +23,11 @@ from qwenport.validate.run import Observation
 from qwenport.validate.scenarios import Scenario
 from qwenport.validate.text import Choices, Text
 from qwenport.validate.thresholds import (
+    FP8_TYPICAL_POSITIONS,
     FP32_NEAR_TIE_MOST,
     FP32_REL_L2_MOST,
     FP32_REL_L2_MOST_DENSE,
     FP32_TIMES_OWN_ROUNDING_LEAST,
-    FP8_TYPICAL_POSITIONS,
     HALF_CONFIDENCE,
     HALF_Z,
     Thresholds,

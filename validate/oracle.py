@@ -63,7 +63,9 @@ class Oracle:
         known = self._known.setdefault((dtype, attention), [])
 
         def implementation(text: Text) -> str:
-            return "sdpa" if dtype in ("fp32", INT8, E4M3) and len(text.tokens) > LONG else attention
+            return (
+                "sdpa" if dtype in ("fp32", INT8, E4M3) and len(text.tokens) > LONG else attention
+            )
 
         missing: dict[int, set[int]] = {}  # by index in `known`
         for text in sorted(texts, key=lambda text: -len(text.tokens)):
@@ -121,7 +123,7 @@ class Oracle:
         ]
 
     def typical_error(self, dtype: str) -> float:
-        """transformers' own error in a dtype at a typical position: ||difference|| in logits, at least FP8_LEAST of them.
+        """transformers' own error in a dtype at a typical position: ||difference||, at least FP8_LEAST of the logits.
 
         The root mean square over the tokens that `own_rounding` is measured on.
         """

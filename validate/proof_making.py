@@ -57,11 +57,11 @@ from qwenport.validate.proof_cases import (
 )
 from qwenport.validate.streaming import Geometry, Use, stream
 from qwenport.validate.thresholds import (
+    FP8_LEAST,
+    FP8_ROUNDING_MARGIN,
     FP32_REL_L2,
     FP32_REL_L2_MOST_DENSE,
     FP32_TIMES_OWN_ROUNDING,
-    FP8_LEAST,
-    FP8_ROUNDING_MARGIN,
     HALF_TIMES_OWN,
 )
 

@@ -211,7 +211,9 @@ def _engine(path: Path) -> Target:
             path=path,
             judged_as=ENGINE,
             dtype=manifest["package"]["dtype"],
-            compute_dtype=engine.activations if manifest["dtype"] == FP32.name else manifest["dtype"],
+            compute_dtype=engine.activations
+            if manifest["dtype"] == FP32.name
+            else manifest["dtype"],
             rounds=False,
             device="cpu" if on_cpu else "cuda",
             config=config,

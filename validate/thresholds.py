@@ -94,7 +94,7 @@ FP8_TIMES_OWN = 1.25
 # Such codes are rare in a small model, and a position may have one by chance that the measurement does not have there:
 # each scenario counts as if it had so many more positions, where both errors are the typical one.
 FP8_TYPICAL_POSITIONS = 16
-# That is at least what one code does among few columns, relative to the logits: its step is up to an eighth of an input.
+# That is at least what one code does among few columns, of the logits: its step is up to an eighth of an input.
 FP8_LEAST = 2.0**-6
 
 # cos and sin of equal angles on two different vector units: a few units in the last place of 1 (1.2e-7).

@@ -22,7 +22,7 @@ EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype that "fp32", "bf16", "fp16" or "fp64" names; that of INT8 and E4M3 is fp32, in which only products round.
+    """The dtype that "fp32", "bf16", "fp16" or "fp64" names; that of INT8 and E4M3 is fp32: only products round.
 
     Raises:
         ValidationError: another name.

@@ -320,9 +320,12 @@ class Reference:
         torch_dtype(dtype)
         if not 0 <= index < self.num_layers:
             raise ValidationError(f"layer {index} is not one of the {self.num_layers} layers")
-        with self._model.layer(index, dtype) as module:
-            with attached(together(*self._rounding_activations(dtype)), 0, [(index, module)]):
-                yield module
+        rounding = together(*self._rounding_activations(dtype))
+        with (
+            self._model.layer(index, dtype) as module,
+            attached(rounding, 0, [(index, module)]),
+        ):
+            yield module
 
     @contextlib.contextmanager
     def agreeing(self, module: Any, index: int, choices: Choices | None) -> Iterator[None]:

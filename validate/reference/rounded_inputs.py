@@ -100,9 +100,9 @@ def by_formula(
 
 
 def moved(tokens: torch.Tensor) -> torch.Tensor:
-    """Inputs [tokens, K], each moved at random, but always the same, by up to FP8_ROUNDING_MARGIN of its token's largest.
+    """Inputs [tokens, K], each moved at random by up to FP8_ROUNDING_MARGIN of its token's largest.
 
-    A text that begins as another is moved as that one is.
+    Always the same way, and a text that begins as another is moved as that one is.
     """
     shares = 2 * torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) - 1
     largest = tokens.abs().amax(1, keepdim=True)
