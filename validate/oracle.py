@@ -129,6 +129,6 @@ class Oracle:
         """
         text = Text(self._tokens, tuple(range(len(self._tokens))))
         (right,) = self.logits([text])
-        errors = [own.by_position.difference for own in self.own_errors([text], dtype)]
-        rms = [np.linalg.norm(error) for error in [*errors, FP8_LEAST * right]]
-        return float(max(rms) / np.sqrt(len(right)))
+        owns = self.own_errors([text], dtype)
+        sums = [float(np.linalg.norm(own.by_position.difference)) for own in owns]
+        return max(*sums, FP8_LEAST * float(np.linalg.norm(right))) / float(np.sqrt(len(right)))

@@ -399,7 +399,9 @@ class Reference:
 
     def _rounding_activations(self, dtype: str) -> list[Attach]:
         """What a dtype does to the activations of products."""
-        return {INT8: [rounding_activations(self._model.blocks)], E4M3: [moving]}.get(dtype, [])
+        if dtype == INT8:
+            return [rounding_activations(self._model.blocks)]
+        return [moving] if dtype == E4M3 else []
 
     def _replaying(self, choices: Sequence[Choices | None]) -> Attach:
         def taken(count: int) -> None:
