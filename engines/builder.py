@@ -16,6 +16,7 @@ from typing import Any
 from qwenport import __version__
 from qwenport.contract import (
     AUTO,
+    E4M3,
     ENGINE_FORMAT,
     ENGINE_VERSION,
     MANIFEST,
@@ -146,7 +147,8 @@ def _manifest(request: Request, filled: Filled, folder: Path) -> dict[str, Any]:
         if quantization is None
         else {
             "weights": quantization.in_words(),
-            "activations": filled.activations or filled.dtype,
+            "activations": filled.activations
+            or (E4M3 if quantization.rounds_inputs else filled.dtype),
         },
         "profiles": list(filled.profiles),
         "bindings": filled.bindings,

@@ -13,6 +13,7 @@ from qwenport.contract import (
     COS_TABLE,
     DIRECT,
     DTYPES,
+    E4M3,
     ENGINE_FORMAT,
     ENGINE_VERSION,
     ENGINE_WEIGHTS,
@@ -118,7 +119,7 @@ class Engine:
 
     @property
     def activations(self) -> str:
-        """What activations are rounded to in products: INT8, or the engine's dtype."""
+        """What activations are rounded to in products: INT8, E4M3, or the engine's dtype."""
         quantization = self.manifest["quantization"]
         found: str = (quantization or {}).get("activations", self.manifest["dtype"])
         return found
@@ -164,7 +165,7 @@ def load_engine(path: Path | str) -> Engine:
             _check_attention(manifest)
             if manifest["quantization"] is not None:
                 check_shape(manifest["quantization"], QUANTIZATION_SHAPE)
-                if manifest["quantization"]["activations"] not in (*DTYPES, INT8):
+                if manifest["quantization"]["activations"] not in (*DTYPES, INT8, E4M3):
                     raise ValueError("quantization.activations is no known type")
             if manifest["flavour"] == ONNXRUNTIME:
                 _check_onnxruntime(path, manifest)

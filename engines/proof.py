@@ -134,7 +134,7 @@ class Proof:
         marks: sequence and n of the logits that are compared, int32 [M, 2].
         fingerprints: of each mark's logits.
         bounds: the errors allowed, fp32 [M, 3]: to an engine that computes in fp32, to one in the package's dtype, and
-            to one in fp32 that rounds activations to int8 where it multiplies by quantized weights.
+            to one in fp32 that rounds activations where it multiplies by quantized weights.
         operations: what is done, in order.
         package_sha256: of the manifest of the package that the logits are of.
         dtype: that package's.

@@ -118,7 +118,7 @@ class Filled:
         bindings: as for the manifest.
         plugins: names of the plugin libraries among the files.
         plugin_layers: plugin -> the number of its uses.
-        activations: what products by quantized weights round activations to: INT8; None for `dtype`.
+        activations: what products by quantized weights round activations to: INT8; None for what the model does.
         weights: the manifest's entry for weight files, whose data are not hashed; None if there are none.
         hashes: file -> its SHA-256, where it is known already.
     """

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from qwenport import QwenportError
-from qwenport.contract import FP32, INT8, KEY_POSITIONS, PROOF, Progress, no_progress
+from qwenport.contract import FP32, KEY_POSITIONS, PROOF, Progress, no_progress
 from qwenport.engines.engine import Engine, load_engine
 from qwenport.engines.errors import EngineError, ProofError
 from qwenport.engines.open import open_session
@@ -24,7 +24,7 @@ from qwenport.engines.self_test_passes import forget_pass, remember_pass
 from qwenport.engines.session import Step
 from qwenport.wording import one_line
 
-IN_FP32, IN_PACKAGE_DTYPE, WITH_INT8 = 0, 1, 2
+IN_FP32, IN_PACKAGE_DTYPE, WITH_ROUNDED_ACTIVATIONS = 0, 1, 2
 """Columns of a proof's bounds."""
 
 
@@ -151,9 +151,9 @@ def self_test(target: Path | str, *, progress: Progress = no_progress) -> SelfTe
 
 
 def _column(engine: Engine) -> int:
-    if engine.activations == INT8:
-        return WITH_INT8
-    return IN_FP32 if engine.manifest["dtype"] == FP32.name else IN_PACKAGE_DTYPE
+    if engine.manifest["dtype"] != FP32.name:
+        return IN_PACKAGE_DTYPE
+    return IN_FP32 if engine.activations == FP32.name else WITH_ROUNDED_ACTIVATIONS
 
 
 def run_proof(

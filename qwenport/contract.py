@@ -83,6 +83,8 @@ BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in DTYPES.values()}
 HALF = (BF16, FP16)
 INT8 = "int8"
 """What some engines round the activations of products to, in blocks with a scale each."""
+E4M3 = "fp8"
+"""What the linears of some models round their inputs to, wherever they run: FP8, e4m3."""
 
 # --- bindings of a graph
 
@@ -265,6 +267,7 @@ FOR_CPP = {
     "split": SPLIT,
     "span_multiple": SPAN_MULTIPLE,
     "int8": INT8,
+    "e4m3": E4M3,
     "onnxruntime": ONNXRUNTIME,
     "tensorrt": TENSORRT,
     "tensorrt_rtx": TENSORRT_RTX,

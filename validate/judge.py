@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from qwenport.contract import E4M3
 from qwenport.validate.metrics import (
     Metrics,
     compare,
@@ -22,6 +23,7 @@ from qwenport.validate.run import Observation
 from qwenport.validate.scenarios import Scenario
 from qwenport.validate.text import Choices, Text
 from qwenport.validate.thresholds import (
+    FP8_TYPICAL_POSITIONS,
     FP32_NEAR_TIE_MOST,
     FP32_REL_L2_MOST,
     FP32_REL_L2_MOST_DENSE,
@@ -29,6 +31,7 @@ from qwenport.validate.thresholds import (
     HALF_CONFIDENCE,
     HALF_Z,
     Thresholds,
+    fp8_thresholds,
     fp32_thresholds,
     half_thresholds,
     override,
@@ -146,15 +149,19 @@ class Judge:
     def _in_half(
         self, observation: Observation, oracle: Float32
     ) -> tuple[Metrics, tuple[Check, ...]]:
-        own = self._worse(observation.texts)
-        bounds = self.override(half_thresholds(own))
+        own, typical = self._worse(observation.texts), np.zeros(0)
+        bounds = self.override((fp8_thresholds if self.dtype == E4M3 else half_thresholds)(own))
         theirs = np.array(own.by_position.difference)
-        margins = bounds.near_tie_margin * theirs / np.sqrt(own.vocab)
+        if self.dtype == E4M3:
+            typical = np.full(FP8_TYPICAL_POSITIONS, self._oracle.typical_error(E4M3))
+        near = np.maximum(theirs, typical.max(initial=0.0))
+        margins = bounds.near_tie_margin * near / np.sqrt(own.vocab)
         metrics = compare(observation.candidate, oracle, near_tie_margin=margins)
-        ours = np.array(metrics.by_position.difference)
+        ours = np.concatenate([metrics.by_position.difference, typical])
+        theirs = np.concatenate([theirs, typical])
         clear = metrics.positions - metrics.near_ties
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = float(np.divide(metrics.rel_l2, own.rel_l2)) if metrics.rel_l2 else 0.0
+            ratio = float(np.linalg.norm(ours) / np.linalg.norm(theirs)) if ours.any() else 0.0
         metrics = dataclasses.replace(
             metrics,
             own_ratio=ratio,

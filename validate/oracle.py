@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qwenport.contract import INT8
+from qwenport.contract import E4M3, INT8
 from qwenport.validate.metrics import Metrics, compare
 from qwenport.validate.text import Choices, Text
+from qwenport.validate.thresholds import FP8_LEAST
 
 if TYPE_CHECKING:
     from qwenport.validate.reference import Reference
@@ -48,6 +49,7 @@ class Oracle:
     def __init__(self, reference: Reference, tokens: Sequence[int]) -> None:
         """Measure `own_rounding` on some tokens, at least two."""
         self.reference = reference
+        self._tokens = tuple(tokens)
         self.own_rounding = reference.own_rounding(tokens) if len(tokens) > 1 else 0.0
         self._known: dict[tuple[str, str], list[_Known]] = {}
 
@@ -61,7 +63,9 @@ class Oracle:
         known = self._known.setdefault((dtype, attention), [])
 
         def implementation(text: Text) -> str:
-            return "sdpa" if dtype in ("fp32", INT8) and len(text.tokens) > LONG else attention
+            return (
+                "sdpa" if dtype in ("fp32", INT8, E4M3) and len(text.tokens) > LONG else attention
+            )
 
         missing: dict[int, set[int]] = {}  # by index in `known`
         for text in sorted(texts, key=lambda text: -len(text.tokens)):
@@ -117,3 +121,14 @@ class Oracle:
             compare(np.concatenate(self.logits(texts, dtype, attention)), right)
             for attention in ATTENTIONS
         ]
+
+    def typical_error(self, dtype: str) -> float:
+        """transformers' own error in a dtype at a typical position: ||difference||, at least FP8_LEAST of the logits.
+
+        The root mean square over the tokens that `own_rounding` is measured on.
+        """
+        text = Text(self._tokens, tuple(range(len(self._tokens))))
+        (right,) = self.logits([text])
+        owns = self.own_errors([text], dtype)
+        sums = [float(np.linalg.norm(own.by_position.difference)) for own in owns]
+        return max(*sums, FP8_LEAST * float(np.linalg.norm(right))) / float(np.sqrt(len(right)))

@@ -2,7 +2,8 @@
 
 Two programs run the same sequences, one after the other: the package as `validate` judges it, and the package with
 every result rounded to half precision. The second measures what rounding does to this model's logits, and from that
-follow the bounds. If weights are quantized, a third program measures what activations in int8 do.
+follow the bounds. If weights are quantized, a third program measures what rounding activations does: the package with
+activations in int8, or, if the model itself rounds them to FP8, with inputs that choose other codes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qwenport import __version__
 from qwenport.contract import (
     BF16,
     DTYPES,
+    E4M3,
     FP16,
     INT8,
     MANIFEST,
@@ -55,6 +57,8 @@ from qwenport.validate.proof_cases import (
 )
 from qwenport.validate.streaming import Geometry, Use, stream
 from qwenport.validate.thresholds import (
+    FP8_LEAST,
+    FP8_ROUNDING_MARGIN,
     FP32_REL_L2,
     FP32_REL_L2_MOST_DENSE,
     FP32_TIMES_OWN_ROUNDING,
@@ -78,10 +82,11 @@ TIMES_FP32 = {BF16.name: 2.0**16, FP16.name: 2.0**13}
 HALF_QUANTILE = 0.9
 # A router's choice may fall the other way if its margin is less than so many times what rounding moves its logits by.
 ROUTER_SIGMAS = 6.0
-# Of what one program that rounds so measures, this is allowed to others: processors round to int8 in different blocks.
-TIMES_OWN = {BF16.name: HALF_TIMES_OWN, FP16.name: HALF_TIMES_OWN, INT8: HALF_TIMES_OWN}
+# Of what one program that rounds so measures, this is allowed to others: processors round to int8 in different blocks,
+# and a code in FP8 that falls the other way may move one mark more than any in the measurement.
+TIMES_OWN = dict.fromkeys((BF16.name, FP16.name, INT8, E4M3), HALF_TIMES_OWN)
 # No model's own rounding measured less over many positions; a model of one layer that is exact by chance may.
-LEAST = {BF16.name: 2.0**-9, FP16.name: 2.0**-12, INT8: 2.0**-9}
+LEAST = {BF16.name: 2.0**-9, FP16.name: 2.0**-12, INT8: 2.0**-9, E4M3: FP8_LEAST}
 
 Float64 = NDArray[np.float64]
 Open = Callable[[Callable[[CachedSession], Any], Sequence[str]], CachedSession]
@@ -101,7 +106,7 @@ class Rounded:
     """What a program that rounds its results was off by.
 
     Attributes:
-        dtype: what it rounds to: "bf16", "fp16" or INT8.
+        dtype: what it rounds to: "bf16", "fp16", INT8 or E4M3.
         errors: for each sequence, the errors at all positions.
         moved: of each layer, what its router's logits moved by, root mean square, [layers].
     """
@@ -152,9 +157,10 @@ def make_proof(
     prints = run.exact(exact)
     dtype = BF16 if package.dtype == "fp32" else DTYPES[package.dtype]
     half = run.rounded(dtype.name, _opener(package, streamed, context, dtype.name), prints)
-    int8 = half
-    if package.config.quantization is not None:
-        int8 = run.rounded(INT8, _opener(package, streamed, context, INT8), prints)
+    activations, quantization = half, package.config.quantization
+    if quantization is not None:
+        kind = E4M3 if quantization.rounds_inputs else INT8
+        activations = run.rounded(kind, _opener(package, streamed, context, kind), prints)
     whole = context == package.max_seq_len
     wanted, experts = make_cases(context, package.max_batch, whole=whole), (0, 0)
     if routers:
@@ -162,7 +168,7 @@ def make_proof(
         wanted.insert(BASIC, case)
     cases = _fitting(wanted, sequences, _limit(package))
     marks = sorted({mark for case in cases for mark in case.marks})
-    bounds = _bounds(marks, run, package.dtype, half, int8)
+    bounds = _bounds(marks, run, package.dtype, half, activations)
     import onnxruntime
 
     starts = np.cumsum([0, *map(len, sequences)])[:-1]
@@ -189,7 +195,7 @@ def keep_proof(
     seconds: float | None = None,
     progress: Progress = no_progress,
 ) -> KeptProof:
-    """Make a package's proof and keep it in the package, unless it has one or its linears round their inputs.
+    """Make a package's proof and keep it in the package, unless it has one.
 
     Args:
         package: a verified package.
@@ -204,13 +210,6 @@ def keep_proof(
     kept = kept_proof(package)
     if kept is not None:
         return KeptProof(kept)
-    quantization = package.config.quantization
-    if quantization is not None and quantization.rounds_inputs:
-        return KeptProof(
-            None,
-            "no proof for `qwenport selftest`: linears round their inputs to FP8, where two correct programs may "
-            "choose different codes",
-        )
     context = CONTEXTS[0] if seconds is None else _longest(package, seconds)
     if context is None:
         return KeptProof(
@@ -264,13 +263,22 @@ def _routers(package: Package) -> list[Router]:
 
 
 def _opener(package: Package, streamed: bool, context: int, rounded: str | None) -> Open:
-    """Opens sessions of one row; with `rounded` each result is rounded to it, or for INT8 activations of products."""
-    from qwenport.engines.lowering import for_onnxruntime_int8, for_onnxruntime_rounded
+    """Opens sessions of one row; with `rounded` each result is rounded to it, or for INT8 activations of products.
+
+    For E4M3, inputs are moved before they are rounded.
+    """
+    from qwenport.engines.lowering import (
+        for_onnxruntime_int8,
+        for_onnxruntime_moved,
+        for_onnxruntime_rounded,
+    )
     from qwenport.validate.package_parts import PackageParts, on_cpu
 
     lower: Callable[[Any], Any] = on_cpu
     if rounded == INT8:
         lower = for_onnxruntime_int8
+    elif rounded == E4M3:
+        lower = partial(for_onnxruntime_moved, share=FP8_ROUNDING_MARGIN)
     elif rounded is not None:
         lower = partial(for_onnxruntime_rounded, dtype=DTYPES[rounded])
     vocab_size = package.manifest["model"]["vocab_size"]
@@ -401,18 +409,18 @@ class _Run:
 
 
 def _bounds(
-    marks: Sequence[Mark], run: _Run, dtype: str, half: Rounded, int8: Rounded
+    marks: Sequence[Mark], run: _Run, dtype: str, half: Rounded, activations: Rounded
 ) -> NDArray[np.float32]:
-    """The errors allowed at each mark, fp32 [M, 3]: in fp32, in the package's dtype, with activations in int8.
+    """The errors allowed at each mark, fp32 [M, 3]: in fp32, in the package's dtype, with rounded activations.
 
     Args:
         marks: the marks.
         run: knows which tokens may go to other experts.
         dtype: the package's.
         half: what rounding to half precision does.
-        int8: what activations in int8 do.
+        activations: what rounding activations does.
     """
-    by_half, by_int8 = _allowed(marks, run, half), _allowed(marks, run, int8)
+    by_half, by_activations = _allowed(marks, run, half), _allowed(marks, run, activations)
     typical, scale = float(np.median(np.concatenate(half.errors))), 1 / TIMES_FP32[half.dtype]
     # in fp32 a bound is far below the effect of a token that went to another expert, so any before counts
     tainted = [
@@ -420,13 +428,13 @@ def _bounds(
         for s in range(len(half.errors))
     ]
     found = []
-    for (sequence, n), rounded, with_int8 in zip(marks, by_half, by_int8, strict=True):
+    for (sequence, n), rounded, with_rounded in zip(marks, by_half, by_activations, strict=True):
         own = float(half.errors[sequence][n - 1])
         single = max(FP32_REL_L2, FP32_TIMES_OWN_ROUNDING * max(own, typical) * scale)
         single = ESTIMATE_MARGIN * min(single, FP32_REL_L2_MOST_DENSE)
         if bool(tainted[sequence][n - 1]):
             single = rounded
-        found.append((single, single if dtype == "fp32" else rounded, with_int8))
+        found.append((single, single if dtype == "fp32" else rounded, with_rounded))
     return np.array(found, dtype=np.float32)
 
 

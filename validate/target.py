@@ -11,6 +11,7 @@ from qwenport.contract import (
     AUTO,
     CHECKPOINT,
     ENGINE,
+    FP32,
     MANIFEST,
     NETWORK,
     ONNXRUNTIME,
@@ -44,7 +45,8 @@ class Target:
         dtype: dtype of the package's weights: "bf16", "fp16" or "fp32". An onnxruntime engine has their values in
             fp32.
         compute_dtype: the dtype in which scenarios are judged: onnxruntime on the CPU always computes in fp32, and a
-            network's arithmetic is judged exactly. INT8 is fp32 with activations of products rounded to int8.
+            network's arithmetic is judged exactly. INT8 and E4M3 are fp32 with activations of products rounded to
+            them, E4M3 of engines only, which do not show their codes.
         rounds: whether the rounding of the types that a network declares is judged as well.
         device: where it runs.
         config: the model's config, as exported.
@@ -196,15 +198,6 @@ def _form(package: Package, gpus: str | None, attention: str) -> tuple[str, tupl
     return form, architectures
 
 
-def _refuse_rounded_inputs(engine: Path, config: ModelConfig) -> None:
-    """Raises ValidationError: an engine's FP8 codes cannot be seen, so that none can be taken over in a tie."""
-    if config.quantization is not None and config.quantization.rounds_inputs:
-        raise ValidationError(
-            f"{engine}: its linears round their inputs to FP8, and an engine's codes cannot be observed; judge its "
-            "package"
-        )
-
-
 def _engine(path: Path) -> Target:
     from qwenport.engines import load_engine
 
@@ -214,12 +207,13 @@ def _engine(path: Path) -> Target:
         config = parse_config(
             read_config_json(path), manifest["rope_scaling"], manifest["max_seq_len"]
         )
-        _refuse_rounded_inputs(path, config)
         return Target(
             path=path,
             judged_as=ENGINE,
             dtype=manifest["package"]["dtype"],
-            compute_dtype=engine.activations,
+            compute_dtype=engine.activations
+            if manifest["dtype"] == FP32.name
+            else manifest["dtype"],
             rounds=False,
             device="cpu" if on_cpu else "cuda",
             config=config,

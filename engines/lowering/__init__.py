@@ -26,6 +26,7 @@ from qwenport.engines.lowering.made_tensors import (
     SignedWeight,
     write_tensors,
 )
+from qwenport.engines.lowering.moved_inputs import MoveRoundedInputs
 from qwenport.engines.lowering.read_experts_once import ReadExpertsOnce
 from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables, folded
 from qwenport.engines.lowering.rounded import RoundResults
@@ -35,6 +36,7 @@ from qwenport.engines.lowering.targets import (
     for_onnxruntime,
     for_onnxruntime_engine,
     for_onnxruntime_int8,
+    for_onnxruntime_moved,
     for_onnxruntime_rounded,
     for_tensorrt,
 )
@@ -56,6 +58,7 @@ __all__ = [
     "FoldRopeTables",
     "FuseTransposedMatMul",
     "MadeFile",
+    "MoveRoundedInputs",
     "MultiplyByFloat8",
     "ReadExpertsOnce",
     "RoundResults",
@@ -75,6 +78,7 @@ __all__ = [
     "for_onnxruntime",
     "for_onnxruntime_engine",
     "for_onnxruntime_int8",
+    "for_onnxruntime_moved",
     "for_onnxruntime_rounded",
     "for_tensorrt",
     "plugin_layers",

@@ -19,6 +19,7 @@ from qwenport.engines.lowering.float8_products import MultiplyByFloat8
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
 from qwenport.engines.lowering.made_tensors import MadeFile
+from qwenport.engines.lowering.moved_inputs import MoveRoundedInputs
 from qwenport.engines.lowering.read_experts_once import ReadExpertsOnce
 from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables
 from qwenport.engines.lowering.rounded import RoundResults
@@ -55,6 +56,25 @@ def for_onnxruntime_rounded(model: ir.Model, dtype: Dtype) -> ir.Model:
         DequantizeAtLoad(),
         DequantizeFloat8AtLoad(model),
         rounded,
+    )
+    return _lowered(model, passes)
+
+
+def for_onnxruntime_moved(model: ir.Model, share: float) -> ir.Model:
+    """Lower a package's graph for onnxruntime's CPU, with inputs moved before they are rounded to FP8. Changes `model`.
+
+    Args:
+        model: the package's graph.
+        share: see `MoveRoundedInputs`.
+    """
+    passes = (
+        SplitExperts(),
+        UseMatMulNBits(exact=True),
+        ComputeInFloat32(),
+        DequantizeAtLoad(),
+        DequantizeFloat8AtLoad(model),
+        MoveRoundedInputs(share),
+        FuseTransposedMatMul(),
     )
     return _lowered(model, passes)
 

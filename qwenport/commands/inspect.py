@@ -12,7 +12,7 @@ import click
 
 from qwenport.commands._common import PATH, note, print_json, runtime_of
 from qwenport.commands._gpus import USABLE, fits
-from qwenport.contract import CHUNKED, DIRECT, DTYPES, INT8, MASKED, ONNXRUNTIME, PROOF, SPLIT
+from qwenport.contract import CHUNKED, DIRECT, DTYPES, E4M3, INT8, MASKED, ONNXRUNTIME, PROOF, SPLIT
 from qwenport.wording import counted, size
 
 if TYPE_CHECKING:
@@ -301,8 +301,8 @@ def headline(facts: dict[str, Any]) -> list[str]:
     lines.append(weights)
     if facts["quantization"] is not None:
         stored = f"quantized {facts['quantization']}"
-        if facts.get("activations") == INT8:
-            stored += "; products by them round activations to int8"
+        if facts.get("activations") in (INT8, E4M3):
+            stored += f"; products by them round activations to {facts['activations']}"
         lines.append(stored)
     if "plan" in facts:
         lines.append(

@@ -137,7 +137,7 @@ ANY_TEXT = {("runtime_version",), ("gpus", 0), ("gpus", 1)}
         (
             ("quantization",),
             {"weights": "4 bits", "activations": "int4"},
-            "quantization.activations is not a dtype or int8",
+            "quantization.activations is not a dtype, int8 or fp8",
         ),
         (("quantization",), {"weights": 4, "activations": "int8"}, "quantization.weights is not"),
         (("gpus",), [], "gpus is not a list of GPU architectures"),

@@ -22,6 +22,7 @@ WORDS = {
     "gptq-act-order": b"4 bits in groups of 32, symmetric",
     "gptq-mixture": b"4 bits in groups of 32, symmetric",
     "w8a16": b"8 bits per row, symmetric",
+    "fp8-dynamic": b"FP8 per row, dynamic activations",
 }
 """Bundled checkpoint -> what its engine says of its weights."""
 PROMPTS = [list(range(100, 170)), [7], list(range(300, 333))]
@@ -58,7 +59,8 @@ def test_an_engine_says_what_its_weights_are(
 ) -> None:
     engine = library.load(made(scheme).path, onnxruntime=onnxruntime_library)
     info = engine.info()
-    assert (info.dtype, info.weights, info.activations) == (b"fp32", WORDS[scheme], b"int8")
+    activations = b"fp8" if scheme == "fp8-dynamic" else b"int8"
+    assert (info.dtype, info.weights, info.activations) == (b"fp32", WORDS[scheme], activations)
 
 
 @pytest.mark.parametrize("scheme", WORDS)

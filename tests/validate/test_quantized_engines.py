@@ -15,7 +15,7 @@ from quantized import write_pack_quantized
 from qwenport import engines, exporter
 from qwenport.contract import ENGINE_WEIGHTS, INT8
 from qwenport.engines import open_session, run_proof, self_test
-from qwenport.engines.self_test import IN_FP32, IN_PACKAGE_DTYPE, WITH_INT8
+from qwenport.engines.self_test import IN_FP32, IN_PACKAGE_DTYPE, WITH_ROUNDED_ACTIVATIONS
 from qwenport.exporter import read_safetensors_header
 from qwenport.validate import keep_proof, validate
 from qwenport.validate.identity import check_identity
@@ -75,7 +75,7 @@ def test_engines_reproduce_their_proof_with_activations_in_int8(
     )
     session = open_session(engine.path, capacity=engine.manifest["max_seq_len"])
     assert not run_proof(session, proof, IN_FP32).passed
-    assert (proof.bounds[:, WITH_INT8] > proof.bounds[:, IN_FP32]).all()
+    assert (proof.bounds[:, WITH_ROUNDED_ACTIVATIONS] > proof.bounds[:, IN_FP32]).all()
 
 
 def test_a_streamed_proof_has_the_same_bounds(made: Callable[[str], Made]) -> None:
@@ -87,7 +87,7 @@ def test_a_streamed_proof_has_the_same_bounds(made: Callable[[str], Made]) -> No
 def test_without_quantized_weights_the_third_bound_is_the_second(tmp_path: Path) -> None:
     package = exporter.export(EXAMPLES / DENSE, tmp_path / "package")
     bounds = make_proof(package).bounds
-    assert np.array_equal(bounds[:, WITH_INT8], bounds[:, IN_PACKAGE_DTYPE])
+    assert np.array_equal(bounds[:, WITH_ROUNDED_ACTIVATIONS], bounds[:, IN_PACKAGE_DTYPE])
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qwenport.contract import DTYPES, FP64, INT8
+from qwenport.contract import DTYPES, E4M3, FP64, INT8
 from qwenport.validate.errors import ValidationError
 
 KNOWN = {**DTYPES, FP64.name: FP64}
@@ -22,12 +22,12 @@ EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype that "fp32", "bf16", "fp16" or "fp64" names; that of INT8 is fp32, in which only products round.
+    """The dtype that "fp32", "bf16", "fp16" or "fp64" names; that of INT8 and E4M3 is fp32: only products round.
 
     Raises:
         ValidationError: another name.
     """
-    if name == INT8:
+    if name in (INT8, E4M3):
         return torch.float32
     if name not in KNOWN:
         raise ValidationError(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qwenport.contract import INT8, Progress, no_progress
+from qwenport.contract import E4M3, INT8, Progress, no_progress
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.failures import reported
 from qwenport.validate.quiet import quiet_transformers
@@ -42,7 +42,7 @@ from qwenport.validate.reference.loading import (
     read_config,
     torch_dtype,
 )
-from qwenport.validate.reference.rounded_inputs import agreeing, recorded
+from qwenport.validate.reference.rounded_inputs import agreeing, moving, moving_inputs, recorded
 from qwenport.validate.reference.streamed import StreamedModel
 from qwenport.validate.reference.whole import WholeModel
 from qwenport.validate.target import Target
@@ -130,7 +130,8 @@ class Reference:
         """Run each text in one piece and without a cache.
 
         Args:
-            dtype: the dtype that the model computes in; INT8 is fp32 with activations of products rounded to int8.
+            dtype: the dtype that the model computes in; INT8 is fp32 with activations of products rounded to int8,
+                E4M3 is fp32 with inputs moved a little before they are rounded to FP8.
             choices: for each text, experts to take over in near-ties. Their weights follow from the router's
                 probabilities; `replayed` counts them.
             attention: which of transformers' implementations to use: "eager", plain operators one after another,
@@ -319,12 +320,12 @@ class Reference:
         torch_dtype(dtype)
         if not 0 <= index < self.num_layers:
             raise ValidationError(f"layer {index} is not one of the {self.num_layers} layers")
-        with self._model.layer(index, dtype) as module:
-            if dtype == INT8:
-                with attached(self._rounding_activations(), 0, [(index, module)]):
-                    yield module
-            else:
-                yield module
+        rounding = together(*self._rounding_activations(dtype))
+        with (
+            self._model.layer(index, dtype) as module,
+            attached(rounding, 0, [(index, module)]),
+        ):
+            yield module
 
     @contextlib.contextmanager
     def agreeing(self, module: Any, index: int, choices: Choices | None) -> Iterator[None]:
@@ -344,10 +345,12 @@ class Reference:
         """transformers' projection to the vocabulary, as `layer`."""
         torch_dtype(dtype)
         with self._model.head(dtype) as module:
+            rounding: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
             if dtype == INT8:
-                with RoundingActivations(module, self._model.blocks("lm_head.", module)):
-                    yield module
-            else:
+                rounding = RoundingActivations(module, self._model.blocks("lm_head.", module))
+            elif dtype == E4M3:
+                rounding = moving_inputs(module)
+            with rounding:
                 yield module
 
     def embed(self, tokens: Sequence[int]) -> Float32:
@@ -391,12 +394,14 @@ class Reference:
         replay = self._replaying([None for _ in texts] if choices is None else choices)
         # recording hooks first: they must see the router's own choice
         attach = together(*attaches, replay, self._counting(what, len(texts)))
-        if dtype == INT8:
-            attach = together(self._rounding_activations(), attach)
+        attach = together(*self._rounding_activations(dtype), attach)
         return self._model.forward(texts, dtype, attach, attention)
 
-    def _rounding_activations(self) -> Attach:
-        return rounding_activations(self._model.blocks)
+    def _rounding_activations(self, dtype: str) -> list[Attach]:
+        """What a dtype does to the activations of products."""
+        if dtype == INT8:
+            return [rounding_activations(self._model.blocks)]
+        return [moving] if dtype == E4M3 else []
 
     def _replaying(self, choices: Sequence[Choices | None]) -> Attach:
         def taken(count: int) -> None:

@@ -3,6 +3,7 @@
 Rounding is a step: an input that two correct programs compute differently in its last bits may fall to either side,
 and everything after it then differs visibly. So where the oracle's input lies in the middle between two codes, up to
 FP8_ROUNDING_MARGIN, it can take over the target's code; a code that is not as near as its own is never taken over.
+What such codes do to logits is measured with inputs that are moved by so much before they are rounded.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class RoundsInput:
         given: the target's rounded input, [tokens, K], to take over where it is as near; None for none.
         taken: called with the number of codes taken over.
         made: gets the rounded inputs, fp32 [tokens, K]; None if nobody asks.
+        moves: whether inputs are moved first.
     """
 
     def __init__(self, stated: Mapping[str, Any], scale: torch.Tensor | None) -> None:
@@ -46,11 +48,13 @@ class RoundsInput:
         self.given: Float32 | None = None
         self.taken: Callable[[int], None] = lambda count: None
         self.made: list[Float32] | None = None
+        self.moves = False
 
     def __call__(self, module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         """Replace the module's input, [..., K]."""
         (x,) = inputs
         tokens = x.reshape(-1, x.shape[-1])
+        tokens = moved(tokens) if self.moves else tokens
         scale = None if self._scale is None else self._scale.to(x.dtype)
         # The library takes the first two axes for those of tokens: of [tokens, K] it would make one scale for all.
         made = (by_library if _has_library() else by_formula)(self._stated, tokens[None], scale)[0]
@@ -93,6 +97,34 @@ def by_formula(
         scale[scale == 0] = torch.finfo(x.dtype).eps
     steps = (x / scale).clamp(-LARGEST, LARGEST)
     return steps.to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+
+def moved(tokens: torch.Tensor) -> torch.Tensor:
+    """Inputs [tokens, K], each moved at random by up to FP8_ROUNDING_MARGIN of its token's largest.
+
+    Always the same way, and a text that begins as another is moved as that one is.
+    """
+    shares = 2 * torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) - 1
+    largest = tokens.abs().amax(1, keepdim=True)
+    return tokens + (FP8_ROUNDING_MARGIN * largest * shares).to(tokens.dtype)
+
+
+def moving(text: int, index: int, layer: Any) -> list[Any]:
+    """An `Attach`: the linears of a layer move their inputs before they round them."""
+    return [moving_inputs(layer)]
+
+
+@contextlib.contextmanager
+def moving_inputs(module: torch.nn.Module) -> Iterator[None]:
+    """The same for any module."""
+    hooks = _hooks(module).values()
+    for hook in hooks:
+        hook.moves = True
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.moves = False
 
 
 def agreeing(choices: Sequence[Choices | None], taken: Callable[[int], None]) -> Attach:

@@ -188,8 +188,9 @@ void read_quantization(const Node& root, EngineInfo& info) {
   const Node node = root.at("quantization");
   info.weights = node.is_null() ? info.dtype : node.at("weights").text();
   info.activations = node.is_null() ? info.dtype : node.at("activations").text();
-  if (info.activations != contract::int8 && find_dtype(info.activations) == nullptr) {
-    node.at("activations").wrong(std::string("a dtype or ") + contract::int8);
+  if (info.activations != contract::int8 && info.activations != contract::e4m3 &&
+      find_dtype(info.activations) == nullptr) {
+    node.at("activations").wrong(std::string("a dtype, ") + contract::int8 + " or " + contract::e4m3);
   }
 }
 

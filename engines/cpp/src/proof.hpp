@@ -18,8 +18,8 @@ struct Mark {
   const float* top_values = nullptr;      ///< [Proof::top]
   const float* projections = nullptr;     ///< [64]
   double norm = 0;                        ///< L2
-  /// Of an engine that computes in fp32, of one in the package's dtype, and of one in fp32 that rounds activations to
-  /// int8 where it multiplies by quantized weights.
+  /// Of an engine that computes in fp32, of one in the package's dtype, and of one in fp32 that rounds activations
+  /// where it multiplies by quantized weights.
   double bounds[3] = {0, 0, 0};
 };
 

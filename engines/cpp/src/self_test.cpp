@@ -164,8 +164,8 @@ SelfTestReport run_proof(const std::shared_ptr<const Model>& model, const Proof&
     fitting.push_back(&one);
   }
   if (!fitting.empty()) {
-    std::size_t bound = is_fp32 ? 0 : 1;
-    if (manifest.info.activations == contract::int8) bound = 2;
+    const std::size_t in_fp32 = manifest.info.activations == manifest.info.dtype ? 0 : 2;
+    const std::size_t bound = is_fp32 ? in_fp32 : 1;
     Runner runner(model, proof, options, bound);
     report.passed = std::all_of(fitting.begin(), fitting.end(),
                                 [&](const ProofCase* one) { return runner.run(*one, report); });
