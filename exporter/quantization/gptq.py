@@ -268,9 +268,9 @@ def _ignored(dynamic: Any) -> tuple[str, ...]:
     found = []
     for rule in dynamic or {}:
         pattern = rule.removeprefix("-:")
-        check_pattern("dynamic", pattern)
         if pattern == rule:
             raise refused("dynamic", rule)
+        check_pattern("dynamic", pattern)
         found.append(f"re:{pattern}")
     return tuple(found)
 

@@ -197,7 +197,9 @@ def test_a_plan_that_cannot_be_written_fails_the_build_and_leaves_nothing(
 
     monkeypatch.setattr(Path, "open", opened)
     with pytest.raises(OSError, match="No space left"):
-        engines.build(package_of("bf16").path, tmp_path / "engine", target="tensorrt-rtx")
+        engines.build(
+            package_of("bf16").path, tmp_path / "engine", target="tensorrt-rtx", gpus="sm89"
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -196,7 +196,7 @@ def test_what_a_tool_notes_for_itself_is_accepted(
         ({"is_marlin_format": True}, "is_marlin_format true"),
         ({"pack_dtype": "int64"}, "pack_dtype 'int64'"),
         ({"dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic '+:.*down.*'"),
-        ({"dynamic": {"-:(": {}}}, "dynamic '-:('"),
+        ({"dynamic": {"-:(": {}}}, "dynamic has '(', which is no regular"),
         ({"modules_in_block_to_quantize": []}, "modules_in_block_to_quantize"),
         ({"block_name_to_quantize": "vision.blocks"}, "block_name_to_quantize"),
         ({"adapter": {"rank": 8}}, "adapter"),
