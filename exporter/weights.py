@@ -177,6 +177,7 @@ def _check_dtype(checkpoint: Checkpoint, dtype: str, parts: Mapping[str, Part]) 
     Raises:
         ExportError: names a weight.
     """
+    first: tuple[str, str] | None = None
     for weight, (storage, _) in quantized_weights(checkpoint.config).items():
         linear = weight.removesuffix(WEIGHT)
         if storage.is_whole and dtype != checkpoint.dtype:
@@ -188,8 +189,13 @@ def _check_dtype(checkpoint: Checkpoint, dtype: str, parts: Mapping[str, Part]) 
             if not isinstance(part, ByReference | Repacked):
                 continue
             stored = part.entry.dtype if isinstance(part, ByReference) else part.dtype
-            if stored != DTYPES[dtype].safetensors:
-                own = BY_SAFETENSORS[stored].name
+            own = BY_SAFETENSORS[stored].name
+            first = first or (linear, own)
+            if own != first[1]:
+                raise ExportError(
+                    f"the scales of {first[0]} are {first[1]} and those of {linear} {own}: a package has one dtype"
+                )
+            if own != dtype:
                 raise ExportError(
                     f"the scales of {linear} are {own}; a quantized checkpoint is exported in their "
                     f"dtype: --dtype {own}"

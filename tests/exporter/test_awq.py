@@ -189,10 +189,14 @@ def test_zero_points_must_be_as_zero_point_false_says(dense: Path, tmp_path: Pat
         exporter.open_checkpoint(copy)
 
 
-def test_scales_must_be_finite(dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [(torch.nan, "holds NaN"), (torch.inf, "holds infinity"), (6e4, "takes codes beyond")],
+)
+def test_weights_must_be_finite(scale: float, said: str, dense: Path, tmp_path: Path) -> None:
     def damage(stored: dict[str, torch.Tensor]) -> None:
-        stored[f"{LINEAR}.scales"][1, 2] = torch.nan
+        stored[f"{LINEAR}.scales"][1, 2] = scale
 
     copy = changed(dense, tmp_path / "checkpoint", tensors=damage)
-    with pytest.raises(exporter.ExportError, match=r"up_proj\.weight\.scales: NaN or infinity"):
+    with pytest.raises(exporter.ExportError, match=rf"up_proj\.weight\.scales .*{said}"):
         exporter.export(copy, tmp_path / "package")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from changed import changed
+from changed import changed, set_to
 from evaluated import dequantized
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from quantized import quantize, write_pack_quantized
 from safetensors.torch import load_file
 
 from qwenport import exporter
+from qwenport.exporter.quantization import parse_quantization
 from qwenport.exporter.quantization.pack_quantized import PackQuantized
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -198,3 +200,79 @@ def test_a_tensor_that_the_format_does_not_have_so_is_named(
 def test_another_dtype_would_round_again(made: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(exporter.ExportError, match="exported in their dtype: --dtype bf16"):
         exporter.export(made("4 bits, groups"), tmp_path / "package", dtype="fp16")
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [(torch.nan, "holds NaN"), (-torch.inf, "holds infinity"), (3e38, "takes codes beyond")],
+)
+def test_scales_by_reference_are_checked_when_asked(
+    scale: float, said: str, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    def damage(stored: dict[str, torch.Tensor]) -> None:
+        stored["model.layers.1.mlp.up_proj.weight_scale"][3, 1] = scale
+
+    copy = changed(made("4 bits, groups"), tmp_path / "checkpoint", tensors=damage)
+    with pytest.raises(exporter.ExportError, match=rf"up_proj\.weight\.scales .*{said}"):
+        exporter.export(copy, tmp_path / "package", check_values=True)
+    assert not (tmp_path / "package").exists()
+
+
+def test_scales_of_two_dtypes_are_named(made: Callable[..., Path], tmp_path: Path) -> None:
+    def change(stored: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.1.mlp.up_proj.weight_scale"
+        stored[name] = stored[name].half()
+
+    copy = changed(made("4 bits, groups"), tmp_path / "checkpoint", tensors=change)
+    with pytest.raises(exporter.ExportError, match=r"q_proj are bf16 and those of .*up_proj fp16"):
+        exporter.export(copy, tmp_path / "package")
+
+
+@pytest.mark.parametrize("key", ["ignore", "targets"])
+def test_a_pattern_that_is_none_is_named(
+    key: str, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    def change(stated: dict[str, Any]) -> None:
+        place = stated if key == "ignore" else stated["config_groups"]["group_0"]
+        place[key] = [*place[key], "re:*gate"]
+
+    copy = changed(made("4 bits, groups"), tmp_path / "checkpoint", config=change)
+    with pytest.raises(exporter.ConfigError, match=rf"{key} has '\*gate', which is no regular"):
+        exporter.open_checkpoint(copy)
+
+
+def test_dense_is_no_sparsity(made: Callable[..., Path], tmp_path: Path) -> None:
+    sparsity = {"format": "dense", "sparsity_structure": "unstructured", "targets": []}
+    change = set_to(sparsity_config=sparsity)
+    exporter.open_checkpoint(
+        changed(made("4 bits, groups"), tmp_path / "checkpoint", config=change)
+    )
+
+
+def test_the_old_name_of_the_config_is_named(made: Callable[..., Path], tmp_path: Path) -> None:
+    copy = changed(made("4 bits, groups"), tmp_path / "checkpoint", config=set_to())
+    stated = json.loads((copy / "config.json").read_text())
+    stated["compression_config"] = stated.pop("quantization_config")
+    (copy / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(exporter.ConfigError, match="old name of quantization_config; rename it"):
+        exporter.open_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "quantized by 'bitsandbytes'"),
+        ({"quant_type": "gptq"}, "quant_method is missing"),
+        ({"quant_method": "compressed-tensors", "format": "mixed-precision"}, "has no group"),
+    ],
+)
+def test_a_method_that_is_not_said_plainly(stated: dict[str, Any], said: str) -> None:
+    with pytest.raises(exporter.ConfigError, match=said):
+        parse_quantization(stated)
+
+
+def test_a_group_without_a_format_of_its_own(made: Callable[..., Path], tmp_path: Path) -> None:
+    change = set_to(format="mixed-precision")
+    copy = changed(made("4 bits, groups"), tmp_path / "checkpoint", config=change)
+    with pytest.raises(exporter.ConfigError, match=r"group_0'?\.format is missing"):
+        exporter.open_checkpoint(copy)
