@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qwenport.contract import Progress
 from qwenport.exporter import ModelConfig, open_checkpoint
+from qwenport.validate.constant_shift import constant_shift
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.metrics import compare
 from qwenport.validate.oracle import Oracle
@@ -35,6 +36,7 @@ class Cost:
         kl_mean: mean KL(original || quantized) over positions, in nats.
         same_top1: share of positions with the same most likely token.
         perplexity, original_perplexity: of the text's tokens after the first.
+        warning: what is wrong with the weights by their looks; None if nothing is.
     """
 
     original: str
@@ -43,11 +45,14 @@ class Cost:
     same_top1: float
     perplexity: float
     original_perplexity: float
+    warning: str | None
 
     def __str__(self) -> str:
+        warning = "" if self.warning is None else f"; {self.warning}"
         return (
             f"against {self.original}, on {self.tokens} tokens: mean KL {self.kl_mean:.2g}, the same most likely token "
             f"in {100 * self.same_top1:.1f}%, perplexity {self.perplexity:.4g} ({self.original_perplexity:.4g} before)"
+            f"{warning}"
         )
 
 
@@ -73,6 +78,7 @@ def check_original(target: Target, original: Path) -> None:
 def cost_of_quantization(
     oracle: Oracle,
     target: Target,
+    checkpoint: Path,
     original: Path,
     tokens: Sequence[int],
     *,
@@ -85,6 +91,7 @@ def cost_of_quantization(
     Args:
         oracle: the quantized model.
         target: what is judged.
+        checkpoint: the quantized one.
         original: a checkpoint that `check_original` accepts.
         tokens: at least 2, as many as the model has positions for.
         layers, streamed: as the oracle runs.
@@ -92,6 +99,10 @@ def cost_of_quantization(
     """
     from qwenport.validate.reference import Reference
 
+    before, after = (
+        open_checkpoint(path, target.rope_scaling, max_seq_len=target.rope_length)
+        for path in (original, checkpoint)
+    )
     text = Text(tuple(tokens), tuple(range(len(tokens))))
     (quantized,) = oracle.logits([text])
     reference = Reference(
@@ -106,6 +117,7 @@ def cost_of_quantization(
         same_top1=metrics.top1,
         perplexity=_perplexity(quantized, tokens),
         original_perplexity=_perplexity(right, tokens),
+        warning=constant_shift(after, before),
     )
 
 

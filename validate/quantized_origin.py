@@ -94,7 +94,7 @@ def compare_with_origin(
     weights = quantized_weights(quantized.config)
     found, used, other = _Found(), set(), []
     for done, (weight, (_, shape)) in enumerate(weights.items(), 1):
-        source = _source(original, weight, shape)
+        source = source_of(original, weight, shape)
         used.add(source.name)
         _compare(quantization, quantized, weight, shape, original.path, source, found)
         progress("comparing with the original", done, len(weights))
@@ -111,7 +111,7 @@ def compare_with_origin(
     )
 
 
-def _source(original: Checkpoint, weight: str, shape: tuple[int, int]) -> TensorEntry:
+def source_of(original: Checkpoint, weight: str, shape: tuple[int, int]) -> TensorEntry:
     """Where the original has a weight, which may be a part of a stack of experts.
 
     Raises:

@@ -323,6 +323,7 @@ class Validation:
         return cost_of_quantization(
             self._oracle,
             self.target,
+            self.checkpoint,
             original,
             self.prompts.take(min(COST_TOKENS, plan.context)),
             layers=self.layers,

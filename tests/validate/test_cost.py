@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from quantized import write_pack_quantized
+from quantized_words import write_gptq
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from qwenport import cli, exporter
 from qwenport.validate import ValidationError, validate
+from qwenport.validate.constant_shift import constant_shift
 from qwenport.validate.prompts import make_prompts
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -77,3 +79,27 @@ def test_another_model_is_no_original(quantized: tuple[Path, Path], tmp_path: Pa
     plain = exporter.export(DENSE, tmp_path / "plain")
     with pytest.raises(ValidationError, match="nothing is quantized"):
         validate(plain.path, DENSE, original=DENSE)
+
+
+@pytest.mark.parametrize(("written", "read"), [(1, 2), (2, 1)])
+def test_zero_points_that_are_read_as_the_other_version_s_are_suspected(
+    written: int, read: int, tmp_path: Path
+) -> None:
+    checkpoint = write_gptq(DENSE, tmp_path / "right", symmetric=False, version=written)
+    original = exporter.open_checkpoint(DENSE)
+    assert constant_shift(exporter.open_checkpoint(checkpoint), original) is None
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = ("gptq", "gptq_v2")[read - 1]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    said = constant_shift(exporter.open_checkpoint(checkpoint), original)
+    assert said is not None
+    assert "q_proj.weight is moved to one side" in said and "gptq_v2" in said
+
+
+@pytest.mark.parametrize(
+    "name", sorted(p.name for p in (EXAMPLES / "quantized").iterdir() if p.is_dir())
+)
+def test_bundled_checkpoints_are_not_moved(name: str) -> None:
+    checkpoint = exporter.open_checkpoint(EXAMPLES / "quantized" / name)
+    source = "tiny-qwen2-moe" if checkpoint.config.moe else "tiny-qwen2.5"
+    assert constant_shift(checkpoint, exporter.open_checkpoint(EXAMPLES / source)) is None

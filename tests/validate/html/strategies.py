@@ -91,6 +91,7 @@ any_report = st.fixed_dictionaries(
             {
                 "original": texts,
                 "tokens": counts,
+                "warning": st.none() | texts,
                 **dict.fromkeys(
                     ("kl_mean", "same_top1", "perplexity", "original_perplexity"), numbers
                 ),
