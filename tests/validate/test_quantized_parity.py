@@ -41,3 +41,16 @@ def test_a_package_passes_in_every_way(name: str, tmp_path: Path) -> None:
     report = validate(tmp_path / "package", checkpoint, budget="quick")
     assert report.passed, report.verdict
     assert report.reference_weights.endswith("the formula, computed by validate")
+
+
+@pytest.mark.slow
+def test_a_network_passes_whose_products_are_corrected(tmp_path: Path) -> None:
+    """Two digits and zero points far from the middle: each product is the difference of larger ones, in fp16."""
+    source = make_checkpoint(tmp_path / "source", dtype=torch.float16)
+    how = {"bits": 8, "group": 32, "symmetric": False, "act_order": True}
+    checkpoint = write_gptq(source, tmp_path / "checkpoint", **how)
+    export(checkpoint, tmp_path / "package")
+    report = validate(
+        tmp_path / "package", checkpoint, judged_as="tensorrt-network", budget="quick"
+    )
+    assert report.passed, report.verdict
