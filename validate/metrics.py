@@ -117,8 +117,8 @@ def compare(
         )
     if not np.isfinite(reference).all():
         raise ValidationError(
-            "transformers itself computes NaN or infinite logits here; there is nothing to compare with (`qwenport export "
-            "--check-values` names a weight that is not finite)"
+            "transformers itself computes NaN or infinite logits here; there is nothing to compare with "
+            "(`qwenport export --check-values` names a weight that is not finite)"
         )
     blocks = [
         _Block.of(candidate[start : start + BLOCK], reference[start : start + BLOCK])
