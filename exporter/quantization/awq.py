@@ -18,9 +18,6 @@ from qwenport.exporter.quantization.quantization import LINEAR, ROUTERS, Group, 
 from qwenport.exporter.quantization.settings import Settings, refused
 from qwenport.exporter.quantization.storage import (
     CODES,
-    SCALES,
-    ZEROS,
-    Middle,
     Part,
     Repacked,
     Shape,
@@ -29,8 +26,8 @@ from qwenport.exporter.quantization.storage import (
 from qwenport.exporter.quantization.words import (
     Codes,
     packed,
+    scales_and_zeros,
     transposed,
-    transposed_scales,
     unpacked,
     words_of,
 )
@@ -107,22 +104,12 @@ class Awq(Storage):
     def parts(
         self, linear: str, shape: Shape, tensors: Mapping[str, TensorEntry], dtype: str
     ) -> dict[str, Part]:
-        codes, scales = tensors[f"{linear}.{QWEIGHT}"], tensors[f"{linear}.{QSCALES}"]
-        small = shape[0], scales.shape[0]
-        zeros: Part = Middle(self.code_dtype, small)
-        if not self.symmetric:
-            stored = tensors[f"{linear}.{QZEROS}"]
-            zeros = Repacked(
-                self.code_dtype, small, (stored,), lambda read: self.zero_points(read[0], small)
-            )
+        codes, scales, zeros = (tensors[f"{linear}.{s}"] for s in (QWEIGHT, QSCALES, QZEROS))
         return {
             CODES: Repacked(
                 self.code_dtype, shape, (codes,), lambda read: self.codes(read[0], shape)
             ),
-            SCALES: Repacked(
-                scales.dtype, small, (scales,), lambda read: transposed_scales(read[0], small)
-            ),
-            ZEROS: zeros,
+            **scales_and_zeros(self, scales, zeros, shape[0], self.zero_points),
         }
 
     def codes(self, data: bytes, shape: Shape) -> bytes:

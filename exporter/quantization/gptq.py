@@ -20,9 +20,6 @@ from qwenport.exporter.quantization.quantization import LINEAR, ROUTERS, Group, 
 from qwenport.exporter.quantization.settings import Settings, check_pattern, refused
 from qwenport.exporter.quantization.storage import (
     CODES,
-    SCALES,
-    ZEROS,
-    Middle,
     Order,
     Part,
     Repacked,
@@ -33,8 +30,8 @@ from qwenport.exporter.quantization.words import (
     WORD,
     halves,
     packed,
+    scales_and_zeros,
     transposed,
-    transposed_scales,
     unpacked,
     words_of,
 )
@@ -171,21 +168,11 @@ class Gptq(Storage):
     def parts(
         self, linear: str, shape: Shape, tensors: Mapping[str, TensorEntry], dtype: str
     ) -> dict[str, Part]:
-        codes, scales = tensors[f"{linear}.{QWEIGHT}"], tensors[f"{linear}.{QSCALES}"]
-        small = shape[0], scales.shape[0]
-        zeros: Part = Middle(self.code_dtype, small)
-        if not self.symmetric:
-            stored = tensors[f"{linear}.{QZEROS}"]
-            zeros = Repacked(
-                self.code_dtype, small, (stored,), lambda read: self.zero_points(read[0], small)
-            )
+        codes, scales, zeros = (tensors[f"{linear}.{s}"] for s in (QWEIGHT, QSCALES, QZEROS))
         sources = (codes, tensors[f"{linear}.{G_IDX}"]) if self.act_order else (codes,)
         return {
             CODES: Repacked(self.code_dtype, shape, sources, lambda read: self.codes(read, shape)),
-            SCALES: Repacked(
-                scales.dtype, small, (scales,), lambda read: transposed_scales(read[0], small)
-            ),
-            ZEROS: zeros,
+            **scales_and_zeros(self, scales, zeros, shape[0], self.zero_points),
         }
 
     def codes(self, read: Sequence[bytes], shape: Shape) -> bytes:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from qwenport.exporter.quantization.storage import (
+    SCALES,
+    ZEROS,
+    Middle,
+    Part,
+    Repacked,
+    Shape,
+    Storage,
+)
+from qwenport.exporter.safetensors_file import TensorEntry
 
 WORD = 32  # bits
 TILE = 128
@@ -60,3 +72,31 @@ def transposed_scales(data: bytes, shape: tuple[int, ...]) -> bytes:
     size = len(data) // (rows * blocks)
     stored = np.frombuffer(data, np.dtype(f"<u{size}")).reshape(blocks, rows)
     return transposed(stored).tobytes()
+
+
+def scales_and_zeros(
+    storage: Storage,
+    scales: TensorEntry,
+    zeros: TensorEntry,
+    rows: int,
+    zero_points: Callable[[bytes, Shape], bytes],
+) -> dict[str, Part]:
+    """SCALES and ZEROS of a weight whose scales are [blocks, N] and whose zero points are packed in words.
+
+    Args:
+        storage: how the weight is stored.
+        scales, zeros: the checkpoint's tensors.
+        rows: N.
+        zero_points: the zero points' bytes, and [N, blocks] -> those of ONNX.
+    """
+    shape = rows, scales.shape[0]
+    return {
+        SCALES: Repacked(
+            scales.dtype, shape, (scales,), lambda read: transposed_scales(read[0], shape)
+        ),
+        ZEROS: Middle(storage.code_dtype, shape)
+        if storage.symmetric
+        else Repacked(
+            storage.code_dtype, shape, (zeros,), lambda read: zero_points(read[0], shape)
+        ),
+    }
