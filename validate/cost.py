@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from qwenport.contract import Progress
 from qwenport.exporter import ModelConfig, open_checkpoint
-from qwenport.validate.constant_shift import constant_shift
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.metrics import compare
 from qwenport.validate.oracle import Oracle
@@ -97,6 +96,7 @@ def cost_of_quantization(
         layers, streamed: as the oracle runs.
         progress: called with (what, done, total).
     """
+    from qwenport.validate.constant_shift import constant_shift
     from qwenport.validate.reference import Reference
 
     before, after = (

@@ -163,7 +163,7 @@ def test_without_a_list_the_head_is_kept() -> None:
         ("scale_fmt", "ue8m0", "scale_fmt 'ue8m0'"),
         ("modules_to_convert", ["embed_tokens"], "modules_to_convert"),
         ("modules_to_not_convert", "lm_head", "modules_to_not_convert 'lm_head'"),
-        ("modules_to_not_convert", ["("], "no pattern"),
+        ("modules_to_not_convert", ["("], "no regular expression"),
         ("expert_dtype", "fp4", "expert_dtype 'fp4'"),
         ("a_key_of_tomorrow", 1, "a_key_of_tomorrow"),
     ],

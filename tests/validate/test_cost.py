@@ -20,6 +20,7 @@ from qwenport.validate.prompts import make_prompts
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DENSE = EXAMPLES / "tiny-qwen2.5"
+BUNDLED = sorted(file.parent.name for file in EXAMPLES.glob("quantized/*/config.json"))
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +97,7 @@ def test_zero_points_that_are_read_as_the_other_version_s_are_suspected(
     assert "q_proj.weight is moved to one side" in said and "gptq_v2" in said
 
 
-@pytest.mark.parametrize(
-    "name", sorted(p.name for p in (EXAMPLES / "quantized").iterdir() if p.is_dir())
-)
+@pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_checkpoints_are_not_moved(name: str) -> None:
     checkpoint = exporter.open_checkpoint(EXAMPLES / "quantized" / name)
     source = "tiny-qwen2-moe" if checkpoint.config.moe else "tiny-qwen2.5"

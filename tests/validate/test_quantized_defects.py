@@ -30,7 +30,7 @@ from qwenport.exporter import (
     weights,
     written_parts,
 )
-from qwenport.exporter.quantization import awq, gptq
+from qwenport.exporter.quantization import awq, gptq, words
 from qwenport.exporter.quantization.storage import Repacked
 from qwenport.exporter.quantization.words import halves, packed
 from qwenport.exporter.safetensors_file import read_safetensors_header
@@ -126,7 +126,7 @@ def _halves_swapped(data: bytes) -> bytes:
 
 def _neighbouring_scales(by: int) -> Callable[[bytes, tuple[int, ...]], bytes]:
     """Each scale is the one of the next group (1), or of the same group of the next row (0)."""
-    right = awq.transposed_scales
+    right = words.transposed_scales
 
     def wrong(data: bytes, shape: tuple[int, ...]) -> bytes:
         return np.roll(np.frombuffer(right(data, shape), np.uint16).reshape(shape), 1, by).tobytes()
@@ -194,10 +194,13 @@ DEFECTS: dict[str, tuple[str, Seed]] = {
     "awq: one code of a byte for the other": ("awq", _after(awq.Awq, "codes", _halves_swapped)),
     "awq: zero points less one": ("awq", _after(awq.Awq, "zero_points", _added(-1))),
     "awq: zero points one more": ("awq", _after(awq.Awq, "zero_points", _added(1))),
-    "awq: scales not transposed": ("awq", _set(awq, "transposed_scales", lambda data, shape: data)),
+    "awq: scales not transposed": (
+        "awq",
+        _set(words, "transposed_scales", lambda data, shape: data),
+    ),
     "awq: the next group's scales": (
         "awq",
-        _set(awq, "transposed_scales", _neighbouring_scales(1)),
+        _set(words, "transposed_scales", _neighbouring_scales(1)),
     ),
     "awq: all zero points 8": (
         "awq",
@@ -225,7 +228,7 @@ DEFECTS: dict[str, tuple[str, Seed]] = {
     ),
     "gptq: the next row's scales": (
         "gptq",
-        _set(gptq, "transposed_scales", _neighbouring_scales(0)),
+        _set(words, "transposed_scales", _neighbouring_scales(0)),
     ),
     "gptq: the middle is 7": (
         "gptq",
