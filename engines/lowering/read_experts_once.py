@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from qwenport.contract import DOMAIN, MOE_EXPERTS
+from qwenport.engines.errors import LoweringError
 from qwenport.plugins.moe_experts import tensorrt_body
 
 
@@ -18,5 +19,10 @@ class ReadExpertsOnce(InPlacePass):
         function = model.functions.get(identifier)
         if function is None or function.attributes["by_expert"].as_int():
             return PassResult(model, modified=False)
+        if function.attributes["round_inner"].as_int():
+            raise LoweringError(
+                "experts whose activations are rounded to FP8 are not supported by TensorRT here; use --target "
+                "onnxruntime"
+            )
         model.functions[identifier] = tensorrt_body(function.opset_imports[""])
         return PassResult(model, modified=True)
