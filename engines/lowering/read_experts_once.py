@@ -7,6 +7,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from qwenport.contract import DOMAIN, MOE_EXPERTS
 from qwenport.engines.errors import LoweringError
+from qwenport.plugins.as_plugin import integer
 from qwenport.plugins.moe_experts import tensorrt_body
 
 
@@ -14,15 +15,25 @@ class ReadExpertsOnce(InPlacePass):
     """The package's body of MoEExperts by token -> the one for TensorRT."""
 
     def call(self, model: ir.Model) -> PassResult:
-        """Change `model` in place."""
+        """Change `model` in place.
+
+        Raises:
+            LoweringError: experts round their activations.
+        """
         identifier = (DOMAIN, MOE_EXPERTS, "")
         function = model.functions.get(identifier)
         if function is None or function.attributes["by_expert"].as_int():
             return PassResult(model, modified=False)
-        if function.attributes["round_inner"].as_int():
+        if any(_rounds(node) for node in model.graph):
             raise LoweringError(
                 "experts whose activations are rounded to FP8 are not supported by TensorRT here; use --target "
                 "onnxruntime"
             )
         model.functions[identifier] = tensorrt_body(function.opset_imports[""])
         return PassResult(model, modified=True)
+
+
+def _rounds(node: ir.Node) -> bool:
+    return (node.domain, node.op_type) == (DOMAIN, MOE_EXPERTS) and bool(
+        integer(node, "round_inner", 0)
+    )

@@ -10,7 +10,7 @@ from qwenport.plugins.moe_experts.schema import LARGEST_FP8
 _LIBRARY = torch.library.Library("qwenport", "FRAGMENT")
 _LIBRARY.define(
     "moe_experts(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, "
-    "bool by_expert, bool round_inner) -> Tensor"
+    "bool by_expert, bool round_inner=False) -> Tensor"
 )
 
 
@@ -51,7 +51,7 @@ def _compute(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     by_expert: bool,
-    round_inner: bool,
+    round_inner: bool = False,
 ) -> torch.Tensor:
     shape, x = x.shape, x.reshape(-1, x.shape[-1])
     if not by_expert:
@@ -91,7 +91,7 @@ def _meta(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     by_expert: bool,
-    round_inner: bool,
+    round_inner: bool = False,
 ) -> torch.Tensor:
     return x.new_empty(x.shape)
 

@@ -195,6 +195,7 @@ def model_of(
     *,
     by_expert: bool = False,
     for_tensorrt: bool = False,
+    round_inner: bool = False,
     dtype: torch.dtype = torch.float32,
     rank: int = 2,
 ) -> onnx.ModelProto:
@@ -206,8 +207,11 @@ def model_of(
         "gate_up": (element, 3),
         "down": (element, 3),
     }
-    body = tensorrt_body(opset) if for_tensorrt else function_body(opset, by_expert=by_expert)
-    return model_of_call(op.NAME, body, inputs, {"y": (element, rank)}, by_expert=int(by_expert))
+    body = function_body(opset, by_expert=by_expert, round_inner=round_inner)
+    if for_tensorrt:
+        body = tensorrt_body(opset)
+    attributes = {"by_expert": int(by_expert), "round_inner": int(round_inner)}
+    return model_of_call(op.NAME, body, inputs, {"y": (element, rank)}, **attributes)
 
 
 @functools.cache
