@@ -4,7 +4,8 @@
     python benchmarks/export.py --quick
 
 A Qwen2.5-0.5B-shaped checkpoint by every contender, then Qwen2.5-72B's and Llama-3.1-405B's shapes
-(sparse files) by ours. Every run is a separate process; contenders take turns.
+(sparse files) by ours, 72B's also quantized: pack-quantized, by reference, and GPTQ with act-order, which is
+repacked and takes 42 GB of disk. Every run is a separate process; contenders take turns.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from exporters import export_commands, make_shape, ours
 from measure import child_environment, file_bytes, measure, read_once, written_bytes
 from report import GB, MB, Bar, Columns, Report, Result, benchmark, figure, middle, scaled, table
+from shapes import QUANTIZED
 
 SHAPE, LARGE, LARGEST = "qwen2.5-0.5b-instruct", "qwen2.5-72b-instruct", "llama-3.1-405b-instruct"
 OURS = "qwenport"
@@ -54,6 +56,9 @@ def contenders(report: Report) -> list[Contender]:
     for large in () if report.quick else (LARGE, LARGEST):
         sparse = make_shape(large, report.work, sparse=True)
         found.append(Contender(f"{OURS} {large}", large, sparse, ours(sparse), True))
+    for quantized in () if report.quick else QUANTIZED:
+        sparse = make_shape(LARGE, report.work, sparse=True, quantized=quantized)
+        found.append(Contender(f"{OURS} {LARGE} {quantized}", LARGE, sparse, ours(sparse), True))
     return found
 
 
@@ -114,6 +119,13 @@ def bars(summary: list[dict[str, Any]]) -> list[Bar]:
     found.append(Bar("72B shape, wall time to 0.5B's", growth, 2.0, "at most", "x"))
     large_rss = scaled(large["peak_rss_bytes"], GB)
     found.append(Bar("72B shape, peak RSS", large_rss, 1.0, "at most", "GB"))
+    gptq, packed = (by_name[f"{OURS} {LARGE} {name}"] for name in ("gptq", "pack-quantized"))
+    gptq_rss = scaled(gptq["peak_rss_bytes"], GB)
+    found.append(Bar("72B shape, GPTQ, peak RSS", gptq_rss, 1.0, "at most", "GB"))
+    slower = (
+        packed["seconds"] / large["seconds"] if packed["seconds"] and large["seconds"] else None
+    )
+    found.append(Bar("72B shape, pack-quantized to bf16, wall time", slower, 1.1, "at most", "x"))
     return found
 
 

@@ -16,14 +16,16 @@ Command = Callable[[Path], list[str | Path]]
 """Output directory -> command line."""
 
 
-def make_shape(shape: str, work: Path, sparse: bool) -> Path:
+def make_shape(shape: str, work: Path, sparse: bool, quantized: str | None = None) -> Path:
     """The checkpoint of a shape, made in a child process: it needs torch, and this process must stay small."""
-    directory = work / "checkpoints" / shape
+    name = shape if quantized is None else f"{shape}-{quantized}"
+    directory = work / "checkpoints" / name
     script = ROOT / "benchmarks" / "shapes.py"
     flags = ["--sparse"] if sparse else []
+    flags += [] if quantized is None else ["--quantized", quantized]
     if not (directory / "config.json").is_file():
         done = measure(
-            [sys.executable, script, shape, directory, *flags], work / "logs" / f"{shape}.log"
+            [sys.executable, script, shape, directory, *flags], work / "logs" / f"{name}.log"
         )
         if done.code:
             raise click.ClickException(f"cannot make the {shape} checkpoint: {done.error}")

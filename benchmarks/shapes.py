@@ -2,10 +2,11 @@
 
     python benchmarks/shapes.py qwen2.5-0.5b-instruct DIRECTORY
     python benchmarks/shapes.py qwen2.5-72b-instruct DIRECTORY --sparse
+    python benchmarks/shapes.py qwen2.5-72b-instruct DIRECTORY --quantized gptq
 
 Layout, tensor names, dtype and sharding are the published checkpoints'. Weights are bf16 random numbers with
 a fixed seed or, for shapes that would fill a disk, holes in sparse files: programs that read only headers
-cannot tell the difference.
+cannot tell the difference. Quantized checkpoints are sparse too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,38 @@ SEED = 2025
 SPREAD = 0.02  # the models' initializer_range
 CHUNK_ELEMENTS = 1 << 24
 
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "gptq": {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 128,
+        "desc_act": True,
+        "sym": False,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+    },
+    "pack-quantized": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "strategy": "group",
+                    "group_size": 128,
+                    "symmetric": True,
+                },
+            }
+        },
+    },
+}
+"""Format -> quantization_config: 4 bits in groups of 128."""
+ITEM_BYTES = {"I32": 4, "I64": 8}
+"""Of the dtypes in quantized checkpoints that are not bf16."""
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -48,6 +82,18 @@ def tensors_of(config: dict[str, Any]) -> Shapes:
 
     shapes = expected_tensors(parse_config(config))
     return {name: shapes[name] for name in sorted(shapes, key=_saving_order)}
+
+
+def integers_of(config: dict[str, Any]) -> dict[str, str]:
+    """Name -> dtype of the tensors that are not bf16."""
+    from qwenport.exporter import parse_config
+    from qwenport.exporter.expected import quantized_weights
+
+    return {
+        f"{weight.removesuffix('.weight')}.{suffix}": dtype
+        for weight, (storage, _) in quantized_weights(parse_config(config)).items()
+        for suffix, dtype in storage.integers.items()
+    }
 
 
 def _saving_order(name: str) -> tuple[int, int, int]:
@@ -72,12 +118,12 @@ def matrices(config: dict[str, Any]) -> list[tuple[int, ...]]:
     ]
 
 
-def shards(tensors: Shapes, limit: int) -> list[Shapes]:
+def shards(tensors: Shapes, limit: int, integers: Mapping[str, str]) -> list[Shapes]:
     """Split tensors, in order, into shards of at most `limit` bytes, as transformers does."""
     result: list[Shapes] = [{}]
     filled = 0
     for name, shape in tensors.items():
-        size = math.prod(shape) * BYTES
+        size = math.prod(shape) * _item_bytes(name, integers)
         if result[-1] and filled + size > limit:
             result.append({})
             filled = 0
@@ -87,10 +133,25 @@ def shards(tensors: Shapes, limit: int) -> list[Shapes]:
 
 
 def make_checkpoint(
-    shape: str, directory: Path, sparse: bool, *, layers: int | None = None
+    shape: str,
+    directory: Path,
+    sparse: bool,
+    *,
+    layers: int | None = None,
+    quantized: str | None = None,
 ) -> Path:
-    """Write the checkpoint of a shape, or return the existing one; `layers` are fewer than the shape has."""
+    """Write the checkpoint of a shape, or return the existing one.
+
+    Args:
+        shape: one of SHAPES.
+        directory: where to write it.
+        sparse: leave holes in place of the weights.
+        layers: fewer than the shape has.
+        quantized: one of QUANTIZED; such a checkpoint is sparse.
+    """
     config = config_of(shape)
+    if quantized is not None:
+        config["quantization_config"] = QUANTIZED[quantized]
     if layers is not None:
         config["num_hidden_layers"] = config["max_window_layers"] = layers
     if (directory / "config.json").is_file():  # written last
@@ -98,15 +159,21 @@ def make_checkpoint(
     if directory.exists():
         shutil.rmtree(directory)
     directory.mkdir(parents=True)
-    parts = shards(tensors_of(config), MAX_SHARD_BYTES[config["model_type"]])
+    integers = integers_of(config)
+    parts = shards(tensors_of(config), MAX_SHARD_BYTES[config["model_type"]], integers)
     weight_map: dict[str, str] = {}
     for index, part in enumerate(parts):
         name = f"model-{index + 1:05}-of-{len(parts):05}.safetensors"
         file = directory / ("model.safetensors" if len(parts) == 1 else name)
         weight_map.update(dict.fromkeys(part, file.name))
-        _write_shard(file, part, None if sparse else SEED + index)
+        seed = None if sparse or quantized is not None else SEED + index
+        _write_shard(file, part, integers, seed)
     if len(parts) > 1:
-        total = sum(math.prod(s) * BYTES for part in parts for s in part.values())
+        total = sum(
+            math.prod(shape) * _item_bytes(name, integers)
+            for part in parts
+            for name, shape in part.items()
+        )
         index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / "model.safetensors.index.json", index_json)
     for name in TOKENIZER_FILES:
@@ -115,22 +182,47 @@ def make_checkpoint(
     return directory
 
 
-def _write_shard(file: Path, tensors: Shapes, seed: int | None) -> None:
-    """Write one safetensors file, with a hole for the data if `seed` is None."""
+def _item_bytes(name: str, integers: Mapping[str, str]) -> int:
+    return ITEM_BYTES[integers[name]] if name in integers else BYTES
+
+
+def _write_shard(
+    file: Path, tensors: Shapes, integers: Mapping[str, str], seed: int | None
+) -> None:
+    """Write one safetensors file; if `seed` is None, with holes but for `_checked_values`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in sorted(tensors):
-        begin, end = end, end + math.prod(tensors[name]) * BYTES
-        header[name] = {"dtype": "BF16", "shape": tensors[name], "data_offsets": [begin, end]}
+        begin, end = end, end + math.prod(tensors[name]) * _item_bytes(name, integers)
+        dtype = integers.get(name, "BF16")
+        header[name] = {"dtype": dtype, "shape": tensors[name], "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         if seed is None:
             stream.truncate(8 + len(text) + end)
+            for name in tensors:
+                stream.seek(8 + len(text) + header[name]["data_offsets"][0])
+                stream.write(_checked_values(name, tensors))
             return
         for chunk in _random_weights(tensors, seed):
             stream.write(chunk)
+
+
+def _checked_values(name: str, tensors: Shapes) -> bytes:
+    """Of tensors whose values an export compares: GPTQ's act-order, with the columns of a group anywhere, and the shape
+    of a packed weight. Of others nothing.
+    """
+    linear, _, suffix = name.rpartition(".")
+    if suffix == "g_idx":
+        (columns,) = tensors[name]
+        groups = columns // int(QUANTIZED["gptq"]["group_size"])
+        return struct.pack(f"<{columns}i", *(column % groups for column in range(columns)))
+    if suffix == "weight_shape":
+        rows, words = tensors[f"{linear}.weight_packed"]
+        return struct.pack("<2q", rows, words * 8)
+    return b""
 
 
 def _random_weights(tensors: Shapes, seed: int) -> Iterator[memoryview]:
@@ -155,9 +247,10 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 @click.argument("shape", type=click.Choice(SHAPES))
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--sparse", is_flag=True, help="Holes in place of weights: takes no disk space.")
-def main(shape: str, directory: Path, sparse: bool) -> None:
+@click.option("--quantized", type=click.Choice([*QUANTIZED]), help="4 bits; implies --sparse.")
+def main(shape: str, directory: Path, sparse: bool, quantized: str | None) -> None:
     """Write a checkpoint in the shape of a published model."""
-    make_checkpoint(shape, directory, sparse)
+    make_checkpoint(shape, directory, sparse, quantized=quantized)
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     files = len(list(directory.glob("*.safetensors")))
     click.echo(f"{directory}: {size / 1e9:.1f} GB of weights in {files} files")

@@ -69,13 +69,12 @@ from qwenport.engines.self_test import (
 from qwenport.engines.self_test_passes import count_passes, has_passed
 from qwenport.engines.session import CachedSession, Session, Step
 from qwenport.engines.stream_decoder import StreamDecoder
-from qwenport.engines.targets import FLAVOURS, FP16_ONLY
+from qwenport.engines.targets import FLAVOURS, serves
 from qwenport.engines.tensorrt_builder import MAX_STEP_LOGITS, MAX_STEP_TOKENS
 from qwenport.engines.tensorrt_session import TensorRTSession
 
 __all__ = [
     "FLAVOURS",
-    "FP16_ONLY",
     "MAX_STEP_LOGITS",
     "MAX_STEP_TOKENS",
     "MOST_CACHE_BYTES",
@@ -144,6 +143,7 @@ __all__ = [
     "read_proof",
     "run_proof",
     "self_test",
+    "serves",
     "start_onnxruntime",
     "write_proof",
 ]

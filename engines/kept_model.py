@@ -1,7 +1,7 @@
 """The lowered model of a package, kept in the cache: a package then opens as fast as an engine for onnxruntime.
 
 An entry is the graph and the weights that `build --target onnxruntime` would write. Of an fp32 package it is the graph
-alone, and the weights stay in the package, but for a few scales and zero points of quantized ones, which the graph has.
+alone, and the weights stay in the package.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qwenport.contract import ENGINE_WEIGHTS, FP32, MANIFEST, MODEL, Progress
+from qwenport.contract import ENGINE_WEIGHTS, FP32, MANIFEST, MODEL, ONNXRUNTIME, Progress
 from qwenport.engines import onnxruntime_builder
 from qwenport.engines.cache import (
     CacheError,
@@ -34,12 +34,20 @@ def load_kept(
     entry has a hash of every file of the package except the weights, whose headers the manifest has.
 
     Returns:
-        None if the model cannot be kept.
+        None if the model cannot be kept, or is not: an engine's products by codes round activations to int8, and a
+        package's do not.
 
     Raises:
         PackageError, LoweringError: the package is damaged.
         MissingExtraError, SessionError: there is no usable onnxruntime.
     """
+    quantization = package.config.quantization
+    if quantization is not None and quantization.has_integers:
+        note(
+            f"{package.path} is dequantized each time it is opened; an engine multiplies by its codes: "
+            f"qwenport build {package.path} ENGINE --target {ONNXRUNTIME}"
+        )
+        return None
     check_onnxruntime("cpu")  # otherwise it would look like damage of the entry
     key, by_reference = _key(package), package.dtype == FP32.name
 

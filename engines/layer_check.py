@@ -20,7 +20,7 @@ HEADING = "Layers:\n"
 """In the builder's message that has a line per layer of each profile."""
 LOW_BIT = ("Int4", "Int8", "FP8")
 _LAYER = re.compile(
-    r"Name: \S*?_myl(\d+)_\d+, LayerType: .*?, Constants: \[(.*)\], Outputs: \[(.*)\], TacticName: .*?Metadata: (.*)"
+    r"Name: [^,]*?_myl(\d+)_\d+, LayerType: .*?, Constants: \[(.*)\], Outputs: \[(.*)\], TacticName: .*?Metadata: (.*)"
 )
 _TENSOR = re.compile(r"Dimensions: \[([^\]]*)\], .*?Datatype: (\w+)")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
@@ -29,8 +29,9 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 def check_layers(messages: Iterable[str], weights: Sequence[SignedWeight]) -> None:
     """Refuse an engine in which a quantized weight is expanded.
 
-    In every profile, each layer that dequantizes a weight must have its codes as a constant, and no output of fixed
-    sizes that is as large as the weight: what it makes of them depends on the tokens.
+    In every profile, a layer that dequantizes a weight must have its codes as a constant, and none may have an output
+    of fixed sizes that is as large as the weight, its digits added: what they make of it depends on the tokens. With
+    inputs in FP8 the weight's scales are in another layer than its codes.
 
     Args:
         messages: TensorRT's, with the one that has the layers.
@@ -43,6 +44,7 @@ def check_layers(messages: Iterable[str], weights: Sequence[SignedWeight]) -> No
     fused: dict[str, set[str]] = {weight.node: set() for weight in weights}
     expanded: set[str] = set()
     elements = {weight.node: weight.elements for weight in weights}
+    digits = {w.node: 1 if w.correction is None else w.correction.digits for w in weights}
     for message in messages:
         if HEADING not in message:
             continue
@@ -51,10 +53,10 @@ def check_layers(messages: Iterable[str], weights: Sequence[SignedWeight]) -> No
             held = sum(size for size, dtype in _tensors(constants) if dtype in LOW_BIT)
             made = max((size for size, _ in _tensors(outputs)), default=0)
             for node in elements.keys() & set(_NODE.findall(nodes)):
-                if held >= elements[node] > made:
-                    fused[node].add(profile)
-                else:
+                if made * digits[node] >= elements[node]:
                     expanded.add(node)
+                elif held >= elements[node]:
+                    fused[node].add(profile)
     if not profiles:
         raise BuildError(
             "TensorRT did not list the engine's layers, so nothing is known of its quantized weights"

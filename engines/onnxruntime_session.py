@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from qwenport.contract import (
     DTYPES,
     FP32,
     INPUT_IDS,
+    INT8,
     LOGITS,
     MANIFEST,
     MOST_THREADS,
@@ -27,6 +29,7 @@ from qwenport.contract import (
 )
 from qwenport.engines.engine import Engine
 from qwenport.engines.errors import EngineError, SessionError
+from qwenport.engines.huge_pages import huge_pages
 from qwenport.engines.memory import poison, untouched_zeros
 from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.session import Bytes, Float32, Int64, whole
@@ -189,7 +192,10 @@ class OnnxRuntimeSession(SavedSession):
         if self._observe:
             raise SessionError(f"{engine.path}: values of an engine cannot be observed")
         check_onnxruntime("cpu", engine.manifest["runtime_version"])
-        session = start_onnxruntime(str(engine.model), engine.path, threads=threads)
+        quantized = engine.manifest["quantization"]
+        few_bits = quantized is not None and quantized["activations"] == INT8
+        with huge_pages() if few_bits else nullcontext():
+            session = start_onnxruntime(str(engine.model), engine.path, threads=threads)
         check_bindings(engine, session)
         return session
 

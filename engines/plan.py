@@ -123,7 +123,8 @@ def _tensorrt_messages(*, layers: bool) -> Iterator[list[str]]:
 
     logger, collector = logging.getLogger("Polygraphy"), Collector()
     propagate, logger.propagate = logger.propagate, False
-    level = logger.level
+    level, disabled = logger.level, logging.root.manager.disable
+    logging.disable(logging.NOTSET)  # the command line has disabled all
     logger.setLevel(1 if layers else logging.WARNING)
     logger.addHandler(collector)
     G_LOGGER.use_python_logging_system = True
@@ -132,6 +133,7 @@ def _tensorrt_messages(*, layers: bool) -> Iterator[list[str]]:
             yield messages
     finally:
         G_LOGGER.use_python_logging_system = False
+        logging.disable(disabled)
         logger.removeHandler(collector)
         logger.setLevel(level)
         logger.propagate = propagate

@@ -17,16 +17,20 @@ from qwenport.contract import FP8, GPUS, TENSORRT, TENSORRT_RTX
 from qwenport.engines.errors import BuildError
 
 if TYPE_CHECKING:
-    from qwenport.exporter.quantization import Quantization
+    from qwenport.exporter import ModelConfig
 
 FP16_ONLY = ("sm75",)
 """Architectures without fused bf16 attention and without fp32 matmul (TensorRT-RTX on Turing)."""
 
 
-INT4, INT8 = "INT4", "INT8"
-WITHOUT = {INT4: ("sm75",), INT8: ("sm75",)}
+INT4, INT8, FLOAT8 = "INT4", "INT8", "FP8"
+WITHOUT = {INT4: ("sm75",), INT8: ("sm75",), FLOAT8: ("sm75", "sm80", "sm86", "sm87")}
 """Type of an engine's quantized codes -> the architectures without kernels for all products; one of them fails a build.
 SM75 multiplies by INT8, but expands what follows attention."""
+
+
+EXPERTS = ".experts."
+"""In the names of their weights."""
 
 
 @dataclass(frozen=True)
@@ -78,23 +82,42 @@ def load_tensorrt(flavour: Flavour, purpose: str) -> Any:
     return module
 
 
-def code_types(quantization: Quantization | None) -> tuple[str, ...]:
+def code_types(config: ModelConfig) -> tuple[str, ...]:
     """The types of the codes in an engine: 8 bits with a scale per row stay 8 bits, in blocks they become 4 and 4.
 
     Weights that the export has dequantized have none.
 
     Raises:
-        BuildError: the weights are FP8, which no engine of TensorRT multiplies by here.
+        BuildError: experts are FP8, which no engine of TensorRT has here.
     """
-    groups = () if quantization is None else quantization.groups
-    storages = [group.storage for group in groups if not group.storage.is_whole]
-    if any(FP8 in storage.integers.values() for storage in storages):
-        raise BuildError(
-            "the package's weights are FP8 with a scale per row or per tensor, which no TensorRT engine has here; "
-            "--target onnxruntime runs the package"
-        )
-    found = (INT8 if s.bits == 8 and s.group is None else INT4 for s in storages)
+    from qwenport.exporter import quantized_weights
+
+    found = []
+    for name, (storage, _) in quantized_weights(config).items():
+        if storage.is_whole:
+            continue
+        is_float8 = FP8 in storage.integers.values()
+        if is_float8 and EXPERTS in name:
+            raise BuildError(
+                f"{name} is FP8, and no TensorRT engine has experts in FP8 here; --target onnxruntime runs the package"
+            )
+        in_bytes = storage.bits == 8 and storage.group is None
+        found.append(FLOAT8 if is_float8 else INT8 if in_bytes else INT4)
     return tuple(dict.fromkeys(found))
+
+
+def serves(flavour: Flavour, gpu: str, config: ModelConfig, dtype: str) -> bool:
+    """Whether engines of a flavour run a model on an architecture."""
+    try:
+        codes = code_types(config)
+    except BuildError:
+        return False
+    return gpu in flavour.gpus and _has_types(gpu, dtype, codes)
+
+
+def _has_types(gpu: str, dtype: str, codes: Sequence[str]) -> bool:
+    has_dtype = dtype == "fp16" or gpu not in FP16_ONLY
+    return has_dtype and not any(gpu in WITHOUT[each] for each in codes)
 
 
 def parse_gpus(
@@ -113,12 +136,7 @@ def parse_gpus(
         BuildError: an unknown name, a repeated one, or one that cannot run the model; says which.
     """
     if text is None and flavour.builds_anywhere:
-        unfit = {gpu for each in codes for gpu in WITHOUT[each]}
-        return tuple(
-            gpu
-            for gpu in flavour.gpus
-            if (dtype == "fp16" or gpu not in FP16_ONLY) and gpu not in unfit
-        )
+        return tuple(gpu for gpu in flavour.gpus if _has_types(gpu, dtype, codes))
     asked = [current_gpu()] if text is None else [part.strip() for part in text.split(",")]
     gpus = tuple(map(str.lower, asked))
     for gpu, word in zip(gpus, asked, strict=True):

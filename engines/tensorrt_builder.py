@@ -49,7 +49,7 @@ def check_for_tensorrt(request: Request) -> None:
     gpus = _gpus(request)
     _attention(request, gpus)
     config = request.package.config
-    quantized = bool(code_types(config.quantization))
+    quantized = bool(code_types(config))
     if request.plugins is not None and quantized and config.moe is not None:
         raise BuildError(
             "the plugin of MoEExperts does not multiply by quantized weights; build without --plugins"
@@ -116,7 +116,7 @@ def _gpus(request: Request) -> tuple[str, ...]:
         BuildError: see `code_types` and `parse_gpus`.
     """
     package = request.package
-    codes = code_types(package.config.quantization)
+    codes = code_types(package.config)
     return parse_gpus(request.gpus, FLAVOURS[request.target], package.dtype, codes)
 
 
@@ -177,7 +177,7 @@ def _write_lowered(
         write_tensors(folder / CODES_FILE, codes.tensors, progress)
     path = folder / MODEL
     ir.save(model, path)
-    return path, plugin_layers(model), codes.weights
+    return path, plugin_layers(model), tuple(codes.weights)
 
 
 def _bindings(package: Package, attention: Attention) -> dict[str, Any]:

@@ -191,11 +191,17 @@ def parse_config(
         rope=rope,
         moe=moe,
         dtype=_dtype(raw),
-        quantization=parse_quantization(
-            keys.take("quantization_config", object, default=None, null=None)
-        ),
+        quantization=_quantization(keys),
         unread_keys=(*keys.unread(), *unread),
     )
+
+
+def _quantization(keys: Keys) -> Quantization | None:
+    if keys.take("compression_config", object, default=None, null=None) is not None:
+        raise ConfigError(
+            "config.json: compression_config is an old name of quantization_config; rename it"
+        )
+    return parse_quantization(keys.take("quantization_config", object, default=None, null=None))
 
 
 def _refuse_layer_types(keys: Keys, layers: int) -> None:

@@ -12,6 +12,10 @@ operator.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -212,7 +216,8 @@ class Epilogue(nn.Module):
         return self.lm_head(self.norm(hidden.gather(1, rows))).to(torch.float32)
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+@lru_cache(maxsize=4)
+def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Checkpoint name -> shape of every decoder parameter, with a sparse layer's experts stacked."""
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -229,7 +234,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for index in range(config.num_hidden_layers):
             add(f"model.layers.{index}.", kinds[config.moe_of(index)])
         add("model.", Epilogue(config))
-    return shapes
+    return MappingProxyType(shapes)
 
 
 def checkpoint_name(config: ModelConfig, name: str) -> str:

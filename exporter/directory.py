@@ -134,7 +134,11 @@ def _begin(target: Path, force: bool, note: Note) -> tuple[Path, int | None]:
     parent = lock_directory(target.parent, wait=True)
     try:
         _clear(target, force, note)
-        made = tempfile.mkdtemp(prefix=f".{target.name}.{_HOST}-", suffix=SUFFIX, dir=target.parent)
+        prefix = f".{target.name}.{_HOST}-"
+        try:
+            made = tempfile.mkdtemp(prefix=prefix, suffix=SUFFIX, dir=target.parent)
+        except FileNotFoundError as error:  # its parent is there: a file system of the kernel's own
+            raise ExportError(f"{target}: no directory can be made in {target.parent}") from error
         return Path(made), lock_directory(Path(made))
     finally:
         if parent is not None:

@@ -70,6 +70,7 @@ def build_graph(
         return builder.initializer(found)
 
     dequantized: dict[str, ir.Value] = {}
+    inverses: dict[ir.Value, ir.Value] = {}
 
     def matrix(name: str) -> ir.Value:
         storage = config.storage(name)
@@ -83,11 +84,27 @@ def build_graph(
             builder.permutations[made] = builder.initializer(permutation)
         return made
 
+    def in_own_order(name: str) -> ir.Value:
+        made = matrix(name)
+        permutation = builder.permutations.get(made)
+        if permutation is None:
+            return made
+        if permutation not in inverses:
+            inverses[permutation] = _inverse(builder, permutation)
+        return builder.add(
+            "Gather",
+            [made, inverses[permutation]],
+            f"{name.removesuffix(WEIGHT)}.Gather",
+            dtype=made.dtype or float_type,
+            shape=made.shape,
+            attributes={"axis": 1},
+        )
+
     def weight(name: str, shape: tracing.Shape) -> ir.Value:
         if not name.endswith((GATE_UP, DOWN)) or tensor(name) is not None:
             return matrix(name)
         experts, rows, columns = (int(size) for size in shape)
-        parts = [matrix(part) for part in expert_parts(name, experts)]
+        parts = [in_own_order(part) for part in expert_parts(name, experts)]
         stack = _stack(builder, name, parts, (experts, rows, columns))
         if parts[0] in builder.roundings:  # of all, as the checkpoint was checked for
             builder.roundings[stack] = builder.roundings[parts[0]]
@@ -207,6 +224,20 @@ def _dequantized(
     elif storage.activations == DYNAMIC:
         builder.roundings[weight] = Rounding(None)
     return weight
+
+
+def _inverse(builder: emission.GraphBuilder, permutation: ir.Value) -> ir.Value:
+    """The inverse of a permutation [K]: the order that sorts it."""
+    shape, int64 = permutation.shape, ir.DataType.INT64
+    assert shape is not None
+    _, inverse = builder.add_many(
+        "TopK",
+        [permutation, builder.constant(shape.numpy())],
+        f"{permutation.name}.TopK",
+        [(int64, shape), (int64, shape)],
+        attributes={"largest": 0},
+    )
+    return inverse
 
 
 def _stack(

@@ -21,6 +21,7 @@ from qwenport.exporter.checkpoint import Checkpoint, expert_stacks, stacked_shap
 from qwenport.exporter.directory import require_space
 from qwenport.exporter.errors import ExportError
 from qwenport.exporter.expected import quantized_weights
+from qwenport.exporter.finite import check_finite
 from qwenport.exporter.quantization import (
     INPUT_SCALE,
     PERMUTATION,
@@ -96,7 +97,7 @@ def plan_weights(checkpoint: Checkpoint, dtype: str, mode: str) -> WeightPlan:
             experts). Weights that an adapter changes are always written.
 
     Raises:
-        ExportError: there is nothing to pack, or single experts have their columns in an order of their own.
+        ExportError: there is nothing to pack.
     """
     quantized = _quantized_parts(checkpoint, DTYPES[dtype].safetensors)
     _check_dtype(checkpoint, dtype, quantized)
@@ -160,18 +161,10 @@ def _quantized_parts(checkpoint: Checkpoint, dtype: str) -> dict[str, Part]:
 def _permutation(
     checkpoint: Checkpoint, storage: Storage, linear: str, shape: tuple[int, int]
 ) -> Repacked | None:
-    """The order of a weight's columns, if it is not their own.
-
-    Raises:
-        ExportError: of an expert, whose activations are gathered for each token inside an operator.
-    """
+    """The order of a weight's columns, if it is not their own."""
     order = storage.order(linear, shape, checkpoint.path, checkpoint.tensors)
     if order is None:
         return None
-    if ".experts." in linear:
-        raise ExportError(
-            f"the columns of {linear} are in an order of their own (act-order), which is not supported for experts"
-        )
     data = order.astype("<i8").tobytes()
     return Repacked("I64", order.shape, (), lambda read: data)
 
@@ -273,7 +266,7 @@ def place_weights(
             and name not in plan.parts.places
             and (entry.dtype in BY_SAFETENSORS or entry.dtype == FP8)
         ]
-        _check_values(checkpoint, left, progress)
+        _check_values(checkpoint, left, plan.entries, progress)
     return plan
 
 
@@ -372,6 +365,7 @@ def _write(
             if adapter is not None and source.name not in adapter.matrices:
                 adapter = None
             for values in _values(checkpoint, source):
+                check_finite(source.name, values, {})
                 exact = values
                 if adapter is not None:
                     exact = values.double() + adapter.added(source, element, len(values))
@@ -407,25 +401,22 @@ def _would_lose(checkpoint: Checkpoint, source: TensorEntry, dtype: str) -> str:
 
 
 def _check_values(
-    checkpoint: Checkpoint, entries: Sequence[TensorEntry], progress: Progress
+    checkpoint: Checkpoint,
+    some: Sequence[TensorEntry],
+    entries: Mapping[str, TensorEntry],
+    progress: Progress,
 ) -> None:
-    total, done = sum(entry.length for entry in entries), 0
-    for entry in entries:
+    """Raises ExportError: a value of `some` is NaN or infinite, or a scale makes such values."""
+    total, done = sum(entry.length for entry in some), 0
+    for entry in some:
         for values in _values(checkpoint, entry):
+            check_finite(entry.name, values, entries)
             done += values.nbytes
             progress("checking values", done, total)
 
 
 def _values(checkpoint: Checkpoint, entry: TensorEntry) -> Iterator[torch.Tensor]:
-    """A tensor's values in file order, one chunk at a time.
-
-    Raises:
-        ExportError: a value is NaN or infinite.
-    """
+    """A tensor's values in file order, one chunk at a time."""
+    dtype = torch.float8_e4m3fn if entry.dtype == FP8 else BY_SAFETENSORS[entry.dtype].torch
     for chunk in chunks(checkpoint.path, entry):
-        dtype = torch.float8_e4m3fn if entry.dtype == FP8 else BY_SAFETENSORS[entry.dtype].torch
-        values = torch.frombuffer(bytearray(chunk), dtype=dtype)
-        if not torch.isfinite(values.float() if entry.dtype == FP8 else values).all():
-            kind = "NaN" if values.isnan().any() else "infinity"
-            raise ExportError(f"tensor {entry.name} holds {kind}; the checkpoint is damaged")
-        yield values
+        yield torch.frombuffer(bytearray(chunk), dtype=dtype)

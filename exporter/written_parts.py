@@ -18,7 +18,7 @@ import torch
 
 from qwenport.contract import BY_SAFETENSORS, SYMMETRIC_ZEROS, Progress
 from qwenport.exporter.checkpoint import Checkpoint
-from qwenport.exporter.errors import ExportError
+from qwenport.exporter.finite import check_finite
 from qwenport.exporter.quantization import PERMUTATION, Middle, Part, Repacked
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
@@ -100,7 +100,7 @@ def write_parts(
     """Write the files into a package; in memory are one part and what it is made of.
 
     Raises:
-        ExportError: a scale is NaN or infinite.
+        ExportError: a value is NaN or infinite, or a scale makes such values.
     """
     if plan.symmetric:
         with _begun(package / SYMMETRIC_ZEROS, plan.symmetric.values()) as writer:
@@ -117,7 +117,9 @@ def write_parts(
             read = [b"".join(chunks(checkpoint.path, source)) for source in part.sources]
             data = part.repack(read)
             assert len(data) == entry.length, name
-            _check_finite(name, entry.dtype, data)
+            if entry.dtype in BY_SAFETENSORS:
+                stored = BY_SAFETENSORS[entry.dtype].torch
+                check_finite(name, torch.frombuffer(bytearray(data), dtype=stored), plan.places)
             writer.write(data)
             done += entry.length
             progress("repacking quantized weights", done, total)
@@ -141,14 +143,6 @@ def _same_permutations(parts: Mapping[str, Part]) -> dict[str, str]:
             if known != name:
                 same[name] = known
     return same
-
-
-def _check_finite(name: str, dtype: str, data: bytes) -> None:
-    if dtype not in BY_SAFETENSORS:
-        return
-    values = torch.frombuffer(bytearray(data), dtype=BY_SAFETENSORS[dtype].torch)
-    if not torch.isfinite(values).all():
-        raise ExportError(f"{name}: NaN or infinity among the numbers; the checkpoint is damaged")
 
 
 def _begun(file: Path, entries: Iterable[TensorEntry]) -> BinaryIO:

@@ -62,3 +62,18 @@ def initializer(known: MutableMapping[str, ir.Value], tensor: ir.TensorProtocol)
             const_value=tensor,
         )
     return known[name]
+
+
+def remove_unused(graph: ir.Graph, value: ir.Value) -> None:
+    """Remove a value that nothing uses, the node that makes it, and what only that was given; leave one in use."""
+    node = value.producer()
+    if node is None:
+        if value.is_initializer() and not value.uses():
+            del graph.initializers[str(value.name)]
+        return
+    if any(output.uses() for output in node.outputs):
+        return
+    inputs = dict.fromkeys(given for given in node.inputs if given is not None)
+    graph.remove(node, safe=True)
+    for given in inputs:
+        remove_unused(graph, given)

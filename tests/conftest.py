@@ -12,11 +12,22 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+
+class _OneThread(onnxruntime.SessionOptions):
+    """Options whose default is one thread: others wait for work in a loop that keeps a core busy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.intra_op_num_threads = 1
+
+
 torch.set_num_threads(1)  # the tests run in two processes on two cores
+onnxruntime.SessionOptions = _OneThread
 
 # HYPOTHESIS_PROFILE=search looks for new counterexamples.
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]

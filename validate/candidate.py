@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenport.contract import (
     AUTO,
@@ -33,6 +33,9 @@ from qwenport.validate.failures import reported
 from qwenport.validate.run import CandidateError
 from qwenport.validate.streaming import Geometry, Parts, Use, stream
 from qwenport.validate.target import Target, open_target
+
+if TYPE_CHECKING:
+    from qwenport.validate.network.corrections import Subtracted
 
 Rehearse = Callable[[CachedSession], None]
 
@@ -151,7 +154,7 @@ class Candidate:
             layers: the first layers to look at.
         """
         found: dict[int, dict[str, str]] = {}
-        if self._interpreter is not None or self._target.package is None:
+        if self._target.package is None:
             return found
         with reported(self._target.package.model, "cannot be read as a model"):
             for node in self._target.package.read_model().graph:
@@ -162,6 +165,14 @@ class Candidate:
                 if (layer := int(linear[1])) < layers:
                     found.setdefault(layer, {})[linear[2]] = given
         return found
+
+    def corrections(self) -> dict[int, dict[str, Subtracted]]:
+        """Layer -> path of a linear in it -> what its product by signed codes is corrected by."""
+        from qwenport.validate.network.corrections import subtracted
+
+        if self._target.package is None or self._interpreter is None:
+            return {}
+        return subtracted(self.parsed, self._target.package)
 
     def geometry(self, max_batch: int, capacity: int) -> Geometry:
         """The geometry of a session of that size and of its steps, as `generate` and C++ run this target."""

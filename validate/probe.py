@@ -63,6 +63,7 @@ class Probe:
 
     Attributes:
         expected: site name -> tensor [S, ...], after the layer has run.
+        inputs: name of a submodule -> its input [S, ...], of those whose result is a site.
         result: the layer's result, stored by the caller.
         others: the same for attention by other formulas: torch's scaled_dot_product_attention, and the one that
             TensorRT's parser generates for any Attention.
@@ -72,6 +73,7 @@ class Probe:
         self._sites = {site.name: site for site in sites}
         self._given, self._dtype = given, torch_dtype(dtype)
         self.expected: dict[str, torch.Tensor] = {}
+        self.inputs: dict[str, torch.Tensor] = {}
         self.result = torch.empty(0)
         self.others: dict[str, list[torch.Tensor]] = {}
 
@@ -122,6 +124,8 @@ class Probe:
 
     def _after(self, name: str) -> Callable[..., torch.Tensor]:
         def hook(_: Any, inputs: Any, made: torch.Tensor) -> torch.Tensor:
+            if inputs:
+                self.inputs[name] = _flat(inputs[0])
             return self._at(name, _flat(made)).reshape(made.shape)
 
         return hook

@@ -126,7 +126,7 @@ class Middle:
 
 
 class Orders:
-    """The order of the columns of each quantized weight, as the products of a graph have it."""
+    """The order of the columns of each quantized weight, as a graph's products or stacks of experts have it."""
 
     def __init__(self, model: onnx.ModelProto, package: Path) -> None:
         self._package = package
@@ -138,25 +138,59 @@ class Orders:
                 self._users.setdefault(name, []).append(node)
 
     def of(self, codes: str, columns: int) -> torch.Tensor | None:
-        """The weight's column that each column of its codes is, [columns]; None if the inputs are not gathered.
+        """The weight's column that each column of its codes is, [columns]; None if nothing is gathered.
 
         Raises:
-            ValueError: its products have their inputs in several orders, or in none that is a permutation.
+            ValueError: it is used in several orders, or in none that is a permutation.
         """
+        users = self._users.get(codes, ())
         found = {
-            self._gathered_by(product)
-            for user in self._users.get(codes, ())
-            for product in self._products(user)
+            *(self._gathered_by(product) for user in users for product in self._products(user)),
+            *(order for user in users for order in self._restored_by(user)),
         }
         if len(found) > 1:
-            raise ValueError("its products have inputs in several orders")
-        name = found.pop() if found else None
+            raise ValueError("it is used in several orders of its columns")
+        name, inverse = found.pop() if found else (None, False)
         if name is None:
             return None
         order = self._read(name)
         if not torch.equal(order.sort().values, torch.arange(columns)):
             raise ValueError(f"{name} is no permutation of {columns} columns")
-        return order
+        return order.argsort() if inverse else order
+
+    def _restored_by(self, user: onnx.NodeProto) -> Iterator[tuple[str | None, bool]]:
+        """The orders in which an expert's columns are put back before experts are stacked, as `_gathered_by`.
+
+        A Gather of the columns by an order is a product's input in the inverse of it. TopK of a permutation, the least
+        first, has its inverse.
+
+        Raises:
+            ValueError: they are put into an order that is not understood.
+        """
+        if user.op_type != "DequantizeLinear":
+            return
+        for node in self._users.get(user.output[0], ()):
+            if node.op_type == "Concat":
+                yield None, False
+            if node.op_type != "Gather" or node.input[0] != user.output[0]:
+                continue
+            if _attribute(node, "axis") != 1:
+                continue  # of rows: an embedding
+            index = node.input[1]
+            sort = self._made_by.get(index)
+            if index in self._tensors:
+                yield index, True
+            elif (
+                sort is not None
+                and sort.op_type == "TopK"
+                and sort.output[1] == index
+                and sort.input[0] in self._tensors
+                and _attribute(sort, "largest") == 0
+                and _attribute(sort, "sorted") != 0
+            ):
+                yield sort.input[0], False
+            else:
+                raise ValueError(f"{node.name} puts its columns into an order that is not stored")
 
     def _products(self, user: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """The products by codes, of one of the nodes that use them."""
@@ -168,14 +202,14 @@ class Orders:
                 if product.op_type == "MatMul":
                     yield product
 
-    def _gathered_by(self, product: onnx.NodeProto) -> str | None:
+    def _gathered_by(self, product: onnx.NodeProto) -> tuple[str | None, bool]:
+        """The order that a product's input is gathered in, None if it is not; and whether the inverse is meant."""
         node = self._made_by.get(product.input[0])
         if node is None or node.op_type != "Gather" or node.input[1] not in self._tensors:
-            return None
-        axes = [a.i for a in node.attribute if a.name == "axis"]
-        if axes != [-1]:
-            return None
-        return str(node.input[1])
+            return None, False
+        if _attribute(node, "axis") != -1:
+            return None, False
+        return str(node.input[1]), False
 
     def _read(self, name: str) -> torch.Tensor:
         tensor = self._tensors[name]
@@ -190,3 +224,8 @@ class Orders:
         if len(data) != 8 * tensor.dims[0]:
             raise ValueError(f"{name} reaches past the end of {place.location}")
         return torch.from_numpy(np.frombuffer(data, "<i8").astype(np.int64))
+
+
+def _attribute(node: onnx.NodeProto, name: str) -> int | None:
+    """An attribute of a node that is an integer; None if it has none."""
+    return next((int(a.i) for a in node.attribute if a.name == name), None)

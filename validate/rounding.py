@@ -13,9 +13,9 @@ Two numbers per position: the relative error, ||made - right|| / ||right||, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ from qwenport.validate.thresholds import (
     ROUNDING_TIMES_OWN,
     ROUNDING_Z,
 )
+
+if TYPE_CHECKING:
+    from qwenport.validate.network.corrections import Subtracted
 
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
@@ -125,17 +128,17 @@ class _Errors:
         """Add the target's result and the correct one."""
         self.nonfinite += self._add(0, right, made)
 
-    def add_own(self, right: Array, *results: Array, bias: Array | None = None) -> None:
+    def add_own(self, right: Array, *results: Array, steps: Sequence[Array] = ()) -> None:
         """Add transformers' own results, by up to three implementations, and the correct one.
 
         Args:
-            bias: a linear's bias. transformers adds it before rounding. A network rounds the product first, which is
-                also correct, so that error is added to transformers' own.
+            steps: [S, N] each, what a correct network rounds on its way to the result, and transformers does not: their
+                errors are added to transformers' own, in proportion to their size.
         """
         for index, result in enumerate(results, start=1):
-            self._add(index, right, result, bias)
+            self._add(index, right, result, steps)
 
-    def _add(self, index: int, right: Array, made: Array, bias: Array | None = None) -> int:
+    def _add(self, index: int, right: Array, made: Array, steps: Sequence[Array] = ()) -> int:
         """Record errors by position; return how many positions are not finite and should be."""
         r = np.asarray(right, dtype=np.float32).reshape(len(right), -1)
         m = np.asarray(made, dtype=np.float32).reshape(len(r), -1)
@@ -148,11 +151,10 @@ class _Errors:
         if not use.all():
             r, m = r[use], m[use]
         difference = m - r
-        twice: Float64 | float = 1.0
-        if bias is not None:
-            twice = np.sqrt(1 + _products(r - bias, r - bias) / size[use])
-        self.relative[index].append(twice * np.sqrt(_products(difference, difference) / size[use]))
-        self.systematic[index].append(twice * np.abs(_products(difference, r)) / size[use])
+        added = sum(_products(step[use], step[use]) for step in steps) / size[use]
+        more = np.sqrt(1 + added)
+        self.relative[index].append(more * np.sqrt(_products(difference, difference) / size[use]))
+        self.systematic[index].append(more * np.abs(_products(difference, r)) / size[use])
         return int((np.isfinite(size) & ~finite).sum())
 
     def result(self, layer: int | None, operator: str, unit: float) -> RoundingError:
@@ -232,6 +234,9 @@ def judge_rounding(
 ) -> Iterator[RoundingError]:
     """Judge the rounding of every layer, every operator and the end, in execution order.
 
+    Linears that round their inputs to FP8 are judged with their layer alone: in half precision an input often falls to
+    another code than in fp32, and where one input is most of a result, that is most of its error.
+
     Args:
         candidate: the network in its declared types.
         reference: transformers.
@@ -245,6 +250,7 @@ def judge_rounding(
     geometry = candidate.geometry(1, max(len(text) for text in texts))
     pieces = list(_pieces(Rehearsal(geometry), texts))
     parts, routers = candidate.parts(), router_choices(config, reference.num_layers)
+    corrections = candidate.corrections()
     for index in range(reference.num_layers):
         places = observed_sites(config, index, candidate.uses)
         names = [*places, *([routers[index]] if index in routers else [])]
@@ -271,8 +277,10 @@ def judge_rounding(
             for of_text in values_of
         ]
         given = [values_by_site(config, of_text, places, index) for of_text in values_of]
+        rounding = candidate.rounded_inputs(index + 1).get(index, {})
         entries = yield from _judge_layer(
-            reference, config, index, dtype, unit, entries, ends, given, experts
+            *(reference, config, index, dtype, unit, entries, ends, given, experts, rounding),
+            corrections.get(index, {}),
         )
         progress("judging half precision", index + 1, reference.num_layers + 1)
     yield _judge_end(parts, reference, dtype, unit, entries)
@@ -299,10 +307,13 @@ def _judge_layer(
     ends: Sequence[Array],
     given: Sequence[Mapping[str, Array]],
     experts: Sequence[Choices | None],
+    rounding: Collection[str],
+    corrections: Mapping[str, Subtracted],
 ) -> Generator[RoundingError, None, list[Array]]:
     """Yield the errors of one layer; return the output of transformers' own layer, the next one's input."""
     places = sites(config, index)
-    errors = {site.name: _Errors() for site in places if site.name in given[0]}
+    judged = given[0].keys() - set(rounding)
+    errors = {site.name: _Errors() for site in places if site.name in judged}
     whole, following = _Errors(), []
 
     def probed(layer: OpenLayer, number: int, values: Mapping[str, Array], kind: str) -> Probe:
@@ -326,12 +337,19 @@ def _judge_layer(
         biases = {name: _bias(layer.module, name) for name in errors}
         for number, entry in enumerate(entries):
             # transformers' own results on its own inputs, the target's on its own: both rounded, and close together
-            right = _arrays(probed(layer, number, own[number], TRUTH).expected)
+            true = probed(layer, number, own[number], TRUTH)
+            right = _arrays(true.expected)
             theirs = {n: (own[number][n], *others[number].get(n, ())) for n in errors}
             expected = _arrays(probed(layer, number, given[number], TRUTH).expected)
             for name, found in errors.items():
                 found.add(expected[name], given[number][name])
-                found.add_own(right[name], *theirs[name], bias=biases[name])
+                taken = corrections.get(name)
+                steps = _steps(
+                    right[name],
+                    biases[name],
+                    None if taken is None else taken.of(_array(true.inputs[name])),
+                )
+                found.add_own(right[name], *theirs[name], steps=steps)
             truth = _alone(layer, entry, experts[number])
             whole.add(truth, ends[number])
             whole.add_own(truth, following[number])
@@ -339,6 +357,21 @@ def _judge_layer(
         yield found.result(index, name, unit)
     yield whole.result(index, WHOLE_LAYER, unit)
     return following
+
+
+def _steps(right: Array, bias: Array | None, subtracted: Array | None) -> list[Array]:
+    """What a network rounds before a linear's result: the product without its bias, and both products of a correction.
+
+    transformers adds a bias before it rounds, and has no correction.
+
+    Args:
+        right: the result [S, N].
+        bias: [N].
+        subtracted: the second product [S, N].
+    """
+    product = right if bias is None else right - bias
+    steps = [] if bias is None else [product]
+    return steps if subtracted is None else [*steps, product + subtracted, subtracted]
 
 
 def _bias(module: Any, name: str) -> Array | None:

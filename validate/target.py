@@ -192,7 +192,7 @@ def _form(package: Package, gpus: str | None, attention: str) -> tuple[str, tupl
     from qwenport.engines.attention import choose_attention
     from qwenport.engines.targets import FLAVOURS, code_types, parse_gpus
 
-    codes = code_types(package.config.quantization)
+    codes = code_types(package.config)
     architectures = parse_gpus(gpus, FLAVOURS[TENSORRT_RTX], package.dtype, codes)
     form = choose_attention(
         attention,

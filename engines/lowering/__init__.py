@@ -16,21 +16,21 @@ from qwenport.engines.lowering.few_bits import (
     rounds_activations,
 )
 from qwenport.engines.lowering.float8 import DequantizeFloat8AtLoad
+from qwenport.engines.lowering.float8_products import MultiplyByFloat8
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
-from qwenport.engines.lowering.made_tensors import Correction, write_tensors
+from qwenport.engines.lowering.made_tensors import FILE as CODES_FILE
+from qwenport.engines.lowering.made_tensors import (
+    Correction,
+    MadeFile,
+    SignedWeight,
+    write_tensors,
+)
 from qwenport.engines.lowering.moved_inputs import MoveRoundedInputs
 from qwenport.engines.lowering.read_experts_once import ReadExpertsOnce
 from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables, folded
 from qwenport.engines.lowering.rounded import RoundResults
-from qwenport.engines.lowering.signed_codes import (
-    FILE as CODES_FILE,
-)
-from qwenport.engines.lowering.signed_codes import (
-    SignedCodes,
-    SignedWeight,
-    UseSignedCodes,
-)
+from qwenport.engines.lowering.signed_codes import UseSignedCodes
 from qwenport.engines.lowering.stored import ALIGNMENT, KEPT, StoredWeight, StoreWeights
 from qwenport.engines.lowering.targets import (
     for_onnxruntime,
@@ -57,10 +57,11 @@ __all__ = [
     "FoldConstants",
     "FoldRopeTables",
     "FuseTransposedMatMul",
+    "MadeFile",
     "MoveRoundedInputs",
+    "MultiplyByFloat8",
     "ReadExpertsOnce",
     "RoundResults",
-    "SignedCodes",
     "SignedWeight",
     "SplitExperts",
     "StaticCapacity",

@@ -3,7 +3,8 @@
 onnxruntime's Gather copies the weights that it selects, which costs more than using them. Here the tokens are sorted
 by expert and split, and each expert multiplies its own rows by its own weights; no weights are stacked or copied. The
 matmul of an expert without tokens reads nothing. Work and weight bytes read are proportional to the chosen experts, for
-one token and for thousands; an idle expert costs only the calls of its matmuls.
+one token and for thousands; an idle expert costs only the calls of its matmuls. Where an expert's columns are sorted,
+its rows are gathered in that order first.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from qwenport.contract import DOMAIN, MOE_EXPERTS
 from qwenport.engines.errors import LoweringError
+from qwenport.engines.lowering.act_order import sorted_weight
 from qwenport.plugins.moe_experts import LARGEST_FP8
-from qwenport.plugins.nodes import append_node, initializer
+from qwenport.plugins.nodes import append_node, initializer, remove_unused
 
 INT64 = ir.DataType.INT64
 
@@ -53,6 +55,7 @@ class _Split:
         (self.y,) = node.outputs
         assert self.y.dtype is not None
         self.dtype = self.y.dtype
+        self.gathered: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
 
     def write(self) -> None:
         x, indices, weights, gate_up, down = self.node.inputs
@@ -108,7 +111,7 @@ class _Split:
         self.y.replace_all_uses_with(y, replace_graph_outputs=True)
         self.graph.remove(self.node, safe=True)
         for stack in (gate_up, down):
-            _drop(self.graph, stack)
+            remove_unused(self.graph, stack)
 
     def attribute(self, name: str) -> int:
         found = self.node.attributes.get(name)
@@ -156,7 +159,16 @@ class _Split:
         return initializer(self.graph.initializers, tensor)
 
     def product(self, x: ir.Value, weight: ir.Value) -> ir.Value:
-        return self.op("MatMul", x, self.op("Transpose", weight, perm=[1, 0]))
+        stored, permutation = sorted_weight(weight)
+        if permutation is not None:
+            x = self.ordered(x, permutation)
+        return self.op("MatMul", x, self.op("Transpose", stored, perm=[1, 0]))
+
+    def ordered(self, x: ir.Value, permutation: ir.Value) -> ir.Value:
+        """The columns of x in an order, gathered once for all products that share it."""
+        if (x, permutation) not in self.gathered:
+            self.gathered[x, permutation] = self.op("Gather", x, permutation, axis=-1)
+        return self.gathered[x, permutation]
 
     def constant(self, *values: int) -> ir.Value:
         name = "experts." + "_".join(
@@ -210,18 +222,3 @@ def _shape(value: ir.Value) -> tuple[int, int, int]:
     assert value.shape is not None
     experts, rows, columns = value.shape.numpy()
     return experts, rows, columns
-
-
-def _drop(graph: ir.Graph, stack: ir.Value) -> None:
-    """Remove a stack that is no longer used, and the node that made it."""
-    if stack.uses():
-        return
-    producer = stack.producer()
-    if producer is None:
-        graph.initializers.pop(stack.name)  # type: ignore[arg-type]
-        return
-    inputs = [value for value in producer.inputs if value is not None]
-    graph.remove(producer, safe=True)
-    for value in inputs:
-        if value.producer() is not None:
-            _drop(graph, value)

@@ -121,7 +121,7 @@ class UseMatMulNBits(InPlacePass):
         graph, modified = model.graph, False
         laid_out: dict[ir.Value, tuple[int, int]] = {}
         for node in [*graph]:
-            if not _dequantizes_integers(node):
+            if not dequantizes_integers(node):
                 continue
             try:
                 weight = quantized_weight(node)
@@ -167,7 +167,7 @@ class DequantizeAtLoad(InPlacePass):
         Raises:
             LoweringError: what is dequantized is no weight.
         """
-        found = [node for node in model.graph if _dequantizes_integers(node)]
+        found = [node for node in model.graph if dequantizes_integers(node)]
         for node in found:
             _dequantize(model.graph, node)
         return PassResult(model, bool(found))
@@ -220,7 +220,8 @@ def quantized_weight(node: ir.Node) -> QuantizedWeight:
     raise LoweringError(f"{node.name}: its weight is not in blocks along the second of two axes")
 
 
-def _dequantizes_integers(node: ir.Node) -> bool:
+def dequantizes_integers(node: ir.Node) -> bool:
+    """Whether a node is DequantizeLinear, and not of FP8."""
     is_any = node.op_type == "DequantizeLinear" and node.domain == ""
     return is_any and not dequantizes_float8(node)
 

@@ -1,4 +1,4 @@
-"""Weights in FP8 on onnxruntime's CPU, which multiplies by none: they become fp32 when the model is loaded.
+"""Weights in FP8; and on onnxruntime's CPU, which multiplies by none, they become fp32 when the model is loaded.
 
 The file keeps the codes. Inputs that the graph rounds to FP8 stay as they are: onnxruntime's own QuantizeLinear, Cast
 and DequantizeLinear do that in fp32.
@@ -6,6 +6,7 @@ and DequantizeLinear do that in fp32.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -62,12 +63,7 @@ class DequantizeFloat8AtLoad(InPlacePass):
         def cast(value: ir.Value, dtype: ir.DataType) -> ir.Value:
             return op("Cast", value, dtype=dtype, to=int(dtype))
 
-        axis, rank = node.attributes.get("axis"), _rank(scales)
-        if rank > 1 or len(node.inputs) > 2:
-            raise LoweringError(f"{node.name}: FP8 weights have one scale, or one for each row")
-        if rank == 1:
-            if axis is None or axis.as_int() != 0:
-                raise LoweringError(f"{node.name}: its scales are not those of its rows")
+        if has_row_scales(node):
             column = ir.tensor(np.array([-1, 1], dtype=np.int64), name="float8.column")
             shape = initializer(graph.initializers, column)
             scales = op("Reshape", scales, shape, dtype=FP32.ir)
@@ -78,6 +74,54 @@ class DequantizeFloat8AtLoad(InPlacePass):
         graph.insert_before(node, nodes)
         old.replace_all_uses_with(made, replace_graph_outputs=True)
         graph.remove(node, safe=True)
+
+
+@dataclass(frozen=True)
+class Float8Weight:
+    """A weight in FP8.
+
+    Attributes:
+        codes, scales: initializers, [N, K] and [N] or [].
+        rounded: the dtype of its dequantized values, which is the scales'.
+        n, k: its rows and columns.
+    """
+
+    codes: ir.Value
+    scales: ir.Value
+    rounded: ir.DataType
+    n: int
+    k: int
+
+
+def float8_weight(node: ir.Node) -> Float8Weight:
+    """What a DequantizeLinear of FP8 is given.
+
+    Raises:
+        LoweringError: it is not a matrix with one scale, or one for each row.
+    """
+    has_row_scales(node)
+    codes, scales = node.inputs[0], node.inputs[1]
+    assert codes is not None and scales is not None and scales.dtype is not None
+    if not scales.is_initializer() or codes.shape is None or len(codes.shape) != 2:
+        raise LoweringError(f"{node.name}: its codes and scales are not those of a matrix")
+    n, k = codes.shape.numpy()
+    return Float8Weight(codes, scales, scales.dtype, n, k)
+
+
+def has_row_scales(node: ir.Node) -> bool:
+    """Whether a weight in FP8 has a scale for each row, and not one for all.
+
+    Raises:
+        LoweringError: it has neither.
+    """
+    scales = node.inputs[1]
+    assert scales is not None
+    axis, rank = node.attributes.get("axis"), _rank(scales)
+    if rank > 1 or len(node.inputs) > 2:
+        raise LoweringError(f"{node.name}: FP8 weights have one scale, or one for each row")
+    if rank == 1 and (axis is None or axis.as_int() != 0):
+        raise LoweringError(f"{node.name}: its scales are not those of its rows")
+    return rank == 1
 
 
 def _rank(scales: ir.Value) -> int:

@@ -1,10 +1,11 @@
-"""The bytes of the tensors that `UseSignedCodes` makes of a package's: signed codes, repeated scales, corrections.
+"""The tensors that lowering for TensorRT makes of a package's: signed codes, repeated scales, corrections.
 
 Nothing is read before a part of a tensor is asked for, and a part is at most one weight of the package.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,12 @@ import onnx_ir as ir
 from qwenport.contract import Progress
 from qwenport.engines.errors import LoweringError
 from qwenport.engines.lowering.few_bits import QuantizedWeight
+from qwenport.engines.lowering.float8 import Float8Weight
+from qwenport.plugins.nodes import initializer
+
+FILE = "codes.bin"
+"""Holds the new tensors, next to the lowered model."""
+ALIGNMENT = 64
 
 Bytes = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
@@ -86,6 +93,59 @@ class Correction:
         return made.reshape(shape)
 
 
+@dataclass(frozen=True)
+class SignedWeight:
+    """What one DequantizeLinear of the lowered graph dequantizes.
+
+    Attributes:
+        node: its name, and its output's.
+        weights: the package's weights in it.
+        elements: of its codes.
+        dtype: of its codes.
+        correction: what is subtracted; None of symmetric weights.
+        columns: the initializer int32 [experts, K] that has, for each column of an expert's codes, the column of its
+            input; None if they are the input's own, and of what is no stack of experts.
+    """
+
+    node: str
+    weights: tuple[str, ...]
+    elements: int
+    dtype: ir.DataType
+    correction: Correction | None
+    columns: str | None = None
+
+
+class MadeFile:
+    """What lowering leaves beside a graph.
+
+    Attributes:
+        tensors: what FILE must hold, ordered, and `bytes` its size.
+        weights: the quantized ones.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[MadeTensor] = []
+        self.bytes = 0
+        self.weights: list[SignedWeight] = []
+
+    def add(
+        self,
+        graph: ir.Graph,
+        name: str,
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
+        parts: Iterable[Part],
+    ) -> ir.Value:
+        """A new initializer of `graph`, whose bytes are those of `parts`."""
+        length = -(-math.prod(shape) * dtype.bitwidth // 8)
+        self.tensors.append(MadeTensor(self.bytes, tuple(parts)))
+        tensor = ir.ExternalTensor(
+            FILE, self.bytes, length, dtype, shape=ir.Shape(shape), name=name
+        )
+        self.bytes += length + -length % ALIGNMENT
+        return initializer(graph.initializers, tensor)
+
+
 def write_tensors(file: Path, tensors: Iterable[MadeTensor], progress: Progress) -> None:
     """Write the new file, one part of a tensor in memory at a time.
 
@@ -137,6 +197,12 @@ def digit_scales(weight: QuantizedWeight, repeats: int) -> bytes:
     if not np.isfinite(made.astype(np.float32)).all():
         raise LoweringError(f"{weight.scales.name}: too large for {HIGH_DIGIT} times itself")
     return np.repeat(made, repeats).tobytes()
+
+
+def row_scales(weight: Float8Weight, dtype: ir.DataType) -> bytes:
+    """The scales [N] in `dtype`, which holds their values exactly; one for the whole weight is repeated."""
+    scales = _numbers(weight.scales).astype(dtype.numpy())
+    return np.broadcast_to(scales.reshape(-1), weight.n).tobytes()
 
 
 def read(value: ir.Value) -> Bytes:

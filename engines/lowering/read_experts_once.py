@@ -8,11 +8,14 @@ from onnx_ir.passes import InPlacePass, PassResult
 from qwenport.contract import DOMAIN, MOE_EXPERTS
 from qwenport.engines.errors import LoweringError
 from qwenport.plugins.as_plugin import integer
-from qwenport.plugins.moe_experts import tensorrt_body
+from qwenport.plugins.moe_experts import BY_COLUMNS, INPUTS, body_by_columns, tensorrt_body
 
 
 class ReadExpertsOnce(InPlacePass):
-    """The package's body of MoEExperts by token -> the one for TensorRT."""
+    """The package's body of MoEExperts by token -> the one for TensorRT, or the function BY_COLUMNS.
+
+    That is where `UseSignedCodes` has given a node the order of its weights' columns.
+    """
 
     def call(self, model: ir.Model) -> PassResult:
         """Change `model` in place.
@@ -29,7 +32,18 @@ class ReadExpertsOnce(InPlacePass):
                 "experts whose activations are rounded to FP8 are not supported by TensorRT here; use --target "
                 "onnxruntime"
             )
-        model.functions[identifier] = tensorrt_body(function.opset_imports[""])
+        opset = function.opset_imports[""]
+        model.functions[identifier] = tensorrt_body(opset)
+        ordered = [
+            node
+            for node in model.graph
+            if node.op_identifier() == identifier and len(node.inputs) > len(INPUTS)
+        ]
+        for node in ordered:
+            node.op_type = BY_COLUMNS
+        if ordered:
+            made = body_by_columns(opset)
+            model.functions[made.identifier()] = made
         return PassResult(model, modified=True)
 
 

@@ -5,101 +5,76 @@ signed types without zero points. With the middle code m,
 
     x W^T = x (s (q - m))^T - sums(x) c^T,    c = s (z - m)
 
-where `sums` adds the columns of x in each block. Symmetric weights have z = m, and no second product; c is subtracted
-from the weights of experts, which are gathered before they are multiplied by. TensorRT rounds
+where `sums` adds the columns of x in each block. Symmetric weights have z = m, and no second product. TensorRT rounds
 s (q - m), c, the sums and both products to the model's dtype, where a package rounds s (q - z) and one product.
 
 It multiplies by 4 bits in blocks, and by 8 bits with a scale per row. 8 bits in blocks become two digits of 4 bits
 each, q = 16 h + l, side by side along K: [x x] times 16 s (h - 8) and s (l - 8), with m = 136.
+
+Experts are gathered before they are multiplied by: their digits are added, and c is subtracted from the weights
+themselves. Where the columns are sorted (act-order), the operator is given their order too.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from qwenport.contract import DOMAIN, MOE_EXPERTS
 from qwenport.engines.errors import LoweringError
-from qwenport.engines.lowering.few_bits import QuantizedWeight, quantized_weight
+from qwenport.engines.lowering.act_order import columns_of, sorted_weight
+from qwenport.engines.lowering.few_bits import (
+    QuantizedWeight,
+    dequantizes_integers,
+    quantized_weight,
+)
 from qwenport.engines.lowering.made_tensors import (
     Correction,
-    MadeTensor,
-    Part,
+    MadeFile,
+    SignedWeight,
     digit_scales,
     digits,
     repeated,
     signed,
+)
+from qwenport.engines.lowering.products import (
+    NewNodes,
+    is_dequantized,
+    producer,
+    redirect,
+    replace_products,
 )
 from qwenport.engines.lowering.signed_forms import (
     INT4,
     Form,
     Product,
     form_of,
-    is_dequantized,
-    producer,
     products_by_input,
 )
-from qwenport.plugins.nodes import append_node, initializer
+from qwenport.engines.lowering.signed_nodes import corrected, sums_of
+from qwenport.plugins.moe_experts import INPUTS
+from qwenport.plugins.nodes import append_node, remove_unused
 
-FILE = "codes.bin"
-"""Holds the new tensors, next to the lowered model."""
+INT32 = ir.DataType.INT32
 LEAST_BLOCK, MOST_BLOCK = 16, 128
 """TensorRT multiplies by 4 bits in blocks of powers of two, from the one to the other."""
 SUMS = 8
 """A product by corrections is fused if the sums are a multiple of this."""
-ALIGNMENT = 64
-
-
-@dataclass(frozen=True)
-class SignedWeight:
-    """What one DequantizeLinear of the lowered graph dequantizes.
-
-    Attributes:
-        node: its name, and its output's.
-        weights: the package's weights in it.
-        elements: of its codes.
-        dtype: of its codes.
-        correction: what is subtracted; None of symmetric weights.
-    """
-
-    node: str
-    weights: tuple[str, ...]
-    elements: int
-    dtype: ir.DataType
-    correction: Correction | None
-
-
-@dataclass(frozen=True)
-class SignedCodes:
-    """What `UseSignedCodes` leaves beside the graph.
-
-    Attributes:
-        tensors: what FILE must hold, and `bytes` its size.
-        weights: the quantized ones.
-    """
-
-    tensors: tuple[MadeTensor, ...] = ()
-    bytes: int = 0
-    weights: tuple[SignedWeight, ...] = ()
 
 
 class UseSignedCodes(InPlacePass):
     """DequantizeLinear of unsigned codes -> of signed ones. Products by weights of one kind with one input are merged.
 
-    Attributes:
-        made: what else there is, after `call`.
+    Weights in FP8 stay.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, file: MadeFile) -> None:
+        """Take the file that gets the new tensors."""
         super().__init__()
-        self.made = SignedCodes()
+        self.file = file
 
     def call(self, model: ir.Model) -> PassResult:
         """Change `model` in place.
@@ -107,70 +82,77 @@ class UseSignedCodes(InPlacePass):
         Raises:
             LoweringError: a weight that TensorRT would expand, or that is used as none can be.
         """
-        work = _Work(model.graph)
+        work = _Work(model.graph, self.file)
         for node in [*model.graph]:
             if node.op_type == MOE_EXPERTS and node.domain == DOMAIN:
-                for stack in node.inputs[3:5]:
-                    if stack is not None:
-                        work.stack(stack)
+                work.experts(node)
         for group in products_by_input(model.graph):
             work.products(group)
         for node in [*model.graph]:
-            if is_dequantized(node) and node.name not in work.names:
+            if dequantizes_integers(node) and node.name not in work.names:
                 work.rows(node)
-        self.made = SignedCodes(tuple(work.tensors), work.end, tuple(work.weights))
-        return PassResult(model, bool(work.weights))
+        return PassResult(model, bool(work.names))
 
 
 class _Work:
     """The changes to one graph.
 
     Attributes:
-        tensors, weights: as in `SignedCodes`.
         names: of the new DequantizeLinear nodes.
-        end: of the file so far.
     """
 
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
-        self.tensors: list[MadeTensor] = []
-        self.weights: list[SignedWeight] = []
+    def __init__(self, graph: ir.Graph, file: MadeFile) -> None:
+        self.graph, self.file = graph, file
         self.names: set[str] = set()
-        self.end = 0
         self._sums: dict[tuple[ir.Value, int], ir.Value] = {}
 
     def products(self, group: Sequence[Product]) -> None:
         """Products of one input by weights of one form: one product, split."""
         first, form = group[0], group[0].form
         weights = [product.weight for product in group]
-        x = first.node.inputs[0]
-        assert x is not None
+        x = first.x
         name = f"{first.dequantize.name}.signed"
         correction = self._correction(name, weights, form)
         dequantized = self._dequantized(name, weights, form, correction, first.dequantize)
-        nodes = _Nodes(self.graph, f"{first.node.name}.signed", form.dtype)
+        nodes = NewNodes(self.graph, f"{first.node.name}.signed", form.dtype)
         factor = nodes.op("Concat", x, x, axis=-1) if form.in_digits else x
         y = nodes.op("MatMul", factor, nodes.op("Transpose", dequantized, perm=[1, 0]))
         if correction is not None:
             sums = self._sums.get((x, form.block))
             if sums is None:
-                sums = self._sums[x, form.block] = nodes.sums(x, form, correction.rows)
+                sums = self._sums[x, form.block] = sums_of(nodes, x, form, correction.rows)
             values = self.graph.initializers[correction.name]
             y = nodes.op("Sub", y, nodes.op("Mul" if form.blocks == 1 else "MatMul", sums, values))
-        outputs = [product.node.outputs[0] for product in group]
-        results = [y] if len(group) == 1 else nodes.split(y, [w.n for w in weights], outputs)
+        shapes = [product.node.outputs[0].shape for product in group]
+        results = nodes.split(y, [w.n for w in weights], shapes)
         self.graph.insert_before(first.node, nodes.made)
-        for product, old, new in zip(group, outputs, results, strict=True):
-            new.name, new.type, new.shape = old.name, old.type, old.shape
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
-            self.graph.remove(product.node, safe=True)
-            self._left(product.transpose, {})
-            self.graph.remove(product.transpose, safe=True)
-            gathered = correction is None and len(group) == 1
-            self._left(product.dequantize, {"Gather": dequantized} if gathered else {})
-            self._remove(product.dequantize)
+        gathered = correction is None and len(group) == 1
+        replace_products(self.graph, group, results, dequantized if gathered else None)
 
-    def stack(self, stack: ir.Value) -> None:
+    def experts(self, node: ir.Node) -> None:
+        """A mixture's weights, and the order of their columns if it is not their input's.
+
+        Raises:
+            LoweringError: TensorRT would expand them.
+        """
+        stacks = [stack for stack in node.inputs[3:5] if stack is not None]
+        columns = [columns_of(stack) for stack in stacks]
+        ordered = any(column.is_needed for column in columns)
+        names = [f"{stack.name}.columns" if ordered else None for stack in stacks]
+        for stack, name in zip(stacks, names, strict=True):
+            self.stack(stack, name)
+        if ordered:
+            made = [
+                self.file.add(
+                    self.graph, f"{stack.name}.columns", INT32, column.shape, column.parts()
+                )
+                for stack, column in zip(stacks, columns, strict=True)
+            ]
+            node.resize_inputs(len(INPUTS) + len(made))
+            for index, value in enumerate(made, len(INPUTS)):
+                node.replace_input_with(index, value)
+
+    def stack(self, stack: ir.Value, columns: str | None) -> None:
         """A mixture's weights [experts, rows, columns]: each expert's dequantized, then stacked.
 
         Raises:
@@ -178,7 +160,8 @@ class _Work:
         """
         reshape = stack.producer()
         concat = None if reshape is None else producer(reshape, 0)
-        parts = [] if concat is None else [producer(concat, i) for i in range(len(concat.inputs))]
+        stacked = [] if concat is None else [value for value in concat.inputs if value is not None]
+        parts = [sorted_weight(value)[0].producer() for value in stacked]
         nodes = [node for node in parts if node is not None and is_dequantized(node)]
         if reshape is None or concat is None or not nodes:
             return
@@ -188,22 +171,17 @@ class _Work:
             raise LoweringError(
                 f"{stack.name}: experts that are not all quantized in one way cannot be stacked"
             )
-        if form.in_digits:
-            raise LoweringError(
-                f"{stack.name}: experts of 8 bits in blocks cannot be stacked; --target onnxruntime runs them"
-            )
         name = f"{stack.name}.DequantizeLinear"
         correction = self._correction(name, weights, form, of_experts=True)
-        made = self._dequantized(name, weights, form, correction, concat)
+        made = self._dequantized(name, weights, form, correction, concat, columns)
         if correction is not None:
-            nodes_made = _Nodes(self.graph, f"{stack.name}.signed", form.dtype)
-            made = nodes_made.corrected(made, self.graph.initializers[correction.name], form)
-            self.graph.insert_before(concat, nodes_made.made)
+            new = NewNodes(self.graph, f"{stack.name}.signed", form.dtype)
+            made = corrected(new, made, self.graph.initializers[correction.name], form)
+            self.graph.insert_before(concat, new.made)
         reshape.replace_input_with(0, made)
-        self.graph.remove(concat, safe=True)
+        remove_unused(self.graph, concat.outputs[0])
         for node in nodes:
-            self._left(node, {})
-            self._remove(node)
+            redirect(node, {})
 
     def rows(self, node: ir.Node) -> None:
         """A weight whose rows are only gathered: an embedding.
@@ -218,22 +196,8 @@ class _Work:
                 f"{node.name}: rows are gathered only of symmetric weights, of 4 bits or with a scale per row"
             )
         dequantized = self._dequantized(f"{node.name}.signed", [weight], form, None, node)
-        self._left(node, {"Gather": dequantized})
-        self._remove(node)
-
-    def _left(self, node: ir.Node, allowed: dict[str, ir.Value]) -> None:
-        """Give what still uses a weight another value: first inputs of the operators that have one.
-
-        Raises:
-            LoweringError: another operator uses it.
-        """
-        for use in [*node.outputs[0].uses()]:
-            if use.node.op_type not in allowed or use.idx != 0:
-                raise LoweringError(
-                    f"{node.name}: used by {use.node.name}; TensorRT takes a quantized weight that is transposed and "
-                    "multiplied by once, stacked for MoEExperts, or without zero points gathered"
-                )
-            use.node.replace_input_with(0, allowed[use.node.op_type])
+        redirect(node, {"Gather": dequantized})
+        remove_unused(self.graph, node.outputs[0])
 
     def _dequantized(
         self,
@@ -242,33 +206,40 @@ class _Work:
         form: Form,
         correction: Correction | None,
         before: ir.Node,
+        columns: str | None = None,
     ) -> ir.Value:
         """DequantizeLinear of matrices one below the other.
 
         Raises:
             LoweringError: TensorRT has no such blocks.
         """
-        rows, columns = sum(weight.n for weight in weights), form.digits * form.k
+        rows, k = sum(weight.n for weight in weights), form.digits * form.k
         block = form.k
         attributes = {"axis": 0}
         shape: tuple[int, ...] = (rows,)
         if form.codes == INT4:
             block = min(form.block & -form.block, MOST_BLOCK)
-            attributes, shape = {"axis": 1, "block_size": block}, (rows, columns // block)
+            attributes, shape = {"axis": 1, "block_size": block}, (rows, k // block)
         if form.codes == INT4 and block < LEAST_BLOCK:
             raise LoweringError(
                 f"{weights[0].codes.name}: blocks of {form.block} values; TensorRT needs a multiple of {LEAST_BLOCK}"
             )
         make = digits if form.in_digits else signed
         scale = partial(digit_scales if form.in_digits else repeated, repeats=form.block // block)
-        codes = self._add(
-            f"{name}.codes", form.codes, (rows, columns), [partial(make, w) for w in weights]
+        codes = self.file.add(
+            self.graph,
+            f"{name}.codes",
+            form.codes,
+            (rows, k),
+            [partial(make, w) for w in weights],
         )
-        scales = self._add(
-            f"{name}.scales", form.dtype, shape, [partial(scale, w) for w in weights]
+        scales = self.file.add(
+            self.graph, f"{name}.scales", form.dtype, shape, [partial(scale, w) for w in weights]
         )
         made = tuple(str(w.codes.name).removesuffix(".codes") for w in weights)
-        self.weights.append(SignedWeight(name, made, rows * columns, form.codes, correction))
+        self.file.weights.append(
+            SignedWeight(name, made, rows * k, form.codes, correction, columns)
+        )
         self.names.add(name)
         nodes: list[ir.Node] = []
         inputs, results = [codes, scales], [(form.dtype, codes.shape)]
@@ -294,83 +265,5 @@ class _Work:
         )
         n = sum(weight.n for weight in weights)
         shape = (n, rows, 1) if of_experts else (rows, n)
-        self._add(made.name, form.dtype, shape, [made.stored])
+        self.file.add(self.graph, made.name, form.dtype, shape, [made.stored])
         return made
-
-    def _add(
-        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], parts: Iterable[Part]
-    ) -> ir.Value:
-        """A new initializer; its bytes are in FILE."""
-        length = -(-math.prod(shape) * dtype.bitwidth // 8)
-        self.tensors.append(MadeTensor(self.end, tuple(parts)))
-        tensor = ir.ExternalTensor(FILE, self.end, length, dtype, shape=ir.Shape(shape), name=name)
-        self.end += length + -length % ALIGNMENT
-        return initializer(self.graph.initializers, tensor)
-
-    def _remove(self, node: ir.Node) -> None:
-        """Remove a DequantizeLinear, and the initializers that were only its own."""
-        inputs = [value for value in node.inputs if value is not None]
-        self.graph.remove(node, safe=True)
-        for value in inputs:
-            if value.is_initializer() and not value.uses():
-                del self.graph.initializers[str(value.name)]
-
-
-class _Nodes:
-    """New nodes that will stand in front of an old one.
-
-    Attributes:
-        made: the nodes in order.
-    """
-
-    def __init__(self, graph: ir.Graph, name: str, dtype: ir.DataType) -> None:
-        self.made: list[ir.Node] = []
-        self._graph, self._name, self._dtype = graph, name, dtype
-
-    def op(self, kind: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        """Append a node with one output."""
-        name = f"{self._name}.{kind}_{len(self.made)}"
-        results = [(self._dtype, None)]
-        return append_node(self.made, kind, inputs, name, results, attributes=attributes)[0]
-
-    def sums(self, x: ir.Value, form: Form, rows: int) -> ir.Value:
-        """x [batch, seq, K] -> the sums of its blocks [batch, seq, rows]; beyond K there are zeros.
-
-        It is padded before it is summed: TensorRT makes one kernel of that, and two of the opposite.
-
-        Raises:
-            LoweringError: x has other axes.
-        """
-        if x.shape is None or len(x.shape) != 3:
-            raise LoweringError(f"{self._name}: {x.name} has not three axes")
-        if rows == 1:
-            return self.op("ReduceSum", x, self._integers(-1), keepdims=1)
-        padding = rows * form.block - form.k
-        if padding:
-            x = self.op("Pad", x, self._integers(0, 0, 0, 0, 0, padding))
-        blocks = self.op("Reshape", x, self._integers(0, 0, rows, form.block))
-        return self.op("ReduceSum", blocks, self._integers(-1), keepdims=0)
-
-    def corrected(self, weight: ir.Value, correction: ir.Value, form: Form) -> ir.Value:
-        """A weight [N, K] minus the correction [N, blocks, 1] of each block.
-
-        TensorRT does that to the gathered experts alone, in the kernel that dequantizes them.
-        """
-        assert weight.shape is not None
-        n = int(weight.shape.numpy()[0])
-        blocks = self.op("Reshape", weight, self._integers(n, form.blocks, form.block))
-        centred = self.op("Sub", blocks, correction)
-        return self.op("Reshape", centred, self._integers(n, form.k))
-
-    def split(
-        self, y: ir.Value, sizes: Sequence[int], outputs: Sequence[ir.Value]
-    ) -> Sequence[ir.Value]:
-        """Split the last axis into as many values as `outputs`."""
-        name, inputs = f"{self._name}.Split", [y, self._integers(*sizes)]
-        results = [(self._dtype, value.shape) for value in outputs]
-        return append_node(self.made, "Split", inputs, name, results, attributes={"axis": -1})
-
-    def _integers(self, *values: int) -> ir.Value:
-        name = f"signed.{'_'.join(map(str, values))}"
-        tensor = ir.tensor(np.array(values, dtype=np.int64), name=name)
-        return initializer(self._graph.initializers, tensor)

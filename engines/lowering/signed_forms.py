@@ -1,4 +1,4 @@
-"""The forms of quantized weights for `UseSignedCodes`, and where a graph multiplies by such weights."""
+"""The forms of weights of integers for `UseSignedCodes`, and where a graph multiplies by them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qwenport.engines.lowering.few_bits import QuantizedWeight, is_symmetric, quantized_weight
+from qwenport.engines.lowering.float8 import dequantizes_float8
+from qwenport.engines.lowering.products import Multiplication, multiplications
 
 INT4, INT8 = ir.DataType.INT4, ir.DataType.INT8
 
@@ -56,12 +58,9 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Product:
-    """MatMul(x, Transpose(DequantizeLinear(...)))."""
+class Product(Multiplication):
+    """A product by a weight of integers."""
 
-    node: ir.Node
-    transpose: ir.Node
-    dequantize: ir.Node
     weight: QuantizedWeight
 
     @property
@@ -73,26 +72,12 @@ def form_of(weight: QuantizedWeight) -> Form:
     return Form(weight.k, weight.block, weight.bits, weight.rounded, is_symmetric(weight.zeros))
 
 
-def is_dequantized(node: ir.Node) -> bool:
-    return node.op_type == "DequantizeLinear" and node.domain == ""
-
-
-def producer(node: ir.Node, index: int) -> ir.Node | None:
-    value = node.inputs[index]
-    return None if value is None else value.producer()
-
-
 def products_by_input(graph: ir.Graph) -> list[list[Product]]:
-    """The products by quantized weights; those of one input and one form together."""
-    found: dict[tuple[ir.Value | None, Form], list[Product]] = {}
-    for node in graph:
-        transpose = producer(node, 1) if node.op_type == "MatMul" and node.domain == "" else None
-        dequantize = None
-        if transpose is not None and transpose.op_type == "Transpose":
-            perm = transpose.attributes.get("perm")
-            turned = perm is not None and tuple(perm.as_ints()) == (1, 0)
-            dequantize = producer(transpose, 0) if turned else None
-        if transpose is not None and dequantize is not None and is_dequantized(dequantize):
-            product = Product(node, transpose, dequantize, quantized_weight(dequantize))
-            found.setdefault((node.inputs[0], product.form), []).append(product)
+    """The products by weights of integers; those of one input and one form together."""
+    found: dict[tuple[ir.Value, Form], list[Product]] = {}
+    for each in multiplications(graph):
+        if not dequantizes_float8(each.dequantize):
+            weight = quantized_weight(each.dequantize)
+            product = Product(each.node, each.transpose, each.dequantize, weight)
+            found.setdefault((product.x, product.form), []).append(product)
     return list(found.values())

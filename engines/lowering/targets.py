@@ -15,13 +15,15 @@ from qwenport.engines.lowering.constants import DropCasts, FoldConstants
 from qwenport.engines.lowering.experts import SplitExperts
 from qwenport.engines.lowering.few_bits import DequantizeAtLoad, UseMatMulNBits
 from qwenport.engines.lowering.float8 import DequantizeFloat8AtLoad
+from qwenport.engines.lowering.float8_products import MultiplyByFloat8
 from qwenport.engines.lowering.float32 import ComputeInFloat32
 from qwenport.engines.lowering.fused_matmul import FuseTransposedMatMul
+from qwenport.engines.lowering.made_tensors import MadeFile
 from qwenport.engines.lowering.moved_inputs import MoveRoundedInputs
 from qwenport.engines.lowering.read_experts_once import ReadExpertsOnce
 from qwenport.engines.lowering.rope_tables import CutRopeTables, FoldRopeTables
 from qwenport.engines.lowering.rounded import RoundResults
-from qwenport.engines.lowering.signed_codes import SignedCodes, UseSignedCodes
+from qwenport.engines.lowering.signed_codes import UseSignedCodes
 from qwenport.engines.lowering.stored import StoredWeight, StoreWeights
 from qwenport.engines.lowering.use_plugins import UsePlugins
 
@@ -136,7 +138,7 @@ def for_tensorrt(
     positions: int,
     kv_heads: int,
     plugins: bool = False,
-) -> tuple[ir.Model, SignedCodes]:
+) -> tuple[ir.Model, MadeFile]:
     """Lower a package's graph for TensorRT or TensorRT-RTX. Changes `model`.
 
     Args:
@@ -150,14 +152,19 @@ def for_tensorrt(
     Returns:
         The graph, and what became of quantized weights.
     """
-    codes = UseSignedCodes()
-    passes: list[PassBase] = [StaticCapacity(capacity), FoldRopeTables(positions), codes]
+    made = MadeFile()
+    passes: list[PassBase] = [
+        StaticCapacity(capacity),
+        FoldRopeTables(positions),
+        UseSignedCodes(made),
+        MultiplyByFloat8(made),
+    ]
     if dtype == "fp32":
         passes.append(DecomposeAttention(kv_heads))
     if plugins:
         passes.append(UsePlugins())
     passes.append(ReadExpertsOnce())
-    return _lowered(model, passes), codes.made
+    return _lowered(model, passes), made
 
 
 def _lowered(model: ir.Model, passes: Sequence[PassBase]) -> ir.Model:

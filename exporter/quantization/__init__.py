@@ -68,6 +68,12 @@ def parse_quantization(raw: Any) -> Quantization | None:
     if not isinstance(raw, dict):
         raise ConfigError(f"config.json: quantization_config must be an object, found {short(raw)}")
     method = raw.get("quant_method")
+    if method is None and any(key.startswith(("load_in_", "bnb_")) for key in raw):
+        method = "bitsandbytes"
+    if method is None:
+        raise ConfigError(
+            f"config.json: quantization_config.quant_method is missing; supported: {', '.join(METHODS)}"
+        )
     if not isinstance(method, str) or method not in METHODS:
         raise ConfigError(
             f"config.json: checkpoints quantized by {short(method)} are not supported; supported: "

@@ -34,8 +34,12 @@ def parse_compressed_tensors(raw: Mapping[str, Any]) -> Quantization:
     settings = Settings("", raw)
     settings.only("quant_method", METHOD)
     settings.only("quantization_status", "compressed", "frozen")
-    for key in ("kv_cache_scheme", "sparsity_config", "moe_sparsity_config", "transform_config"):
+    for key in ("kv_cache_scheme", "transform_config"):
         settings.only(key, None, {})
+    for key in ("sparsity_config", "moe_sparsity_config"):
+        sparsity = settings.take(key)
+        if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
+            raise refused(key, sparsity)
     settings.neutral("global_compression_ratio", "version")
     whole: str = settings.required("format", *FORMATS, MIXED)
     ignore = settings.names("ignore")
@@ -52,7 +56,7 @@ def _group(name: str, given: Any, whole: str) -> Group:
     own = settings.only("format", None, *FORMATS)
     method: str = own or whole
     if method not in FORMATS:
-        raise refused(f"{where}format", own)
+        raise ConfigError(f"quantization_config: {where}format is missing")
     if whole not in (method, MIXED):
         raise refused(f"{where}format", own)
     settings.only("output_activations", None)

@@ -15,10 +15,9 @@ from functools import partial
 from typing import Any, ClassVar
 
 from qwenport.contract import BY_SAFETENSORS, FP8
-from qwenport.exporter.errors import ConfigError, ExportError
-from qwenport.exporter.keys import short
+from qwenport.exporter.errors import ExportError
 from qwenport.exporter.quantization.quantization import LINEAR, Group, Quantization
-from qwenport.exporter.quantization.settings import Settings, refused
+from qwenport.exporter.quantization.settings import Settings, check_pattern, refused
 from qwenport.exporter.quantization.storage import (
     WEIGHT,
     WHOLE,
@@ -146,10 +145,5 @@ def _block(given: Any) -> tuple[int, int]:
 
 def _rule(name: str) -> str:
     """What transformers does not convert by this name: modules that it begins, as a pattern, or ends."""
-    try:
-        re.compile(name)
-    except re.error as error:
-        raise ConfigError(
-            f"quantization_config: modules_to_not_convert has {short(name)}, which is no pattern ({error})"
-        ) from error
+    check_pattern("modules_to_not_convert", name)
     return rf"re:(?:{name})(?:(?<=\.)|(?=\.|$))|.*{re.escape(name)}$"

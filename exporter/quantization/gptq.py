@@ -17,7 +17,7 @@ import numpy as np
 
 from qwenport.exporter.errors import CheckpointError
 from qwenport.exporter.quantization.quantization import LINEAR, ROUTERS, Group, Quantization
-from qwenport.exporter.quantization.settings import Settings, refused
+from qwenport.exporter.quantization.settings import Settings, check_pattern, refused
 from qwenport.exporter.quantization.storage import (
     CODES,
     SCALES,
@@ -268,10 +268,7 @@ def _ignored(dynamic: Any) -> tuple[str, ...]:
     found = []
     for rule in dynamic or {}:
         pattern = rule.removeprefix("-:")
-        try:
-            re.compile(pattern)
-        except re.error:
-            raise refused("dynamic", rule) from None
+        check_pattern("dynamic", pattern)
         if pattern == rule:
             raise refused("dynamic", rule)
         found.append(f"re:{pattern}")

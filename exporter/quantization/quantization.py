@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
-from qwenport.exporter.quantization.storage import WEIGHT, Storage
+from qwenport.exporter.quantization.storage import WEIGHT, ZEROS, Storage
 
 LINEAR, EMBEDDING = "Linear", "Embedding"
 """Targets: every linear, and the embedding."""
@@ -44,6 +45,16 @@ class Quantization:
         Args:
             parameter: in transformers' names; the experts of a layer are single linears.
         """
+        if parameter not in self._known:
+            self._known[parameter] = self._find(parameter)
+        return self._known[parameter]
+
+    @cached_property
+    def _known(self) -> dict[str, Storage | None]:
+        """What `storage` has found: patterns are many, and an export asks for each weight several times."""
+        return {}
+
+    def _find(self, parameter: str) -> Storage | None:
         module = parameter.removesuffix(WEIGHT)
         if module == parameter or module.endswith("norm"):
             return None
@@ -60,6 +71,11 @@ class Quantization:
     def least_bits(self) -> int:
         """Of a value in a package, where they are fewest."""
         return min(16 if g.storage.is_whole else g.storage.bits for g in self.groups)
+
+    @property
+    def has_integers(self) -> bool:
+        """Whether some weights are integers with zero points, rather than FP8."""
+        return any(ZEROS in group.storage.part_names for group in self.groups)
 
     @property
     def rounds_inputs(self) -> bool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from qwenport.exporter.errors import ConfigError
 from qwenport.exporter.keys import short
+
+PATTERN = "re:"
+"""Begins a name that is a pattern."""
 
 
 class Settings:
@@ -53,14 +57,17 @@ class Settings:
         return self.only(key, *allowed)
 
     def names(self, key: str) -> tuple[str, ...]:
-        """A list of names; none if the key is absent or null.
+        """A list of names and patterns; none if the key is absent or null.
 
         Raises:
-            ConfigError: it is no list of names.
+            ConfigError: it is no list of names, or a pattern in it is no regular expression.
         """
         found = self._given.pop(key, None) or []
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
             raise refused(f"{self._where}{key}", found)
+        for name in found:
+            if name.startswith(PATTERN):
+                check_pattern(f"{self._where}{key}", name.removeprefix(PATTERN))
         return tuple(found)
 
     def neutral(self, *keys: str) -> None:
@@ -80,6 +87,20 @@ class Settings:
         """
         for key, value in self._given.items():
             raise refused(f"{self._where}{key}", value)
+
+
+def check_pattern(key: str, pattern: str) -> None:
+    """Refuse what is no regular expression.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"quantization_config: {key} has {short(pattern)}, which is no regular expression: {error}"
+        ) from error
 
 
 def refused(key: str, value: Any) -> ConfigError:

@@ -19,10 +19,17 @@ Qwen3Moe and Mixtral.
 """
 
 from qwenport.plugins.moe_experts.emission import emit
-from qwenport.plugins.moe_experts.function import function_body, tensorrt_body
+from qwenport.plugins.moe_experts.function import body_by_columns, function_body, tensorrt_body
 from qwenport.plugins.moe_experts.lowering import use_plugin
 from qwenport.plugins.moe_experts.reference import moe_experts
-from qwenport.plugins.moe_experts.schema import LARGEST_FP8, NAME, VERSION, schema
+from qwenport.plugins.moe_experts.schema import (
+    BY_COLUMNS,
+    INPUTS,
+    LARGEST_FP8,
+    NAME,
+    VERSION,
+    schema,
+)
 from qwenport.plugins.operator import Operator, Plugin
 
 OPERATOR = Operator(
@@ -35,10 +42,13 @@ OPERATOR = Operator(
 )
 
 __all__ = [
+    "BY_COLUMNS",
+    "INPUTS",
     "LARGEST_FP8",
     "NAME",
     "OPERATOR",
     "VERSION",
+    "body_by_columns",
     "function_body",
     "moe_experts",
     "schema",

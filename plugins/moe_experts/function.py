@@ -11,13 +11,13 @@ weight once if the product is written as multiplications and a sum, while a matm
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from qwenport.plugins.function_body import FunctionBody
-from qwenport.plugins.moe_experts.schema import INPUTS, LARGEST_FP8, NAME
+from qwenport.plugins.moe_experts.schema import BY_COLUMNS, COLUMNS, INPUTS, LARGEST_FP8, NAME
 
 FLOAT, INT64 = int(ir.DataType.FLOAT), int(ir.DataType.INT64)
 FLOAT8 = int(ir.DataType.FLOAT8E4M3FN)
@@ -47,13 +47,28 @@ def tensorrt_body(opset: int) -> ir.Function:
     Up to E pairs are multiplied one by one, more are computed in at most 2E blocks. Both ways are in the graph, and one
     of them gets no tokens.
     """
-    body = FunctionBody(*INPUTS)
+    return _for_tensorrt(NAME, INPUTS, opset)
+
+
+def body_by_columns(opset: int) -> ir.Function:
+    """Return the function BY_COLUMNS for TensorRT: as `tensorrt_body`, of weights that have their columns in any order.
+
+    Two more inputs, int32 [E, K] of gate_up and of down, have for each column of an expert's weight the column of its
+    input that it is multiplied by. A weight may have more columns than its input.
+    """
+    return _for_tensorrt(BY_COLUMNS, (*INPUTS, *COLUMNS), opset)
+
+
+def _for_tensorrt(name: str, inputs: Sequence[str], opset: int) -> ir.Function:
+    body = FunctionBody(*inputs)
     y = _by_token_for_tensorrt(body)
-    return body.function(NAME, {"y": y}, opset, _attributes(by_expert=False, round_inner=False))
+    return body.function(name, {"y": y}, opset, _attributes(by_expert=False, round_inner=False))
 
 
 SwiGLU = Callable[[FunctionBody, ir.Value, ir.Value, ir.Value], ir.Value]
 """(body, x [n, rows, H], gate_up [n, 2I, H], down [n, H, I]) -> [n, rows, H]."""
+OfBlocks = Callable[[FunctionBody, ir.Value, ir.Value], ir.Value]
+"""(body, x [n, rows, H], expert [n]) -> [n, rows, H]."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +95,14 @@ def _by_token(body: FunctionBody, swiglu: SwiGLU) -> ir.Value:
     spare = op("Sub", rows, one)
     blocks = op("Div", op("Add", pairs, op("Mul", spare, op("Min", count, pairs))), rows)
     layout = _Blocks(blocks, rows, rows, spare)
-    y = _in_blocks(body, x, experts, weights, (tokens, k, count, width), pairs, layout, swiglu)
+    sizes = tokens, k, count, width
+    y = _in_blocks(body, x, experts, weights, sizes, pairs, layout, _of_blocks(swiglu))
     return op("Reshape", op("CastLike", y, x), op("Shape", given))
 
 
 def _by_token_for_tensorrt(body: FunctionBody) -> ir.Value:
     op, one, zero = body.op, body.integers(1), body.integers(0)
-    given, experts, weights, gate_up, _ = body.inputs
+    given, experts, weights, gate_up, *_ = body.inputs
     width, k, count = body.size(given, -1), body.size(experts, -1), body.size(gate_up, 0)
     flat = [
         op("Reshape", value, op("Concat", body.integers(-1), size, axis=0))
@@ -120,10 +136,11 @@ def _by_token_for_tensorrt(body: FunctionBody) -> ir.Value:
 def _one_by_one(body: FunctionBody, x: ir.Value, experts: ir.Value, weights: ir.Value) -> ir.Value:
     """x [T, H], experts and weights [T, k] -> fp32 [T, H]. Sums are fp32, products are rounded as a matmul's."""
     op = body.op
-    *_, gate_up, down = body.inputs
+    gate_up, down = body.inputs[3:5]
 
     def product(matrix: ir.Value, vector: ir.Value) -> ir.Value:
         chosen = op("Cast", op("Gather", matrix, experts), to=FLOAT)
+        vector = _ordered(body, matrix, vector, experts, axis=2)
         terms = op("Mul", chosen, op("Cast", vector, to=FLOAT))
         return op("CastLike", op("ReduceSum", terms, body.integers(-1), keepdims=0), x)
 
@@ -143,11 +160,10 @@ def _in_blocks(
     sizes: tuple[ir.Value, ir.Value, ir.Value, ir.Value],
     pairs: ir.Value,
     layout: _Blocks,
-    swiglu: SwiGLU,
+    swiglu: OfBlocks,
 ) -> ir.Value:
     """x [T, H], experts and weights [..., k] -> fp32 [T, H]. `sizes` are T, k, E and H, `pairs` is T k."""
     op, one, zero = body.op, body.integers(1), body.integers(0)
-    *_, gate_up, down = body.inputs
     tokens, k, count, width = sizes
     blocks, rows = layout.blocks, layout.rows
 
@@ -172,7 +188,7 @@ def _in_blocks(
 
     shape = op("Concat", blocks, rows, width, axis=0)
     gathered = op("Reshape", op("Gather", x, source), shape)
-    outer = swiglu(body, gathered, op("Gather", gate_up, expert), op("Gather", down, expert))
+    outer = swiglu(body, gathered, expert)
     by_row = op("Reshape", outer, op("Concat", body.integers(-1), width, axis=0))
     by_pair = op("Reshape", op("Gather", by_row, place), op("Concat", tokens, k, width, axis=0))
 
@@ -192,6 +208,16 @@ def _by_expert(body: FunctionBody, swiglu: SwiGLU) -> ir.Value:
     zeros = op("Expand", op("Cast", body.integer(0), to=FLOAT), op("Shape", x))
     row_tokens = op("Reshape", tokens, body.integers(-1, 1))
     return op("CastLike", op("ScatterND", zeros, row_tokens, rows, reduction="add"), x)
+
+
+def _of_blocks(swiglu: SwiGLU) -> OfBlocks:
+    """`swiglu` of each block's expert."""
+
+    def apply(body: FunctionBody, x: ir.Value, expert: ir.Value) -> ir.Value:
+        gate_up, down = (body.op("Gather", stack, expert) for stack in body.inputs[3:5])
+        return swiglu(body, x, gate_up, down)
+
+    return apply
 
 
 def _swiglu(body: FunctionBody, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
@@ -232,10 +258,38 @@ def _outer(body: FunctionBody, inner: ir.Value, down: ir.Value) -> ir.Value:
     return body.op("Transpose", body.op("MatMul", down, inner), perm=[0, 2, 1])
 
 
-def _swiglu_of_rows(body: FunctionBody, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
+def _swiglu_of_rows(body: FunctionBody, x: ir.Value, expert: ir.Value) -> ir.Value:
     """The same with the weights transposed, which TensorRT's matmuls do as they read them; they then pad nothing."""
     op = body.op
-    inner = op("MatMul", x, op("Transpose", gate_up, perm=[0, 2, 1]))
-    gate, up = body.ops(2, "Split", inner, axis=2, num_outputs=2)
-    active = op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
-    return op("MatMul", active, op("Transpose", down, perm=[0, 2, 1]))
+
+    def product(rows: ir.Value, matrix: ir.Value) -> ir.Value:
+        chosen = op("Gather", matrix, expert)
+        rows = _ordered(body, matrix, rows, expert, axis=1)
+        return op("MatMul", rows, op("Transpose", chosen, perm=[0, 2, 1]))
+
+    gate_up, down = body.inputs[3:5]
+    gate, up = body.ops(2, "Split", product(x, gate_up), axis=2, num_outputs=2)
+    return product(op("Mul", op("Mul", gate, op("Sigmoid", gate)), up), down)
+
+
+def _ordered(
+    body: FunctionBody, matrix: ir.Value, x: ir.Value, experts: ir.Value, *, axis: int
+) -> ir.Value:
+    """x [..., K] in the order of the columns of the chosen experts' weights, if there is one.
+
+    Args:
+        body: the function's.
+        matrix: which of its weights.
+        x: broadcasts to the experts, with an axis more at `axis`, and K.
+        experts: the chosen ones, [...].
+        axis: of x, between those of `experts` and its last.
+    """
+    at = body.inputs.index(matrix) + len(COLUMNS)
+    if at >= len(body.inputs):
+        return x
+    op = body.op
+    order = op("Unsqueeze", op("Gather", body.inputs[at], experts), body.integers(axis))
+    rows = op("Concat", op("Shape", experts), body.integers(1, 1), axis=0)
+    x = op("Expand", x, rows)
+    width = op("Concat", op("Shape", x, end=-1), body.integers(1), axis=0)
+    return op("GatherElements", x, op("Expand", order, width), axis=-1)

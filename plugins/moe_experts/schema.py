@@ -11,6 +11,10 @@ VERSION = 1
 LARGEST_FP8 = 448.0
 """Of e4m3."""
 INPUTS = ("x", "indices", "weights", "gate_up", "down")
+BY_COLUMNS = f"{NAME}ByColumns"
+"""A function that lowering for TensorRT puts in the operator's place; no package has it."""
+COLUMNS = ("gate_up_columns", "down_columns")
+"""Its inputs after INPUTS."""
 
 
 def schema() -> onnx.defs.OpSchema:

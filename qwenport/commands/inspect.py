@@ -220,7 +220,7 @@ def memory(
     kv = kv_cache(config, dtype, slots)
     gpus = []
     for fit in fits(resident, kv["bytes_per_token"], slots):
-        context, targets = fit.context, targets_of(fit.gpu.architecture, dtype)
+        context, targets = fit.context, targets_of(fit.gpu.architecture, config, dtype)
         if engine_manifest is not None:
             if fit.gpu.architecture not in engine_manifest["gpus"]:
                 continue
@@ -248,13 +248,13 @@ def kv_cache(config: ModelConfig, dtype: str, slots: int) -> dict[str, int]:
     return {"bytes_per_token": per_token, "bytes_per_text": per_token * slots}
 
 
-def targets_of(architecture: str, dtype: str) -> list[str]:
-    """The TensorRT targets that serve an architecture in a dtype."""
-    from qwenport.engines import FLAVOURS, FP16_ONLY
+def targets_of(architecture: str, config: ModelConfig, dtype: str) -> list[str]:
+    """The TensorRT targets that serve an architecture in a dtype and with the codes of quantized weights."""
+    from qwenport.engines import FLAVOURS, serves
 
-    if dtype != "fp16" and architecture in FP16_ONLY:
-        return []
-    return [name for name, flavour in FLAVOURS.items() if architecture in flavour.gpus]
+    return [
+        name for name, flavour in FLAVOURS.items() if serves(flavour, architecture, config, dtype)
+    ]
 
 
 def _experts_line(moe: dict[str, Any], layers: int) -> str:

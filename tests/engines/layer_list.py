@@ -1,19 +1,21 @@
 """The final layers of a TensorRT-RTX engine, as its builder logs them at the verbosity DETAILED; no GPU is needed.
 
-TensorRT keeps the first logger of a process, so a list is made in a process of its own:
+TensorRT keeps the first logger of a process, so the lists are made in a process of their own.
 
-    python tests/engines/layer_list.py PACKAGE GPUS FORM MAX_BATCH > log
+It reads a line per engine, in JSON: package, GPUs, form of attention, rows. It writes the builder's log of each.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,7 @@ BINDINGS = (
 )
 SIZES = {"Half": 2, "BFloat16": 2, "Float": 4, "Int32": 4, "Int64": 8, "Bool": 1}
 NOT_KERNELS = ("shape_call", "signal", "wait", "assertion")
+MADE, FAILED = "# made\n", "# failed\n"  # after a log
 _PROFILE = re.compile(r" \[profile \d+\]")
 _GRAPH = re.compile(r"_myl(\d+)_\d+, LayerType")  # a number per profile
 _TENSOR = re.compile(r"Name: ([^,]+), Dimensions: \[([^\]]*)\], .*?Datatype: (\w+)")
@@ -154,12 +157,26 @@ class LayerList:
     weights_bytes: int
 
 
+@functools.cache
+def _maker() -> subprocess.Popen[str]:
+    """The other process, which ends when this one does."""
+    return subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
 def layer_list(package: Path, gpus: str, form: str, max_batch: int) -> tuple[LayerList, ...]:
     """Build an engine of a package in another process and read the builder's log: a list per profile."""
-    command = [sys.executable, __file__, str(package), gpus, form, str(max_batch)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return parse(done.stdout)
+    maker = _maker()
+    assert maker.stdin is not None and maker.stdout is not None
+    print(json.dumps([str(package), gpus, form, max_batch]), file=maker.stdin, flush=True)
+    log = []
+    for line in maker.stdout:
+        if line in (MADE, FAILED):
+            break
+        log.append(line)
+    assert line == MADE, "".join(log)[-2000:]
+    return parse("".join(log))
 
 
 def parse(log: str) -> tuple[LayerList, ...]:
@@ -188,8 +205,8 @@ def _name(name: str) -> str:
     return re.sub(r"^_*myl_|_U\d+(?=\+|_|$)|_myl\d+_\d+$|_*mye\d+", "", name)
 
 
-def main(package: str, gpus: str, form: str, max_batch: str) -> None:
-    """Build, with a verbose logger of our own, and print its messages."""
+def main() -> None:
+    """Build engines with a verbose logger of our own, and print its messages."""
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
     import polygraphy.backend.trt as loaders
     import tensorrt_rtx as trt
@@ -211,16 +228,22 @@ def main(package: str, gpus: str, form: str, max_batch: str) -> None:
     loaders.CreateConfig = functools.partial(loaders.CreateConfig, profiling_verbosity=detailed)
     from qwenport import engines
 
-    with tempfile.TemporaryDirectory() as folder:
-        engines.build(
-            package,
-            Path(folder) / "engine",
-            target="tensorrt-rtx",
-            gpus=gpus,
-            attention=form,
-            max_batch=int(max_batch),
-        )
+    for line in sys.stdin:
+        package, gpus, form, max_batch = json.loads(line)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                engines.build(
+                    package,
+                    Path(folder) / "engine",
+                    target="tensorrt-rtx",
+                    gpus=gpus,
+                    attention=form,
+                    max_batch=max_batch,
+                )
+                print(MADE, end="", flush=True)
+            except Exception:
+                print(traceback.format_exc() + FAILED, end="", flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,60 +1,134 @@
-"""FP8 on TensorRT: blocks are plain weights in a package, everything else is refused before any work."""
+"""FP8 on TensorRT-RTX: which kernels its builder makes, without a GPU, and what is refused before any work."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 from command_line import Capture, refused
 from fine_grained_fp8 import write_fine_grained_fp8
 from float_quantized import write_float_quantized
+from safetensors.torch import load_file, save_file
 
-from qwenport import engines
-from qwenport.engines import BuildError
-from qwenport.engines.targets import code_types
+from qwenport import cli, engines
+from qwenport.engines import FLAVOURS, BuildError
+from qwenport.engines.lowering import MadeFile, MultiplyByFloat8
+from qwenport.engines.targets import FLOAT8, code_types, parse_gpus
 from qwenport.exporter import Package, export
 
-DENSE = Path(__file__).parents[2] / "examples" / "tiny-qwen2.5"
+from .layer_list import layer_list
+from .quantized_graphs import count
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DENSE, MIXTURE = EXAMPLES / "tiny-qwen2.5", EXAMPLES / "tiny-qwen2-moe"
+GATES = (r"re:.*\.gate$", r"re:.*shared_expert_gate$")
+RTX = FLAVOURS["tensorrt-rtx"]
 SM = "sm89"
+PRODUCTS = 4  # of a dense decoder layer: QKV, output, gate and up, down
 SCHEMES: dict[str, dict[str, Any]] = {
     "rows": {},
     "one scale": {"by_row": False},
     "static": {"activations": "static"},
     "dynamic": {"activations": "dynamic"},
+    "partly": {"activations": "dynamic", "ignore": ("lm_head", r"re:.*\.mlp\..*")},
 }
 
 
-@pytest.fixture(scope="module", params=SCHEMES)
-def package(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Package:
-    folder = tmp_path_factory.mktemp("float8")
-    checkpoint = write_float_quantized(DENSE, folder / "checkpoint", **SCHEMES[request.param])
-    return export(checkpoint, folder / "package")
+def package_of(folder: Path, source: Path = DENSE, **how: Any) -> Package:
+    checkpoint = write_float_quantized(source, folder / "checkpoint", **how)
+    return export(checkpoint, folder / "package", max_seq_len=64)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_weight_is_read_as_codes_by_a_fused_product(tmp_path: Path, scheme: str) -> None:
+    package = package_of(tmp_path, **SCHEMES[scheme])
+    codes = {
+        str(name): value.const_value.size
+        for name, value in package.read_model().graph.initializers.items()
+        if str(name).endswith(".codes") and value.const_value is not None
+    }
+    products = PRODUCTS // 2 if scheme == "partly" else PRODUCTS
+    for made in layer_list(package.path, SM, "direct", 2):
+        readers = [k for k in made.layers if any(c.dtype == "FP8" for c in k.constants)]
+        assert len(readers) == products * package.config.num_hidden_layers
+        sizes = [c.dims[-1] * c.dims[-2] for k in readers for c in k.constants if c.dtype == "FP8"]
+        assert sum(sizes) == sum(codes.values())
+        if "activations" in SCHEMES[scheme]:
+            assert {k.kind for k in readers} == {"gemm"}
+            for layer in readers:  # a product of two FP8 matrices, written before it is scaled
+                assert [t.dtype for t in layer.inputs] == ["FP8"]
+                assert [t.dtype for t in layer.outputs] == ["Float"]
+        else:
+            assert {k.kind for k in readers} == {"runtime_fusion"}
+
+
+def test_the_command_line_builds_for_every_gpu_that_has_fp8(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    package = package_of(tmp_path, activations="dynamic")
+    out = tmp_path / "engine"
+    assert cli.main(["build", str(package.path), str(out), "--target", "tensorrt-rtx"]) == 0
+    engine = engines.load_engine(out)
+    assert engine.manifest["gpus"] == ["sm89", "sm120", "sm121"]
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("gpu", ["sm75", "sm80", "sm86"])
+def test_a_named_gpu_without_fp8_is_refused(tmp_path: Path, gpu: str) -> None:
+    package = package_of(tmp_path)
+    assert code_types(package.config) == (FLOAT8,)
+    assert gpu not in parse_gpus(None, RTX, "fp16", (FLOAT8,))
+    with pytest.raises(BuildError, match=rf"^{gpu} has no kernels for (FP8|bf16)"):
+        engines.build(package.path, tmp_path / "engine", target="tensorrt-rtx", gpus=f"{SM},{gpu}")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_linears_of_one_input_with_other_scales_are_not_merged(tmp_path: Path) -> None:
+    checkpoint = write_float_quantized(DENSE, tmp_path / "checkpoint", activations="static")
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.k_proj.input_scale"] *= 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = export(checkpoint, tmp_path / "package").read_model()
+    made = MadeFile()
+    MultiplyByFloat8(made)(model)
+    first = [w.weights for w in made.weights if "layers.0.self_attn" in w.node]
+    assert [len(names) for names in first] == [2, 1, 1]
+    assert first[1] == ("model.layers.0.self_attn.k_proj.weight",)
+    scales = {str(v.dtype) for n, v in model.graph.initializers.items() if n.endswith("d.scales")}
+    assert scales == {str(ir.DataType.FLOAT)}
+    assert count(model, "QuantizeLinear") == len({w.node for w in made.weights})
 
 
 @pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt"])
-def test_fp8_is_refused_before_anything_is_written(
-    package: Package, tmp_path: Path, target: str
+def test_experts_in_fp8_are_refused_before_anything_is_written(
+    tmp_path: Path, target: str, capsys: Capture
 ) -> None:
-    with pytest.raises(BuildError, match=r"FP8 with a scale per row .*--target onnxruntime runs"):
+    package = package_of(tmp_path, MIXTURE, ignore=("lm_head", *GATES))
+    with pytest.raises(BuildError, match=r"experts in FP8 here; --target onnxruntime runs"):
         engines.build(package.path, tmp_path / "engine", target=target)
-    assert not list(tmp_path.iterdir())
-
-
-def test_its_network_is_not_judged_either(
-    package: Package, tmp_path: Path, capsys: Capture
-) -> None:
+    assert not (tmp_path / "engine").exists()
     words = refused(
-        capsys, "validate", package.path, "--reference", DENSE, "--as", "tensorrt-network"
+        capsys, "validate", package.path, "--reference", MIXTURE, "--as", "tensorrt-network"
     )
-    assert "FP8 with a scale per row" in words
+    assert "experts in FP8" in words
+
+
+def test_an_input_that_is_rounded_in_another_way_is_refused(tmp_path: Path) -> None:
+    model = package_of(tmp_path, activations="dynamic").read_model()
+    where = next(n for n in model.graph if n.op_type == "Where" and ".rounded" in str(n.name))
+    where.replace_input_with(2, where.inputs[1])
+    with pytest.raises(engines.LoweringError, match="not rounded to FP8 as an export does it"):
+        MultiplyByFloat8(MadeFile()).call(model)
 
 
 def test_an_engine_of_fp8_blocks_is_that_of_plain_weights(tmp_path: Path) -> None:
     checkpoint = write_fine_grained_fp8(DENSE, tmp_path / "checkpoint")
     package = export(checkpoint, tmp_path / "package", max_seq_len=64)
     plain = export(DENSE, tmp_path / "plain", max_seq_len=64)
-    assert code_types(package.config.quantization) == ()
+    assert code_types(package.config) == ()
     made, wanted = (
         engines.build(p.path, tmp_path / f"{p.path.name}.engine", target="tensorrt-rtx", gpus=SM)
         for p in (package, plain)

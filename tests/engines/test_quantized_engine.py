@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ import pytest
 from safetensors import safe_open
 
 from qwenport import engines
-from qwenport.contract import ENGINE_WEIGHTS, MODEL, no_progress
-from qwenport.engines import OnnxRuntimeSession, builder, start_onnxruntime
-from qwenport.engines.kept_model import load_kept
+from qwenport.contract import ENGINE_WEIGHTS, MODEL
+from qwenport.engines import OnnxRuntimeSession, start_onnxruntime
 from qwenport.engines.lowering import ALIGNMENT, for_onnxruntime, for_onnxruntime_engine
 from qwenport.exporter import Package, export
 
@@ -188,26 +186,17 @@ def check_file(made: Made, file: Path, engine: ir.Model) -> None:
         assert tensor.offset % min(ALIGNMENT, tensor.length & -tensor.length) == 0
 
 
-def test_engines_are_built_and_models_are_kept_as_of_any_package(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The graph is the test's, so that what compares it with the checkpoint is left out."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(builder, "load_package", lambda path: made.package)
-    monkeypatch.setattr(Package, "check_graph", lambda package: None)
-    quantized = made.graph()
-    monkeypatch.setattr(Package, "read_model", lambda package: quantized.clone())
-    built = engines.build(made.package.path, tmp_path / "engine", target="onnxruntime")
-    engine = engines.load_engine(tmp_path / "engine")
-    assert built.manifest == engine.manifest
-    limits = {"max_batch": 2, "capacity": 32}
-    opened = [OnnxRuntimeSession(engine, **limits)]
-    for _ in range(2):  # written, and found
-        kept = load_kept(made.package, no_progress, pytest.fail)
-        opened.append(OnnxRuntimeSession(made.package, **limits, load=partial(lambda s: s, kept)))
-    found = [np.concatenate(session.prefill(TEXTS, all_logits=True)) for session in opened]
-    np.testing.assert_array_equal(found[0], found[1])
-    np.testing.assert_array_equal(found[0], found[2])
+def test_a_package_is_exact_however_it_is_opened(tmp_path: Path) -> None:
+    package = export(EXAMPLES / "quantized" / "w4a16", tmp_path / "package")
+    notes: list[str] = []
+    opened = [
+        OnnxRuntimeSession(package, max_batch=2, capacity=32),
+        engines.open_session(package.path, max_batch=2, capacity=32, note=notes.append),
+    ]
+    one, other = (np.concatenate(s.prefill(TEXTS, all_logits=True)) for s in opened)
+    np.testing.assert_array_equal(one, other)
+    assert len(notes) == 1
+    assert f"qwenport build {package.path} ENGINE --target onnxruntime" in notes[0]
 
 
 def test_an_engine_without_a_file_of_its_own_refers_to_the_package(tmp_path: Path) -> None:

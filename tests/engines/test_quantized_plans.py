@@ -14,13 +14,14 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
-from quantized_shapes import write_shape
+from quantized_shapes import write_gptq_shape, write_shape
 
-from qwenport import engines
+from qwenport import cli, engines
 from qwenport.contract import MASKED, PLAN, no_progress
-from qwenport.engines import FLAVOURS, BuildError
+from qwenport.engines import FLAVOURS, BuildError, serves
 from qwenport.engines.layer_check import check_layers
 from qwenport.engines.lowering import SignedWeight
+from qwenport.engines.lowering.made_tensors import Correction
 from qwenport.engines.plan import build_plan
 from qwenport.engines.targets import INT4, INT8, code_types, load_tensorrt, parse_gpus
 from qwenport.exporter import Package, export
@@ -28,6 +29,7 @@ from qwenport.exporter import Package, export
 from .layer_list import Layer, LayerList, layer_list
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 HALF, BIG = "qwen2.5-0.5b-instruct", "qwen2.5-7b-instruct"
 MIXTURE = "qwen1.5-moe-a2.7b-chat"
 VOCABULARY = 256
@@ -48,10 +50,16 @@ def package_of(tmp_path: Path) -> Callable[..., Package]:
     """The first decoder layers of a shape, with random codes and a small vocabulary."""
 
     def make(
-        shape: str, layers: int, bits: int, group: int | None, symmetric: bool, **changes: Any
+        shape: str,
+        layers: int,
+        bits: int,
+        group: int | None,
+        symmetric: bool,
+        act_order: bool = False,
+        **changes: Any,
     ) -> Package:
         config = json.loads((CONFIGS / f"{shape}.json").read_text())
-        folder = write_shape(
+        folder = (write_gptq_shape if act_order else write_shape)(
             {**config, "vocab_size": VOCABULARY, **changes},
             tmp_path / "checkpoint",
             layers=layers,
@@ -111,19 +119,30 @@ def test_corrections_leave_the_products_fused(
         assert len(made.layers) <= PLAIN_KERNELS + MOST_CORRECTING
 
 
+EXPERTS: dict[str, dict[str, Any]] = {
+    "4 bits": {},
+    "4 bits, asymmetric": {"symmetric": False},
+    "8 bits": {"bits": 8},
+    "8 bits, asymmetric": {"bits": 8, "symmetric": False},
+    "act-order": {"act_order": True},
+    "8 bits, act-order": {"bits": 8, "act_order": True},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scheme", EXPERTS)
 def test_experts_are_read_as_codes_and_never_expanded(
-    package_of: Callable[..., Package], symmetric: bool
+    package_of: Callable[..., Package], scheme: str
 ) -> None:
-    package = package_of(MIXTURE, 1, 4, 128, symmetric, num_experts=8)
+    how = {"bits": 4, "group": 128, "symmetric": True, **EXPERTS[scheme]}
+    package = package_of(MIXTURE, 1, num_experts=8, **how)
     moe = package.config.moe
     assert moe is not None
     stack = moe.num_experts * 2 * moe.expert_size * package.config.hidden_size
     for made in layer_list(package.path, "sm89", "auto", 2):
         read = Counter(k.kind for k in low_bit(made) for c in k.constants if c.dtype in LOW_BIT)
         assert read == {"runtime_fusion": 2 + 2, "kgen": 2}  # attention, shared expert; experts
-        assert elements(made) == quantized_elements(package)
+        assert elements(made) == quantized_elements(package) * how["bits"] // 4
         for layer in made.layers:
             for tensor in layer.outputs:
                 assert min(tensor.dims, default=0) < 0 or math.prod(tensor.dims) < stack // 4
@@ -190,6 +209,20 @@ def test_a_weight_that_tensorrt_expands_fails_the_build(tmp_path: Path) -> None:
         build_product(tmp_path, 64)
 
 
+def test_digits_that_are_added_before_experts_are_chosen_are_an_expanded_weight() -> None:
+    """Of two digits side by side: what is made has half as many elements."""
+    layer = (
+        "Layers:\nName: __myl_Sum_myl0_1, LayerType: kgen, Inputs: [], Constants: "
+        "[Name: c, Dimensions: [8,32], Format/Datatype: Int4], Outputs: "
+        "[Name: y, Dimensions: [8,{}], Format/Datatype: BFloat16], TacticName: t, Metadata: [ONNX Layer: l]"
+    )
+    correction = Correction("l.correction", (), 136, 2, 2, of_experts=True)
+    weight = SignedWeight("l", ("l.weight",), 8 * 32, None, correction)  # type: ignore[arg-type]
+    check_layers([layer.format(15)], [weight])
+    with pytest.raises(BuildError, match=r"expand 1 quantized weights in every step, l\.weight"):
+        check_layers([layer.format(16)], [weight])
+
+
 def test_without_a_list_of_layers_nothing_is_known() -> None:
     weight = SignedWeight("l", ("l.weight",), 4, None, None)  # type: ignore[arg-type]
     with pytest.raises(BuildError, match="did not list"):
@@ -229,7 +262,7 @@ def test_engines_for_every_default_gpu_build(
         config, tmp_path / "c", layers=1, bits=bits, group=group, dtype=torch.float16
     )
     package = export(folder, tmp_path / "package", max_seq_len=1024, dtype="fp16")
-    assert code_types(package.config.quantization) == (codes,)
+    assert code_types(package.config) == (codes,)
     engine = engines.build(package.path, tmp_path / "engine", target="tensorrt-rtx", max_batch=1)
     assert engine.manifest["gpus"] == list(parse_gpus(None, RTX, "fp16", (codes,)))
 
@@ -242,3 +275,24 @@ def test_a_quantized_mixture_with_plugins_is_refused(
         engines.build(
             package.path, tmp_path / "engine", target="tensorrt-rtx", plugins=tmp_path / "library"
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus"),
+    [
+        ("w4a16", {"sm80", "sm86", "sm89", "sm120", "sm121"}),
+        ("fp8-dynamic", {"sm89", "sm120", "sm121"}),
+    ],
+)
+def test_inspect_says_which_gpus_build_takes(
+    name: str, gpus: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = export(EXAMPLES / "quantized" / name, tmp_path / "package")
+    chosen = parse_gpus(None, RTX, package.dtype, code_types(package.config))
+    assert set(chosen) == gpus
+    told = {gpu for gpu in RTX.gpus if serves(RTX, gpu, package.config, package.dtype)}
+    assert told == gpus
+    assert cli.main(["inspect", str(package.path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    able = {g["architecture"] for g in shown["gpus"] if RTX.name in g["targets"]}
+    assert able and able <= gpus

@@ -21,7 +21,8 @@ from qwenport.exporter import export
 from .quantized_graphs import count, difference, with_level
 from .test_quantized_engine import INT8_ERROR, TEXTS, logits_of, serialized
 
-DENSE = Path(__file__).parents[2] / "examples" / "tiny-qwen2.5"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DENSE, MIXTURE = EXAMPLES / "tiny-qwen2.5", EXAMPLES / "tiny-qwen2-moe"
 LINEARS = 35
 ROUNDED = 2e-3
 """Of logits: the package rounds weights to fp16, an engine does not."""
@@ -58,4 +59,36 @@ def test_an_engine_multiplies_by_the_codes_of_gathered_inputs(name: str, tmp_pat
 
     wide = with_level(model, 1)
     single = logits_of(package, serialized(wide), tmp_path / "engine")
+    assert difference(single, wanted) < ROUNDED
+
+
+def test_each_expert_multiplies_by_its_codes_inputs_gathered_in_its_own_order(
+    tmp_path: Path,
+) -> None:
+    checkpoint = write_gptq(MIXTURE, tmp_path / "checkpoint", act_order=True)
+    package = export(checkpoint, tmp_path / "package", weights="copy")
+    given = package.read_model()
+    restored = [n for n in given.graph if n.op_type == "Gather" and ".experts." in str(n.name)]
+    linears = count(given, "DequantizeLinear")
+    exact = for_onnxruntime(given, on_cpu=True)
+    assert not count(exact, "DequantizeLinear")
+    wanted = logits_of(package, serialized(exact), package.path)
+
+    engines.build(package.path, tmp_path / "engine", target="onnxruntime")
+    engine = engines.load_engine(tmp_path / "engine")
+    session = OnnxRuntimeSession(engine, max_batch=2, capacity=32)
+    found = np.concatenate([*session.prefill(TEXTS, all_logits=True), session.decode([3, 4])])
+    assert difference(found, wanted) < INT8_ERROR
+    model = ir.load(tmp_path / "engine" / MODEL)
+    assert count(model, "MatMulNBits") == linears
+    assert not count(model, "DequantizeLinear")
+    of_experts = [
+        node
+        for node in model.graph
+        if node.op_type == "Gather"
+        and ".experts." in (name := str(node.inputs[1].name))
+        and name.endswith(".permutation")
+    ]
+    assert 3 * len(of_experts) == 2 * len(restored) > 0  # gate and up share theirs
+    single = logits_of(package, serialized(with_level(model, 1)), tmp_path / "engine")
     assert difference(single, wanted) < ROUNDED

@@ -26,6 +26,26 @@ def dequantized(package: Path, linear: str) -> np.ndarray[Any, Any]:
     return np.asarray(weight).astype(np.float64)
 
 
+def stack_of(package: Path, name: str) -> np.ndarray[Any, Any]:
+    """A value that is made of weights alone, in fp64; the package must have no links."""
+    model = onnx.load(package / "model.onnx")
+    needed, nodes = {name}, []
+    for node in reversed(model.graph.node):
+        if needed & {*node.output}:
+            nodes.insert(0, node)
+            needed |= {*node.input}
+    graph = onnx.helper.make_graph(
+        nodes,
+        "stack",
+        [],
+        [onnx.helper.make_empty_tensor_value_info(name)],
+        [t for t in model.graph.initializer if t.name in needed],
+    )
+    alone = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)])
+    (stack,) = onnx.reference.ReferenceEvaluator(alone).run(None, {})
+    return np.asarray(stack).astype(np.float64)
+
+
 def columns_of(package: Path, linear: str) -> tuple[str | None, np.ndarray[Any, Any] | None]:
     """The Gather of a linear's input, by name, and its columns; None if its input is not gathered."""
     model = onnx.load(package / "model.onnx")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from changed import changed, set_to
-from evaluated import columns_of, dequantized
+from evaluated import columns_of, dequantized, stack_of
 from quantized_words import gptq_dequantized, order_of, write_gptq
 from safetensors.torch import load_file
 
@@ -140,14 +140,32 @@ def test_some_linears_stay(rule: str, tmp_path: Path) -> None:
     assert names and not any(part in name for part in kept for name in names)
 
 
-def test_experts_in_their_own_order_only(tmp_path: Path) -> None:
-    checkpoint = write_gptq(MIXTURE, tmp_path / "plain", bits=8)
-    package = exporter.export(checkpoint, tmp_path / "package")
-    names = [n.name for n in package.read_model().graph if n.op_type == "DequantizeLinear"]
-    assert any(".experts.3.up_proj" in name for name in names)
-    checkpoint = write_gptq(MIXTURE, tmp_path / "act-order", act_order=True)
-    with pytest.raises(exporter.ExportError, match=r"experts\.0\.gate_proj.*act-order"):
-        exporter.export(checkpoint, tmp_path / "other")
+@pytest.mark.parametrize("act_order", [False, True])
+def test_experts_are_stacked_in_their_own_order(tmp_path: Path, act_order: bool) -> None:
+    how: dict[str, Any] = {"bits": 8, "act_order": act_order}
+    checkpoint = write_gptq(MIXTURE, tmp_path / "checkpoint", **how)
+    package = exporter.export(checkpoint, tmp_path / "package", weights="copy")
+    model = package.read_model()
+    experts = next(node for node in model.graph if node.op_type == "MoEExperts")
+    plain = load_file(MIXTURE / "model.safetensors")
+    for stack, parts in zip(experts.inputs[3:], (("gate", "up"), ("down",)), strict=True):
+        found = stack_of(package.path, stack.name)
+        linears = [
+            f"{stack.name.rpartition('.')[0]}.{expert}.{part}_proj"
+            for expert in range(len(found))
+            for part in parts
+        ]
+        wanted = [gptq_dequantized(n, plain[f"{n}.weight"].half(), **how) for n in linears]
+        assert np.array_equal(found, torch.cat(wanted).numpy().reshape(found.shape))
+
+
+def test_experts_that_share_an_order_share_its_inverse(tmp_path: Path) -> None:
+    checkpoint = write_gptq(MIXTURE, tmp_path / "checkpoint", act_order=True)
+    package = exporter.export(checkpoint, tmp_path / "package", weights="copy")
+    nodes = [*package.read_model().graph]
+    stacked = [n for n in nodes if n.op_type == "Gather" and ".experts." in n.name]
+    sorts = [n for n in nodes if n.op_type == "TopK"]
+    assert 3 * len(sorts) == 2 * len(stacked) > 0  # one for gate and up, one for down
 
 
 @pytest.mark.parametrize(

@@ -465,6 +465,24 @@ def test_padding_with_zeros(data: st.DataObject) -> None:
     check(one("Pad", {"x": x, "pads": pads}, constant=["pads"]), {"x": x}, "SLICE")
 
 
+@about("QUANTIZE")
+@given(st.data(), st.sampled_from([0.03, 1.0, 2.5]))
+@few
+def test_rounding_to_fp8_saturates_and_takes_the_nearest_code(
+    data: st.DataObject, scale: float
+) -> None:
+    shape = data.draw(shapes(1))
+    x = np.random.default_rng(len(shape)).standard_normal(shape).astype(np.float32) * 500
+    nodes = [
+        helper.make_node(
+            "QuantizeLinear", ["x", "s"], ["q"], output_dtype=TensorProto.FLOAT8E4M3FN
+        ),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["y"]),
+    ]
+    model = proto(nodes, {"x": x}, ["y"], constants={"s": np.array(scale, np.float32)})
+    check(model, {"x": x}, "QUANTIZE", "DEQUANTIZE", rtol=2.0**-23)
+
+
 @about("DEQUANTIZE")
 @given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([None, 2, 4]))
 @few

@@ -176,6 +176,20 @@ def test_parameters_that_onnx_has_no_words_for_are_refused_too() -> None:
     refused(parsed, attention.get_output(0), "attention with lengths")
 
 
+def test_quantizing_with_a_zero_point_or_several_scales_is_refused() -> None:
+    parsed, (x, scale, zero) = network_of(
+        x=random_array(1, (2, 4)), s=np.float32(1), z=np.float32(0)
+    )
+    network, types = parsed.network, parsed.trt.DataType
+    layer = network.add_quantize(x, scale, types.FP8)
+    layer.set_input(2, zero)
+    refused(parsed, layer.get_output(0), "quantizing with a zero point or to another type")
+    parsed, (x, scale) = network_of(x=random_array(1, (2, 4)), s=np.ones(2, np.float32))
+    layer = parsed.network.add_quantize(x, scale, types.FP8)
+    layer.axis = 0
+    refused(parsed, layer.get_output(0), "quantizing with more than one scale")
+
+
 def test_a_squeeze_without_axes_is_right_or_refused() -> None:
     inputs = {"x": random_array(1, (1, 3, 1))}
     model = one("Squeeze", inputs)

@@ -18,6 +18,7 @@ ELEMENTS = {
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
 }
+INTEGERS = {torch.int32: ir.DataType.INT32, torch.int64: ir.DataType.INT64}
 Ports = Mapping[str, tuple[ir.DataType, int]]  # each input's or output's dtype and number of axes
 
 
@@ -67,7 +68,7 @@ def run_in_session(session: ort.InferenceSession, *drawn: torch.Tensor) -> list[
     for port, given in zip(session.get_inputs(), drawn, strict=True):
         bits = given.view(torch.int16) if given.dtype == torch.bfloat16 else given
         feeds[port.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-            np.ascontiguousarray(bits.numpy()), int(ELEMENTS.get(given.dtype, ir.DataType.INT64))
+            np.ascontiguousarray(bits.numpy()), int((ELEMENTS | INTEGERS)[given.dtype])
         )
     return [torch.from_numpy(v.numpy()) for v in session.run_with_ort_values(None, feeds)]
 

@@ -15,8 +15,7 @@ import torch
 from calls import ELEMENTS, model_of_call, session_of
 from hypothesis import strategies as st
 
-from qwenport.plugins import moe_experts as op
-from qwenport.plugins.moe_experts import function_body, tensorrt_body
+from qwenport.plugins.moe_experts import body_by_columns, function_body, tensorrt_body
 
 OPERATOR = torch.ops.qwenport.moe_experts.default
 
@@ -196,6 +195,7 @@ def model_of(
     by_expert: bool = False,
     for_tensorrt: bool = False,
     round_inner: bool = False,
+    by_columns: bool = False,
     dtype: torch.dtype = torch.float32,
     rank: int = 2,
 ) -> onnx.ModelProto:
@@ -210,8 +210,11 @@ def model_of(
     body = function_body(opset, by_expert=by_expert, round_inner=round_inner)
     if for_tensorrt:
         body = tensorrt_body(opset)
+    if by_columns:
+        body = body_by_columns(opset)
+        inputs |= dict.fromkeys(("gate_up_columns", "down_columns"), (ir.DataType.INT32, 2))
     attributes = {"by_expert": int(by_expert), "round_inner": int(round_inner)}
-    return model_of_call(op.NAME, body, inputs, {"y": (element, rank)}, **attributes)
+    return model_of_call(body.name, body, inputs, {"y": (element, rank)}, **attributes)
 
 
 @functools.cache

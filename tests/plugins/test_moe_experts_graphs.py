@@ -71,6 +71,26 @@ def test_the_body_for_tensorrt_changes_its_way_at_as_many_pairs_as_experts(token
     assert_close(y, moe_experts(*drawn), drawn)
 
 
+@settings(max_examples=60)
+@given(drawn=by_token(DTYPES[:2]), seed=st.integers(0, 999))
+def test_with_columns_in_any_order_the_body_for_tensorrt_is_transformers_experts(
+    drawn: Arguments, seed: int
+) -> None:
+    """Each expert's columns are in an order of its own."""
+    *given_tokens, gate_up, down = drawn
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.rand(w.shape[0], w.shape[2], generator=generator) for w in (gate_up, down)]
+    columns = [order.argsort(-1) for order in orders]
+    stored = [
+        weight.gather(2, order[:, None].expand(weight.shape))
+        for weight, order in zip((gate_up, down), columns, strict=True)
+    ]
+    form: dict[str, Any] = {"dtype": drawn[0].dtype, "rank": drawn[0].ndim}
+    at = session(24, by_columns=True, **form)
+    (y,) = run_in_session(at, *given_tokens, *stored, *(order.int() for order in columns))
+    assert_close(y, transformers_experts(drawn), drawn)
+
+
 @pytest.mark.parametrize("opset", [18, 24])
 @given(drawn=by_expert(DTYPES[:2]))
 def test_by_expert_the_function_body_in_onnxruntime_is_the_reference(

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from qwenport.contract import DTYPES
 from qwenport.engines.lowering import folded
 from qwenport.exporter import CHUNK_BYTES, SCALES, Package
-from qwenport.validate.network.parse import CODES, TORCH, ParsedNetwork, floating_types
+from qwenport.validate.network.parse import CODES, INTEGERS, TORCH, ParsedNetwork, floating_types
 from qwenport.validate.network.quantized import differing
 from qwenport.validate.report import Check, ScenarioResult
 from qwenport.validate.rope_check import TABLES, read_tables
@@ -117,7 +117,7 @@ def _quantized(parsed: ParsedNetwork, package: Package) -> Iterator[Check]:
 def _made(parsed: ParsedNetwork) -> Iterator[tuple[str, _Wanted]]:
     """The same of what lowering made of them."""
     for name, tensor in parsed.made.items():
-        dtype = {**TORCH, **CODES}[tensor.dtype]
+        dtype = {**TORCH, **CODES, **INTEGERS}[tensor.dtype]
         yield name, (dtype, tuple(tensor.shape.numpy()), parsed.files.bytes_of(tensor))
 
 
@@ -152,9 +152,10 @@ def _tables(package: Package, dtype: torch.dtype) -> dict[str, _Wanted]:
 
 
 def _constants(parsed: ParsedNetwork) -> Iterator[tuple[str, _Constant]]:
-    """Every floating-point constant of the network by its layer's name."""
+    """Every floating-point constant of the network by its layer's name, and those that are codes or int32."""
     trt = parsed.trt
     types = {**floating_types(trt), trt.DataType.INT4: CODES[ir.DataType.INT4]}
+    types[trt.DataType.FP8] = CODES[ir.DataType.FLOAT8E4M3FN]
     for layer, kind in parsed.layers():
         if kind != "CONSTANT":
             continue
@@ -162,13 +163,11 @@ def _constants(parsed: ParsedNetwork) -> Iterator[tuple[str, _Constant]]:
         weights = layer.weights
         if not isinstance(weights, np.ndarray):
             dtype, data = types.get(weights.dtype), _bytes_of(trt, weights)
-        elif weights.dtype == np.int8:
-            dtype, data = torch.int8, weights.reshape(-1).view(np.uint8)
-        elif np.issubdtype(weights.dtype, np.floating):
+        elif weights.dtype in (np.int8, np.int32) or np.issubdtype(weights.dtype, np.floating):
             flat = weights.reshape(-1)
             dtype, data = torch.from_numpy(flat[:0]).dtype, flat.view(np.uint8)
         else:
-            continue  # integers and booleans
+            continue  # other integers and booleans
         yield layer.name, _Constant(dtype, tuple(layer.shape), int(weights.size), data)
 
 

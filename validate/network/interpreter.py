@@ -75,7 +75,13 @@ class Interpreter:
             parsed.trt.DataType.INT64: torch.int64,
             parsed.trt.DataType.BOOL: torch.bool,
         }
-        self._codes = (parsed.trt.DataType.INT8, parsed.trt.DataType.INT4)
+        types = parsed.trt.DataType
+        self._codes = {
+            (types.INT8, "CONSTANT"): torch.int8,
+            (types.INT4, "CONSTANT"): torch.int8,
+            (types.FP8, "CONSTANT"): torch.float8_e4m3fn,
+            (types.FP8, "QUANTIZE"): torch.float8_e4m3fn,
+        }
         self._makers: dict[str, tuple[Any, str]] = {}
         self._scaled = dict(parsed.scaled)
         corrections = [weight.correction for weight in parsed.signed.values()]
@@ -107,10 +113,10 @@ class Interpreter:
         return found | {name for name, (made, _) in self._scaled.items() if made in found}
 
     def type_of(self, tensor: Any) -> torch.dtype:
-        """The type in which a tensor is stored here; codes are only constants."""
-        maker = self._makers.get(tensor.name)
-        if tensor.dtype in self._codes and maker is not None and maker[1] == "CONSTANT":
-            return torch.int8
+        """The type in which a tensor is stored here; codes are constants, or those of FP8 rounded inputs."""
+        _, kind = self._makers.get(tensor.name, (None, ""))
+        if (tensor.dtype, kind) in self._codes:
+            return self._codes[tensor.dtype, kind]
         if tensor.dtype not in self._types:
             raise NetworkError(f"tensor {tensor.name} has type {tensor.dtype}, not known here")
         return self._types[tensor.dtype]

@@ -8,6 +8,7 @@ Source: the class documentation of TensorRT 10 and TensorRT-RTX 1.7.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -434,12 +435,31 @@ def _kv_cache_update(context: Context, layer: Any) -> Compute:
     return compute
 
 
+LARGEST_FLOAT8 = 448.0
+
+
+def _quantize(context: Context, layer: Any) -> Compute:
+    """To FP8 with one scale, saturating; the quotient is not rounded before."""
+    if _given(layer, 2) or layer.get_output(0).dtype != context.trt.DataType.FP8:
+        raise refuse(layer, "quantizing with a zero point or to another type than FP8")
+    if math.prod(layer.get_input(1).shape) != 1:
+        raise refuse(layer, "quantizing with more than one scale")
+
+    def compute(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        steps = x / scale.reshape(())
+        return steps.clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn)
+
+    return compute
+
+
 def _dequantize(context: Context, layer: Any) -> Compute:
     axis = layer.axis
     if _given(layer, 2):
         raise refuse(layer, "a zero point")
 
     def compute(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        if scales.numel() == 1:
+            return codes.float() * scales.reshape(())
         if scales.ndim == 1:
             scales = scales.reshape([-1 if a == axis else 1 for a in range(codes.ndim)])
         for along, (count, size) in enumerate(zip(scales.shape, codes.shape, strict=True)):
@@ -559,6 +579,7 @@ KINDS = {
     "FILL": Kind("IFillLayer", _fill),
     "SCATTER": Kind("IScatterLayer", _scatter, moves=True),
     "CUMULATIVE": Kind("ICumulativeLayer", _cumulative),
+    "QUANTIZE": Kind("IQuantizeLayer", _quantize),
     "DEQUANTIZE": Kind("IDequantizeLayer", _dequantize),
     "ROTARY_EMBEDDING": Kind("IRotaryEmbeddingLayer", _rotary),
     "KV_CACHE_UPDATE": Kind("IKVCacheUpdateLayer", _kv_cache_update, moves=True),

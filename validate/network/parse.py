@@ -46,8 +46,14 @@ def floating_types(trt: Any) -> dict[Any, torch.dtype]:
 
 
 TORCH = {dtype.ir: dtype.torch for dtype in DTYPES.values()}
-CODES = {ir.DataType.INT8: torch.int8, ir.DataType.INT4: torch.uint8}
+CODES = {
+    ir.DataType.INT8: torch.int8,
+    ir.DataType.INT4: torch.uint8,
+    ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
+}
 """Types of signed codes -> what holds them: torch has none of 4 bits."""
+INTEGERS = {ir.DataType.INT32: torch.int32}
+"""Of the orders of columns that lowering makes."""
 
 
 class WeightFiles:
@@ -84,8 +90,8 @@ class ParsedNetwork:
         trt: the module it comes from.
         network: the INetworkDefinition.
         dtype: the model's, "bf16", "fp16" or "fp32"; None if unknown.
-        constants: name -> tensor of every floating-point initializer, in the model's dtype, and of signed codes: int8,
-            or those of 4 bits as uint8 of two each.
+        constants: name -> tensor of every floating-point initializer, of signed codes: int8 or FP8, or those of 4 bits
+            as uint8 of two each, and of orders of columns: int32.
         files: the files that hold the large ones.
         owners: objects that must live as long as the network.
         complaints: what `build` would refuse in it.
@@ -224,7 +230,7 @@ def _parse(model: ir.Model, files: WeightFiles, dtype: str | None) -> ParsedNetw
                 data = files.bytes_of(tensor)
                 kept.append(data)
                 loaded = parser.load_initializer(name, data.ctypes.data, data.nbytes)
-            if tensor is not None and tensor.dtype in (*TORCH, *CODES):
+            if tensor is not None and tensor.dtype in (*TORCH, *CODES, *INTEGERS):
                 constants[name] = _tensor(tensor, files)
         if not (loaded and parser.parse_model_proto()):
             raise NetworkError(f"TensorRT's parser refuses the model: {_first_error(parser)}")
@@ -232,7 +238,7 @@ def _parse(model: ir.Model, files: WeightFiles, dtype: str | None) -> ParsedNetw
 
 
 def _tensor(tensor: ir.TensorProtocol, files: WeightFiles) -> torch.Tensor:
-    dtype = {**TORCH, **CODES}[tensor.dtype]
+    dtype = {**TORCH, **CODES, **INTEGERS}[tensor.dtype]
     shape = tuple(tensor.shape.numpy()) if dtype is not torch.uint8 else (-1,)
     if isinstance(tensor, ir.ExternalTensor):
         data = files.bytes_of(tensor)

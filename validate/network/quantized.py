@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 
+from qwenport.contract import MODEL
 from qwenport.engines.lowering import SignedWeight
 from qwenport.exporter import CODES, SCALES, ZEROS, Package
+from qwenport.validate.quantized_parts import Orders
 
+FLOAT8 = ir.DataType.FLOAT8E4M3FN
 ROWS = 256
 """Of a weight, in memory at once."""
 
@@ -57,6 +61,8 @@ def differing(
 ) -> Iterator[str]:
     """Names of the package's weights that the signed ones with their corrections are not, in exact arithmetic.
 
+    Experts' columns must be in the order that the package has them in.
+
     Args:
         weights: by the name of their DequantizeLinear.
         made: the network's constants by name; codes of 4 bits as uint8 [n / 2].
@@ -64,6 +70,7 @@ def differing(
         bytes_of: a tensor of a file -> its bytes.
     """
     initializers = package.read_model().graph.initializers
+    orders = Orders(onnx.load(package.path / MODEL, load_external_data=False), package.path)
 
     def of_package(name: str) -> torch.Tensor:
         tensor = initializers[name].const_value
@@ -74,6 +81,7 @@ def differing(
             return unpacked(data, signed=False)[: shape[0] * shape[1]].view(shape)
         types = {ir.DataType.UINT8: torch.uint8, ir.DataType.FLOAT: torch.float32}
         types |= {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
+        types |= {FLOAT8: torch.float8_e4m3fn}
         return data.view(types[tensor.dtype]).view(shape)
 
     for node, weight in weights.items():
@@ -86,15 +94,43 @@ def differing(
         corrections = None if correction is None else made[correction.name]
         if correction is not None and correction.of_experts:
             corrections = made[correction.name].flatten(1).T
+        columns = None if weight.columns is None else made[weight.columns]
         at = 0
-        for name in weight.weights:
+        for index, name in enumerate(weight.weights):
+            if weight.dtype == FLOAT8:
+                theirs8, factors = (of_package(f"{name}.{part}") for part in (CODES, SCALES))
+                mine = slice(at, at + len(theirs8))
+                at += len(theirs8)
+                if not _equal_float8(theirs8, factors, codes[mine], scales[mine]):
+                    yield name
+                continue
             parts = [of_package(f"{name}.{part}") for part in (CODES, SCALES, ZEROS)]
             rows = len(parts[0])
             mine = slice(at, at + rows)
             theirs = None if corrections is None else corrections[:, mine].T
             at += rows
+            if columns is not None:
+                order = orders.of(f"{name}.{CODES}", columns.shape[1])
+                wanted = torch.arange(columns.shape[1]) if order is None else order
+                if not torch.equal(
+                    columns[index * len(columns) // len(weight.weights)], wanted.int()
+                ):
+                    yield name
+                    continue
             if not _equal(parts, codes[mine], scales[mine], theirs):
                 yield name
+
+
+def _equal_float8(
+    package_codes: torch.Tensor,
+    package_scales: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+) -> bool:
+    """Whether codes are the package's byte for byte, and scales [N, 1] have the values of its [N] or []."""
+    same = torch.equal(package_codes.view(torch.uint8), codes.view(torch.uint8))
+    wanted = package_scales.double().reshape(-1, 1).expand(scales.shape)
+    return same and torch.equal(scales.double(), wanted)
 
 
 def _equal(

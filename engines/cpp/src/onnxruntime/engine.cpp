@@ -11,6 +11,7 @@
 #include "../files.hpp"
 #include "../target.hpp"
 #include "contract.hpp"
+#include "huge_pages.hpp"
 #include "library.hpp"
 
 namespace qwenport::detail {
@@ -207,6 +208,8 @@ std::shared_ptr<const Model> load_onnxruntime(Manifest manifest, const std::stri
   check_file(manifest.model, directory, MappedFile(path));
   check_weights(manifest.weights, directory, MappedFile(directory + "/" + manifest.weights.name));
   const auto session_with = session_options(runtime, options);
+  const bool few_bits = manifest.info.activations == contract::int8;
+  const HugePages huge_pages;
   ort::Session* session = nullptr;
   const std::string failure =
       runtime.attempt<ort::CreateSession>(runtime.env(), path.c_str(), session_with.get(), &session);
@@ -214,8 +217,9 @@ std::shared_ptr<const Model> load_onnxruntime(Manifest manifest, const std::stri
     throw Error(ErrorCode::bad_engine,
                 path + ": onnxruntime " + runtime.version() + " does not load it: " + failure);
   }
-  return std::make_shared<OnnxRuntimeModel>(std::move(manifest), runtime,
-                                            runtime.own<ort::ReleaseSession>(session));
+  auto loaded = runtime.own<ort::ReleaseSession>(session);
+  if (few_bits) huge_pages.move_new_memory();
+  return std::make_shared<OnnxRuntimeModel>(std::move(manifest), runtime, std::move(loaded));
 }
 
 }  // namespace qwenport::detail
