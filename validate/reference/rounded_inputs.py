@@ -168,7 +168,20 @@ def moving(text: int, index: int, layer: Any) -> list[Any]:
 @contextlib.contextmanager
 def moving_inputs(module: torch.nn.Module) -> Iterator[None]:
     """The same for any module."""
-    hooks = [*_hooks(module).values(), *_hooks_of_experts(module)]
+    with _moving([*_hooks(module).values(), *_hooks_of_experts(module)]):
+        yield
+
+
+@contextlib.contextmanager
+def moving_experts(module: torch.nn.Module) -> Iterator[bool]:
+    """The same for experts alone; yields whether there are any that round."""
+    hooks = _hooks_of_experts(module)
+    with _moving(hooks):
+        yield bool(hooks)
+
+
+@contextlib.contextmanager
+def _moving(hooks: Sequence[RoundsInput]) -> Iterator[None]:
     for hook in hooks:
         hook.moves = True
     try:
