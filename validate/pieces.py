@@ -104,7 +104,7 @@ def run_layer_alone(
 def check_distance(run: LayerRun, reference: Reference, layer: int, margin: float) -> list[Check]:
     """Compare one layer over a long text with transformers' own, given the same hidden states, at every position.
 
-    Codes that experts round to inside their operator cannot be taken over: what they do is measured, as FP8_TIMES_OWN's.
+    Codes that experts round to inside their operator cannot be taken over: what they do is measured, as for logits.
 
     Args:
         margin: experts chosen in a router near-tie, within this margin, are taken over, and so are FP8 codes.

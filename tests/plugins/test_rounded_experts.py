@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
-from calls import run_in_session
+from calls import run_in_onnx, run_in_session
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
@@ -85,6 +85,29 @@ def test_by_expert_the_function_body_rounds_as_the_reference() -> None:
     given = x, tokens, torch.rand(5, 4), gate_up, down
     (found,) = run_in_session(session(24, by_expert=True, round_inner=True), *given)
     agree(found, moe_experts(*given, by_expert=True, round_inner=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_in_half_precision_each_step_rounds_as_the_library_s(dtype: torch.dtype) -> None:
+    """Experts that return what they round, exactly: silu(32) is 32, and down is the identity."""
+    torch.manual_seed(7)
+    experts, width = 6, 16
+    inner = torch.randn(experts, width) * torch.logspace(-7, 2, experts)[:, None]
+    inner = inner.to(dtype)
+    inner[2] = 0
+    gate_up = torch.zeros(experts, 2 * width, width, dtype=dtype)
+    gate_up[:, :width, 0] = 32
+    gate_up[:, width:, 0] = inner / 32
+    inner = gate_up[:, width:, 0] * 32  # what is left of the smallest in dtype
+    x = torch.eye(width, dtype=dtype)[:1].repeat(experts, 1)
+    indices, weights = torch.arange(experts)[:, None], torch.ones(experts, 1)
+    down = torch.eye(width, dtype=dtype).repeat(experts, 1, 1)
+    given = x, indices, weights, gate_up, down
+    right = torch.cat([by_library(row[None]) for row in inner])
+    assert right.dtype == dtype and right.isfinite().all() and not torch.equal(right, inner)
+    assert torch.equal(moe_experts(*given, round_inner=True), right)
+    (found,) = run_in_onnx(model_of(24, round_inner=True, dtype=dtype), *given)
+    assert torch.equal(found, right)
 
 
 def test_no_tokens() -> None:
