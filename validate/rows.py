@@ -141,7 +141,7 @@ class Structure:
     def distance(
         self, prompts: Prompts, investigation: Investigation, plan: Plan
     ) -> list[ScenarioResult]:
-        """One layer of each kind alone, over a long text."""
+        """One layer of each kind alone, over a long text; every layer if experts round inputs to FP8."""
         if self.target.package is None or self.target.device != "cpu" or investigation.missing:
             self.counter.leave_out("decoder layers by themselves over the whole context")
             return []
