@@ -31,7 +31,7 @@ from qwenport.exporter.expected import (
 from qwenport.exporter.json_file import read_json
 from qwenport.exporter.manifest import why_no_directory
 from qwenport.exporter.names import rotary_buffers, understood
-from qwenport.exporter.quantization import SCALES, WEIGHT, ZEROS, ByReference, Storage
+from qwenport.exporter.quantization import SCALES, STATIC, WEIGHT, ZEROS, ByReference, Storage
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
     TensorEntry,
@@ -134,7 +134,7 @@ def open_checkpoint(
     compare_types(config, tensors)
     implied: dict[str, TensorEntry] = {}
     quantized = quantized_weights(config)
-    _refuse_rounded_inputs(quantized)
+    _refuse_rounded_inputs(config, quantized)
     notes += dict.fromkeys(s.note for s, _ in quantized.values() if s.note is not None)
     for weight, (storage, shape) in quantized.items():
         for name in storage.check(weight.removesuffix(WEIGHT), shape, path, tensors):
@@ -159,21 +159,32 @@ def open_checkpoint(
 
 
 def _refuse_rounded_inputs(
+    config: ModelConfig,
     quantized: dict[str, tuple[Storage, tuple[int, int]]],
 ) -> None:
-    """Raises ConfigError: an expert's input is rounded, which happens between the products of one operator.
+    """Raises ConfigError: an expert's input is rounded with a scale of its own, or not every expert's is rounded.
 
     Or the head's: logits are computed at a few positions only, where `validate` cannot follow its codes.
     """
+    experts = {
+        name: None if (storage := config.storage(name)) is None else storage.activations
+        for name, _ in parameters(config)
+        if ".experts." in name
+    }
+    for weight, rounding in experts.items():
+        if rounding == STATIC:
+            raise ConfigError(
+                f"quantization_config: static activation scales of experts are not supported (first: "
+                f"{cut(weight.removesuffix(WEIGHT))}); dynamic ones are"
+            )
+    if len(set(experts.values())) > 1:
+        raise ConfigError(
+            "quantization_config: some experts' activations are rounded to FP8, and others' are not"
+        )
     for weight, (storage, _) in quantized.items():
         if weight == "lm_head.weight" and storage.activations is not None:
             raise ConfigError(
                 "quantization_config: a head whose input is rounded to FP8 is not supported; name lm_head in ignore"
-            )
-        if ".experts." in weight and storage.activations is not None:
-            raise ConfigError(
-                f"quantization_config: experts whose activations are rounded to FP8 are not supported (first: "
-                f"{cut(weight.removesuffix(WEIGHT))}); experts in FP8 by weight alone are"
             )
 
 

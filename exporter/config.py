@@ -78,6 +78,13 @@ class ModelConfig:
         """How a quantized parameter is stored; None if it is stored as it is computed with."""
         return None if self.quantization is None else self.quantization.storage(parameter)
 
+    @property
+    def rounds_experts(self) -> bool:
+        """Whether experts round their inputs to FP8."""
+        layers = () if self.moe is None else self.moe.layers
+        names = (f"model.layers.{layer}.mlp.experts.0.down_proj.weight" for layer in layers)
+        return any((s := self.storage(name)) is not None and s.activations for name in names)
+
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Bytes of KV cache per token, over all layers."""
         return (

@@ -231,12 +231,20 @@ class _Emitter:
             attributes=attributes,
         )
 
-    def ops(self, op_type: str, *inputs: Ref, domain: str, **attributes: Any) -> Sequence[ir.Value]:
+    def rounds(self, weight: Ref) -> bool:
+        return self.values[weight.index] in self.builder.roundings
+
+    def rounded(self, x: Ref, weight: Ref) -> ir.Value:
+        return self.builder.rounded_for(self.values[weight.index], self.values[x.index])
+
+    def ops(
+        self, op_type: str, *inputs: Ref | ir.Value, domain: str, **attributes: Any
+    ) -> Sequence[ir.Value]:
         """Append a node with all of the call's results."""
         kinds = [self.type_of(result) for result in self.call.results]
         return self.builder.add_many(
             op_type,
-            [self.values[i.index] for i in inputs],
+            [self.values[i.index] if isinstance(i, Ref) else i for i in inputs],
             self.name(op_type),
             [(from_torch_dtype(kind.dtype), ir.Shape(kind.shape)) for kind in kinds],
             domain=domain,

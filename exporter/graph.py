@@ -35,6 +35,7 @@ from qwenport.exporter.quantization import (
     part_name,
 )
 from qwenport.exporter.rounded_activations import Rounding
+from qwenport.plugins import moe_experts
 from qwenport.plugins.operator import operators
 
 OPSET = 24
@@ -100,12 +101,14 @@ def build_graph(
         )
 
     def weight(name: str, shape: tracing.Shape) -> ir.Value:
-        stack = name.endswith((GATE_UP, DOWN)) and tensor(name) is None
-        if not stack:
+        if not name.endswith((GATE_UP, DOWN)) or tensor(name) is not None:
             return matrix(name)
         experts, rows, columns = (int(size) for size in shape)
         parts = [in_own_order(part) for part in expert_parts(name, experts)]
-        return _stack(builder, name, parts, (experts, rows, columns))
+        stack = _stack(builder, name, parts, (experts, rows, columns))
+        if parts[0] in builder.roundings:  # of all, as the checkpoint was checked for
+            builder.roundings[stack] = builder.roundings[parts[0]]
+        return stack
 
     def weights(traced: tracing.Trace, prefix: str) -> dict[str, ir.Value]:
         types = traced.types[traced.num_inputs :]
@@ -180,9 +183,12 @@ def build_graph(
         opset_imports={"": OPSET, contract.DOMAIN: contract.DOMAIN_VERSION},
         name=config.model_type,
     )
-    used = dict.fromkeys(node.op_type for node in graph if node.domain == contract.DOMAIN)
+    used = {node.op_type: node for node in graph if node.domain == contract.DOMAIN}
     known = {operator.name: operator for operator in operators()}
     functions = [known[name].function_body(OPSET) for name in used]
+    if (experts := used.get(contract.MOE_EXPERTS)) is not None and experts.attributes:
+        del functions[list(used).index(contract.MOE_EXPERTS)]
+        functions.append(moe_experts.function_body(OPSET, round_inner=True))
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="qwenport", functions=functions)
 
 

@@ -21,7 +21,15 @@ class Emitter(Protocol):
     """The interface that `Operator.emit` uses to write the nodes for one call."""
 
     def ops(self, op_type: str, *inputs: Any, domain: str, **attributes: Any) -> Sequence[ir.Value]:
-        """Append a node with all of the call's results; `inputs` as in the call."""
+        """Append a node with all of the call's results; `inputs` as in the call, or values."""
+        ...
+
+    def rounds(self, weight: Any) -> bool:
+        """Whether the input of products by a weight is rounded."""
+        ...
+
+    def rounded(self, x: Any, weight: Any) -> ir.Value:
+        """An input of products by a weight as it is multiplied."""
         ...
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwenport.contract import NETWORK, PACKAGE, Progress
+from qwenport.contract import E4M3, NETWORK, PACKAGE, Progress
 from qwenport.validate.budget import Plan
 from qwenport.validate.candidate import Candidate, Refused
 from qwenport.validate.coverage import Counter
@@ -56,6 +56,7 @@ IN_THE_PLAN = "it is inside the engine's plan; its logits show it"
 END_TO_END = 128  # positions at which logits are compared in half precision
 # What a runtime raises for a piece of a model is the target's failure; anything else is our bug.
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (NetworkError, CandidateError)
+SHORT = 256  # positions of a layer alone whose kind is run over more
 MOST_KINDS = 6  # kinds of decoder layers that are run alone; if there are more, the first ones
 
 
@@ -140,7 +141,7 @@ class Structure:
     def distance(
         self, prompts: Prompts, investigation: Investigation, plan: Plan
     ) -> list[ScenarioResult]:
-        """One layer of each kind alone, over a long text."""
+        """One layer of each kind alone, over a long text; every layer if experts round inputs to FP8."""
         if self.target.package is None or self.target.device != "cpu" or investigation.missing:
             self.counter.leave_out("decoder layers by themselves over the whole context")
             return []
@@ -150,32 +151,38 @@ class Structure:
         kinds = layer_kinds(self.target.package, layers)
         for left in list(kinds)[MOST_KINDS:]:
             self.counter.leave_out(f"layer {left} by itself, a kind of its own")
+        alone = dict.fromkeys(list(kinds)[:MOST_KINDS], plan.distance)
+        if (
+            self.target.compute_dtype == E4M3
+        ):  # codes that fall the other way hide faults from logits
+            short = min(plan.distance, SHORT)
+            alone |= {layer: short for layer in range(layers) if layer not in alone}
         return [
-            self._distance(prompts, plan, layer, same, investigation.router_margin)
-            for layer, same in list(kinds.items())[:MOST_KINDS]
+            self._distance(
+                prompts.take(positions), layer, kinds.get(layer, ()), investigation.router_margin
+            )
+            for layer, positions in sorted(alone.items())
         ]
 
     def _distance(
-        self, prompts: Prompts, plan: Plan, layer: int, same: tuple[int, ...], margin: float
+        self, tokens: Sequence[int], layer: int, same: tuple[int, ...], margin: float
     ) -> ScenarioResult:
         from qwenport.validate.pieces import check_distance, run_layer_alone
 
         started, name = time.monotonic(), f"distance of layer {layer}"
         like = f", as which {len(same)} layers are built" if len(same) > 1 else ""
-        summary = f"Layer {layer}{like}, alone over {plan.distance} positions"
+        summary = f"Layer {layer}{like}, alone over {len(tokens)} positions"
         self.progress(name, 0, 1)
         router = router_choices(self.target.config, layer + 1).get(layer)
         try:
-            run = run_layer_alone(
-                self.candidate, layer, prompts.take(plan.distance), router, plan.distance
-            )
+            run = run_layer_alone(self.candidate, layer, tokens, router, len(tokens))
         except InseparableError as error:
-            self.counter.leave_out(f"layer {layer} by itself over {plan.distance} positions")
+            self.counter.leave_out(f"layer {layer} by itself over {len(tokens)} positions")
             return ScenarioResult(name, summary, "not run", reason=str(error))
         except RUNTIME_ERRORS as error:
             return _raised(name, summary, error, started)
         checks = check_distance(run, self.oracle.reference, layer, margin)
-        self.counter.layer_distance[name.removeprefix("distance of ")] = plan.distance - 1
+        self.counter.layer_distance[name.removeprefix("distance of ")] = len(tokens) - 1
         if run.experts is not None:
             self.counter.routed(layer, run.experts.reshape(-1).tolist())
         return _row(name, summary, checks, started)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qwenport.contract import (
     AUTO,
     CHECKPOINT,
+    E4M3,
     ENGINE,
     FP32,
     MANIFEST,
@@ -46,7 +47,7 @@ class Target:
             fp32.
         compute_dtype: the dtype in which scenarios are judged: onnxruntime on the CPU always computes in fp32, and a
             network's arithmetic is judged exactly. INT8 and E4M3 are fp32 with activations of products rounded to
-            them, E4M3 of engines only, which do not show their codes.
+            them, E4M3 of what does not show its codes: engines, and experts.
         rounds: whether the rounding of the types that a network declares is judged as well.
         device: where it runs.
         config: the model's config, as exported.
@@ -161,7 +162,7 @@ def open_target(
         path=path,
         judged_as=judged_as,
         dtype=package.dtype,
-        compute_dtype="fp32" if in_fp32 else package.dtype,
+        compute_dtype=_compute_dtype(package.config) if in_fp32 else package.dtype,
         rounds=judged_as == NETWORK and not exact and package.dtype != "fp32",
         device=device,
         config=package.config,
@@ -175,6 +176,11 @@ def open_target(
         package=package,
         engine=None,
     )
+
+
+def _compute_dtype(config: ModelConfig) -> str:
+    """Of a target in fp32 whose values can be observed, but for what experts round inside their operator."""
+    return E4M3 if config.rounds_experts else FP32.name
 
 
 def _form(package: Package, gpus: str | None, attention: str) -> tuple[str, tuple[str, ...]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenport.contract import AUTO, ENGINE, NETWORK, STANDARD, THOROUGH, Progress, no_progress
+from qwenport.contract import AUTO, E4M3, ENGINE, NETWORK, STANDARD, THOROUGH, Progress, no_progress
 from qwenport.exporter import settle
 from qwenport.validate import rows
 from qwenport.validate.budget import Plan, find_budget, make_plan
@@ -223,7 +223,7 @@ class Validation:
             bench,
             oracle,
             self.target.config,
-            self.target.compute_dtype,
+            "fp32" if self.target.compute_dtype == E4M3 else self.target.compute_dtype,
             self.options.thresholds.get("router_margin", self._router_margin()),
         )
         structure = rows.Structure(self.target, candidate, oracle, counter, self._progress)

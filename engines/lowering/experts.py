@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
@@ -19,6 +20,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from qwenport.contract import DOMAIN, MOE_EXPERTS
 from qwenport.engines.errors import LoweringError
 from qwenport.engines.lowering.act_order import sorted_weight
+from qwenport.plugins.moe_experts import LARGEST_FP8
 from qwenport.plugins.nodes import append_node, initializer, remove_unused
 
 INT64 = ir.DataType.INT64
@@ -60,8 +62,7 @@ class _Split:
         assert x is not None and indices is not None and weights is not None
         assert gate_up is not None and down is not None and indices.shape is not None
         op, constant = self.op, self.constant
-        by_expert = self.node.attributes.get("by_expert")
-        if by_expert is not None and by_expert.as_int():
+        if self.attribute("by_expert"):
             raise LoweringError(f"{self.node.name}: experts that choose tokens cannot be split")
         k = indices.shape[-1]
         assert isinstance(k, int)
@@ -93,6 +94,8 @@ class _Split:
         ups = [self.product(group, up) for group, (_, up) in zip(groups, halves, strict=True)]
         gated = op("Concat", *gates, axis=0)
         active = op("Mul", op("Mul", gated, op("Sigmoid", gated)), op("Concat", *ups, axis=0))
+        if self.attribute("round_inner"):
+            active = self.rounded(active, _shape(down)[2])
         inner = self.ops("Split", [active, sizes], [self.dtype] * len(downs), axis=0)
         parts = [self.product(group, out) for group, (out,) in zip(inner, downs, strict=True)]
         ordered = op("Gather", op("Concat", *parts, axis=0), back)
@@ -109,6 +112,10 @@ class _Split:
         self.graph.remove(self.node, safe=True)
         for stack in (gate_up, down):
             remove_unused(self.graph, stack)
+
+    def attribute(self, name: str) -> int:
+        found = self.node.attributes.get(name)
+        return 0 if found is None else found.as_int()
 
     def op(
         self, op_type: str, *inputs: ir.Value, dtype: ir.DataType | None = None, **attributes: Any
@@ -133,6 +140,23 @@ class _Split:
         """Indices that sort the values in ascending order."""
         pair = [INT64, INT64]
         return self.ops("TopK", [values, count], pair, axis=0, largest=0, sorted=1)[1]
+
+    def rounded(self, x: ir.Value, columns: int) -> ir.Value:
+        """x [rows, columns], each row rounded to FP8 with a scale of its own."""
+        op, fp8 = self.op, ir.DataType.FLOAT8E4M3FN
+        x.shape = ir.Shape((None, columns))
+        largest = op("ReduceMax", op("Abs", x), self.constant(-1), keepdims=1)
+        scale = op("Div", largest, self.number("largest", LARGEST_FP8))
+        is_zero = op("Equal", scale, self.number("zero", 0.0), dtype=ir.DataType.BOOL)
+        epsilon = self.number("eps", float(ml_dtypes.finfo(self.dtype.numpy()).eps))
+        scale = op("Where", is_zero, epsilon, scale)
+        codes = op("Cast", op("Div", x, scale), dtype=fp8, to=int(fp8), saturate=1)
+        return op("Mul", op("Cast", codes, to=int(self.dtype)), scale)
+
+    def number(self, name: str, value: float) -> ir.Value:
+        tensor = ir.Tensor(np.array(value, self.dtype.numpy()), dtype=self.dtype)
+        tensor.name = f"experts.{name}"
+        return initializer(self.graph.initializers, tensor)
 
     def product(self, x: ir.Value, weight: ir.Value) -> ir.Value:
         stored, permutation = sorted_weight(weight)

@@ -6,6 +6,8 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from qwenport.contract import DOMAIN, MOE_EXPERTS
+from qwenport.engines.errors import LoweringError
+from qwenport.plugins.as_plugin import integer
 from qwenport.plugins.moe_experts import BY_COLUMNS, INPUTS, body_by_columns, tensorrt_body
 
 
@@ -16,11 +18,20 @@ class ReadExpertsOnce(InPlacePass):
     """
 
     def call(self, model: ir.Model) -> PassResult:
-        """Change `model` in place."""
+        """Change `model` in place.
+
+        Raises:
+            LoweringError: experts round their activations.
+        """
         identifier = (DOMAIN, MOE_EXPERTS, "")
         function = model.functions.get(identifier)
         if function is None or function.attributes["by_expert"].as_int():
             return PassResult(model, modified=False)
+        if any(_rounds(node) for node in model.graph):
+            raise LoweringError(
+                "experts whose activations are rounded to FP8 are not supported by TensorRT here; use --target "
+                "onnxruntime"
+            )
         opset = function.opset_imports[""]
         model.functions[identifier] = tensorrt_body(opset)
         ordered = [
@@ -34,3 +45,9 @@ class ReadExpertsOnce(InPlacePass):
             made = body_by_columns(opset)
             model.functions[made.identifier()] = made
         return PassResult(model, modified=True)
+
+
+def _rounds(node: ir.Node) -> bool:
+    return (node.domain, node.op_type) == (DOMAIN, MOE_EXPERTS) and bool(
+        integer(node, "round_inner", 0)
+    )

@@ -11,6 +11,9 @@
     y[t] = sum over j of weights[t, j] * f(indices[t, j], x[t]), or over all (e, j) with indices[e, j] = t
     f(e, v) = down[e] @ (silu(gate[e] @ v) * (up[e] @ v))
 
+With round_inner=1, what down[e] multiplies is rounded to FP8 first: a = silu(gate[e] @ v) * (up[e] @ v) becomes
+e4m3(a / s) * s, with s = max |a| / 448, or T's epsilon if that is 0; e4m3 saturates, each operation is in T.
+
 T is fp32, fp16 or bf16; the weighting and the sum are fp32. Source: the sparse block of transformers' Qwen2Moe,
 Qwen3Moe and Mixtral.
 """
@@ -19,7 +22,14 @@ from qwenport.plugins.moe_experts.emission import emit
 from qwenport.plugins.moe_experts.function import body_by_columns, function_body, tensorrt_body
 from qwenport.plugins.moe_experts.lowering import use_plugin
 from qwenport.plugins.moe_experts.reference import moe_experts
-from qwenport.plugins.moe_experts.schema import BY_COLUMNS, INPUTS, NAME, VERSION, schema
+from qwenport.plugins.moe_experts.schema import (
+    BY_COLUMNS,
+    INPUTS,
+    LARGEST_FP8,
+    NAME,
+    VERSION,
+    schema,
+)
 from qwenport.plugins.operator import Operator, Plugin
 
 OPERATOR = Operator(
@@ -34,6 +44,7 @@ OPERATOR = Operator(
 __all__ = [
     "BY_COLUMNS",
     "INPUTS",
+    "LARGEST_FP8",
     "NAME",
     "OPERATOR",
     "VERSION",

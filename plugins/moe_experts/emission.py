@@ -13,8 +13,17 @@ from qwenport.plugins.operator import Emitter
 
 
 def emit(
-    e: Emitter, x: Any, indices: Any, weights: Any, gate_up: Any, down: Any, by_expert: bool
+    e: Emitter,
+    x: Any,
+    indices: Any,
+    weights: Any,
+    gate_up: Any,
+    down: Any,
+    by_expert: bool,
+    round_inner: bool,
 ) -> Sequence[ir.Value]:
-    """See `Operator.emit`."""
-    assert by_expert is False
-    return e.ops(NAME, x, indices, weights, gate_up, down, domain=DOMAIN)
+    """See `Operator.emit`. Whether inputs are rounded is a matter of the weights."""
+    assert by_expert is False and round_inner is False
+    attributes = {"round_inner": 1} if e.rounds(down) else {}
+    rounded = e.rounded(x, gate_up)
+    return e.ops(NAME, rounded, indices, weights, gate_up, down, domain=DOMAIN, **attributes)

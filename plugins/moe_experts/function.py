@@ -17,19 +17,28 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qwenport.plugins.function_body import FunctionBody
-from qwenport.plugins.moe_experts.schema import BY_COLUMNS, COLUMNS, INPUTS, NAME
+from qwenport.plugins.moe_experts.schema import BY_COLUMNS, COLUMNS, INPUTS, LARGEST_FP8, NAME
 
 FLOAT, INT64 = int(ir.DataType.FLOAT), int(ir.DataType.INT64)
+FLOAT8 = int(ir.DataType.FLOAT8E4M3FN)
 ONNX_OPSET = 18  # Split's num_outputs, ReduceSum's and ScatterElements' present forms
 
 
-def function_body(opset: int, *, by_expert: bool = False) -> ir.Function:
-    """Return the model-local function for a model of ai.onnx version `opset` (at least 18)."""
+def function_body(opset: int, *, by_expert: bool = False, round_inner: bool = False) -> ir.Function:
+    """Return the model-local function for a model of ai.onnx version `opset` (at least 18; 19 with `round_inner`)."""
     if opset < ONNX_OPSET:
         raise ValueError(f"MoEExperts needs ai.onnx {ONNX_OPSET} or later, not {opset}")
     body = FunctionBody(*INPUTS)
-    y = (_by_expert if by_expert else _by_token)(body)
-    return body.function(NAME, {"y": y}, opset, [ir.AttrInt64("by_expert", int(by_expert))])
+    swiglu = _swiglu_rounded if round_inner else _swiglu
+    y = (_by_expert if by_expert else _by_token)(body, swiglu)
+    return body.function(NAME, {"y": y}, opset, _attributes(by_expert, round_inner))
+
+
+def _attributes(by_expert: bool, round_inner: bool) -> list[ir.Attr]:
+    return [
+        ir.AttrInt64("by_expert", int(by_expert)),
+        ir.AttrInt64("round_inner", int(round_inner)),
+    ]
 
 
 def tensorrt_body(opset: int) -> ir.Function:
@@ -53,7 +62,13 @@ def body_by_columns(opset: int) -> ir.Function:
 def _for_tensorrt(name: str, inputs: Sequence[str], opset: int) -> ir.Function:
     body = FunctionBody(*inputs)
     y = _by_token_for_tensorrt(body)
-    return body.function(name, {"y": y}, opset, [ir.AttrInt64("by_expert", 0)])
+    return body.function(name, {"y": y}, opset, _attributes(by_expert=False, round_inner=False))
+
+
+SwiGLU = Callable[[FunctionBody, ir.Value, ir.Value, ir.Value], ir.Value]
+"""(body, x [n, rows, H], gate_up [n, 2I, H], down [n, H, I]) -> [n, rows, H]."""
+OfBlocks = Callable[[FunctionBody, ir.Value, ir.Value], ir.Value]
+"""(body, x [n, rows, H], expert [n]) -> [n, rows, H]."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ class _Blocks:
     spare: ir.Value
 
 
-def _by_token(body: FunctionBody) -> ir.Value:
+def _by_token(body: FunctionBody, swiglu: SwiGLU) -> ir.Value:
     op, one, _ = body.op, body.integers(1), body.integers(0)
     given, experts, weights, gate_up, _ = body.inputs
 
@@ -80,7 +95,8 @@ def _by_token(body: FunctionBody) -> ir.Value:
     spare = op("Sub", rows, one)
     blocks = op("Div", op("Add", pairs, op("Mul", spare, op("Min", count, pairs))), rows)
     layout = _Blocks(blocks, rows, rows, spare)
-    y = _in_blocks(body, x, experts, weights, (tokens, k, count, width), pairs, layout, _of_blocks)
+    sizes = tokens, k, count, width
+    y = _in_blocks(body, x, experts, weights, sizes, pairs, layout, _of_blocks(swiglu))
     return op("Reshape", op("CastLike", y, x), op("Shape", given))
 
 
@@ -144,7 +160,7 @@ def _in_blocks(
     sizes: tuple[ir.Value, ir.Value, ir.Value, ir.Value],
     pairs: ir.Value,
     layout: _Blocks,
-    swiglu: Callable[[FunctionBody, ir.Value, ir.Value], ir.Value],
+    swiglu: OfBlocks,
 ) -> ir.Value:
     """x [T, H], experts and weights [..., k] -> fp32 [T, H]. `sizes` are T, k, E and H, `pairs` is T k."""
     op, one, zero = body.op, body.integers(1), body.integers(0)
@@ -181,11 +197,11 @@ def _in_blocks(
     return op("ReduceSum", op("Mul", parts, factors), one, keepdims=0)
 
 
-def _by_expert(body: FunctionBody) -> ir.Value:
+def _by_expert(body: FunctionBody, swiglu: SwiGLU) -> ir.Value:
     """Every expert has the same number of tokens: one batched matmul, then a sum over each token's rows."""
     op = body.op
     x, tokens, weights, gate_up, down = body.inputs
-    outer = _swiglu(body, op("Gather", x, tokens), gate_up, down)
+    outer = swiglu(body, op("Gather", x, tokens), gate_up, down)
     parts = op("Cast", outer, to=FLOAT)
     weighted = op("Mul", parts, op("Unsqueeze", weights, body.integers(-1)))
     rows = op("Reshape", weighted, op("Concat", body.integers(-1), body.size(x, 1), axis=0))
@@ -194,10 +210,14 @@ def _by_expert(body: FunctionBody) -> ir.Value:
     return op("CastLike", op("ScatterND", zeros, row_tokens, rows, reduction="add"), x)
 
 
-def _of_blocks(body: FunctionBody, x: ir.Value, expert: ir.Value) -> ir.Value:
-    """`_swiglu` of each block's expert."""
-    gate_up, down = body.inputs[3:5]
-    return _swiglu(body, x, body.op("Gather", gate_up, expert), body.op("Gather", down, expert))
+def _of_blocks(swiglu: SwiGLU) -> OfBlocks:
+    """`swiglu` of each block's expert."""
+
+    def apply(body: FunctionBody, x: ir.Value, expert: ir.Value) -> ir.Value:
+        gate_up, down = (body.op("Gather", stack, expert) for stack in body.inputs[3:5])
+        return swiglu(body, x, gate_up, down)
+
+    return apply
 
 
 def _swiglu(body: FunctionBody, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
@@ -205,11 +225,37 @@ def _swiglu(body: FunctionBody, x: ir.Value, gate_up: ir.Value, down: ir.Value) 
 
     Weights keep their layout, [out, in]; activations are transposed instead.
     """
+    return _outer(body, _inner(body, x, gate_up), down)
+
+
+def _swiglu_rounded(body: FunctionBody, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
+    """The same with the inner activations rounded to FP8, each row by itself."""
+    op, inner = body.op, _inner(body, x, gate_up)
+
+    def number(value: float) -> ir.Value:
+        return op("CastLike", op("Constant", value_float=value), x)
+
+    largest = op("ReduceMax", op("Abs", inner), body.integers(1), keepdims=1)
+    scale = op("Div", largest, number(LARGEST_FP8))
+    # T's epsilon: what is left of 3 (4 / 3 - 1) - 1 in T
+    third = op("Sub", op("Div", number(4.0), number(3.0)), number(1.0))
+    epsilon = op("Abs", op("Sub", op("Mul", number(3.0), third), number(1.0)))
+    scale = op("Where", op("Equal", scale, number(0.0)), epsilon, scale)
+    codes = op("Cast", op("Div", inner, scale), to=FLOAT8, saturate=1)
+    return _outer(body, op("Mul", op("CastLike", codes, x), scale), down)
+
+
+def _inner(body: FunctionBody, x: ir.Value, gate_up: ir.Value) -> ir.Value:
+    """x [n, rows, H], gate_up [n, 2I, H] -> silu(gate) * up, [n, I, rows]."""
     op = body.op
-    inner = op("MatMul", gate_up, op("Transpose", x, perm=[0, 2, 1]))
-    gate, up = body.ops(2, "Split", inner, axis=1, num_outputs=2)
-    active = op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
-    return op("Transpose", op("MatMul", down, active), perm=[0, 2, 1])
+    both = op("MatMul", gate_up, op("Transpose", x, perm=[0, 2, 1]))
+    gate, up = body.ops(2, "Split", both, axis=1, num_outputs=2)
+    return op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
+
+
+def _outer(body: FunctionBody, inner: ir.Value, down: ir.Value) -> ir.Value:
+    """inner [n, I, rows], down [n, H, I] -> [n, rows, H]."""
+    return body.op("Transpose", body.op("MatMul", down, inner), perm=[0, 2, 1])
 
 
 def _swiglu_of_rows(body: FunctionBody, x: ir.Value, expert: ir.Value) -> ir.Value:

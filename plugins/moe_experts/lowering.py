@@ -17,6 +17,7 @@ def use_plugin(model: ir.Model) -> bool:
 def _is_served(node: ir.Node) -> bool:
     return (
         not integer(node, "by_expert", 0)
+        and not integer(node, "round_inner", 0)
         and 1 <= size(node.inputs[1], -1) <= MOST_CHOSEN
         and 1 <= size(node.inputs[4], 0) <= MOST_EXPERTS
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from qwenport.plugins.moe_experts.schema import LARGEST_FP8
+
 _LIBRARY = torch.library.Library("qwenport", "FRAGMENT")
 _LIBRARY.define(
     "moe_experts(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, "
-    "bool by_expert) -> Tensor"
+    "bool by_expert, bool round_inner=False) -> Tensor"
 )
 
 
@@ -20,6 +22,7 @@ def moe_experts(
     down: torch.Tensor,
     *,
     by_expert: bool = False,
+    round_inner: bool = False,
 ) -> torch.Tensor:
     """Apply to each token the experts chosen for it; shapes as in the operator's contract.
 
@@ -30,12 +33,13 @@ def moe_experts(
         gate_up: [E, 2*I, H], dtype of x; rows 0..I-1 of an expert are its gate, the rest its up projection.
         down: [E, H, I], dtype of x.
         by_expert: whether indices are each expert's tokens.
+        round_inner: whether what down multiplies is rounded to FP8.
 
     Returns:
         [..., H], dtype of x. Products with the weights and their sum are fp32.
     """
     result: torch.Tensor = torch.ops.qwenport.moe_experts.default(
-        x, indices, weights, gate_up, down, by_expert
+        x, indices, weights, gate_up, down, by_expert, round_inner
     )
     return result
 
@@ -47,6 +51,7 @@ def _compute(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     by_expert: bool,
+    round_inner: bool = False,
 ) -> torch.Tensor:
     shape, x = x.shape, x.reshape(-1, x.shape[-1])
     if not by_expert:
@@ -55,9 +60,18 @@ def _compute(
     for expert in range(len(gate_up)) if by_expert else indices.unique().tolist():
         token, weight = _group(indices, weights, expert, by_expert)
         gate, up = functional.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
-        part = functional.linear(functional.silu(gate) * up, down[expert]).float()
+        inner = functional.silu(gate) * up
+        part = functional.linear(_rounded(inner) if round_inner else inner, down[expert]).float()
         y.index_add_(0, token, part * weight[:, None])
     return y.to(x.dtype).view(shape)
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    """x [n, I], each row rounded to FP8 with a scale of its own."""
+    scale = x.abs().amax(-1, keepdim=True) / LARGEST_FP8 if x.numel() else x[:, :1]
+    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+    codes = (x / scale).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn)
+    return codes.to(x.dtype) * scale
 
 
 def _group(
@@ -77,6 +91,7 @@ def _meta(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     by_expert: bool,
+    round_inner: bool = False,
 ) -> torch.Tensor:
     return x.new_empty(x.shape)
 

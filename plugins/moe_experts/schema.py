@@ -8,6 +8,8 @@ from qwenport.contract import DOMAIN, DTYPES, FP32, MOE_EXPERTS
 
 NAME = MOE_EXPERTS
 VERSION = 1
+LARGEST_FP8 = 448.0
+"""Of e4m3."""
 INPUTS = ("x", "indices", "weights", "gate_up", "down")
 BY_COLUMNS = f"{NAME}ByColumns"
 """A function that lowering for TensorRT puts in the operator's place; no package has it."""
@@ -31,7 +33,12 @@ def schema() -> onnx.defs.OpSchema:
                 "by_expert",
                 onnx.helper.make_attribute("by_expert", 0),
                 "0: indices are each token's experts; 1: each expert's tokens",
-            )
+            ),
+            onnx.defs.OpSchema.Attribute(
+                "round_inner",
+                onnx.helper.make_attribute("round_inner", 0),
+                "1: what down multiplies is rounded to FP8 (e4m3), with a scale for each token and expert",
+            ),
         ],
         type_constraints=[("T", [dtype.schema for dtype in DTYPES.values()], "floating point")],
     )

@@ -41,7 +41,13 @@ def offsets(file: Path) -> dict[str, tuple[int, int]]:
 
 
 def experts_model(
-    folder: Path, gate_up: torch.Tensor, down: torch.Tensor, k: int, *, single: bool
+    folder: Path,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    k: int,
+    *,
+    single: bool,
+    round_inner: bool = False,
 ) -> ir.Model:
     """x, indices, weights -> one MoEExperts; weights in a file, stacked or one by one under a Concat."""
     experts, inner, hidden = gate_up.shape[0], gate_up.shape[1] // 2, gate_up.shape[2]
@@ -95,6 +101,8 @@ def experts_model(
         value("weights", FLOAT, "batch", "seq", k),
     ]
     call = ir.node(moe_experts.NAME, [*inputs, *stacks], domain="qwenport", name="layer")
+    if round_inner:
+        call.attributes["round_inner"] = ir.AttrInt64("round_inner", 1)
     (y,) = call.outputs
     y.name, y.type, y.shape = "y", ir.TensorType(element), inputs[0].shape
     graph = ir.Graph(
@@ -105,7 +113,9 @@ def experts_model(
         opset_imports={"": 24, "qwenport": 1},
         name="g",
     )
-    return ir.Model(graph, ir_version=11, functions=[moe_experts.function_body(24)])
+    return ir.Model(
+        graph, ir_version=11, functions=[moe_experts.function_body(24, round_inner=round_inner)]
+    )
 
 
 def run(
@@ -152,6 +162,40 @@ def test_split_experts_compute_what_the_operator_computes(drawn, single, tmp_pat
     expected = moe_experts.moe_experts(x, indices, weights, gate_up, down)
     got = run(folder, model, x, indices, weights)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(drawn=layers(), single=st.booleans())
+def test_split_experts_round_what_the_operator_rounds(drawn, single, tmp_path_factory):
+    """Integers of few bits: no sum is rounded, so that both round the same values."""
+    gate_up, down, x, indices, weights = drawn
+    x, down = x.round(), down.round()
+    x[0, 0] = 0
+    gate, up = gate_up.round().chunk(2, dim=1)
+    gate_up = torch.cat([64 * gate.abs(), up], dim=1)  # silu(gate) is gate or, nearly, 0
+    x = x.abs()
+    folder = tmp_path_factory.mktemp("split")
+    k = indices.shape[-1]
+    model = for_onnxruntime(
+        experts_model(folder, gate_up, down, k, single=single, round_inner=True), on_cpu=True
+    )
+    expected = moe_experts.moe_experts(x, indices, weights, gate_up, down, round_inner=True)
+    got = run(folder, model, x, indices, weights)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_that_split_experts_round_shows(tmp_path):
+    torch.manual_seed(0)
+    gate_up, down, x = torch.randn(6, 32, 24), torch.randn(6, 24, 16), torch.randn(1, 9, 24)
+    weights, indices = moe_router.moe_router(torch.randn(1, 9, 6), k=2)
+    model = experts_model(tmp_path, gate_up, down, 2, single=True, round_inner=True)
+    got = run(tmp_path, for_onnxruntime(model, on_cpu=True), x, indices, weights)
+    rounded, exact = (
+        moe_experts.moe_experts(x, indices, weights, gate_up, down, round_inner=wanted)
+        for wanted in (True, False)
+    )
+    torch.testing.assert_close(got, rounded, rtol=1e-4, atol=1e-4)
+    assert torch.linalg.norm(exact - rounded) > 1e-2 * torch.linalg.norm(rounded)
 
 
 @pytest.mark.parametrize("single", [False, True])

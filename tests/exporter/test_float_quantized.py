@@ -312,15 +312,31 @@ def test_an_adapter_of_a_weight_in_fp8_is_refused(
         exporter.export(checkpoint, tmp_path / "package", adapter="merge")
 
 
+@pytest.mark.parametrize(
+    ("ignore", "names"),
+    [
+        (r"re:.*layers\.0\.mlp\.experts\..*", "some experts"),
+        (r"re:.*\.experts\.3\.up_proj", "some experts"),
+    ],
+)
+def test_experts_round_all_or_none(ignore: str, names: str, tmp_path: Path) -> None:
+    checkpoint = write_float_quantized(
+        MIXTURE, tmp_path / "checkpoint", ignore=(*ROUTERS, ignore), activations="dynamic"
+    )
+    with pytest.raises(exporter.ConfigError, match=names):
+        exporter.open_checkpoint(checkpoint)
+
+
 @pytest.mark.parametrize("activations", [None, "dynamic"])
-def test_experts_are_in_fp8_by_weight_alone(activations: str | None, tmp_path: Path) -> None:
+def test_experts_are_in_fp8(activations: str | None, tmp_path: Path) -> None:
     how: dict[str, Any] = {"activations": activations}
     checkpoint = write_float_quantized(MIXTURE, tmp_path / "checkpoint", ignore=ROUTERS, **how)
-    if activations is not None:
-        with pytest.raises(exporter.ConfigError, match="experts whose activations are rounded"):
-            exporter.export(checkpoint, tmp_path / "package")
-        return
     package = exporter.export(checkpoint, tmp_path / "package")
+    for node in package.read_model().graph:
+        if node.op_type == "MoEExperts":
+            given = node.inputs[0]
+            assert given is not None and ("rounded" in str(given.name)) == (activations is not None)
+            assert ("round_inner" in node.attributes) == (activations is not None)
     names = [n.name for n in package.read_model().graph if n.op_type == "DequantizeLinear"]
     moe = package.config.moe
     assert moe is not None

@@ -194,6 +194,7 @@ def model_of(
     *,
     by_expert: bool = False,
     for_tensorrt: bool = False,
+    round_inner: bool = False,
     by_columns: bool = False,
     dtype: torch.dtype = torch.float32,
     rank: int = 2,
@@ -206,11 +207,14 @@ def model_of(
         "gate_up": (element, 3),
         "down": (element, 3),
     }
-    body = tensorrt_body(opset) if for_tensorrt else function_body(opset, by_expert=by_expert)
+    body = function_body(opset, by_expert=by_expert, round_inner=round_inner)
+    if for_tensorrt:
+        body = tensorrt_body(opset)
     if by_columns:
         body = body_by_columns(opset)
         inputs |= dict.fromkeys(("gate_up_columns", "down_columns"), (ir.DataType.INT32, 2))
-    return model_of_call(body.name, body, inputs, {"y": (element, rank)}, by_expert=int(by_expert))
+    attributes = {"by_expert": int(by_expert), "round_inner": int(round_inner)}
+    return model_of_call(body.name, body, inputs, {"y": (element, rank)}, **attributes)
 
 
 @functools.cache

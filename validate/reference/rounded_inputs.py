@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from qwenport.validate.reference.hooks import Attach, as_float32
 from qwenport.validate.text import Choices
@@ -50,6 +52,11 @@ class RoundsInput:
         self.made: list[Float32] | None = None
         self.moves = False
 
+    @property
+    def is_static(self) -> bool:
+        """Whether the scale is stored."""
+        return self._scale is not None
+
     def __call__(self, module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         """Replace the module's input, [..., K]."""
         (x,) = inputs
@@ -70,6 +77,50 @@ class RoundsInput:
         near = differs & ((x - (own + other) / 2).abs() <= margin)
         self.taken(int(near.sum()))
         return torch.where(near, other, own)
+
+
+class RoundsExperts:
+    """A forward pre-hook of a layer's experts: products by their stacks round their left side.
+
+    Attributes:
+        rounding: how.
+    """
+
+    def __init__(self, rounding: RoundsInput) -> None:
+        self.rounding = rounding
+        self._entered: list[_RoundsProducts] = []
+
+    def register(self, module: torch.nn.Module) -> None:
+        """Make the experts round from now on."""
+        module.register_forward_pre_hook(self)
+        module.register_forward_hook(self.leave, always_call=True)
+
+    def __call__(self, module: torch.nn.Module, inputs: Any) -> None:
+        """Begin."""
+        self._entered.append(_RoundsProducts(module, self.rounding))
+        self._entered[-1].__enter__()
+
+    def leave(self, *_: Any) -> None:
+        """End."""
+        self._entered.pop().__exit__(None, None, None)
+
+
+class _RoundsProducts(TorchFunctionMode):
+    def __init__(self, module: torch.nn.Module, rounding: RoundsInput) -> None:
+        super().__init__()
+        self._stacks = {_memory(stack) for stack in module.parameters()}
+        self._rounding = rounding
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is functional.linear and _memory(args[1]) in self._stacks:
+            args = (*self._rounding(None, args[:1]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def by_library(
@@ -117,7 +168,20 @@ def moving(text: int, index: int, layer: Any) -> list[Any]:
 @contextlib.contextmanager
 def moving_inputs(module: torch.nn.Module) -> Iterator[None]:
     """The same for any module."""
-    hooks = _hooks(module).values()
+    with _moving([*_hooks(module).values(), *_hooks_of_experts(module)]):
+        yield
+
+
+@contextlib.contextmanager
+def moving_experts(module: torch.nn.Module) -> Iterator[bool]:
+    """The same for experts alone; yields whether there are any that round."""
+    hooks = _hooks_of_experts(module)
+    with _moving(hooks):
+        yield bool(hooks)
+
+
+@contextlib.contextmanager
+def _moving(hooks: Sequence[RoundsInput]) -> Iterator[None]:
     for hook in hooks:
         hook.moves = True
     try:
@@ -172,6 +236,15 @@ def _hooks(layer: Any) -> dict[str, RoundsInput]:
         for hook in module._forward_pre_hooks.values()
         if isinstance(hook, RoundsInput)
     }
+
+
+def _hooks_of_experts(layer: Any) -> list[RoundsInput]:
+    return [
+        hook.rounding
+        for module in layer.modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, RoundsExperts)
+    ]
 
 
 def _has_library() -> bool:

@@ -25,6 +25,7 @@ from qwenport.validate.reference.files import (
     opened,
     tensor_files,
 )
+from qwenport.validate.reference.rounded_inputs import RoundsExperts
 from qwenport.wording import cut
 
 # transformers' stacks of experts -> the projections of one expert that are stacked in them
@@ -176,15 +177,23 @@ class StoredWeights:
                 hook = self._quantization.rounds_input(weight, _Tensors(self, reader))
                 if hook is None:
                     continue
+                name, _, one_of = weight.removesuffix(".weight").partition(".experts.")
                 try:
-                    module = model.get_submodule(weight.removesuffix(".weight"))
+                    module = model.get_submodule(f"{name}.experts" if one_of else name)
                 except AttributeError as error:
                     raise ValidationError(
                         f"{cut(self._path)}: {cut(weight)} is no linear of transformers' model, whose input could be "
                         "rounded"
                     ) from error
-                module.register_forward_pre_hook(hook)
                 found = True
+                if not one_of:
+                    module.register_forward_pre_hook(hook)
+                elif hook.is_static:
+                    raise ValidationError(
+                        f"{cut(self._path)}: {cut(weight)} has a static scale of inputs, which experts here have not"
+                    )
+                elif not module._forward_pre_hooks:  # one for all of the layer's experts
+                    RoundsExperts(hook).register(module)
         return found
 
     @contextlib.contextmanager
