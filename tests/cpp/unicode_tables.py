@@ -1,7 +1,7 @@
 """The tables of engines/cpp/src/tokenizer/unicode_tables.cpp, asked from the `tokenizers` package.
 
-The C++ tokenizer has to agree with that package about every code point, whichever Unicode version it was compiled with. So
-its own regular expressions, digit splitter, added tokens and normalizers say what each code point is.
+The C++ tokenizer has to agree with that package about every code point, whichever Unicode version it was compiled with.
+So its own regular expressions, digit splitter, added tokens and normalizers say what each code point is.
 
     python -m tests.cpp.unicode_tables      writes the file
 """
