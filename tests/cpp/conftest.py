@@ -22,7 +22,7 @@ from .toy import VOCAB, toy_directory, toy_logits
 @pytest.fixture(scope="session")
 def release() -> Path:
     """The release build."""
-    return ROOT / "build/cpp/release"
+    return built("release")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -46,7 +47,20 @@ def corpus() -> list[str]:
     return [*(file.read_text(encoding="utf-8") for file in files), " ".join(WORDS * 20)]
 
 
+@dataclass(frozen=True)
+class Training:
+    """What vocabularies are made of."""
+
+    texts: Sequence[str]
+    size: int
+
+
+def usual() -> Training:
+    return Training(corpus(), VOCAB)
+
+
 def trained(
+    training: Training,
     before: list[pre_tokenizers.PreTokenizer],
     *,
     use_regex: bool = False,
@@ -62,8 +76,8 @@ def trained(
     if nfc:
         tokenizer.normalizer = normalizers.NFC()
     alphabet = pre_tokenizers.ByteLevel.alphabet() if whole_alphabet else []
-    trainer = BpeTrainer(vocab_size=VOCAB, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(corpus(), trainer)
+    trainer = BpeTrainer(vocab_size=training.size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(training.texts, trainer)
     return tokenizer
 
 
@@ -75,8 +89,8 @@ def special(tokenizer: Tokenizer, *contents: str) -> None:
     tokenizer.add_special_tokens([AddedToken(content, normalized=False) for content in contents])
 
 
-def qwen25() -> Tokenizer:
-    tokenizer = trained([split_by(Split.BY_ONE_DIGIT)])
+def qwen25(training: Training) -> Tokenizer:
+    tokenizer = trained(training, [split_by(Split.BY_ONE_DIGIT)])
     special(tokenizer, "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_pad|>")
     tokenizer.add_tokens([AddedToken(f"<{t}tool_call>", normalized=False) for t in ("", "/")])
     return tokenizer
@@ -92,11 +106,14 @@ def bos(tokenizer: Tokenizer, template: str) -> None:
     )
 
 
-def llama3() -> Tokenizer:
-    tokenizer = trained([split_by(Split.BY_THREE_DIGITS)], nfc=False, ignore_merges=True)
+UNMERGED = ("Ġunmerged", "Ã©tonnant", "zzq")
+"""Words that no merge makes, in the characters of byte-level BPE."""
+
+
+def llama3(training: Training) -> Tokenizer:
+    tokenizer = trained(training, [split_by(Split.BY_THREE_DIGITS)], nfc=False, ignore_merges=True)
     model = json.loads(tokenizer.to_str())["model"]
-    # words that no merge makes
-    vocab = model["vocab"] | {"Ġunmerged": VOCAB, "Ã©tonnant": VOCAB + 1, "zzq": VOCAB + 2}
+    vocab = model["vocab"] | {word: len(model["vocab"]) + n for n, word in enumerate(UNMERGED)}
     merges = [(left, right) for left, right in model["merges"]]
     tokenizer.model = BPE(vocab, merges, ignore_merges=True)
     special(tokenizer, "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
@@ -105,23 +122,23 @@ def llama3() -> Tokenizer:
     return tokenizer
 
 
-def smollm() -> Tokenizer:
+def smollm(training: Training) -> Tokenizer:
     digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer = trained([digits], use_regex=True, nfc=False, whole_alphabet=False)
+    tokenizer = trained(training, [digits], use_regex=True, nfc=False, whole_alphabet=False)
     special(tokenizer, "<|endoftext|>", "<|im_start|>", "<|im_end|>")
     return tokenizer
 
 
-def gpt2() -> Tokenizer:
-    tokenizer = trained([], use_regex=True, nfc=False)
+def gpt2(training: Training) -> Tokenizer:
+    tokenizer = trained(training, [], use_regex=True, nfc=False)
     special(tokenizer, "<|endoftext|>")
     return tokenizer
 
 
-def every_rule() -> Tokenizer:
+def every_rule(training: Training) -> Tokenizer:
     """Added tokens with all combinations of rules, runs of digits, and tokens on both sides of a text."""
     digits = pre_tokenizers.Digits(individual_digits=False)
-    tokenizer = trained([digits, split_by(Split.BY_ONE_DIGIT)])
+    tokenizer = trained(training, [digits, split_by(Split.BY_ONE_DIGIT)])
     special(tokenizer, "<s>", "</s>")
     rules = [
         dict(zip(("lstrip", "rstrip", "single_word", "normalized"), map(bool, bits), strict=True))
@@ -150,15 +167,15 @@ def every_rule() -> Tokenizer:
     return tokenizer
 
 
-def unknown_bytes() -> Tokenizer:
+def unknown_bytes(training: Training) -> Tokenizer:
     """A vocabulary without all bytes, and a token for those that it lacks."""
     digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer = trained([digits], use_regex=True, whole_alphabet=False, unk_token="a")
+    tokenizer = trained(training, [digits], use_regex=True, whole_alphabet=False, unk_token="a")
     special(tokenizer, "<s>")
     return tokenizer
 
 
-SHAPES: dict[str, Callable[[], Tokenizer]] = {
+SHAPES: dict[str, Callable[[Training], Tokenizer]] = {
     made.__name__: made for made in (qwen25, llama3, smollm, gpt2, every_rule, unknown_bytes)
 }
 BUNDLED = ("tiny-qwen2.5", "tiny-qwen2-moe")
@@ -170,7 +187,7 @@ def tokenizer_json(name: str, folder: Path) -> Path:
         return ROOT / "examples" / name / "tokenizer.json"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "tokenizer.json"
-    SHAPES[name]().save(str(file))
+    SHAPES[name](usual()).save(str(file))
     return file
 
 
