@@ -94,8 +94,7 @@ REGEXES = {
 MOST_SPLITS = 4
 MOST_TOKENS = 1 << 22
 _ANY = object()
-_TOP = ("version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer")
-_TOP += ("post_processor", "decoder", "model")
+_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
 
 
 def read_tokenizer(file: Path) -> TokenizerParts:
@@ -108,14 +107,14 @@ def read_tokenizer(file: Path) -> TokenizerParts:
 
     try:
         content = read_json(file, MOST_OF_A_TOKENIZER, unique=True)
-        loaded = Tokenizer.from_file(str(file))
     except (OSError, ValueError) as error:
         raise UnrecognisedError(f"cannot be read: {error}") from error
+    _only(content, "", version="1.0", truncation=None, padding=None, **dict.fromkeys(_PARTS, _ANY))
+    _check_model(content.get("model"))
+    try:
+        loaded = Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises nothing more specific
         raise UnrecognisedError(f"tokenizers does not load it: {error}") from error
-    _only(
-        content, "", version="1.0", truncation=None, padding=None, **dict.fromkeys(_TOP[3:], _ANY)
-    )
     return _parts(content, loaded)
 
 
@@ -125,7 +124,6 @@ def _parts(content: dict[str, Any], loaded: tokenizers.Tokenizer) -> TokenizerPa
     _check_decoder(content.get("decoder"))
     before, after = _around(content.get("post_processor"))
     model = content["model"]
-    _check_model(model)
     vocab: dict[str, int] = model["vocab"]
     strings = {number: string for string, number in vocab.items()}
     of_model = frozenset(strings)
@@ -137,8 +135,7 @@ def _parts(content: dict[str, Any], loaded: tokenizers.Tokenizer) -> TokenizerPa
         raise UnrecognisedError(f"model.vocab: the id {size - 1}")
     if not all(0 <= number < size for number in (*before, *after)):
         raise UnrecognisedError("post_processor: a token that does not exist")
-    for token in added:
-        strings[token.id] = loaded.id_to_token(token.id)
+    strings |= {token.id: str(loaded.id_to_token(token.id)) for token in added}
     known = [(number, _bytes_of(string)) for number, string in strings.items()]
     tokens = [b""] * size
     for number, found in known:
@@ -239,7 +236,7 @@ def _check_decoder(value: Any) -> None:
 
 def _around(value: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens before and after a text. A template for pairs of texts is not used: there are no pairs."""
-    templates = []
+    templates: list[dict[str, Any]] = []
     for where, part in _flat(value, "post_processor", "processors"):
         if part.get("type") == "ByteLevel":  # it changes offsets only
             _only(part, where, type=_ANY, add_prefix_space=_ANY, trim_offsets=_ANY, use_regex=_ANY)
@@ -274,9 +271,6 @@ def _check_model(model: Any) -> None:
     free["dropout"] = 0.0 if model.get("dropout") == 0 else None
     free["fuse_unk"] = _ANY if model.get("unk_token") is None else False
     _only(model, "model", **free, byte_fallback=False)
-    unknown = model.get("unk_token")
-    if unknown is not None and unknown not in model["vocab"]:
-        raise UnrecognisedError(f"model.unk_token: {short(unknown)} is no token")
 
 
 @cache
@@ -299,6 +293,8 @@ def _bytes_of(string: str) -> bytes | None:
 
 def _of_byte(model: dict[str, Any]) -> tuple[int | None, ...]:
     vocab, unknown = model["vocab"], model.get("unk_token")
+    if unknown is not None and unknown not in vocab:
+        raise UnrecognisedError(f"model.unk_token: {short(unknown)} is no token")
     instead = None if unknown is None else vocab[unknown]
     found = [instead] * 256
     for character, byte in _characters().items():
@@ -308,6 +304,8 @@ def _of_byte(model: dict[str, Any]) -> tuple[int | None, ...]:
 
 def _merges(merges: list[Any], vocab: dict[str, int]) -> Iterator[tuple[int, int, int]]:
     for merge in merges:
+        if isinstance(merge, str) and merge.startswith("#version"):
+            continue
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         yield vocab[left], vocab[right], vocab[left + right]
 

@@ -8,7 +8,6 @@
 #include <fstream>
 #include <thread>
 
-#include "contract.hpp"
 #include "qwenport/tokenizer.h"
 #include "qwenport/tokenizer.hpp"
 #include "sha256.hpp"
@@ -27,9 +26,9 @@ void put(std::string& file, std::initializer_list<std::uint32_t> numbers) {
 
 /// Tokens 0 to 255 are bytes, 256 "ab", 257 "abc", 258 "<|x|>", which is special. GPT-2's pre-tokenizer, and NFC.
 std::string small_file() {
-  std::string file(qwenport::contract::tokenizer_format);
+  std::string file("qwenport-tokenizer");
   file.resize(20);
-  put(file, {qwenport::contract::tokenizer_version, 1, 5, 259, 2, 1, 1, 0, 266});
+  put(file, {1, 1, 5, 259, 2, 1, 1, 0, 266});
   for (std::uint32_t byte = 0; byte < 256; ++byte) put(file, {byte});
   for (std::uint32_t id = 0; id <= 256; ++id) put(file, {id});
   put(file, {258, 261, 266});
@@ -49,14 +48,14 @@ class Directory {
     auto path = (std::filesystem::temp_directory_path() / "qwenport-XXXXXX").string();
     REQUIRE(mkdtemp(path.data()) != nullptr);
     path_ = path;
-    const std::string name = qwenport::contract::tokenizer_name;
+    const std::string name = "tokenizer.qwenport";
     std::string manifest = stand_in::toy_manifest_text(64, 2, 16, 97);
     const std::size_t at = manifest.find(R"("files":)");
     REQUIRE(at != std::string::npos);
     manifest.insert(manifest.find('{', at) + 1, '"' + name + R"(": {"bytes": )" + std::to_string(file.size()) +
                                                     R"(, "sha256": ")" +
                                                     qwenport::detail::sha256(file.data(), file.size()) + "\"},");
-    std::ofstream(path_ + "/" + qwenport::contract::manifest_name) << manifest;
+    std::ofstream(path_ + "/qwenport.json") << manifest;
     std::ofstream(path_ + "/" + name, std::ios::binary) << file;
   }
   ~Directory() { std::filesystem::remove_all(path_); }
