@@ -15,6 +15,7 @@ import random
 import sys
 import sysconfig
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from tests.cpp import tokenizer_shapes as shapes
 from tests.cpp.builds import built
 from tests.cpp.runtime import Library, Tokenizer
+from tests.cpp.tokenizer_strings import CODE_POINTS, around_every_code_point, broken, strings
 
 SIZES = {"qwen25": 151_643, "llama3": 128_000, "smollm": 49_152}
 OURS, PEER = "C++", "tokenizers"
@@ -143,21 +145,21 @@ def differences(theirs: tokenizers.Tokenizer, ours: Tokenizer, texts: list[str])
 
 
 def compare(name: str, seed: int, count: int, library: Library, report: Report) -> dict[str, Any]:
-    """Random strings, and random bytes, in one tokenizer."""
+    """Random strings, each code point, and random bytes, in one tokenizer."""
     folder = report.work / f"agreement-{name}"
     source = shapes.tokenizer_json(name, folder)
     ours = library.tokenizer(shapes.engine_with(library, folder / "engine", source))
     theirs = tokenizers.Tokenizer.from_file(str(source))
     batch, wrong = 5000, 0
     few = max(count // 10, 1)
-    texts = iter(shapes.strings(seed, count))
-    for start in range(0, count, batch):
-        some = [next(texts) for _ in range(min(batch, count - start))]
+    points = [] if report.quick else CODE_POINTS
+    texts = chain(around_every_code_point(points), strings(seed, count))
+    while some := [*islice(texts, batch)]:
         for difference in differences(theirs, ours, some):
             wrong += 1
             report.say(f"{name}: {difference}")
     theirs.encode_special_tokens = False
-    for data in shapes.broken(seed, few):
+    for data in broken(seed, few):
         if ours.encode(data) != theirs.encode(data.decode(errors="replace")).ids:
             wrong += 1
             report.say(f"{name}: encode {data!r}")
@@ -173,14 +175,14 @@ def compare(name: str, seed: int, count: int, library: Library, report: Report) 
 
 
 @benchmark("tokenizer", repeats=3, quick_peers=True)
-@click.option("--strings", default=200_000, help="Random strings, over all tokenizers.")
+@click.option("--strings", "count", default=200_000, help="Random strings, over all tokenizers.")
 @click.option("--seed", default=1, help="Of the random strings.")
-def main(report: Report, strings: int, seed: int) -> Result:
+def main(report: Report, count: int, seed: int) -> Result:
     """Compare the C++ tokenizer with `tokenizers`: ids, load, memory and speed."""
     library_path = built("release", targets=("qwenport_stand_in",)) / "libqwenport_stand_in.so"
     library = Library(library_path)
     names = (*shapes.SHAPES, *shapes.BUNDLED)
-    count = 1000 if report.quick else max(strings // len(names), 1)
+    count = 1000 if report.quick else max(count // len(names), 1)
     report.settings |= {"strings": count * len(names), "seed": seed}
     compared = [
         compare(name, seed + number, count, library, report) for number, name in enumerate(names)
