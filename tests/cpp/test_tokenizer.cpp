@@ -52,9 +52,9 @@ class Directory {
     std::string manifest = stand_in::toy_manifest_text(64, 2, 16, 97);
     const std::size_t at = manifest.find(R"("files":)");
     REQUIRE(at != std::string::npos);
-    manifest.insert(manifest.find('{', at) + 1, '"' + name + R"(": {"bytes": )" + std::to_string(file.size()) +
-                                                    R"(, "sha256": ")" +
-                                                    qwenport::detail::sha256(file.data(), file.size()) + "\"},");
+    manifest.insert(manifest.find('{', at) + 1,
+                    '"' + name + R"(": {"bytes": )" + std::to_string(file.size()) + R"(, "sha256": ")" +
+                        qwenport::detail::sha256(file.data(), file.size()) + "\"},");
     std::ofstream(path_ + "/qwenport.json") << manifest;
     std::ofstream(path_ + "/" + name, std::ios::binary) << file;
   }

@@ -30,8 +30,9 @@ class TokenizerCore;
 }
 
 struct EncodeOptions {
-  bool add_special_tokens = true;     ///< put around the text what the tokenizer does: BOS, with Llama
-  bool split_special_tokens = false;  ///< special tokens in the text, such as <|im_end|>, are text: for input that may not have any
+  bool add_special_tokens = true;  ///< put around the text what the tokenizer does: BOS, with Llama
+  bool split_special_tokens =
+      false;  ///< special tokens in the text, such as <|im_end|>, are text: for input that may not have any
 };
 
 class QWENPORT_EXPORT Tokenizer {

@@ -10,7 +10,7 @@ AddedTokens::AddedTokens(const TokenizerData& data, bool normalized) : data_(dat
     tokens_.push_back(&token);
     begins_[static_cast<unsigned char>(data.content(token).front())] = true;
   }
-  std::stable_sort(tokens_.begin(), tokens_.end(), [&data](const AddedToken* a, const AddedToken* b) {
+  std::sort(tokens_.begin(), tokens_.end(), [&data](const AddedToken* a, const AddedToken* b) {
     return data.content(*a) < data.content(*b);
   });
 }
@@ -27,12 +27,10 @@ const AddedToken* AddedTokens::longest(std::string_view text) const {
     while (first != last && (*first)->size == size) found = *first++;
     if (size == text.size()) break;
     const unsigned char next = byte_of(text, size);
-    first = std::partition_point(first, last, [&](const AddedToken* token) {
-      return byte_of(data_.content(*token), size) < next;
-    });
-    last = std::partition_point(first, last, [&](const AddedToken* token) {
-      return byte_of(data_.content(*token), size) == next;
-    });
+    first = std::partition_point(
+        first, last, [&](const AddedToken* token) { return byte_of(data_.content(*token), size) < next; });
+    last = std::partition_point(
+        first, last, [&](const AddedToken* token) { return byte_of(data_.content(*token), size) == next; });
   }
   return found;
 }
@@ -63,7 +61,8 @@ std::vector<AddedTokens::Part> AddedTokens::parts(std::string_view text, bool sp
     std::size_t end = from = found + token->size;  // a match that is not wanted is passed all the same
     if (split_special && token->is(AddedToken::special)) continue;
     if (token->is(AddedToken::single_word)) {
-      const bool word_before = start > 0 && (unicode.classes(character_before(text, start).c) & Classes::word) != 0;
+      const bool word_before =
+          start > 0 && (unicode.classes(character_before(text, start).c) & Classes::word) != 0;
       if (word_before || is_word_at(end)) continue;
     }
     if (token->is(AddedToken::lstrip)) {

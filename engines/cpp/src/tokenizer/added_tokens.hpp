@@ -24,7 +24,8 @@ class AddedTokens {
   };
   /// Cut a text into parts, as `find_matches` of `tokenizers` does.
   /// \param text valid UTF-8. \param split_special special tokens are not looked for.
-  [[nodiscard]] std::vector<Part> parts(std::string_view text, bool split_special, const Unicode& unicode) const;
+  [[nodiscard]] std::vector<Part> parts(std::string_view text, bool split_special,
+                                        const Unicode& unicode) const;
 
  private:
   struct Match {

@@ -58,7 +58,8 @@ BytePairs::BytePairs(const TokenizerData& data) : data_(data) {
 void BytePairs::insert(const Merge& merge) {
   const std::size_t mask = merges_.size() - 1;
   std::size_t at = hash_of(merge.left, merge.right) & mask;
-  while (merges_[at].left != no_token && (merges_[at].left != merge.left || merges_[at].right != merge.right)) {
+  while (merges_[at].left != no_token &&
+         (merges_[at].left != merge.left || merges_[at].right != merge.right)) {
     at = (at + 1) & mask;
   }
   merges_[at] = merge;

@@ -17,6 +17,7 @@ class TokenizerCore {
   /// \param file the bytes of a tokenizer file. \param where its path. \throws Error bad_engine.
   TokenizerCore(std::string_view file, const std::string& where)
       : data_(file, where), raw_(data_, false), normalized_(data_, true), pairs_(data_) {}
+  ~TokenizerCore() = default;
   TokenizerCore(const TokenizerCore&) = delete;
   TokenizerCore& operator=(const TokenizerCore&) = delete;
 
@@ -27,7 +28,7 @@ class TokenizerCore {
  private:
   struct Encoding;
   void add_text(std::string_view text, Encoding& to) const;
-  void add_pieces(std::string_view text, std::size_t split, Encoding& to) const;
+  void add_pieces(std::string_view text, Encoding& to) const;
 
   TokenizerData data_;
   AddedTokens raw_;

@@ -36,6 +36,9 @@ struct AddedToken {
   [[nodiscard]] bool is(std::uint32_t flag) const noexcept { return (flags & flag) != 0; }
 };
 
+/// How many pre-tokenizers there may be.
+constexpr std::size_t most_splits = 4;
+
 /// Bits of a token.
 constexpr std::uint8_t skipped = 1;  // in decoding, where special tokens are
 constexpr std::uint8_t is_word = 2;  // its bytes as a piece of a text become this token alone
@@ -56,14 +59,14 @@ struct TokenizerData {
   }
 
   bool nfc = false;
-  std::vector<Split> splits;             // applied one after the other
-  std::vector<std::uint32_t> of_byte;    // [256]
-  std::vector<std::uint32_t> starts;     // of each token's bytes in `text`, and the end of the last
-  std::vector<MergeRule> merges;         // by rank
+  std::vector<Split> splits;           // applied one after the other
+  std::vector<std::uint32_t> of_byte;  // [256]
+  std::vector<std::uint32_t> starts;   // of each token's bytes in `text`, and the end of the last
+  std::vector<MergeRule> merges;       // by rank
   std::vector<AddedToken> added;
-  std::vector<std::uint32_t> before;     // the tokens put around a text: BOS, EOS
+  std::vector<std::uint32_t> before;  // the tokens put around a text: BOS, EOS
   std::vector<std::uint32_t> after;
-  std::vector<std::uint8_t> flags;       // of each token
+  std::vector<std::uint8_t> flags;  // of each token
   std::string text;
 };
 

@@ -11,15 +11,14 @@ namespace qwenport::detail {
 /// A pre-tokenizer. The numbers are those of engines/tokenizer_file.py.
 enum class Split : unsigned char {
   none = 0,
-  digits = 1,         ///< Digits: each one by itself
-  digit_runs = 2,     ///< Digits: those in a row together
-  by_one_digit = 3,   ///< the regular expression of Qwen2
+  digits = 1,           ///< Digits: each one by itself
+  digit_runs = 2,       ///< Digits: those in a row together
+  by_one_digit = 3,     ///< the regular expression of Qwen2
   by_three_digits = 4,  ///< that of Llama 3
-  gpt2 = 5,           ///< that of ByteLevel
+  gpt2 = 5,             ///< that of ByteLevel
 };
 
-/// Where the piece ends that begins at a place.
-/// \param text valid UTF-8; not empty from `at` on.
-std::size_t piece_end(Split split, std::string_view text, std::size_t at, const Unicode& unicode);
+/// Where the first piece of a text ends. \param text valid UTF-8, not empty.
+std::size_t piece_end(Split split, std::string_view text, const Unicode& unicode);
 
 }  // namespace qwenport::detail

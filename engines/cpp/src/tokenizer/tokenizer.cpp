@@ -1,6 +1,8 @@
 // The public Tokenizer and StreamDecoder.
 #include "qwenport/tokenizer.hpp"
 
+#include <array>
+
 #include "contract.hpp"
 #include "files.hpp"
 #include "manifest.hpp"
@@ -14,7 +16,7 @@ constexpr std::size_t most_text_bytes = std::size_t{1} << 28U;
 }
 
 struct TokenizerCore::Encoding {
-  bool split_special;
+  bool split_special = false;
   std::vector<Token>& tokens;
   BytePairs::Scratch scratch;
 };
@@ -55,20 +57,24 @@ void TokenizerCore::add_text(std::string_view text, Encoding& to) const {
     if (part.token != nullptr) {
       to.tokens.push_back(part.token->id);
     } else {
-      add_pieces(text.substr(part.start, part.end - part.start), 0, to);
+      add_pieces(text.substr(part.start, part.end - part.start), to);
     }
   }
 }
 
-void TokenizerCore::add_pieces(std::string_view text, std::size_t split, Encoding& to) const {
-  if (split == data_.splits.size()) {
-    pairs_.encode(text, to.scratch, to.tokens);
-    return;
-  }
+/// Text without added tokens. Each pre-tokenizer splits the pieces of the one before it; none looks back.
+void TokenizerCore::add_pieces(std::string_view text, Encoding& to) const {
+  const std::size_t last = data_.splits.size();
+  std::array<std::size_t, most_splits + 1> ends{text.size()};  // of the pieces that each made here
+  std::size_t level = 0;
   for (std::size_t at = 0; at < text.size();) {
-    const std::size_t end = piece_end(data_.splits[split], text, at, unicode_);
-    add_pieces(text.substr(at, end - at), split + 1, to);
-    at = end;
+    for (; level < last; ++level) {
+      const std::string_view rest = text.substr(at, ends[level] - at);
+      ends[level + 1] = at + piece_end(data_.splits[level], rest, unicode_);
+    }
+    pairs_.encode(text.substr(at, ends[last] - at), to.scratch, to.tokens);
+    at = ends[last];
+    while (level > 0 && ends[level] == at) --level;
   }
 }
 

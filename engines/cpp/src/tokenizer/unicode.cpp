@@ -1,6 +1,7 @@
 #include "tokenizer/unicode.hpp"
 
 #include <algorithm>
+#include <utility>
 
 namespace qwenport::detail {
 namespace {
@@ -38,9 +39,9 @@ const Unicode& Unicode::tables() {
   return made;
 }
 
-Unicode::Unicode() : classes_(code_points, Classes::begins | Classes::stays) {
+Unicode::Unicode() : classes_(code_points, std::uint8_t{Classes::begins | Classes::stays}) {
   for_runs(class_runs, [this](char32_t c, std::uint8_t bits) { classes_[c] |= bits; });
-  const auto never = [this](char32_t c, std::uint8_t bit) {
+  const auto never = [this](char32_t c, unsigned bit) {
     classes_[c] = static_cast<std::uint8_t>(classes_[c] & ~bit);
   };
   for_runs(combining_runs, [&](char32_t c, std::uint8_t rank) {
@@ -94,12 +95,16 @@ void Unicode::decompose(char32_t c, std::vector<Part>& parts) const {
     if (index % trailings != 0) parts.push_back({before_trailing + index % trailings, 0});
     return;
   }
-  const auto found = decompositions_.find(c);
-  if (found == decompositions_.end()) {
-    parts.push_back({c, rank(c)});
-    return;
+  // Only the first part may decompose further, so the parts are found from the last to the first.
+  const auto before = static_cast<std::ptrdiff_t>(parts.size());
+  for (auto found = decompositions_.find(c); found != decompositions_.end();
+       found = decompositions_.find(c)) {
+    const auto [given, count] = found->second;
+    for (std::size_t i = count - 1; i > 0; --i) parts.push_back({given[i], rank(given[i])});
+    c = given[0];
   }
-  for (std::size_t i = 0; i < found->second.count; ++i) decompose(found->second.parts[i], parts);
+  parts.push_back({c, rank(c)});
+  std::reverse(parts.begin() + before, parts.end());
 }
 
 char32_t Unicode::composed(char32_t first, char32_t second) const {
@@ -115,13 +120,16 @@ char32_t Unicode::composed(char32_t first, char32_t second) const {
 }
 
 void Unicode::compose(std::vector<Part>& parts, std::string& to) const {
+  for (std::size_t i = 0; i < parts.size(); ++i) parts[i].place = i;
   for (auto mark = parts.begin(); mark != parts.end();) {
     if (mark->rank == 0) {
       ++mark;
       continue;
     }
     const auto end = std::find_if(mark, parts.end(), [](const Part& part) { return part.rank == 0; });
-    std::stable_sort(mark, end, [](const Part& a, const Part& b) { return a.rank < b.rank; });
+    std::sort(mark, end, [](const Part& a, const Part& b) {
+      return std::pair(a.rank, a.place) < std::pair(b.rank, b.place);
+    });
     mark = end;
   }
   std::size_t kept = 0;
@@ -140,7 +148,7 @@ void Unicode::compose(std::vector<Part>& parts, std::string& to) const {
 }
 
 bool Unicode::is_plain(std::string_view text) const noexcept {
-  constexpr std::uint8_t plain = Classes::begins | Classes::stays;
+  constexpr unsigned plain = Classes::begins | Classes::stays;
   for (std::size_t at = 0; at < text.size();) {
     const Character one = character_at(text, at);
     if ((classes(one.c) & plain) != plain) return false;
@@ -158,7 +166,8 @@ std::string Unicode::nfc(std::string_view text) const {
     const Character first = character_at(text, at);
     std::size_t end = at + first.size;
     Character next = character_at(text, end);
-    if ((next.size == 0 || (classes(next.c) & Classes::begins) != 0) && (classes(first.c) & Classes::stays) != 0) {
+    if ((next.size == 0 || (classes(next.c) & Classes::begins) != 0) &&
+        (classes(first.c) & Classes::stays) != 0) {
       result.append(text, at, first.size);
       at = end;
       continue;
@@ -215,9 +224,14 @@ Sequence sequence_at(std::string_view bytes, std::size_t at) noexcept {
   const unsigned first = byte(0);
   if (first < 0x80) return {1, 1};
   if (first < 0xC2 || first > 0xF4) return {1, 0};
-  const std::size_t full = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
-  const unsigned least = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;
-  const unsigned most = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
+  std::size_t full = 4;
+  if (first < 0xF0) full = first < 0xE0 ? 2 : 3;
+  unsigned least = 0x80;  // of the second byte
+  unsigned most = 0xBF;
+  if (first == 0xE0) least = 0xA0;
+  if (first == 0xED) most = 0x9F;
+  if (first == 0xF0) least = 0x90;
+  if (first == 0xF4) most = 0x8F;
   const std::size_t there = std::min(full, bytes.size() - at);
   for (std::size_t i = 1; i < there; ++i) {
     if (byte(i) < (i == 1 ? least : 0x80) || byte(i) > (i == 1 ? most : 0xBF)) return {i, 0};

@@ -30,14 +30,14 @@ extern const Numbers decompositions;
 
 /// The classes of a code point, bits of a byte. The first six are numbered as in the generated table.
 struct Classes {
-  static constexpr std::uint8_t letter = 1;        // \p{L} of the pre-tokenizers' regular expressions
-  static constexpr std::uint8_t number = 2;        // \p{N}
-  static constexpr std::uint8_t space = 4;         // \s
-  static constexpr std::uint8_t numeric = 8;       // of the pre-tokenizer Digits
-  static constexpr std::uint8_t word = 16;         // \w of added tokens
-  static constexpr std::uint8_t white_space = 32;  // \s of added tokens
-  static constexpr std::uint8_t begins = 64;       // NFC never joins it to what comes before it
-  static constexpr std::uint8_t stays = 128;       // it alone is its own NFC
+  static constexpr unsigned letter = 1U;        // \p{L} of the pre-tokenizers' regular expressions
+  static constexpr unsigned number = 2U;        // \p{N}
+  static constexpr unsigned space = 4U;         // \s
+  static constexpr unsigned numeric = 8U;       // of the pre-tokenizer Digits
+  static constexpr unsigned word = 16U;         // \w of added tokens
+  static constexpr unsigned white_space = 32U;  // \s of added tokens
+  static constexpr unsigned begins = 64U;       // NFC never joins it to what comes before it
+  static constexpr unsigned stays = 128U;       // it alone is its own NFC
 };
 
 class Unicode {
@@ -56,7 +56,8 @@ class Unicode {
  private:
   struct Part {
     char32_t c;
-    std::uint8_t rank;  // of its combining class
+    std::uint8_t rank;    // of its combining class
+    std::size_t place{};  // among its neighbours
   };
   struct Decomposition {
     const std::uint32_t* parts;
@@ -87,7 +88,9 @@ struct Character {
 /// The character at a place of valid UTF-8.
 inline Character character_at(std::string_view text, std::size_t at) noexcept {
   if (at >= text.size()) return {};
-  const auto byte = [&](std::size_t i) { return static_cast<char32_t>(static_cast<unsigned char>(text[at + i])); };
+  const auto byte = [&](std::size_t i) {
+    return static_cast<char32_t>(static_cast<unsigned char>(text[at + i]));
+  };
   const char32_t first = byte(0);
   if (first < 0x80) return {first, 1};
   if (first < 0xE0) return {(first & 0x1FU) << 6U | (byte(1) & 0x3FU), 2};
