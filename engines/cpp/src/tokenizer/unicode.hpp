@@ -55,9 +55,9 @@ class Unicode {
 
  private:
   struct Part {
-    char32_t c;
-    std::uint8_t rank;    // of its combining class
-    std::size_t place{};  // among its neighbours
+    char32_t c = 0;
+    std::uint8_t rank = 0;  // of its combining class
+    std::size_t place = 0;  // among its neighbours
   };
   struct Decomposition {
     const std::uint32_t* parts;
