@@ -28,8 +28,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   if (file.size() < text_bytes_at + sizeof(std::uint32_t)) return 0;
   std::uint32_t counts[5];  // tokens, merges, added, before, after
   std::memcpy(counts, file.data() + text_bytes_at - sizeof counts, sizeof counts);
-  const std::uint64_t before = text_bytes_at + 4 + 4 * 257 + std::uint64_t{5} * counts[0] +
-                               std::uint64_t{12} * counts[1] + std::uint64_t{16} * counts[2] +
+  constexpr std::uint64_t fixed = text_bytes_at + 4 + 4 * (256 + 1);
+  const std::uint64_t before = fixed + std::uint64_t{5} * counts[0] + std::uint64_t{12} * counts[1] +
+                               std::uint64_t{16} * counts[2] +
                                std::uint64_t{4} * (std::uint64_t{counts[3]} + counts[4]);
   if (before > file.size()) return 0;
   const auto rest = static_cast<std::uint32_t>(file.size() - before);
