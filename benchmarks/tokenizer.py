@@ -111,7 +111,7 @@ def make(name: str, report: Report) -> Path:
         training = shapes.usual()
         if not report.quick:
             texts = [*sources(0, 24_000_000), chinese(0, 3_000_000)]
-            training = shapes.Training(texts, size)
+            training = shapes.Training(texts, size, across=False)
         folder.mkdir(parents=True, exist_ok=True)
         shapes.SHAPES[name](training).save(str(folder / "tokenizer.json"))
     return folder

@@ -6,8 +6,8 @@ import json
 import random
 import shutil
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from tokenizers import normalizers
 from qwenport import engines, exporter
 from qwenport.contract import TOKENIZER
 from qwenport.engines.tokenizer_file import tokenizer_bytes
-from qwenport.engines.tokenizer_json import read_tokenizer
+from qwenport.engines.tokenizer_json import Is, Split, TokenizerParts, read_tokenizer
 
 from . import unicode_tables
 from .builds import ROOT, built, run
@@ -85,6 +85,40 @@ def test_code_points_of_every_block_have_the_ids_of_tokenizers(name: str, pair_o
     """benchmarks/tokenizer.py takes all code points."""
     points = [*CODE_POINTS[:0x3200], *CODE_POINTS[0x3200::16]]
     assert pair_of(name).differences([*around_every_code_point(points)]) == []
+
+
+def variants_of(parts: TokenizerParts) -> Iterator[TokenizerParts]:
+    """The parts of a tokenizer with one setting changed."""
+    for kind in Is:
+        added = tuple(replace(token, kind=token.kind & ~kind) for token in parts.added)
+        if added != parts.added:
+            yield replace(parts, added=added)
+    for number, split in enumerate(parts.splits):
+        for other in {*Split} - {split}:
+            splits = (*parts.splits[:number], other, *parts.splits[number + 1 :])
+            yield replace(parts, splits=splits)
+        yield replace(parts, splits=parts.splits[:number] + parts.splits[number + 1 :])
+    yield replace(parts, nfc=not parts.nfc)
+    yield replace(parts, merges=parts.merges[: len(parts.merges) // 2], words=frozenset())
+    if parts.before:
+        yield replace(parts, before=())
+    if parts.after:
+        yield replace(parts, after=())
+
+
+@pytest.mark.parametrize(("name", "least"), [("every_rule", 15), ("llama3", 8), ("smollm", 10)])
+def test_the_strings_notice_each_setting(
+    name: str, least: int, library: Library, pair_of: Pairs, tmp_path: Path
+) -> None:
+    """Otherwise the tests above would show nothing of it."""
+    parts = read_tokenizer(tokenizer_json(name, tmp_path))
+    texts = [*strings(2, 3000)]
+    count = 0
+    for count, variant in enumerate(variants_of(parts), start=1):
+        engine = toy_with_tokenizer(library, tmp_path / str(count), tokenizer_bytes(variant))
+        pair = replace(pair_of(name), ours=library.tokenizer(engine))
+        assert pair.differences(texts) or pair.differences(texts, split=True), variant.splits
+    assert count >= least
 
 
 def test_the_strings_reach_every_rule(pair_of: Pairs) -> None:

@@ -35,14 +35,19 @@ VOCAB = 2000
 
 @dataclass(frozen=True)
 class Training:
-    """What vocabularies are made of."""
+    """What vocabularies are made of.
+
+    Attributes:
+        across: tokens go across the places where the pre-tokenizer splits, so that ids show where it does.
+    """
 
     texts: Sequence[str]
     size: int
+    across: bool
 
 
 def usual() -> Training:
-    return Training(corpus(), VOCAB)
+    return Training(corpus(), VOCAB, across=True)
 
 
 def trained(
@@ -56,14 +61,19 @@ def trained(
 ) -> Tokenizer:
     tokenizer = Tokenizer(BPE(**model))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     if nfc:
         tokenizer.normalizer = normalizers.NFC()
     alphabet = pre_tokenizers.ByteLevel.alphabet() if whole_alphabet else []
     trainer = BpeTrainer(vocab_size=training.size, initial_alphabet=alphabet, show_progress=False)
+    splits = [*before, byte_level]
+    if training.across:
+        by_place = pre_tokenizers.Split(Regex(r"[\s\S]{1,13}"), "isolated")
+        splits = [by_place, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     tokenizer.train_from_iterator(training.texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, byte_level])
     return tokenizer
 
 
@@ -124,7 +134,7 @@ def gpt2(training: Training) -> Tokenizer:
 def every_rule(training: Training) -> Tokenizer:
     """Added tokens with all combinations of rules, runs of digits, and tokens on both sides of a text."""
     digits = pre_tokenizers.Digits(individual_digits=False)
-    tokenizer = trained(training, [digits, split_by(Split.BY_ONE_DIGIT)])
+    tokenizer = trained(training, [digits, split_by(Split.BY_THREE_DIGITS)])
     special(tokenizer, "<s>", "</s>")
     rules = [
         dict(zip(("lstrip", "rstrip", "single_word", "normalized"), map(bool, bits), strict=True))
