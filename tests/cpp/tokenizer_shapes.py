@@ -109,7 +109,9 @@ UNMERGED = ("Ġunmerged", "Ã©tonnant", "zzq")
 def llama3(training: Training) -> Tokenizer:
     tokenizer = trained(training, [split_by(Split.BY_THREE_DIGITS)], nfc=False, ignore_merges=True)
     model = json.loads(tokenizer.to_str())["model"]
-    vocab = model["vocab"] | {word: len(model["vocab"]) + n for n, word in enumerate(UNMERGED)}
+    vocab = dict(model["vocab"])
+    for word in UNMERGED:
+        vocab.setdefault(word, len(vocab))
     merges = [(left, right) for left, right in model["merges"]]
     tokenizer.model = BPE(vocab, merges, ignore_merges=True)
     special(tokenizer, "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
