@@ -28,7 +28,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   if (file.size() < text_bytes_at + sizeof(std::uint32_t)) return 0;
   std::uint32_t counts[5];  // tokens, merges, added, before, after
   std::memcpy(counts, file.data() + text_bytes_at - sizeof counts, sizeof counts);
-  constexpr std::uint64_t fixed = text_bytes_at + 4 + 4 * (256 + 1);
+  constexpr std::uint64_t fixed = text_bytes_at + 4 + std::uint64_t{4} * (256 + 1);
   const std::uint64_t before = fixed + std::uint64_t{5} * counts[0] + std::uint64_t{12} * counts[1] +
                                std::uint64_t{16} * counts[2] +
                                std::uint64_t{4} * (std::uint64_t{counts[3]} + counts[4]);
