@@ -24,6 +24,16 @@ PAGES = {
 }
 HEADERS = {
     "reference/cpp.md": ("The C++ header", "engines/cpp/include/qwenport/qwenport.hpp", "cpp"),
+    "reference/cpp-tokenizer.md": (
+        "The tokenizer's C++ header",
+        "engines/cpp/include/qwenport/tokenizer.hpp",
+        "cpp",
+    ),
+    "reference/c-tokenizer.md": (
+        "The tokenizer's C header",
+        "engines/cpp/include/qwenport/tokenizer.h",
+        "c",
+    ),
     "reference/c.md": ("The C header", "engines/cpp/include/qwenport/qwenport.h", "c"),
 }
 CLI = """# Command line

@@ -3,6 +3,7 @@
 engine.plan or model.onnx with weights.safetensors, see tensorrt_builder.py and onnxruntime_builder.py
 qwenport.json   the manifest: bindings, profiles, the runtime that runs it, hashes
 config.json, tokenizer and generation files, as in the package
+tokenizer.qwenport   the tokenizer for C++, if it is of a kind that the C++ library computes
 proof.safetensors   what the engine must reproduce, if the package has it
 """
 
@@ -35,6 +36,7 @@ from qwenport.engines.onnxruntime_builder import check_for_onnxruntime, fill_for
 from qwenport.engines.proof import Proof, kept_proof, write_proof
 from qwenport.engines.request import Filled, Request
 from qwenport.engines.tensorrt_builder import check_for_tensorrt, fill_for_tensorrt
+from qwenport.engines.tokenizer_file import write_tokenizer
 from qwenport.exporter import (
     Package,
     as_json,
@@ -106,6 +108,7 @@ def build(
     with atomic_directory(engine_path, force_clean=force_clean, note=note) as scratch:
         filled = fill(request, scratch, progress)
         copy_companions(package.path, scratch)
+        write_tokenizer(scratch, note)
         if proof is not None:
             write_proof(scratch / PROOF, proof)
         manifest = _manifest(request, filled, scratch)

@@ -5,7 +5,13 @@ Heavy imports (torch, onnx_ir) happen inside `export`, so that a package opens q
 
 from qwenport.exporter.adapter import Adapter
 from qwenport.exporter.checkpoint import Checkpoint, expert_stacks, open_checkpoint, stacked_shape
-from qwenport.exporter.companions import COMPANIONS, check_companions, copy_companions, stop_ids
+from qwenport.exporter.companions import (
+    COMPANIONS,
+    MOST_OF_A_TOKENIZER,
+    check_companions,
+    copy_companions,
+    stop_ids,
+)
 from qwenport.exporter.config import ModelConfig, parse_config, read_config_json
 from qwenport.exporter.directory import (
     Note,
@@ -26,6 +32,7 @@ from qwenport.exporter.expected import quantized_weights
 from qwenport.exporter.exporting import expected_model, export
 from qwenport.exporter.first_call import settle
 from qwenport.exporter.json_file import read_json
+from qwenport.exporter.keys import short
 from qwenport.exporter.manifest import (
     BINDINGS,
     FILES,
@@ -71,6 +78,7 @@ __all__ = [
     "COMPANIONS",
     "FILES",
     "INPUT_SCALE",
+    "MOST_OF_A_TOKENIZER",
     "PERMUTATION",
     "SCALES",
     "SOURCE",
@@ -125,6 +133,7 @@ __all__ = [
     "safetensors_header",
     "settle",
     "sha256",
+    "short",
     "stacked_shape",
     "stop_ids",
     "write_json",

@@ -26,7 +26,8 @@ COMPANIONS = (
     "chat_template.json",
 )
 """Files copied unchanged with a model, where the checkpoint has them."""
-MOST_OF_A_TOKENIZER = 1 << 26  # bytes; published tokenizers reach 20 million
+MOST_OF_A_TOKENIZER = 1 << 26
+"""Bytes of a tokenizer file that is read; published ones reach 20 million."""
 
 
 def companions_of(path: Path) -> list[Path]:

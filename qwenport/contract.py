@@ -161,6 +161,7 @@ MANIFEST = "qwenport.json"
 PACKAGE_FORMAT, PACKAGE_VERSION = "qwenport-package", 4
 ENGINE_FORMAT, ENGINE_VERSION = "qwenport-engine", 5
 CACHE_FORMAT, CACHE_VERSION = "qwenport-cache-entry", 1
+TOKENIZER_FORMAT, TOKENIZER_VERSION = "qwenport-tokenizer", 1
 PROOF_FORMAT, PROOF_VERSION = "qwenport-proof", 2
 SELF_TEST_FORMAT, SELF_TEST_VERSION = "qwenport-self-test", 1
 """Of the file that remembers a self-test that passed."""
@@ -175,6 +176,8 @@ CHECKPOINT = "checkpoint"
 """The folder in a package that `export` quantized: the quantized checkpoint."""
 PROOF = "proof.safetensors"
 """What an engine must reproduce; docs/reference/proof.md."""
+TOKENIZER = "tokenizer.qwenport"
+"""In an engine: what the C++ library reads in place of tokenizer.json."""
 JIT_CACHE = "kernels.bin"
 """In an entry of the cache: what TensorRT-RTX compiled for one engine on one GPU."""
 COS_TABLE, SIN_TABLE = "rope.cos", "rope.sin"
@@ -243,6 +246,9 @@ FOR_CPP = {
     "proof_name": PROOF,
     "proof_format": PROOF_FORMAT,
     "proof_version": PROOF_VERSION,
+    "tokenizer_name": TOKENIZER,
+    "tokenizer_format": TOKENIZER_FORMAT,
+    "tokenizer_version": TOKENIZER_VERSION,
     "self_test_format": SELF_TEST_FORMAT,
     "self_test_version": SELF_TEST_VERSION,
     "self_tests_folder": SELF_TESTS,

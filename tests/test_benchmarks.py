@@ -167,7 +167,8 @@ def test_prompt_files_differ(load: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    "export build decode experts plugins embedded sensitivity false_alarms validation shapes smollm2 peers".split(),
+    "export build decode experts plugins embedded sensitivity false_alarms validation tokenizer shapes smollm2 "
+    "peers".split(),
 )
 def test_help_says_what_a_script_does(name: str) -> None:
     run = subprocess.run(

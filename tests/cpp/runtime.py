@@ -106,6 +106,10 @@ class _Generated(c.Structure):
     ]
 
 
+class EncodeOptions(c.Structure):
+    _fields_ = [("add_special_tokens", c.c_int), ("split_special_tokens", c.c_int)]
+
+
 class Logprobs(c.Structure):
     _fields_ = [(name, c.c_void_p) for name in ("logprobs", "top_tokens", "top_logprobs")]
 
@@ -121,8 +125,10 @@ class Library:
         self.c.qwenport_session_defaults.restype = SessionOptions
         self.c.qwenport_generate_defaults.restype = GenerateOptions
         self.c.qwenport_cancellation_create.restype = c.c_void_p
-        for name in ("engine_free", "session_free", "snapshot_free", "cancellation_free"):
-            getattr(self.c, f"qwenport_{name}").argtypes = [c.c_void_p]
+        self.c.qwenport_encode_defaults.restype = EncodeOptions
+        freed = "engine session snapshot cancellation tokenizer stream_decoder tokens text"
+        for name in freed.split():
+            getattr(self.c, f"qwenport_{name}_free").argtypes = [c.c_void_p]
         self.c.qwenport_cancellation_request.argtypes = [c.c_void_p]
 
     def check(self, code: int) -> None:
@@ -147,6 +153,88 @@ class Library:
             self.c.qwenport_engine_load(str(directory).encode(), c.byref(given), c.byref(engine))
         )
         return Engine(self, engine)
+
+    def tokenizer(self, directory: Path) -> Tokenizer:
+        tokenizer = c.c_void_p()
+        self.check(self.c.qwenport_tokenizer_load(str(directory).encode(), c.byref(tokenizer)))
+        return Tokenizer(self, tokenizer)
+
+
+class Tokenizer:
+    def __init__(self, library: Library, handle: c.c_void_p) -> None:
+        self.library, self.handle = library, handle
+
+    def __del__(self) -> None:
+        self.library.c.qwenport_tokenizer_free(self.handle)
+
+    def encode(self, text: str | bytes, **options: bool) -> list[int]:
+        data = text if isinstance(text, bytes) else text.encode()
+        given = self.library.c.qwenport_encode_defaults()
+        for name, value in options.items():
+            setattr(given, name, value)
+        tokens, count = c.POINTER(c.c_int64)(), c.c_size_t()
+        self.library.check(
+            self.library.c.qwenport_tokenizer_encode(
+                self.handle,
+                data,
+                c.c_size_t(len(data)),
+                c.byref(given),
+                c.byref(tokens),
+                c.byref(count),
+            )
+        )
+        try:
+            return tokens[: count.value]
+        finally:
+            self.library.c.qwenport_tokens_free(tokens)
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        given = (c.c_int64 * len(tokens))(*tokens)
+        text, size = c.c_void_p(), c.c_size_t()
+        self.library.check(
+            self.library.c.qwenport_tokenizer_decode(
+                self.handle,
+                given,
+                c.c_size_t(len(tokens)),
+                c.c_int(skip_special_tokens),
+                c.byref(text),
+                c.byref(size),
+            )
+        )
+        try:
+            data = c.string_at(text, size.value + 1)
+        finally:
+            self.library.c.qwenport_text_free(text)
+        assert data[-1] == 0
+        return data[:-1].decode()
+
+    def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
+        decoder = c.c_void_p()
+        self.library.check(
+            self.library.c.qwenport_stream_decoder_create(
+                self.handle, c.c_int(skip_special_tokens), c.byref(decoder)
+            )
+        )
+        return StreamDecoder(self.library, decoder)
+
+
+class StreamDecoder:
+    def __init__(self, library: Library, handle: c.c_void_p) -> None:
+        self.library, self.handle = library, handle
+
+    def __del__(self) -> None:
+        self.library.c.qwenport_stream_decoder_free(self.handle)
+
+    def _text(self, call: Callable[..., int], *arguments: Any) -> str:
+        text, size = c.c_void_p(), c.c_size_t()
+        self.library.check(call(self.handle, *arguments, c.byref(text), c.byref(size)))
+        return c.string_at(text, size.value).decode()
+
+    def push(self, token: int) -> str:
+        return self._text(self.library.c.qwenport_stream_decoder_push, c.c_int64(token))
+
+    def flush(self) -> str:
+        return self._text(self.library.c.qwenport_stream_decoder_flush)
 
 
 class Engine:

@@ -1,4 +1,4 @@
-"""docs/embedding.md: its commands run, its C++ compiles, its table of errors is the header's."""
+"""The pages for C++: their commands run, their examples compile, the table of errors is the header's."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from .builds import ROOT, run, tensorrt_headers, tool
 
 PAGE = (ROOT / "docs" / "embedding.md").read_text()
+TOKENIZER_PAGE = (ROOT / "docs" / "tokenizer.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = PAGE) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 def test_the_commands_of_the_page_build_a_program(tmp_path: Path) -> None:
@@ -43,6 +44,15 @@ def test_the_commands_of_the_page_build_a_program(tmp_path: Path) -> None:
     (in_c,) = blocks("c")
     (tmp_path / "page.c").write_text(in_c)
     run("gcc", "-std=c99", "-fsyntax-only", f"-I{tmp_path}/prefix/include", tmp_path / "page.c")
+
+
+def test_the_examples_of_the_tokenizers_page_compile(release: Path, tmp_path: Path) -> None:
+    headers = [f"-I{folder}/include" for folder in (ROOT / "engines" / "cpp", release / "runtime")]
+    for compiler, standard, language in (("g++", "c++17", "cpp"), ("gcc", "c99", "c")):
+        (code,) = blocks(language, TOKENIZER_PAGE)
+        file = tmp_path / f"page.{language}"
+        file.write_text(code)
+        run(compiler, f"-std={standard}", "-Wall", "-Werror", "-fsyntax-only", *headers, file)
 
 
 def test_the_page_has_the_codes_of_the_headers() -> None:

@@ -100,8 +100,11 @@ def test_public_headers_stand_alone_in_cpp_and_c(installed, tmp_path: Path) -> N
     flags += ["-o", tmp_path / "object"]
     for header in (prefix / "include" / "qwenport").iterdir():
         assert not re.search(r"#include [<\"](Nv|cuda|onnx)", header.read_text())
-    (tmp_path / "one.cpp").write_text("#include <qwenport/qwenport.hpp>\n")
-    run("g++", "-std=c++17", *flags, tmp_path / "one.cpp")
+    for name in ("qwenport", "tokenizer"):
+        (tmp_path / "one.cpp").write_text(f"#include <qwenport/{name}.hpp>\n")
+        run("g++", "-std=c++17", *flags, tmp_path / "one.cpp")
+        (tmp_path / "one.c").write_text(f"#include <qwenport/{name}.h>\n")
+        run("gcc", "-std=c99", *flags, tmp_path / "one.c")
     comment = (prefix / "include/qwenport/qwenport.h").read_text()
     program = re.search(r"^ \*     #include.*?^ \*     }$", comment, re.MULTILINE | re.DOTALL)
     assert program

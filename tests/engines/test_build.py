@@ -109,6 +109,7 @@ def test_an_engine_directory_says_what_it_holds(engine_of, package_of, dtype):
     assert {path.name for path in engine.path.iterdir()} == {
         "engine.plan",
         "qwenport.json",
+        "tokenizer.qwenport",
         *(name for name in exporter.COMPANIONS if (package.path / name).is_file()),
     }
 

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qwenport import engines, exporter
-from qwenport.contract import DTYPES, ENGINE_WEIGHTS, MANIFEST, MODEL
+from qwenport.contract import DTYPES, ENGINE_WEIGHTS, MANIFEST, MODEL, TOKENIZER
 from qwenport.engines import Engine, OnnxRuntimeSession, build, open_session
 from qwenport.engines.lowering import ALIGNMENT
 from qwenport.exporter import Package
@@ -194,6 +194,7 @@ def test_the_directory_holds_what_the_manifest_says(built: Built) -> None:
         MANIFEST,
         MODEL,
         ENGINE_WEIGHTS,
+        TOKENIZER,
         *(name for name in exporter.COMPANIONS if (package.path / name).is_file()),
     }
 

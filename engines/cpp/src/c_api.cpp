@@ -4,13 +4,12 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
-#include <initializer_list>
 #include <new>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "c_guard.hpp"
 #include "qwenport/qwenport.hpp"
 
 struct qwenport_engine {
@@ -30,6 +29,8 @@ namespace {
 
 using qwenport::ErrorCode;
 using qwenport::Token;
+using qwenport::detail::guarded;
+using qwenport::detail::need;
 
 static_assert(static_cast<int>(ErrorCode::invalid_argument) == QWENPORT_INVALID_ARGUMENT);
 static_assert(static_cast<int>(ErrorCode::bad_engine) == QWENPORT_BAD_ENGINE);
@@ -49,37 +50,6 @@ static_assert(static_cast<int>(qwenport::FinishReason::cancelled) == QWENPORT_FI
 static_assert(static_cast<int>(qwenport::LoadMode::fast_steps) == QWENPORT_LOAD_FAST_STEPS);
 static_assert(static_cast<int>(qwenport::LoadMode::fast_start) == QWENPORT_LOAD_FAST_START);
 static_assert(qwenport::idle == QWENPORT_IDLE);
-
-/// This thread's last error message. Cut to a fixed size, so that storing it cannot fail.
-thread_local char last_error[1024] = "";
-
-int keep(ErrorCode code, const char* text) noexcept {
-  std::strncpy(last_error, text, sizeof last_error - 1);
-  return static_cast<int>(code);
-}
-
-template <typename Work>
-int guarded(const Work& work) noexcept {
-  try {
-    work();
-    return 0;
-  } catch (const qwenport::Error& error) {
-    return keep(error.code(), error.what());
-  } catch (const std::bad_alloc&) {
-    return keep(ErrorCode::internal, "out of host memory");
-  } catch (const std::exception& error) {
-    return keep(ErrorCode::internal, error.what());
-  } catch (...) {
-    return keep(ErrorCode::internal, "an unknown exception");
-  }
-}
-
-/// Refuse pointers that are NULL, by their names.
-void need(std::initializer_list<std::pair<std::string, const void*>> pointers) {
-  for (const auto& [name, pointer] : pointers) {
-    if (pointer == nullptr) throw qwenport::Error(ErrorCode::invalid_argument, name + " is NULL");
-  }
-}
 
 /// A value of the session, or -1 and a message.
 template <typename Get>
@@ -164,7 +134,15 @@ void put_logprobs(const qwenport::Generated& row, std::size_t column, const qwen
   }
 }
 
+/// This thread's last error message. Cut to a fixed size, so that storing it cannot fail.
+thread_local char last_error[1024] = "";
+
 }  // namespace
+
+int qwenport::detail::keep_error(ErrorCode code, const char* text) noexcept {
+  std::strncpy(last_error, text, sizeof last_error - 1);
+  return static_cast<int>(code);
+}
 
 extern "C" {
 

@@ -264,6 +264,7 @@ void read_target(const Node& root, Manifest& manifest) {
 
 void read_files(const Node& root, Manifest& manifest) {
   const Node files = root.at("files");
+  if (files.has(contract::tokenizer_name)) manifest.tokenizer = file_record(files, contract::tokenizer_name);
   if (files.has(contract::proof_name)) {
     manifest.proof = file_record(files, contract::proof_name);
     manifest.package_sha256 = root.at("package").at("manifest_sha256").text();

@@ -46,6 +46,7 @@ struct Manifest {
   std::string sha256;     ///< of the manifest's text
   std::string identity;   ///< 64 characters that tell this engine's snapshots from another's
   std::vector<FileRecord> plugins;
+  std::optional<FileRecord> tokenizer;
   std::optional<FileRecord> proof;
   std::string package_sha256;        ///< of the package's manifest; only if there is a proof
   std::vector<CacheBinding> caches;  ///< ordered by the names of their outputs
