@@ -273,8 +273,9 @@ def test_the_schema_is_the_torch_operator_s_signature() -> None:
     schema, arguments = op.schema(), OPERATOR._schema.arguments
     assert (schema.domain, schema.name) == ("qwenport", "MoEExperts")
     assert schema.since_version == op.VERSION
-    assert [i.name for i in schema.inputs] == [a.name for a in arguments[:-1]]
-    assert set(schema.attributes) == {arguments[-1].name}
+    names = [argument.name for argument in arguments]
+    assert [*(i.name for i in schema.inputs), "by_expert", "round_inner"] == names
+    assert set(schema.attributes) == set(names[len(schema.inputs) :])
     (output,) = schema.outputs
     x, indices, weights, gate_up, down = (i.type_str for i in schema.inputs)
     assert x == gate_up == down == output.type_str
