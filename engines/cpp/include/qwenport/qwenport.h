@@ -80,10 +80,9 @@ typedef struct {
   const char* runtime_version;
   const char* gpus; /**< "sm80,sm90"; "" for onnxruntime */
   size_t cache_bytes_per_row;
-  int has_proof;       /**< 1: it carries what qwenport_engine_self_test compares with */
-  const char* weights; /**< how quantized weights are stored, in words; else the dtype */
-  const char*
-      activations; /**< the dtype, or "int8" or "fp8" if products by quantized weights round them to it */
+  int has_proof;           /**< 1: it carries what qwenport_engine_self_test compares with */
+  const char* weights;     /**< how quantized weights are stored, in words; else the dtype */
+  const char* activations; /**< the dtype; "int8" or "fp8" if quantized products round them to it */
 } qwenport_engine_info;
 
 /** How onnxruntime loads an engine; see LoadMode in qwenport.hpp. */

@@ -85,7 +85,7 @@ struct EngineInfo {
   int max_step_tokens = 0;        ///< tokens per row and step; longer prompts run in several steps
   std::string dtype;              ///< of weights and cache: "fp32", "fp16" or "bf16"
   std::string weights;            ///< how quantized weights are stored, in words; else the dtype
-  std::string activations;        ///< the dtype, or "int8" or "fp8" if products by quantized weights round them to it
+  std::string activations;        ///< the dtype; "int8" or "fp8" if quantized products round them to it
   std::string flavour;            ///< "onnxruntime", "tensorrt" or "tensorrt-rtx"
   std::string runtime_version;    ///< the TensorRT that built it, or the oldest onnxruntime that runs it
   std::vector<std::string> gpus;  ///< the GPUs it was built for: "sm90", ...; none for onnxruntime
