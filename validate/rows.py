@@ -149,14 +149,15 @@ class Structure:
 
         layers = self.oracle.reference.num_layers
         kinds = layer_kinds(self.target.package, layers)
-        for left in list(kinds)[MOST_KINDS:]:
-            self.counter.leave_out(f"layer {left} by itself, a kind of its own")
         alone = dict.fromkeys(list(kinds)[:MOST_KINDS], plan.distance)
         if (
             self.target.compute_dtype == E4M3
         ):  # codes that fall the other way hide faults from logits
             short = min(plan.distance, SHORT)
             alone |= {layer: short for layer in range(layers) if layer not in alone}
+        for left in kinds:
+            if left not in alone:
+                self.counter.leave_out(f"layer {left} by itself, a kind of its own")
         return [
             self._distance(
                 prompts.take(positions), layer, kinds.get(layer, ()), investigation.router_margin

@@ -91,7 +91,8 @@ FP8_ROUNDING_MARGIN = FP32_REL_L2
 # rounding, in 4 layers) or each token's do (1.0 of it, in 24 wider ones). Inputs that are not rounded measured 1.3 to
 # 2.1 in small models; in wide, deep ones no distance can tell them apart.
 FP8_TIMES_OWN = 1.25
-# In one layer, experts' inputs alone are moved: correct ones measured up to 0.4 of it, and 13 to 20 without rounding.
+# In one layer, experts' inputs alone are moved: in small models correct ones measured at most 0.01 of it, and 13 to 20
+# without rounding.
 EXPERTS_TIMES_OWN = 2.5
 # Such codes are rare in a small model, and a position may have one by chance that the measurement does not have there:
 # each scenario counts as if it had so many more positions, where both errors are the typical one.
