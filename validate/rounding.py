@@ -28,7 +28,7 @@ from qwenport.validate.localisation import WHOLE_LAYER, observed_sites, values_b
 from qwenport.validate.pieces import as_array
 from qwenport.validate.probe import Probe, run_layer
 from qwenport.validate.reference import Choices, OpenLayer, Reference
-from qwenport.validate.sites import router_choices, sites
+from qwenport.validate.sites import GATED, router_choices, sites
 from qwenport.validate.streaming import Feeds, Rehearsal
 from qwenport.validate.thresholds import (
     HALF_ROUTER_MARGIN,
@@ -234,8 +234,9 @@ def judge_rounding(
 ) -> Iterator[RoundingError]:
     """Judge the rounding of every layer, every operator and the end, in execution order.
 
-    Linears that round their inputs to FP8 are judged with their layer alone: in half precision an input often falls to
-    another code than in fp32, and where one input is most of a result, that is most of its error.
+    Linears that round their inputs to FP8, and gated products that are rounded, are judged with their layer alone: in
+    half precision an input often falls to another code than in fp32, and where one input is most of a result, that is
+    most of its error.
 
     Args:
         candidate: the network in its declared types.
@@ -312,7 +313,9 @@ def _judge_layer(
 ) -> Generator[RoundingError, None, list[Array]]:
     """Yield the errors of one layer; return the output of transformers' own layer, the next one's input."""
     places = sites(config, index)
-    judged = given[0].keys() - set(rounding)
+    # transformers shows what such a linear multiplies, after its rounding; a network's value is before it
+    gated = {f"{path.removesuffix('down_proj')}{GATED}" for path in rounding}
+    judged = given[0].keys() - set(rounding) - gated
     errors = {site.name: _Errors() for site in places if site.name in judged}
     whole, following = _Errors(), []
 

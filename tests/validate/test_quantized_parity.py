@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from float_quantized import write_float_quantized
 from quantized_words import write_awq, write_gptq
 
 from qwenport.exporter import export
@@ -49,6 +50,17 @@ def test_a_network_passes_whose_products_are_corrected(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", dtype=torch.float16)
     how = {"bits": 8, "group": 32, "symmetric": False, "act_order": True}
     checkpoint = write_gptq(source, tmp_path / "checkpoint", **how)
+    export(checkpoint, tmp_path / "package")
+    report = validate(
+        tmp_path / "package", checkpoint, judged_as="tensorrt-network", budget="quick"
+    )
+    assert report.passed, report.verdict
+
+
+@pytest.mark.slow
+def test_a_network_passes_whose_inputs_are_rounded_to_fp8(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", dtype=torch.bfloat16)
+    checkpoint = write_float_quantized(source, tmp_path / "checkpoint", activations="dynamic")
     export(checkpoint, tmp_path / "package")
     report = validate(
         tmp_path / "package", checkpoint, judged_as="tensorrt-network", budget="quick"
