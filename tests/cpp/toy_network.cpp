@@ -138,6 +138,7 @@ std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, 
     "attention": {"form": ")"
        << form << R"(", "span_multiple": )" << multiple << R"(, "slots": )" << slots << R"(},
     "quantization": null,
+    "text": {"stop_tokens": [], "chat": null, "no_chat": "a toy has no chat template"},
     "profiles": [)"
        << profiles.str() << R"(],
     "bindings": {"inputs": [)"

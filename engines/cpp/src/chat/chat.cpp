@@ -1,0 +1,220 @@
+// Conversations: ChatCore and the public Chat.
+#include <algorithm>
+#include <utility>
+
+#include "backend.hpp"
+#include "chat/core.hpp"
+#include "generation.hpp"
+#include "tokenizer/core.hpp"
+#include "tokenizer/unicode.hpp"
+
+namespace qwenport {
+namespace detail {
+namespace {
+
+std::vector<std::vector<Token>> bytes_of(const std::vector<std::string>& texts) {
+  std::vector<std::vector<Token>> all;
+  all.reserve(texts.size());
+  for (std::size_t i = 0; i < texts.size(); ++i) {
+    if (texts[i].empty()) {
+      throw Error(ErrorCode::invalid_argument, "stop string " + std::to_string(i) + " is empty");
+    }
+    all.emplace_back();
+    for (const char byte : valid_utf8(texts[i])) all.back().push_back(static_cast<unsigned char>(byte));
+  }
+  return all;
+}
+
+}  // namespace
+
+/// While one lives, the chat is its reply's.
+class ChatCore::Replying {
+ public:
+  explicit Replying(ChatCore& chat) : chat_(chat) {
+    chat_.misused_ = chat_.replying_;
+    chat_.check_callback();
+    chat_.replying_ = true;
+  }
+  ~Replying() { chat_.replying_ = false; }
+  Replying(const Replying&) = delete;
+  Replying& operator=(const Replying&) = delete;
+
+ private:
+  ChatCore& chat_;
+};
+
+ChatCore::ChatCore(std::shared_ptr<SessionCore> session, Tokenizer tokenizer, ChatTemplate format,
+                   const std::vector<Token>& stop_tokens, const ChatOptions& options)
+    : session_(std::move(session)),
+      tokenizer_(std::move(tokenizer)),
+      format_(std::move(format)),
+      options_(options.generate),
+      stops_(bytes_of(options.stop_strings)),
+      drop_oldest_(options.drop_oldest) {
+  options_.append = true;
+  options_.logprobs = -1;
+  options_.stop_tokens.insert(options_.stop_tokens.end(), stop_tokens.begin(), stop_tokens.end());
+  if (options.system) {
+    system_ = valid_utf8(*options.system);
+    format_.check_system(*system_);
+  }
+  reset();
+}
+
+void ChatCore::reset() {
+  const Replying replying(*this);
+  std::vector<Message> history;
+  if (system_) history.push_back({"system", *system_});
+  history_ = std::move(history);
+  session_->reset();
+  tokens_.reset();
+  sends_ = 0;
+}
+
+/// After a callback. \throws Error invalid_argument if it called the chat, even if it ignores that.
+void ChatCore::check_callback() const {
+  if (misused_) throw Error(ErrorCode::invalid_argument, "a callback must not use its chat");
+}
+
+std::vector<Token> ChatCore::encode(const std::string& text) const {
+  return tokenizer_.encode(text, {/*add_special_tokens=*/false});
+}
+
+/// The history without its first turns, and a user's next message.
+std::vector<Message> ChatCore::without_oldest(std::size_t turns, const std::string& content) const {
+  std::vector<Message> messages = history_;
+  const auto first = messages.begin() + static_cast<std::ptrdiff_t>(system_messages());
+  messages.erase(first, first + static_cast<std::ptrdiff_t>(2 * turns));
+  messages.push_back({"user", content});
+  return messages;
+}
+
+/// The tokens of the conversation with a user's next message; see ChatOptions::drop_oldest.
+ChatCore::Prompt ChatCore::make_prompt(const std::string& content) const {
+  Prompt prompt;
+  if (tokens_) {
+    const std::vector<Token> turn = encode(format_.turn(content));
+    prompt.tokens.reserve(tokens_->size() + turn.size());
+    prompt.tokens = *tokens_;
+    prompt.tokens.insert(prompt.tokens.end(), turn.begin(), turn.end());
+  } else {
+    prompt.tokens = encode(format_.text(without_oldest(0, content)));
+  }
+  const auto capacity = static_cast<std::size_t>(session_->capacity());
+  const auto wanted =
+      static_cast<std::size_t>(std::clamp(options_.max_new_tokens, 0, session_->capacity() / 2));
+  const std::size_t turns = (history_.size() - system_messages()) / 2;
+  while (drop_oldest_ && prompt.dropped < turns && prompt.tokens.size() + wanted > capacity + 1) {
+    prompt.tokens = encode(format_.text(without_oldest(++prompt.dropped, content)));
+  }
+  if (prompt.tokens.size() > capacity) {
+    const char* const what =
+        prompt.dropped < turns ? "the conversation with this message" : "this message alone";
+    throw Error(ErrorCode::capacity, std::string(what) + " has " + std::to_string(prompt.tokens.size()) +
+                                         " tokens, the session has room for " + std::to_string(capacity));
+  }
+  return prompt;
+}
+
+/// Keep of the cache what the prompt begins with; the prompt's last token is always fed. Returns how many tokens that are.
+std::size_t ChatCore::keep_common(const std::vector<Token>& prompt) {
+  const std::vector<Token>& held = session_->held(0);
+  const std::size_t most = std::min(held.size(), std::max<std::size_t>(prompt.size(), 1) - 1);
+  const auto end = held.begin() + static_cast<std::ptrdiff_t>(most);
+  const auto common = std::mismatch(held.begin(), end, prompt.begin()).first - held.begin();
+  session_->truncate(static_cast<int>(common), 0);
+  return static_cast<std::size_t>(common);
+}
+
+FinishReason ChatCore::generate(TokenView prompt, ReplyText& text, const OnText& on_text) {
+  const auto deliver = [&](std::string_view piece) {
+    if (!piece.empty() && on_text) on_text(piece);
+    check_callback();
+  };
+  GenerateOptions options = options_;
+  options.seed += sends_;
+  const Generated result =
+      std::move(detail::generate(*session_, {prompt}, options, [&](int /*row*/, Token token) {
+                  deliver(text.push(token));
+                  return text.stop() >= 0;
+                }).front());
+  deliver(text.finish());
+  return text.stop() >= 0 ? FinishReason::stop : result.reason;
+}
+
+/// Add a turn to the conversation.
+void ChatCore::add(const Prompt& prompt, const std::string& content, const ReplyText& said) {
+  Message reply{"assistant", said.text()};
+  Message message{"user", content};
+  std::optional<std::vector<Token>> tokens;
+  if (format_.keeps(reply.content)) tokens = said.exact_tokens();
+  if (tokens) tokens->insert(tokens->begin(), prompt.tokens.begin(), prompt.tokens.end());
+  history_.reserve(history_.size() + 2);
+  // nothing below throws
+  const auto first = history_.begin() + static_cast<std::ptrdiff_t>(system_messages());
+  history_.erase(first, first + static_cast<std::ptrdiff_t>(2 * prompt.dropped));
+  history_.push_back(std::move(message));
+  history_.push_back(std::move(reply));
+  tokens_ = std::move(tokens);
+  ++sends_;
+}
+
+Reply ChatCore::send(std::string_view given, const OnText& on_text) {
+  const Replying replying(*this);
+  const std::string content = valid_utf8(std::string(given));
+  const Prompt prompt = make_prompt(content);
+  const std::size_t kept = keep_common(prompt.tokens);
+  try {
+    ReplyText said(tokenizer_, stops_);
+    Reply reply;
+    reply.reason = generate({prompt.tokens.data() + kept, prompt.tokens.size() - kept}, said, on_text);
+    reply.text = said.text();
+    reply.stop_string = said.stop();
+    reply.prompt_tokens = static_cast<int>(std::min(session_->held(0).size(), prompt.tokens.size()) - kept);
+    reply.new_tokens = static_cast<int>(said.size());
+    reply.dropped = static_cast<int>(prompt.dropped);
+    add(prompt, content, said);
+    return reply;
+  } catch (...) {
+    session_->truncate(static_cast<int>(kept), 0);
+    throw;
+  }
+}
+
+}  // namespace detail
+
+namespace {
+
+detail::ChatCore& core_of(const std::shared_ptr<detail::ChatCore>& core) {
+  if (core == nullptr)
+    throw Error(ErrorCode::invalid_argument, "this chat was moved to another one; use that");
+  return *core;
+}
+
+}  // namespace
+
+Chat::Chat(const Engine& engine, const ChatOptions& options) {
+  const detail::Manifest& manifest = engine.model_->manifest();
+  const detail::ChatTemplate format = detail::chat_template(manifest, engine.directory_);
+  if (options.session.max_batch != 1) {
+    throw Error(ErrorCode::invalid_argument,
+                "a chat is a session of 1 row, got " + std::to_string(options.session.max_batch));
+  }
+  core_ = std::make_shared<detail::ChatCore>(Session(engine, options.session).core_,
+                                             Tokenizer(detail::load_tokenizer(manifest, engine.directory_)),
+                                             format, manifest.stop_tokens, options);
+}
+Chat::Chat(Chat&&) noexcept = default;
+Chat& Chat::operator=(Chat&&) noexcept = default;
+Chat::~Chat() = default;
+
+Reply Chat::send(std::string_view content, const OnText& on_text) {
+  const auto core = core_;  // a callback may destroy this chat
+  return core_of(core).send(content, on_text);
+}
+
+const std::vector<Message>& Chat::history() const { return core_of(core_).history(); }
+
+void Chat::reset() { core_of(core_).reset(); }
+
+}  // namespace qwenport

@@ -1,0 +1,59 @@
+// A conversation and its session: what Chat is a handle of.
+//
+// The cache is only a cache: each prompt is the whole conversation's tokens, and as many of them as the session holds
+// already, from the first on, are not fed again. So what a session is left with, whatever ended a reply, does not matter.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "chat/reply_text.hpp"
+#include "chat/template.hpp"
+#include "session.hpp"
+
+namespace qwenport::detail {
+
+class ChatCore {
+ public:
+  /// \param stop_tokens the model's.
+  ChatCore(std::shared_ptr<SessionCore> session, Tokenizer tokenizer, ChatTemplate format,
+           const std::vector<Token>& stop_tokens, const ChatOptions& options);
+
+  Reply send(std::string_view content, const OnText& on_text);
+  void reset();
+  [[nodiscard]] const std::vector<Message>& history() const noexcept { return history_; }
+
+ private:
+  class Replying;
+  struct Prompt {
+    std::vector<Token> tokens;
+    std::size_t dropped = 0;  // turns
+  };
+
+  [[nodiscard]] Prompt make_prompt(const std::string& content) const;
+  [[nodiscard]] std::vector<Token> encode(const std::string& text) const;
+  [[nodiscard]] std::vector<Message> without_oldest(std::size_t turns, const std::string& content) const;
+  std::size_t keep_common(const std::vector<Token>& prompt);
+  FinishReason generate(TokenView prompt, ReplyText& text, const OnText& on_text);
+  void add(const Prompt& prompt, const std::string& content, const ReplyText& said);
+  [[nodiscard]] std::size_t system_messages() const noexcept { return system_ ? 1 : 0; }
+  void check_callback() const;
+
+  std::shared_ptr<SessionCore> session_;
+  Tokenizer tokenizer_;
+  ChatTemplate format_;
+  GenerateOptions options_;
+  std::optional<std::string> system_;
+  std::vector<std::vector<Token>> stops_;  // bytes
+  bool drop_oldest_;
+  std::vector<Message> history_;
+  std::optional<std::vector<Token>> tokens_;  // of the conversation so far; none: made from its text
+  std::uint64_t sends_ = 0;
+  bool replying_ = false;
+  bool misused_ = false;  // by a callback of that reply
+};
+
+}  // namespace qwenport::detail
