@@ -91,11 +91,11 @@ TEST_CASE("the system message begins the conversation and stays") {
   options.system = "be\xFF";
   Chat chat(stage.engine, options);
   for (int round = 0; round < 2; ++round) {
-    CHECK(lines(chat.history()) == Lines{"system: be\uFFFD"});
+    CHECK(chat.history().empty());
     stage.script.next = {'y'};
     chat.send("\xFF");
     CHECK(stage.script.followed(stage.engine, stage.encode("<|x|>s be\uFFFD<|x|>u \uFFFD<|x|>a ")));
-    CHECK(lines(chat.history()) == Lines{"system: be\uFFFD", "user: \uFFFD", "assistant: y"});
+    CHECK(lines(chat.history()) == Lines{"user: \uFFFD", "assistant: y"});
     chat.reset();
   }
 }
@@ -112,6 +112,19 @@ TEST_CASE("a reply that the template writes in another way is made anew from its
   chat.send("q");                   // from there on it goes on by tokens
   CHECK(stage.script.followed(stage.engine, stage.encode("<|x|>u q<|x|>a ab<|x|>u q<|x|>a ") +
                                                 Tokens{'r', 'x'} + stage.encode("<|x|>u q<|x|>a ")));
+}
+
+TEST_CASE("a reply that the template treats in a way of its own ends the conversation") {
+  Stage stage;
+  Chat chat(stage.engine, stage.scripted());
+  stage.script.next = stage.encode("x<call>");
+  CHECK(chat.send("q").text == "x<call>");
+  std::string message;
+  CHECK(refused([&] { chat.send("q"); }, &message) == invalid);
+  CHECK(message.find("of role \"assistant\" contains \"<call>\"") != std::string::npos);
+  CHECK(chat.history().size() == 2);
+  chat.reset();
+  CHECK(chat.send("q").prompt_tokens == 7);
 }
 
 TEST_CASE("tokens that are not those of their text stay as they were drawn") {
@@ -234,16 +247,17 @@ TEST_CASE("the oldest turns leave a conversation that has little room") {
   options.drop_oldest = true;
   options.system = "be";
   Chat chat(stage.engine, options);
-  Lines all{"system: be"};
+  Lines all;
   std::vector<int> dropped;
   stage.script.next = {'o', 'k'};
   for (int n = 0; n < 12; ++n) {
     const std::string content = std::string(static_cast<std::size_t>(1 + n % 4), 'q');
     const Reply reply = chat.send(content);
-    all.erase(all.begin() + 1, all.begin() + 1 + 2 * reply.dropped);
+    all.erase(all.begin(), all.begin() + 2 * reply.dropped);
     all.insert(all.end(), {"user: " + content, "assistant: ok"});
     CHECK(lines(chat.history()) == all);
-    std::vector<qwenport::Message> messages(chat.history().begin(), chat.history().end() - 1);
+    std::vector<qwenport::Message> messages{{"system", "be"}};
+    messages.insert(messages.end(), chat.history().begin(), chat.history().end() - 1);
     const Tokens prompt = stage.encode(stage.format.text(messages));
     CHECK(stage.script.followed(stage.engine, prompt));
     CHECK(40 - static_cast<int>(prompt.size()) + 1 >= 9);
@@ -259,9 +273,9 @@ TEST_CASE("the oldest turns leave a conversation that has little room") {
   CHECK(lines(chat.history()) == before);
   const Reply reply = chat.send(std::string(28, 'q'));  // has no room for 9, but for some
   CHECK(reply.text == "ok");
-  CHECK(lines(chat.history()) == Lines{"system: be", "user: " + std::string(28, 'q'), "assistant: ok"});
+  CHECK(lines(chat.history()) == Lines{"user: " + std::string(28, 'q'), "assistant: ok"});
   const int there =
-      8 + static_cast<int>(before[1].size() - std::string("user: ").size());  // "<|x|>s be<|x|>u qq"
+      8 + static_cast<int>(before[0].size() - std::string("user: ").size());  // "<|x|>s be<|x|>u qq"
   CHECK(reply.prompt_tokens == 39 - there);
 }
 

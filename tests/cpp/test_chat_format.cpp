@@ -74,8 +74,8 @@ TEST_CASE("contents that the template treats in a way of its own are refused, as
   const auto refused = [](const Messages& messages) { return refusal([&] { (void)text_of(messages); }); };
   CHECK(refused({{"user", "<tool>x"}}) ==
         "the content of a message of role \"user\" starts with \"<tool>\", which this model's chat template "
-        "treats in a "
-        "way of its own; change the content");
+        "treats in a way "
+        "of its own");
   CHECK(text_of({{"user", " <tool>"}}) == "<|x|>u <tool><|x|>a ");
   CHECK(text_of({{"user", "<tool"}}) == "<|x|>u <tool<|x|>a ");
   CHECK(refused({{"system", "be!"}, {"user", ""}}).find("ends with \"!\"") != std::string::npos);

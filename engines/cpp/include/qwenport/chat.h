@@ -86,7 +86,8 @@ QWENPORT_EXPORT void qwenport_chat_free(qwenport_chat* chat);
  *  may be NULL. */
 QWENPORT_EXPORT int qwenport_chat_send(qwenport_chat* chat, const char* content, size_t bytes,
                                        qwenport_on_text on_text, void* user, qwenport_reply* reply);
-/** The conversation so far: *count messages, valid until the chat's next call. */
+/** What the user and the model have said, without the system message: *count messages, valid until the chat's next
+ *  call. */
 QWENPORT_EXPORT int qwenport_chat_history(qwenport_chat* chat, const qwenport_message** messages,
                                           size_t* count);
 /** Begin anew. */

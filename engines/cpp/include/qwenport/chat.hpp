@@ -102,7 +102,7 @@ class QWENPORT_EXPORT Chat {
   ///   device.
   Reply send(std::string_view content, const OnText& on_text = nullptr);
 
-  /// The conversation so far, with the system message if there is one.
+  /// What the user and the model have said: the conversation so far, without the system message.
   [[nodiscard]] const std::vector<Message>& history() const;
 
   /// Begin anew: the chat is as after construction. \throws Error invalid_argument: a callback of this chat called it.

@@ -63,10 +63,8 @@ ChatCore::ChatCore(std::shared_ptr<SessionCore> session, Tokenizer tokenizer, Ch
 
 void ChatCore::reset() {
   const Replying replying(*this);
-  std::vector<Message> history;
-  if (system_) history.push_back({"system", *system_});
-  history_ = std::move(history);
   session_->reset();
+  history_.clear();
   tokens_.reset();
   sends_ = 0;
 }
@@ -80,13 +78,14 @@ std::vector<Token> ChatCore::encode(const std::string& text) const {
   return tokenizer_.encode(text, {/*add_special_tokens=*/false});
 }
 
-/// The history without its first turns, and a user's next message.
-std::vector<Message> ChatCore::without_oldest(std::size_t turns, const std::string& content) const {
-  std::vector<Message> messages = history_;
-  const auto first = messages.begin() + static_cast<std::ptrdiff_t>(system_messages());
-  messages.erase(first, first + static_cast<std::ptrdiff_t>(2 * turns));
+/// The text of the conversation without its oldest turns, and with a user's next message.
+std::string ChatCore::text(std::size_t dropped, const std::string& content) const {
+  std::vector<Message> messages;
+  if (system_) messages.push_back({"system", *system_});
+  messages.insert(messages.end(), history_.begin() + static_cast<std::ptrdiff_t>(2 * dropped),
+                  history_.end());
   messages.push_back({"user", content});
-  return messages;
+  return format_.text(messages);
 }
 
 /// The tokens of the conversation with a user's next message; see ChatOptions::drop_oldest.
@@ -98,14 +97,14 @@ ChatCore::Prompt ChatCore::make_prompt(const std::string& content) const {
     prompt.tokens = *tokens_;
     prompt.tokens.insert(prompt.tokens.end(), turn.begin(), turn.end());
   } else {
-    prompt.tokens = encode(format_.text(without_oldest(0, content)));
+    prompt.tokens = encode(text(0, content));
   }
   const auto capacity = static_cast<std::size_t>(session_->capacity());
   const auto wanted =
       static_cast<std::size_t>(std::clamp(options_.max_new_tokens, 0, session_->capacity() / 2));
-  const std::size_t turns = (history_.size() - system_messages()) / 2;
+  const std::size_t turns = history_.size() / 2;
   while (drop_oldest_ && prompt.dropped < turns && prompt.tokens.size() + wanted > capacity + 1) {
-    prompt.tokens = encode(format_.text(without_oldest(++prompt.dropped, content)));
+    prompt.tokens = encode(text(++prompt.dropped, content));
   }
   if (prompt.tokens.size() > capacity) {
     const char* const what =
@@ -151,8 +150,7 @@ void ChatCore::add(const Prompt& prompt, const std::string& content, const Reply
   if (tokens) tokens->insert(tokens->begin(), prompt.tokens.begin(), prompt.tokens.end());
   history_.reserve(history_.size() + 2);
   // nothing below throws
-  const auto first = history_.begin() + static_cast<std::ptrdiff_t>(system_messages());
-  history_.erase(first, first + static_cast<std::ptrdiff_t>(2 * prompt.dropped));
+  history_.erase(history_.begin(), history_.begin() + static_cast<std::ptrdiff_t>(2 * prompt.dropped));
   history_.push_back(std::move(message));
   history_.push_back(std::move(reply));
   tokens_ = std::move(tokens);

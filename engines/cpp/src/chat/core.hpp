@@ -35,11 +35,10 @@ class ChatCore {
 
   [[nodiscard]] Prompt make_prompt(const std::string& content) const;
   [[nodiscard]] std::vector<Token> encode(const std::string& text) const;
-  [[nodiscard]] std::vector<Message> without_oldest(std::size_t turns, const std::string& content) const;
+  [[nodiscard]] std::string text(std::size_t dropped, const std::string& content) const;
   std::size_t keep_common(const std::vector<Token>& prompt);
   FinishReason generate(TokenView prompt, ReplyText& text, const OnText& on_text);
   void add(const Prompt& prompt, const std::string& content, const ReplyText& said);
-  [[nodiscard]] std::size_t system_messages() const noexcept { return system_ ? 1 : 0; }
   void check_callback() const;
 
   std::shared_ptr<SessionCore> session_;

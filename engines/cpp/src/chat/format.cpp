@@ -75,12 +75,18 @@ std::string_view ContentFormat::applied(std::string_view content) const {
   return rule == Rule::after_thinking ? after_thinking(content) : content;
 }
 
+const ContentFormat::Refused* ContentFormat::refusal(std::string_view content) const {
+  const auto found = std::find_if(refused.begin(), refused.end(), [content](const Refused& one) {
+    return lies(one.text, one.place, content);
+  });
+  return found == refused.end() ? nullptr : &*found;
+}
+
 void ContentFormat::check(std::string_view content, const std::string& role) const {
-  for (const Refused& one : refused) {
-    if (!lies(one.text, one.place, content)) continue;
-    invalid("the content of a message of role \"" + role + "\" " + verb(one.place) + " \"" + one.text +
-            "\", which this model's chat template treats in a way of its own; change the content");
-  }
+  const Refused* const found = refusal(content);
+  if (found == nullptr) return;
+  invalid("the content of a message of role \"" + role + "\" " + verb(found->place) + " \"" + found->text +
+          "\", which this model's chat template treats in a way of its own");
 }
 
 void ChatTemplate::check_system(const std::string& content) const {

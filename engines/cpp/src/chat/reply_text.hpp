@@ -1,7 +1,6 @@
 // The text of a reply while its tokens are drawn.
 #pragma once
 
-#include <algorithm>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -40,16 +39,16 @@ class ReplyText {
   [[nodiscard]] std::string text() const { return all_.substr(0, certain_); }
   [[nodiscard]] std::size_t size() const noexcept { return tokens_.size(); }
 
-  /// The first tokens, if the text is exactly theirs.
+  /// The most tokens whose text this is exactly; none if it ends inside a token.
   [[nodiscard]] std::optional<std::vector<Token>> exact_tokens() const {
-    std::size_t count = tokens_.size();
-    if (stop_ >= 0) {
-      const auto end = std::lower_bound(ends_.begin(), ends_.end(), certain_);
-      count = certain_ == 0 ? 0 : static_cast<std::size_t>(end - ends_.begin()) + 1;
+    if (stop_ < 0) return tokens_;
+    for (std::size_t count = tokens_.size();; --count) {
+      const std::size_t end = count == 0 ? 0 : ends_[count - 1];
+      if (end < certain_) return std::nullopt;
+      std::vector<Token> first(tokens_.begin(), tokens_.begin() + static_cast<std::ptrdiff_t>(count));
+      if (end == certain_ && tokenizer_.decode(first) == text()) return first;
+      if (count == 0) return std::nullopt;
     }
-    std::vector<Token> first(tokens_.begin(), tokens_.begin() + static_cast<std::ptrdiff_t>(count));
-    if (tokenizer_.decode(first) != text()) return std::nullopt;
-    return first;
   }
 
  private:
