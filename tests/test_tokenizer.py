@@ -20,9 +20,9 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
-from qwenport.commands import _text
-from qwenport.commands._text import Tokenizer
 from qwenport.engines import cache_folder, clear_cache
+from qwenport.engines.text import tokenizer as _text
+from qwenport.engines.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ("tiny-qwen2.5", "tiny-qwen2-moe")
@@ -230,7 +230,7 @@ def test_what_transformers_alone_can_run_is_left_to_it(
 def test_a_kept_tokenizer_needs_no_transformers(tmp_path: Path) -> None:
 
     script = (
-        "import sys; from pathlib import Path; from qwenport.commands._text import Tokenizer\n"
+        "import sys; from pathlib import Path; from qwenport.engines.text.tokenizer import Tokenizer\n"
         "tokenizer = Tokenizer(Path(sys.argv[1])); tokenizer.decode(tokenizer.encode('x'))\n"
         "print({*sys.modules} & {'torch', 'transformers'})"
     )
