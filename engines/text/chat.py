@@ -1,10 +1,14 @@
-"""A conversation with a model: text in, text out, and only the new turn is computed. C++ has the same in src/chat/."""
+"""A conversation with a model: text in, text out, and only the new turn is computed. C++ has the same in src/chat/.
+
+Each turn's prompt is the whole conversation as the chat template writes it, in the ids that transformers gives it. The
+cache keeps what it has of them: all to the end of the reply, unless the template writes that otherwise than it was drawn.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -68,23 +72,8 @@ class Reply:
     dropped: int
 
 
-@dataclass
-class _State:
-    """What a chat knows of its conversation.
-
-    Attributes:
-        cached: the tokens in the session's cache.
-        tokens: those that the next prompt begins with; None if they are made from the text of the history.
-        sent: how many replies have been asked for.
-    """
-
-    cached: list[int] = field(default_factory=list)
-    tokens: list[int] | None = None
-    sent: int = 0
-
-
 class Chat:
-    """A conversation. Each turn feeds its new tokens only; the cache keeps the others."""
+    """A conversation. Each turn feeds its new tokens; the cache keeps the others."""
 
     def __init__(
         self,
@@ -133,7 +122,8 @@ class Chat:
         self._check_idle()
         self._session.reset()
         self._history: list[Message] = []
-        self._state = _State()
+        self._cached: list[int] = []
+        self._sent = 0
 
     def send(self, content: str, on_text: OnText | None = None) -> Reply:
         """Say something; return the reply.
@@ -150,25 +140,21 @@ class Chat:
         self._check_idle()
         history = [*self._history, Message(USER, _text(content))]
         prompt, dropped = self._prompt(history)
-        state = self._state
-        common = _common(prompt[:-1], state.cached)
+        common = _common(prompt[:-1], self._cached)
         self._sending = True
         try:
             self._session.truncate(common)
             result = self._generate(prompt[common:], on_text)
         except BaseException:
-            state.cached = state.cached[:common]
+            self._cached = prompt[:common]
             with suppress(SessionError):  # it reports the first error again
                 self._session.truncate(common)
             raise
         finally:
             self._sending = False
-        stopped = [] if result.stop_token is None else [result.stop_token]
-        held = int(self._session.lengths[0])
-        reply = Message(ASSISTANT, result.text)
-        self._history = [*history[2 * dropped :], reply]
-        tokens = self._next_tokens(prompt, result)
-        self._state = _State([*prompt, *result.tokens, *stopped][:held], tokens, state.sent + 1)
+        self._history = [*history[2 * dropped :], Message(ASSISTANT, result.text)]
+        self._cached = [*prompt, *result.tokens][: int(self._session.lengths[0])]
+        self._sent += 1
         return Reply(
             result.text,
             result.reason,
@@ -186,25 +172,16 @@ class Chat:
         """
         form, capacity = self._format, self._session.capacity
         wanted = min(self._options.generate.max_new_tokens, capacity // 2)
-        said = form.written(USER, history[-1].content)
-        if (known := self._state.tokens) is not None:
-            prompt = known + self._encode(form.assistant_to_user + said + form.user_to_reply)
-        else:
-            prompt = self._encode(form.text([*self._system, *history]))
-        dropped = 0
-        while (
-            self._options.drop_oldest
-            and capacity - len(prompt) + 1 < wanted
-            and len(history) > 2 * dropped + 1
-        ):
-            dropped += 1
+        dropped, turns = 0, (len(history) + 1) // 2
+        while True:
             prompt = self._encode(form.text([*self._system, *history[2 * dropped :]]))
+            has_room = capacity - len(prompt) + 1 >= wanted
+            if has_room or not self._options.drop_oldest or dropped == turns - 1:
+                break
+            dropped += 1
         if len(prompt) > capacity:
-            advice = (
-                "the message is too long"
-                if len(history) == 2 * dropped + 1
-                else "reset the chat, or let it drop its oldest turns"
-            )
+            reset = "reset the chat, or let it drop its oldest turns"
+            advice = reset if dropped < turns - 1 else "the message is too long"
             raise CapacityError(
                 f"the conversation has {len(prompt)} tokens, the cache room for {capacity}: {advice}"
             )
@@ -217,7 +194,7 @@ class Chat:
 
     def _generate(self, tokens: list[int], on_text: OnText | None) -> GeneratedText:
         options = self._options.generate
-        seed = None if options.seed is None else (options.seed + self._state.sent) % 2**64
+        seed = None if options.seed is None else (options.seed + self._sent) % 2**64
         options = replace(options, append=True, seed=seed, stop_tokens=self._stops)
         generation = TextGeneration(
             self._session, self._tokenizer, tokens, options, self._options.stop_strings
@@ -227,19 +204,8 @@ class Chat:
                 on_text(piece)
         return generation.result()
 
-    def _next_tokens(self, prompt: list[int], result: GeneratedText) -> list[int] | None:
-        """What the next prompt begins with, if the template writes the reply as it was drawn."""
-        form = self._format
-        try:
-            as_drawn = form.written(ASSISTANT, result.text) == result.text
-        except ChatError:  # which the next `send` raises
-            return None
-        if not as_drawn or result.kept is None or form.user_to_assistant != form.user_to_reply:
-            return None
-        return prompt + result.tokens[: result.kept]
-
     def _check_idle(self) -> None:
-        if getattr(self, "_sending", False):
+        if self._sending:
             raise ChatError("the chat is used by its own on_text")
 
 

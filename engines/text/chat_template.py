@@ -183,7 +183,7 @@ def _generation_blocks() -> type[Extension]:
     from jinja2.parser import Parser
 
     class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012: as Extension has it
+        tags = {"generation"}  # noqa: RUF012 as Extension has it
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)

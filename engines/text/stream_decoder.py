@@ -66,11 +66,6 @@ class StreamDecoder:
             piece += self._shorten()
         return piece
 
-    @property
-    def complete(self) -> bool:
-        """Whether all text so far has been returned: the tokens do not end inside a character."""
-        return self._sent == len(self._text)
-
     def _shorten(self) -> str:
         """Cut a window that does not end in complete text at a point that no character crosses.
 

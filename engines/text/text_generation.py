@@ -22,7 +22,6 @@ class GeneratedText:
         reason: see `Generated`; "stop" also for a stop string.
         stop_token: the one that was drawn, or None.
         stop_string: the index of the one that ended the text, or None.
-        kept: how many of `tokens` are the text; None if a stop string begins inside a token.
     """
 
     text: str
@@ -30,7 +29,6 @@ class GeneratedText:
     reason: FinishReason
     stop_token: int | None
     stop_string: int | None
-    kept: int | None
 
 
 class TextGeneration:
@@ -60,7 +58,6 @@ class TextGeneration:
         self._generation = Generation(session, [prompt], options)
         self._decoder = StreamDecoder(tokenizer)
         self._pieces: list[str] = []
-        self._whole_at = [0]  # characters of the text up to each token; -1 inside a character
         self._running = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -74,38 +71,22 @@ class TextGeneration:
     def result(self) -> GeneratedText:
         """What has come so far."""
         (row,) = self._generation.results
+        reason = row.reason if self._stops.found is None else "stop"
         text = "".join(self._pieces)
-        stopped = self._stops.found is not None
-        return GeneratedText(
-            text,
-            row.tokens,
-            "stop" if stopped else row.reason,
-            row.stop_token,
-            self._stops.found,
-            self._kept(len(text)) if stopped else len(row.tokens),
-        )
-
-    def _kept(self, length: int) -> int | None:
-        """The most tokens whose text is the first `length` characters; None if no border of tokens is there."""
-        places = [count for count, end in enumerate(self._whole_at) if end == length]
-        return max(places, default=None)
+        return GeneratedText(text, row.tokens, reason, row.stop_token, self._stops.found)
 
     def _run(self) -> Iterator[str]:
         """Raises SamplingError, GenerationError, CapacityError: see `generate`."""
-        decoded = 0
         for _, token in self._generation:
-            piece = self._decoder.push(token)
-            decoded += len(piece)
-            self._whole_at.append(decoded if self._decoder.complete else -1)
-            yield self._add(self._stops.push(piece))
+            yield self._add(self._stops.push(self._decoder.push(token)))
             if self._stops.found is not None:
                 return
         yield self.flush()
 
     def flush(self) -> str:
         """End the text where the iteration was left: what was held back of it. At its end the iteration does that."""
-        rest = self._stops.push(self._decoder.flush())
-        return self._add(rest + ("" if self._stops.found is not None else self._stops.flush()))
+        rest = "" if self._stops.found is not None else self._stops.flush() + self._decoder.flush()
+        return self._add(rest)
 
     def _add(self, piece: str) -> str:
         self._pieces.append(piece)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwenport import QwenportError
-from qwenport.commands._common import PATH, note, runnable_kind
+from qwenport.commands._common import PATH, note, runnable_kind, stream
 from qwenport.commands._progress import progress_bar
 from qwenport.commands._sampling import generate_options, sampling_options
 from qwenport.contract import ONNXRUNTIME
@@ -131,18 +131,14 @@ def _interrupting(cancellation: Cancellation) -> Iterator[None]:
 def _answer(chat: Chat, message: str, quiet: bool) -> None:
     from qwenport.engines import CapacityError, ChatError
 
-    def write(piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-
     try:
-        reply = chat.send(message, write)
+        reply = chat.send(message, stream)
     except (CapacityError, ChatError) as error:  # the message's fault: the conversation goes on
         if not sys.stdin.isatty():
             raise
         note(str(error), quiet=False)
         return
-    write("\n")
+    stream("\n")
     turns = "turn was" if reply.dropped == 1 else "turns were"
     note(f"the oldest {reply.dropped} {turns} forgotten" if reply.dropped else None, quiet)
     note("the reply was cut: the cache is full" if reply.reason == "capacity" else None, quiet)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwenport import QwenportError
-from qwenport.commands._common import PATH, note, output_options, print_json, runnable_kind
+from qwenport.commands._common import PATH, note, output_options, print_json, runnable_kind, stream
 from qwenport.commands._progress import progress_bar
 from qwenport.commands._sampling import generate_options, sampling_options
 from qwenport.contract import ONNXRUNTIME, SPAN_MULTIPLE, Progress
@@ -185,9 +185,8 @@ class Run:
         self.decode_seconds = max(0.0, last - start - self.prompt_seconds)
 
     def _write(self, text: str) -> None:
-        if text and self.stream:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+        if self.stream:
+            stream(text)
 
     @property
     def tokens_per_second(self) -> float | None:
