@@ -68,10 +68,15 @@ from qwenport.engines.self_test import (
 )
 from qwenport.engines.self_test_passes import count_passes, has_passed
 from qwenport.engines.session import CachedSession, Session, Step
-from qwenport.engines.stream_decoder import StreamDecoder
 from qwenport.engines.targets import FLAVOURS, serves
 from qwenport.engines.tensorrt_builder import MAX_STEP_LOGITS, MAX_STEP_TOKENS
 from qwenport.engines.tensorrt_session import TensorRTSession
+from qwenport.engines.text.chat import Chat, ChatOptions, OnText, Reply
+from qwenport.engines.text.chat_format import ChatError, ChatFormat, Message
+from qwenport.engines.text.stop_strings import StopStrings
+from qwenport.engines.text.stream_decoder import StreamDecoder
+from qwenport.engines.text.text_generation import GeneratedText, TextGeneration
+from qwenport.engines.text.tokenizer import Tokenizer, check_ids
 
 __all__ = [
     "FLAVOURS",
@@ -86,6 +91,10 @@ __all__ = [
     "CachedSession",
     "Cancellation",
     "CapacityError",
+    "Chat",
+    "ChatError",
+    "ChatFormat",
+    "ChatOptions",
     "CppLibrary",
     "Engine",
     "EngineError",
@@ -94,6 +103,7 @@ __all__ = [
     "FinishReason",
     "GenerateOptions",
     "Generated",
+    "GeneratedText",
     "Generation",
     "GenerationError",
     "InstallError",
@@ -101,13 +111,16 @@ __all__ = [
     "LoweringError",
     "Measurement",
     "MeasuringError",
+    "Message",
     "OnLogits",
+    "OnText",
     "OnnxRuntimeSession",
     "Operation",
     "Perplexity",
     "Piece",
     "Proof",
     "ProofError",
+    "Reply",
     "Sampler",
     "SamplingError",
     "SamplingParams",
@@ -119,14 +132,18 @@ __all__ = [
     "SessionError",
     "SnapshotError",
     "Step",
+    "StopStrings",
     "StreamDecoder",
     "TensorRTSession",
+    "TextGeneration",
     "TokenLogprob",
+    "Tokenizer",
     "build",
     "cache_entries",
     "cache_folder",
     "cache_key",
     "cached",
+    "check_ids",
     "clear_cache",
     "count_passes",
     "engine_proof",

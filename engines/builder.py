@@ -36,7 +36,7 @@ from qwenport.engines.onnxruntime_builder import check_for_onnxruntime, fill_for
 from qwenport.engines.proof import Proof, kept_proof, write_proof
 from qwenport.engines.request import Filled, Request
 from qwenport.engines.tensorrt_builder import check_for_tensorrt, fill_for_tensorrt
-from qwenport.engines.tokenizer_file import write_tokenizer
+from qwenport.engines.text.for_engine import write_text
 from qwenport.exporter import (
     Package,
     as_json,
@@ -108,10 +108,10 @@ def build(
     with atomic_directory(engine_path, force_clean=force_clean, note=note) as scratch:
         filled = fill(request, scratch, progress)
         copy_companions(package.path, scratch)
-        write_tokenizer(scratch, note)
+        text = write_text(package.path, scratch, package.config.vocab_size, note)
         if proof is not None:
             write_proof(scratch / PROOF, proof)
-        manifest = _manifest(request, filled, scratch)
+        manifest = _manifest(request, filled, text, scratch)
         write_json(scratch / MANIFEST, manifest)
     return Engine(engine_path, as_json(manifest))
 
@@ -128,7 +128,9 @@ def _limit(what: str, asked: int | None, most: int) -> int:
     return asked
 
 
-def _manifest(request: Request, filled: Filled, folder: Path) -> dict[str, Any]:
+def _manifest(
+    request: Request, filled: Filled, text: dict[str, Any], folder: Path
+) -> dict[str, Any]:
     package = request.package
     weights = {} if filled.weights is None else {"weights": filled.weights}
     quantization = package.config.quantization
@@ -153,6 +155,7 @@ def _manifest(request: Request, filled: Filled, folder: Path) -> dict[str, Any]:
             "activations": filled.activations
             or (E4M3 if quantization.rounds_inputs else filled.dtype),
         },
+        "text": text,
         "profiles": list(filled.profiles),
         "bindings": filled.bindings,
         "aliases": {

@@ -68,6 +68,7 @@ SHAPE = {
     "rope_scaling": (str, NoneType),
     "attention": {"form": str, "span_multiple": int, "slots": int},
     "quantization": (dict, NoneType),
+    "text": {"stop_tokens": [int], "chat": (dict, NoneType), "no_chat": (str, NoneType)},
     "profiles": [Each(Each([int]))],
     "bindings": BINDINGS,
     "aliases": Each(str),

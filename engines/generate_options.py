@@ -31,7 +31,7 @@ class GenerationError(QwenportError, ValueError):
 
 
 class Cancellation:
-    """Ends a generation from another thread. It stays requested: use a new one for each request."""
+    """Ends a generation from another thread or a signal handler. It stays requested until it is reset."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -43,6 +43,10 @@ class Cancellation:
     def requested(self) -> bool:
         """Whether cancellation has been requested."""
         return self._event.is_set()
+
+    def reset(self) -> None:
+        """Forget the request, between two generations."""
+        self._event.clear()
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ COMMANDS = {
         "Check an engine on this machine against its proof.",
     ),
     "generate": ("qwenport.commands.generate", "Generate text with a package or an engine."),
+    "chat": ("qwenport.commands.chat", "Talk with a package or an engine."),
     "bench": ("qwenport.commands.bench", "Measure speed, load time and memory on this machine."),
     "perplexity": ("qwenport.commands.perplexity", "Score a text with a package or an engine."),
     "inspect": ("qwenport.commands.inspect", "Show what a checkpoint, package or engine holds."),

@@ -295,7 +295,7 @@ def test_generate_streams_piece_by_piece_what_json_has_as_one_text(
     package: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pieces: list[str] = []
-    monkeypatch.setattr(generate, "_write", pieces.append)
+    monkeypatch.setattr(generate, "stream", pieces.append)
     options = ["generate", package, "--prompt", "Once upon a time", "--max-new-tokens", 20]
     streamed = run(*options)
     assert streamed.code == 0 and streamed.out == ""

@@ -9,7 +9,7 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qwenport.engines.stream_decoder import StreamDecoder
+from qwenport.engines.text.stream_decoder import StreamDecoder
 
 TEXTS = [
     "The quick brown fox, naïve café — 50 €.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,6 +92,13 @@ def note(text: str | None, quiet: bool) -> None:
     """Print a note on stderr, unless it is empty or `quiet` is set."""
     if text and not quiet:
         click.echo(f"note: {text}", err=True)
+
+
+def stream(text: str) -> None:
+    """Write a piece of text to stdout, where it is seen at once."""
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def print_json(data: dict[str, Any]) -> None:

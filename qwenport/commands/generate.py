@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwenport import QwenportError
-from qwenport.commands._common import PATH, note, output_options, print_json, runnable_kind
+from qwenport.commands._common import PATH, note, output_options, print_json, runnable_kind, stream
 from qwenport.commands._progress import progress_bar
+from qwenport.commands._sampling import generate_options, sampling_options
 from qwenport.contract import ONNXRUNTIME, SPAN_MULTIPLE, Progress
 
 if TYPE_CHECKING:
-    from qwenport.commands._text import Tokenizer
     from qwenport.engines import GenerateOptions, Session
+    from qwenport.engines.text.tokenizer import Tokenizer
     from qwenport.exporter import Note
 
 EXIT_INTERRUPTED = 130
@@ -32,56 +33,21 @@ EXIT_INTERRUPTED = 130
 @click.option(
     "--chat", is_flag=True, help="Send the prompt as a user's turn, in the chat template."
 )
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    metavar="N",
-    default=128,
-    help="Stop after N new tokens.",
-)
-@click.option(
-    "--temperature",
-    type=float,
-    default=0.0,
-    help="0 takes the most likely token every time; above it tokens are drawn at random, the more "
-    "freely the higher it is.",
-)
-@click.option(
-    "--top-k", type=int, default=0, help="Draw from the K most likely tokens; 0 is no limit."
-)
-@click.option(
-    "--top-p",
-    type=float,
-    default=1.0,
-    help="Draw from the most likely tokens that together have this probability.",
-)
-@click.option(
-    "--repetition-penalty",
-    type=float,
-    default=1.0,
-    help="Above 1, tokens seen before become less likely.",
-)
-@click.option(
-    "--seed", type=int, help="The same seed draws the same tokens.", show_default="a new one"
-)
+@sampling_options(max_new_tokens=128)
 @output_options
 def command(
     target: Path,
     prompt: str,
     chat: bool,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    repetition_penalty: float,
-    seed: int | None,
+    stop_strings: tuple[str, ...],
     quiet: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Continue a text with TARGET, a package (on onnxruntime) or an engine directory (on what it was built for).
 
     The new text goes to stdout as it is generated, a line about speed to stderr. Generation ends at the
-    model's end-of-text token, after --max-new-tokens, or at the end of the context.
+    model's end-of-text token, before a --stop, after --max-new-tokens, or at the end of the context.
 
     \b
     Examples:
@@ -90,32 +56,23 @@ def command(
       qwenport generate qwen.package --prompt - --json < question.txt
     """
     kind = runnable_kind(target)
-    from qwenport.engines import GenerateOptions
+    from qwenport.engines import StopStrings
 
-    if temperature and seed is None:
-        seed = secrets.randbits(32)
-    options = GenerateOptions(
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    if options.sampling.greedy and (top_k or top_p < 1 or seed is not None):
-        note("--top-k, --top-p and --seed do nothing without --temperature", quiet)
+    StopStrings(stop_strings)
+    asked = generate_options(lambda said: note(said, quiet), **options)
     text = _text_of(prompt)
 
     start = time.perf_counter()
     notes: list[str] = []
     with progress_bar("loading the model", quiet) as progress:
         tokenizer, ids, stops, session = _prepare(
-            target, kind, text, chat, max_new_tokens, progress, notes.append
+            target, kind, text, chat, asked.max_new_tokens, progress, notes.append
         )
     for said in notes:
         note(said, quiet)
-    options = replace(options, stop_tokens=stops)
-    run = Run(tokenizer, ids, options, stream=not as_json, load_seconds=time.perf_counter() - start)
+    asked = replace(asked, stop_tokens=stops)
+    load_seconds = time.perf_counter() - start
+    run = Run(tokenizer, ids, asked, stop_strings, not as_json, load_seconds)
     run.generate(session)
     if as_json:
         print_json(run.report())
@@ -148,8 +105,7 @@ def _prepare(
     note_: Note,
 ) -> tuple[Tokenizer, list[int], list[int], Session]:
     """Load what generation needs, with onnxruntime's cache no larger than that."""
-    from qwenport.commands._text import Tokenizer, check_ids
-    from qwenport.engines import load_engine, open_session
+    from qwenport.engines import Tokenizer, check_ids, load_engine, open_session
     from qwenport.engines.spans import Spans
     from qwenport.exporter import load_package, stop_ids
 
@@ -162,7 +118,7 @@ def _prepare(
         session = open_session(target)
     longest: int = opened.manifest["max_seq_len"]
     tokenizer = Tokenizer(target)
-    ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)
+    ids = _chat_ids(tokenizer, prompt) if chat else tokenizer.encode(prompt)
     if not ids:
         raise QwenportError("the prompt is empty")
     check_ids(ids, vocabulary, "the prompt")
@@ -174,6 +130,14 @@ def _prepare(
     return tokenizer, ids, stops, session
 
 
+def _chat_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Ids of a conversation in which the user says `prompt`, up to where the answer begins."""
+    if not tokenizer.chat_template:
+        raise QwenportError("the tokenizer has no chat template; leave --chat out")
+    text = tokenizer.render([{"role": "user", "content": prompt}])
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
 @dataclass
 class Run:
     """One generation: what came out, and when."""
@@ -181,37 +145,48 @@ class Run:
     tokenizer: Tokenizer
     prompt: list[int]
     options: GenerateOptions
+    stop_strings: Sequence[str]
     stream: bool
     load_seconds: float
     tokens: list[int] = field(default_factory=list)
+    text: str = ""
     reason: str = "interrupted"
     stop_token: int | None = None
+    stop_string: int | None = None
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
 
     def generate(self, session: Session) -> None:
         """Run to the end or until Ctrl-C; what was generated until then is printed and kept."""
-        from qwenport.engines import Generation, StreamDecoder
+        from qwenport.engines import TextGeneration
 
-        decoder = StreamDecoder(self.tokenizer)
         start = last = time.perf_counter()
-        generation = Generation(session, [self.prompt], self.options)
+        generation = TextGeneration(
+            session, self.tokenizer, self.prompt, self.options, self.stop_strings
+        )
+        ended = False
         try:
-            for _, token in generation:
+            for piece in generation:
+                if not self.prompt_seconds:
+                    self.prompt_seconds = time.perf_counter() - start
                 last = time.perf_counter()
-                if not self.tokens:
-                    self.prompt_seconds = last - start
-                self.tokens.append(token)
-                if self.stream:
-                    _write(decoder.push(token))
-            (result,) = generation.results
-            self.reason, self.stop_token = result.reason, result.stop_token
+                self._write(piece)
+            ended = True
         except KeyboardInterrupt:
             pass
         finally:
-            if self.stream and self.tokens:
-                _write(decoder.flush() + "\n")
+            self._write(generation.flush())
+            result = generation.result()
+            self.tokens, self.text = result.tokens, result.text
+            self.stop_token, self.stop_string = result.stop_token, result.stop_string
+            if ended:
+                self.reason = result.reason
+            self._write("\n" if self.tokens else "")
         self.decode_seconds = max(0.0, last - start - self.prompt_seconds)
+
+    def _write(self, text: str) -> None:
+        if self.stream:
+            stream(text)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -225,21 +200,26 @@ class Run:
         parts = [
             f"{len(self.tokens)} tokens" + (f", {speed:.1f} tokens/s" if speed else ""),
             f"prompt of {len(self.prompt)} in {self.prompt_seconds:.2f} s",
-            f"ended by {_ENDINGS[self.reason]}",
+            f"ended by {self._ending}",
         ]
         if not self.options.sampling.greedy:
             parts.append(f"seed {self.options.seed}")
         return f"[{'; '.join(parts)}]"
 
+    @property
+    def _ending(self) -> str:
+        return "--stop" if self.stop_string is not None else _ENDINGS[self.reason]
+
     def report(self) -> dict[str, Any]:
         """The JSON object of --json."""
         speed = self.tokens_per_second
         return {
-            "text": self.tokenizer.decode(self.tokens),
+            "text": self.text,
             "token_ids": self.tokens,
             "prompt_token_ids": self.prompt,
             "finish_reason": self.reason,
             "stop_id": self.stop_token,
+            "stop_text": None if self.stop_string is None else self.stop_strings[self.stop_string],
             "seed": None if self.options.sampling.greedy else self.options.seed,
             "seconds": {
                 "load": round(self.load_seconds, 4),
@@ -256,9 +236,3 @@ _ENDINGS = {
     "capacity": "the end of the context",
     "interrupted": "Ctrl-C",
 }
-
-
-def _write(text: str) -> None:
-    if text:
-        sys.stdout.write(text)
-        sys.stdout.flush()

@@ -48,8 +48,7 @@ def command(
       qwenport perplexity qwen.engine wiki.txt --window 1024 --stride 256 --json
     """
     kind = runnable_kind(target)
-    from qwenport.commands._text import Tokenizer, check_ids
-    from qwenport.engines import load_engine, open_session, perplexity
+    from qwenport.engines import Tokenizer, check_ids, load_engine, open_session, perplexity
     from qwenport.exporter import load_package
 
     opened = load_engine(target) if kind == "engine" else load_package(target)

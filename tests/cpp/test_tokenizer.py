@@ -16,8 +16,8 @@ from tokenizers import normalizers
 
 from qwenport import engines, exporter
 from qwenport.contract import TOKENIZER
-from qwenport.engines.tokenizer_file import tokenizer_bytes
-from qwenport.engines.tokenizer_json import Is, Split, TokenizerParts, read_tokenizer
+from qwenport.engines.text.tokenizer_file import tokenizer_bytes
+from qwenport.engines.text.tokenizer_json import Is, Split, TokenizerParts, read_tokenizer
 
 from . import unicode_tables
 from .builds import ROOT, built, run

@@ -21,8 +21,8 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from qwenport.contract import MANIFEST, TOKENIZER
-from qwenport.engines.tokenizer_file import tokenizer_bytes
-from qwenport.engines.tokenizer_json import REGEXES, Split, read_tokenizer
+from qwenport.engines.text.tokenizer_file import tokenizer_bytes
+from qwenport.engines.text.tokenizer_json import REGEXES, Split, read_tokenizer
 
 from .builds import ROOT
 from .runtime import Library

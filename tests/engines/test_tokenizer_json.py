@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tokenizers
 
-from qwenport.engines.tokenizer_json import (
+from qwenport.engines.text.tokenizer_json import (
     REGEXES,
     Is,
     Split,

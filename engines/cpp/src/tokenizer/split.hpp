@@ -8,7 +8,7 @@
 
 namespace qwenport::detail {
 
-/// A pre-tokenizer. The numbers are those of engines/tokenizer_file.py.
+/// A pre-tokenizer. The numbers are those of engines/text/tokenizer_json.py.
 enum class Split : unsigned char {
   none = 0,
   digits = 1,           ///< Digits: each one by itself

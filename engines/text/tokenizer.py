@@ -24,6 +24,12 @@ Messages = list[dict[str, str]]
 _BACKEND, _SETTINGS = "backend.json", "settings.json"  # the files of an entry of the cache
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory has the files of a tokenizer."""
+    names = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    return any((directory / name).is_file() for name in names)
+
+
 class Tokenizer:
     """A directory's tokenizer, as transformers loads it; the part that generation needs."""
 
@@ -33,13 +39,10 @@ class Tokenizer:
         Raises:
             QwenportError: the directory has no tokenizer, or one that cannot be loaded.
         """
-        from qwenport.engines import cache_key, cached, keep
+        from qwenport.engines.cache import cache_key, cached, keep
         from qwenport.exporter import COMPANIONS, check_companions, sha256
 
-        if not any(
-            (directory / name).is_file()
-            for name in ("tokenizer.json", "vocab.json", "tokenizer.model")
-        ):
+        if not has_tokenizer(directory):
             raise QwenportError(
                 f"{directory} has no tokenizer: the checkpoint it was made from had none"
             )
@@ -55,23 +58,47 @@ class Tokenizer:
             with suppress(QwenportError, OSError):  # it only takes as long again
                 keep(key, self._tokenizer.write, of=str(directory.absolute()), size_bytes=most)
 
-    def encode(self, prompt: str) -> list[int]:
-        """Ids of a text to continue, including what the tokenizer prepends (Llama's BOS)."""
-        return self._tokenizer.encode(prompt, add_special_tokens=True)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text, with what the tokenizer puts around one (Llama's BOS) unless `add_special_tokens` is False."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def encode_chat(self, prompt: str) -> list[int]:
-        """Ids of a conversation in which the user says `prompt`, up to where the answer begins.
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja program that writes a conversation; None if there is none."""
+        return self._tokenizer.chat_template or None
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of special tokens by their names, such as "bos_token", which a chat template may use."""
+        return self._tokenizer.special_tokens
+
+    def render(self, messages: Messages) -> str:
+        """A conversation as the chat template writes it, up to where the answer begins.
+
+        Args:
+            messages: objects with "role" and "content".
 
         Raises:
             QwenportError: there is no chat template, or it fails.
         """
-        if not self._tokenizer.chat_template:
-            raise QwenportError("the tokenizer has no chat template; leave --chat out")
+        if not self.chat_template:
+            raise QwenportError("the tokenizer has no chat template")
         try:
-            text = self._tokenizer.render([{"role": "user", "content": prompt}])
+            return self._tokenizer.render(messages)
         except Exception as error:  # a template is a program and can raise anything
             raise QwenportError(f"the chat template fails: {error}") from error
-        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def backend_json(self) -> str:
+        """The tokenizer that is run, as a tokenizer.json.
+
+        Raises:
+            QwenportError: part of it is Python code of transformers, or special tokens in a text are text.
+        """
+        if not isinstance(self._tokenizer, _Backend):
+            raise QwenportError("transformers has Python code for this tokenizer")
+        if self._tokenizer.settings.split_special_tokens:
+            raise QwenportError("split_special_tokens is set")
+        return self._tokenizer.backend.to_str()
 
     def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool = True) -> str:
         """The exact text of ids, without the clean-up of spaces that Llama 3 asks for, which is not reversible."""
@@ -114,6 +141,10 @@ class _Backend:
     def chat_template(self) -> str | None:
         return self.settings.chat_template
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        return self.settings.special_tokens
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
@@ -143,6 +174,11 @@ class _Transformers:
     @property
     def chat_template(self) -> Any:
         return self.tokenizer.chat_template
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        found: dict[str, str] = self.tokenizer.special_tokens_map
+        return found
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import accumulate, chain
-from pathlib import Path
 
 import numpy as np
 
-from qwenport.contract import TOKENIZER, TOKENIZER_FORMAT, TOKENIZER_VERSION
-from qwenport.engines.tokenizer_json import (
+from qwenport.contract import TOKENIZER_FORMAT, TOKENIZER_VERSION
+from qwenport.engines.text.tokenizer_json import (
     MOST_SPLITS,
     TokenizerParts,
-    UnrecognisedError,
-    read_tokenizer,
 )
 
 FORMAT_BYTES = 20
 NO_TOKEN = 0xFFFFFFFF
 SKIPPED, IS_WORD = 1, 2
-
-
-def write_tokenizer(folder: Path, note: Callable[[str], None]) -> None:
-    """Write the file of an engine directory's tokenizer.json, or say in one line why there is none."""
-    source = folder / "tokenizer.json"
-    if not source.is_file():
-        return
-    try:
-        parts = read_tokenizer(source)
-    except UnrecognisedError as error:
-        note(f"without {TOKENIZER}, so C++ programs get no tokenizer: tokenizer.json: {error}")
-        return
-    (folder / TOKENIZER).write_bytes(tokenizer_bytes(parts))
 
 
 def tokenizer_bytes(parts: TokenizerParts) -> bytes:

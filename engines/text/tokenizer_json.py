@@ -24,7 +24,7 @@ class UnrecognisedError(Exception):
 
 
 class Split(IntEnum):
-    """A pre-tokenizer, by its number in the file; `Split` in cpp/src/tokenizer/split.hpp."""
+    """A pre-tokenizer, by its number in the file; `Split` in engines/cpp/src/tokenizer/split.hpp."""
 
     DIGITS = 1
     DIGIT_RUNS = 2
@@ -34,7 +34,7 @@ class Split(IntEnum):
 
 
 class Is(IntFlag):
-    """What an added token is; `AddedToken` in cpp/src/tokenizer/data.hpp."""
+    """What an added token is; `AddedToken` in engines/cpp/src/tokenizer/data.hpp."""
 
     NORMALIZED = 1
     LSTRIP = 2

@@ -1,0 +1,108 @@
+"""Chat templates in the ways that Qwen2.5's, Qwen3's, Llama 3's and SmolLM2's are written, and others."""
+
+_CONTENT = "message['content']"
+_TURN = "'<|im_start|>' + message.role + '\n' + {} + '<|im_end|>\n'"
+_REPLY = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+QWEN25 = (
+    "{%- if tools %}{{ '# Tools' }}{{ tools | tojson }}"
+    "{%- elif messages[0]['role'] == 'system' %}"
+    "{{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>system\nYou are a small model.<|im_end|>\n' }}{%- endif %}"
+    "{%- for message in messages %}"
+    "{%- if message.role == 'user' or (message.role == 'system' and not loop.first)"
+    " or (message.role == 'assistant' and not message.tool_calls) %}"
+    f"{{{{- {_TURN.format('message.content')} }}}}"
+    "{%- elif message.role == 'tool' %}{{ message.content | upper }}"
+    "{%- endif %}{%- endfor %}" + _REPLY
+)
+QWEN3 = (
+    "{%- if messages[0].role == 'system' %}"
+    "{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}"
+    "{%- set ns = namespace(looking=true, last_query=messages|length - 1) %}"
+    "{%- for message in messages[::-1] %}"
+    "{%- if ns.looking and message.role == 'user' and message.content is string"
+    " and not (message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}"
+    "{%- set ns.looking = false %}{%- set ns.last_query = messages|length - 1 - loop.index0 %}"
+    "{%- endif %}{%- endfor %}"
+    "{%- for message in messages %}{%- set content = message.content %}"
+    "{%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}"
+    f"{{{{- {_TURN.format('content')} }}}}"
+    "{%- elif message.role == 'assistant' %}{%- set reasoning = '' %}"
+    "{%- if message.reasoning_content is string %}{%- set reasoning = message.reasoning_content %}"
+    "{%- elif '</think>' in content %}"
+    "{%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+    "{{- '<|im_start|>assistant\n' }}"
+    "{%- if loop.index0 > ns.last_query and (loop.last or reasoning) %}"
+    "{{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}"
+    "{%- else %}{{- content }}{%- endif %}{{- '<|im_end|>\n' }}"
+    "{%- endif %}{%- endfor %}" + _REPLY
+)
+LLAMA31 = (
+    "{{- bos_token }}{%- if not date_string is defined %}{%- set date_string = '26 Jul 2024' %}{%- endif %}"
+    "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] | trim %}"
+    "{%- set messages = messages[1:] %}{%- else %}{%- set system = '' %}{%- endif %}"
+    "{{- '<|im_start|>system\n\nToday: ' + date_string + '\n\n' + system + '<|im_end|>' }}"
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\n\n' + message['content'] | trim + '<|im_end|>' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n\n' }}{%- endif %}"
+)
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}"
+    f"{{{{ {_TURN.format(_CONTENT)} }}}}{{% endfor %}}" + _REPLY
+)
+MARKED = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}"
+    f"{{{{ {_TURN.format('message.content')} }}}}{{% endgeneration %}}{{% else %}}"
+    f"{{{{ {_TURN.format('message.content')} }}}}{{% endif %}}{{% endfor %}}" + _REPLY
+)
+NO_SYSTEM = (
+    "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system') }}"
+    "{% elif (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('in turn') }}{% endif %}"
+    "[{{ message.role }}] {{ message.content }}\n{% endfor %}[assistant] "
+)
+THOUGHTFUL = (  # a reply begins otherwise than it stands in the history
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{{ message.content.strip() }}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n<think>\n' }}"
+)
+TAKEN = {
+    "qwen2.5": QWEN25,
+    "qwen3": QWEN3,
+    "llama-3.1": LLAMA31,
+    "smollm2": SMOLLM2,
+    "marked": MARKED,
+    "no-system": NO_SYSTEM,
+    "thoughtful": THOUGHTFUL,
+}
+
+_EACH = "{{% for m in messages %}}[{{{{ m.role }}}}]{}{{% endfor %}}>"
+LEFT_OUT = {
+    "date": ("{{ strftime_now('%Y') }}" + QWEN25, "writes the date (strftime_now)"),
+    "random": (_EACH.format("{{ ['a', 'b'] | random }}{{ m.content }}"), "a random choice"),
+    "upper": (_EACH.format("{{ m.content | upper }}"), "each content once"),
+    "twice": (_EACH.format("{{ m.content }}{{ m.content }}"), "each content once"),
+    "none": (_EACH.format(""), "each content once"),
+    "reversed": ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "in order"),
+    "length": (_EACH.format("{% if m.content | length > 9 %}!{% endif %}{{ m.content }}"), "(len)"),
+    "equal": (_EACH.format("{% if m.content == 'a' %}!{% endif %}{{ m.content }}"), "(eq)"),
+    "empty": (_EACH.format("{% if m.content %}{{ m.content }}{% endif %}"), "(len)"),
+    "first": (_EACH.format("{{ m.content[:1] }}{{ m.content }}"), "(getitem)"),
+    "json": (_EACH.format("{{ m.content | tojson }}"), "changes what is said"),
+    "escaped": (_EACH.format("{{ m.content | e }}"), "changes what is said"),
+    "joined": (
+        "{% for m in messages %}{{ (m.role ~ m.content) | trim }}{% endfor %}>",
+        "changes what",
+    ),
+    "left": (_EACH.format("{{ m.content.lstrip() }}"), "(lstrip)"),
+    "numbered": (_EACH.format("{{ loop.index }}{{ m.content }}"), "another text in each turn"),
+    "counted": ("{{ messages | length }}" + _EACH.format("{{ m.content }}"), "in each turn"),
+    "needs a system message": (
+        "{{ messages[0].content if messages[0].role == 'system' else raise_exception('no') }}",
+        "the chat template fails: no",
+    ),
+    "damaged": ("{% for m in messages %}", "the chat template fails"),
+}
+"""Name -> (a template that is left out, words of the reason)."""
