@@ -339,8 +339,7 @@ ChatTemplate chat_template_of(const Node& node) {
   return format;
 }
 
-void read_text(const Node& root, const std::string& where, Manifest& manifest) {
-  if (!root.has("text")) fail(where, "no text, which every engine has by now; build the engine again");
+void read_text(const Node& root, Manifest& manifest) {
   const Node text = root.at("text");
   const Node stops = text.at("stop_tokens");
   for (std::size_t i = 0; i < stops.size(); ++i) {
@@ -379,7 +378,7 @@ Manifest parse_manifest(std::string_view text, const std::string& where) {
   read_target(root, manifest);
   read_bindings(root, manifest);
   read_files(root, manifest);
-  read_text(root, where, manifest);
+  read_text(root, manifest);
   // The hashes of an onnxruntime engine's files do not cover its weights: the manifest says more about them.
   manifest.sha256 = sha256(text.data(), text.size());
   manifest.identity = manifest.is_onnxruntime() ? manifest.sha256 : manifest.model.sha256;

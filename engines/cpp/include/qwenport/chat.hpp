@@ -5,7 +5,7 @@
 //     chat.send("Why is the sky blue?", [](std::string_view piece) { std::cout << piece << std::flush; });
 //     chat.send("And at night?", [](std::string_view piece) { std::cout << piece << std::flush; });
 //
-// A turn computes only what is new: the rest of the conversation stays in the session's cache. `qwenport build` derives the
+// A turn computes what is new: the rest of the conversation stays in the session's cache. `qwenport build` derives the
 // format of a conversation from the checkpoint's chat template; docs/chat.md says of which.
 //
 // Threads. A ChatFormat never changes: copy it and use it from any number of threads. A Chat belongs to one thread at a
@@ -72,11 +72,10 @@ struct ChatOptions {
 struct Reply {
   std::string text;  ///< without the stop string
   FinishReason reason = FinishReason::length;
-  int stop_string = -1;  ///< the index of the stop string that ended it, or -1
-  int prompt_tokens =
-      0;               ///< tokens that this turn computed before the first new one; the cache had the others
-  int new_tokens = 0;  ///< that were drawn, the stop token not counted
-  int dropped = 0;     ///< turns that left the conversation
+  int stop_string = -1;   ///< the index of the stop string that ended it, or -1
+  int prompt_tokens = 0;  ///< those of the conversation that this turn fed; the cache had the others
+  int new_tokens = 0;     ///< that were drawn, the stop token not counted
+  int dropped = 0;        ///< turns that left the conversation
 };
 
 /// Called with the reply's text, piece by piece, none empty, each valid UTF-8. An exception from it ends the reply.

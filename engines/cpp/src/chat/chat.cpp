@@ -65,7 +65,6 @@ void ChatCore::reset() {
   const Replying replying(*this);
   session_->reset();
   history_.clear();
-  tokens_.reset();
   sends_ = 0;
 }
 
@@ -74,43 +73,32 @@ void ChatCore::check_callback() const {
   if (misused_) throw Error(ErrorCode::invalid_argument, "a callback must not use its chat");
 }
 
-std::vector<Token> ChatCore::encode(const std::string& text) const {
-  return tokenizer_.encode(text, {/*add_special_tokens=*/false});
-}
-
-/// The text of the conversation without its oldest turns, and with a user's next message.
-std::string ChatCore::text(std::size_t dropped, const std::string& content) const {
+/// The tokens of the conversation without its oldest turns, and with a user's next message.
+std::vector<Token> ChatCore::encode(std::size_t dropped, const std::string& content) const {
   std::vector<Message> messages;
   if (system_) messages.push_back({"system", *system_});
   messages.insert(messages.end(), history_.begin() + static_cast<std::ptrdiff_t>(2 * dropped),
                   history_.end());
   messages.push_back({"user", content});
-  return format_.text(messages);
+  return tokenizer_.encode(format_.text(messages), {/*add_special_tokens=*/false});
 }
 
-/// The tokens of the conversation with a user's next message; see ChatOptions::drop_oldest.
+/// The next prompt; see ChatOptions::drop_oldest.
 ChatCore::Prompt ChatCore::make_prompt(const std::string& content) const {
-  Prompt prompt;
-  if (tokens_) {
-    const std::vector<Token> turn = encode(format_.turn(content));
-    prompt.tokens.reserve(tokens_->size() + turn.size());
-    prompt.tokens = *tokens_;
-    prompt.tokens.insert(prompt.tokens.end(), turn.begin(), turn.end());
-  } else {
-    prompt.tokens = encode(text(0, content));
-  }
   const auto capacity = static_cast<std::size_t>(session_->capacity());
   const auto wanted =
       static_cast<std::size_t>(std::clamp(options_.max_new_tokens, 0, session_->capacity() / 2));
   const std::size_t turns = history_.size() / 2;
+  Prompt prompt{encode(0, content), 0};
   while (drop_oldest_ && prompt.dropped < turns && prompt.tokens.size() + wanted > capacity + 1) {
-    prompt.tokens = encode(text(++prompt.dropped, content));
+    prompt.tokens = encode(++prompt.dropped, content);
   }
   if (prompt.tokens.size() > capacity) {
-    const char* const what =
-        prompt.dropped < turns ? "the conversation with this message" : "this message alone";
-    throw Error(ErrorCode::capacity, std::string(what) + " has " + std::to_string(prompt.tokens.size()) +
-                                         " tokens, the session has room for " + std::to_string(capacity));
+    throw Error(ErrorCode::capacity,
+                "the conversation has " + std::to_string(prompt.tokens.size()) +
+                    " tokens, the cache room for " + std::to_string(capacity) + ": " +
+                    (prompt.dropped < turns ? "reset the chat, or let it drop its oldest turns"
+                                            : "the message is too long"));
   }
   return prompt;
 }
@@ -125,53 +113,43 @@ std::size_t ChatCore::keep_common(const std::vector<Token>& prompt) {
   return static_cast<std::size_t>(common);
 }
 
-FinishReason ChatCore::generate(TokenView prompt, ReplyText& text, const OnText& on_text) {
+Reply ChatCore::generate(TokenView prompt, const OnText& on_text) {
+  ReplyText said(tokenizer_, stops_);
   const auto deliver = [&](std::string_view piece) {
     if (!piece.empty() && on_text) on_text(piece);
     check_callback();
   };
   GenerateOptions options = options_;
   options.seed += sends_;
-  const Generated result =
-      std::move(detail::generate(*session_, {prompt}, options, [&](int /*row*/, Token token) {
-                  deliver(text.push(token));
-                  return text.stop() >= 0;
-                }).front());
-  deliver(text.finish());
-  return text.stop() >= 0 ? FinishReason::stop : result.reason;
-}
-
-/// Add a turn to the conversation.
-void ChatCore::add(const Prompt& prompt, const std::string& content, const ReplyText& said) {
-  Message reply{"assistant", said.text()};
-  Message message{"user", content};
-  std::optional<std::vector<Token>> tokens;
-  if (format_.keeps(reply.content)) tokens = said.exact_tokens();
-  if (tokens) tokens->insert(tokens->begin(), prompt.tokens.begin(), prompt.tokens.end());
-  history_.reserve(history_.size() + 2);
-  // nothing below throws
-  history_.erase(history_.begin(), history_.begin() + static_cast<std::ptrdiff_t>(2 * prompt.dropped));
-  history_.push_back(std::move(message));
-  history_.push_back(std::move(reply));
-  tokens_ = std::move(tokens);
-  ++sends_;
+  const auto results = detail::generate(*session_, {prompt}, options, [&](int /*row*/, Token token) {
+    deliver(said.push(token));
+    return said.stop() >= 0;
+  });
+  deliver(said.finish());
+  Reply reply;
+  reply.text = said.text();
+  reply.reason = results.front().reason;
+  reply.stop_string = said.stop();
+  reply.prompt_tokens = static_cast<int>(prompt.size);
+  reply.new_tokens = static_cast<int>(results.front().tokens.size());
+  return reply;
 }
 
 Reply ChatCore::send(std::string_view given, const OnText& on_text) {
   const Replying replying(*this);
-  const std::string content = valid_utf8(std::string(given));
-  const Prompt prompt = make_prompt(content);
-  const std::size_t kept = keep_common(prompt.tokens);
+  Message message{"user", valid_utf8(std::string(given))};
+  const auto [prompt, dropped] = make_prompt(message.content);
+  const std::size_t kept = keep_common(prompt);
   try {
-    ReplyText said(tokenizer_, stops_);
-    Reply reply;
-    reply.reason = generate({prompt.tokens.data() + kept, prompt.tokens.size() - kept}, said, on_text);
-    reply.text = said.text();
-    reply.stop_string = said.stop();
-    reply.prompt_tokens = static_cast<int>(std::min(session_->held(0).size(), prompt.tokens.size()) - kept);
-    reply.new_tokens = static_cast<int>(said.size());
-    reply.dropped = static_cast<int>(prompt.dropped);
-    add(prompt, content, said);
+    history_.reserve(history_.size() + 2);
+    Reply reply = generate({prompt.data() + kept, prompt.size() - kept}, on_text);
+    reply.dropped = static_cast<int>(dropped);
+    Message answer{"assistant", reply.text};
+    // nothing below throws
+    history_.erase(history_.begin(), history_.begin() + static_cast<std::ptrdiff_t>(2 * dropped));
+    history_.push_back(std::move(message));
+    history_.push_back(std::move(answer));
+    ++sends_;
     return reply;
   } catch (...) {
     session_->truncate(static_cast<int>(kept), 0);

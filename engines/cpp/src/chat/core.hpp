@@ -1,7 +1,7 @@
 // A conversation and its session: what Chat is a handle of.
 //
-// The cache is only a cache: each prompt is the whole conversation's tokens, and as many of them as the session holds
-// already, from the first on, are not fed again. So what a session is left with, whatever ended a reply, does not matter.
+// Each prompt is the whole conversation as the chat template writes it, in the tokens that transformers gives it. As many of
+// them as the session holds already, from the first on, are not fed again: normally all to the end of the reply.
 #pragma once
 
 #include <memory>
@@ -34,11 +34,9 @@ class ChatCore {
   };
 
   [[nodiscard]] Prompt make_prompt(const std::string& content) const;
-  [[nodiscard]] std::vector<Token> encode(const std::string& text) const;
-  [[nodiscard]] std::string text(std::size_t dropped, const std::string& content) const;
+  [[nodiscard]] std::vector<Token> encode(std::size_t dropped, const std::string& content) const;
   std::size_t keep_common(const std::vector<Token>& prompt);
-  FinishReason generate(TokenView prompt, ReplyText& text, const OnText& on_text);
-  void add(const Prompt& prompt, const std::string& content, const ReplyText& said);
+  Reply generate(TokenView prompt, const OnText& on_text);
   void check_callback() const;
 
   std::shared_ptr<SessionCore> session_;
@@ -49,7 +47,6 @@ class ChatCore {
   std::vector<std::vector<Token>> stops_;  // bytes
   bool drop_oldest_;
   std::vector<Message> history_;
-  std::optional<std::vector<Token>> tokens_;  // of the conversation so far; none: made from its text
   std::uint64_t sends_ = 0;
   bool replying_ = false;
   bool misused_ = false;  // by a callback of that reply

@@ -75,28 +75,17 @@ std::string_view ContentFormat::applied(std::string_view content) const {
   return rule == Rule::after_thinking ? after_thinking(content) : content;
 }
 
-const ContentFormat::Refused* ContentFormat::refusal(std::string_view content) const {
-  const auto found = std::find_if(refused.begin(), refused.end(), [content](const Refused& one) {
-    return lies(one.text, one.place, content);
-  });
-  return found == refused.end() ? nullptr : &*found;
-}
-
 void ContentFormat::check(std::string_view content, const std::string& role) const {
-  const Refused* const found = refusal(content);
-  if (found == nullptr) return;
-  invalid("the content of a message of role \"" + role + "\" " + verb(found->place) + " \"" + found->text +
-          "\", which this model's chat template treats in a way of its own");
+  for (const Refused& one : refused) {
+    if (!lies(one.text, one.place, content)) continue;
+    invalid("the content of a message of role \"" + role + "\" " + verb(one.place) + " \"" + one.text +
+            "\", which this model's chat template treats in a way of its own");
+  }
 }
 
 void ChatTemplate::check_system(const std::string& content) const {
   if (!start_to_system) invalid("this model's chat template takes no system message");
   system.check(content, "system");
-}
-
-std::string ChatTemplate::turn(const std::string& content) const {
-  user.check(content, "user");
-  return assistant_to_user + std::string(user.applied(content)) + user_to_reply;
 }
 
 std::string ChatTemplate::text(const std::vector<Message>& messages) const {

@@ -30,8 +30,6 @@ struct ContentFormat {
 
   /// \param content valid UTF-8.
   [[nodiscard]] std::string_view applied(std::string_view content) const;
-  /// What of a content is refused; nullptr if nothing is.
-  [[nodiscard]] const Refused* refusal(std::string_view content) const;
   /// \throws Error invalid_argument: the content is refused.
   void check(std::string_view content, const std::string& role) const;
 };
@@ -52,13 +50,6 @@ struct ChatTemplate {
   [[nodiscard]] std::string text(const std::vector<Message>& messages) const;
   /// \throws Error invalid_argument: the template does not take this system message.
   void check_system(const std::string& content) const;
-  /// What follows a reply when the user takes the next turn.
-  [[nodiscard]] std::string turn(const std::string& content) const;
-  /// Whether a reply's tokens stay what they are once it is part of the conversation.
-  [[nodiscard]] bool keeps(std::string_view reply) const {
-    return user_to_assistant == user_to_reply && assistant.refusal(reply) == nullptr &&
-           assistant.applied(reply) == reply;
-  }
 };
 
 }  // namespace qwenport::detail
