@@ -104,8 +104,8 @@ def test_public_headers_stand_alone_in_cpp_and_c(installed, tmp_path: Path) -> N
         (tmp_path / "one.c").write_text(f"#include <qwenport/{name}.h>\n")
         run("gcc", "-std=c99", *flags, tmp_path / "one.c")
     for name in ("qwenport", "chat"):
-        comment = (prefix / f"include/qwenport/{name}.h").read_text()
-        program = re.search(r"^ \*     #include.*?^ \*     }$", comment, re.MULTILINE | re.DOTALL)
+        comment = (prefix / f"include/qwenport/{name}.h").read_text().partition("*/")[0]
+        program = re.search(r"^ \*     #include.*^ \*     }$", comment, re.MULTILINE | re.DOTALL)
         assert program
         (tmp_path / "two.c").write_text(re.sub(r"^ \*", "", program[0], flags=re.MULTILINE))
         run("gcc", "-std=c99", *flags, tmp_path / "two.c")
