@@ -58,7 +58,8 @@ struct Stage {
 /// "role: content" of each message.
 inline std::vector<std::string> lines(const std::vector<qwenport::Message>& messages) {
   std::vector<std::string> all;
-  for (const auto& [role, content] : messages) all.push_back(role + ": " + content);
+  all.reserve(messages.size());
+  for (const auto& [role, content] : messages) all.emplace_back(role).append(": ").append(content);
   return all;
 }
 

@@ -44,7 +44,7 @@ std::string small_tokenizer() {
   return file + "ababc<|x|>";
 }
 
-std::string small_chat() {
+std::string_view small_chat() {
   return R"({"start_to_system": "<|x|>s ", "system_to_user": "<|x|>u ", "start_to_user": "<|x|>u ",
     "user_to_assistant": "<|x|>a ", "assistant_to_user": "<|x|>u ", "user_to_reply": "<|x|>a ",
     "contents": {"system": {"rule": "verbatim", "refused": [["ends_with", "!"]]},
@@ -52,7 +52,7 @@ std::string small_chat() {
       "assistant": {"rule": "after_thinking", "refused": [["contains", "<call>"]]}}})";
 }
 
-Directory::Directory(const std::string& tokenizer, const std::string& chat) {
+Directory::Directory(const std::string& tokenizer, std::string_view chat) {
   path_ = (std::filesystem::temp_directory_path() / "qwenport-XXXXXX").string();
   if (mkdtemp(path_.data()) == nullptr) throw std::runtime_error("no temporary directory");
   const std::string name = "tokenizer.qwenport";
@@ -65,7 +65,7 @@ Directory::Directory(const std::string& tokenizer, const std::string& chat) {
   }
   if (chat != "null") {
     replace(manifest, R"("stop_tokens": [], "chat": null, "no_chat": "a toy has no chat template")",
-            R"("stop_tokens": [258], "chat": )" + chat + R"(, "no_chat": null)");
+            R"("stop_tokens": [258], "chat": )" + std::string(chat) + R"(, "no_chat": null)");
   }
   std::ofstream(path_ + "/qwenport.json") << manifest;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 namespace stand_in {
 
@@ -13,13 +14,13 @@ std::string small_tokenizer();
 
 /// `chat` of a manifest's text. System, user and assistant begin with <|x|> and a letter; what users say is stripped and must
 /// not start with "<tool>", what assistants say is taken from behind </think> on.
-std::string small_chat();
+std::string_view small_chat();
 
 /// A temporary engine directory, of capacity 64.
 class Directory {
  public:
   /// \param tokenizer what the tokenizer file holds; "" for none. \param chat JSON; "null" for none.
-  explicit Directory(const std::string& tokenizer, const std::string& chat = "null");
+  explicit Directory(const std::string& tokenizer, std::string_view chat = "null");
   ~Directory();
   Directory(const Directory&) = delete;
   Directory& operator=(const Directory&) = delete;

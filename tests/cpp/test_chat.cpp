@@ -265,7 +265,7 @@ TEST_CASE("the oldest turns leave a conversation that has little room") {
   for (int n = 0; n < 12; ++n) {
     const std::string content = std::string(static_cast<std::size_t>(1 + n % 4), 'q');
     const Reply reply = chat.send(content);
-    all.erase(all.begin(), all.begin() + 2 * reply.dropped);
+    all.erase(all.begin(), all.begin() + std::ptrdiff_t{2} * reply.dropped);
     all.insert(all.end(), {"user: " + content, "assistant: ok"});
     CHECK(lines(chat.history()) == all);
     std::vector<qwenport::Message> messages{{"system", "be"}};
@@ -336,6 +336,7 @@ TEST_CASE("two chats of one engine, on two threads") {
   Stage stage;
   std::array<Lines, 2> found;
   std::vector<std::thread> threads;
+  threads.reserve(found.size());
   for (Lines& one : found) {
     threads.emplace_back([&stage, &one] {
       ChatOptions options;

@@ -298,9 +298,8 @@ template <typename Enum, std::size_t N>
 Enum choice(const Node& node, const std::array<const char*, N>& names) {
   const auto* const found = std::find(names.begin(), names.end(), node.text());
   if (found == names.end()) {
-    std::string expected;
-    for (std::size_t i = 0; i < N; ++i)
-      expected += (i == 0 ? "" : i + 1 < N ? ", " : " or ") + std::string(names[i]);
+    std::string expected = names[0];
+    for (std::size_t i = 1; i < N; ++i) expected += (i + 1 < N ? ", " : " or ") + std::string(names[i]);
     node.wrong(expected);
   }
   return static_cast<Enum>(found - names.begin());

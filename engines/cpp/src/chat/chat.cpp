@@ -56,7 +56,7 @@ ChatCore::ChatCore(std::shared_ptr<SessionCore> session, Tokenizer tokenizer, Ch
   options_.stop_tokens.insert(options_.stop_tokens.end(), stop_tokens.begin(), stop_tokens.end());
   if (options.system) {
     system_ = valid_utf8(*options.system);
-    format_.check_system(*system_);
+    static_cast<void>(format_.system_text(*system_));  // it is refused here, not by each turn
   }
   reset();
 }

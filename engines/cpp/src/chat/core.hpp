@@ -22,7 +22,7 @@ class ChatCore {
   ChatCore(std::shared_ptr<SessionCore> session, Tokenizer tokenizer, ChatTemplate format,
            const std::vector<Token>& stop_tokens, const ChatOptions& options);
 
-  Reply send(std::string_view content, const OnText& on_text);
+  Reply send(std::string_view given, const OnText& on_text);
   void reset();
   [[nodiscard]] const std::vector<Message>& history() const noexcept { return history_; }
 

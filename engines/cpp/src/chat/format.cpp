@@ -83,9 +83,10 @@ void ContentFormat::check(std::string_view content, const std::string& role) con
   }
 }
 
-void ChatTemplate::check_system(const std::string& content) const {
+std::string ChatTemplate::system_text(const std::string& content) const {
   if (!start_to_system) invalid("this model's chat template takes no system message");
   system.check(content, "system");
+  return *start_to_system + std::string(system.applied(content)) + system_to_user;
 }
 
 std::string ChatTemplate::text(const std::vector<Message>& messages) const {
@@ -94,8 +95,7 @@ std::string ChatTemplate::text(const std::vector<Message>& messages) const {
   for (std::size_t i = 0; i < messages.size(); ++i) {
     const auto& [role, content] = messages[i];
     if (role == "system") {
-      check_system(content);
-      all.append(*start_to_system).append(system.applied(content)).append(system_to_user);
+      all += system_text(content);
     } else if (role == "user") {
       user.check(content, role);
       if (i == 0) all += start_to_user;

@@ -48,8 +48,8 @@ struct ChatTemplate {
 
   /// See ChatFormat::text. \param messages of valid UTF-8.
   [[nodiscard]] std::string text(const std::vector<Message>& messages) const;
-  /// \throws Error invalid_argument: the template does not take this system message.
-  void check_system(const std::string& content) const;
+  /// The text of a system message, up to the user's first. \throws Error invalid_argument: the template does not take it.
+  [[nodiscard]] std::string system_text(const std::string& content) const;
 };
 
 }  // namespace qwenport::detail
