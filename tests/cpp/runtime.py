@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qwenport.engines import FinishReason, Generated, TokenLogprob
+from qwenport.engines import FinishReason, Generated, Message, Reply, TokenLogprob
 
 ERRORS = {
     1: "invalid argument",
@@ -110,6 +110,35 @@ class EncodeOptions(c.Structure):
     _fields_ = [("add_special_tokens", c.c_int), ("split_special_tokens", c.c_int)]
 
 
+class ChatOptions(c.Structure):
+    _fields_ = [
+        ("system", c.c_char_p),
+        ("generate", GenerateOptions),
+        ("stop_strings", c.POINTER(c.c_char_p)),
+        ("stop_string_count", c.c_size_t),
+        ("drop_oldest", c.c_int),
+        ("session", SessionOptions),
+    ]
+
+
+class _Message(c.Structure):
+    _fields_ = [("role", c.c_char_p), ("content", c.c_void_p), ("bytes", c.c_size_t)]
+
+
+class _Reply(c.Structure):
+    _fields_ = [
+        ("text", c.c_void_p),
+        ("bytes", c.c_size_t),
+        *(
+            (name, c.c_int)
+            for name in ("reason", "stop_string", "prompt_tokens", "new_tokens", "dropped")
+        ),
+    ]
+
+
+ON_TEXT = c.CFUNCTYPE(None, c.c_void_p, c.POINTER(c.c_char), c.c_size_t)
+
+
 class Logprobs(c.Structure):
     _fields_ = [(name, c.c_void_p) for name in ("logprobs", "top_tokens", "top_logprobs")]
 
@@ -126,7 +155,9 @@ class Library:
         self.c.qwenport_generate_defaults.restype = GenerateOptions
         self.c.qwenport_cancellation_create.restype = c.c_void_p
         self.c.qwenport_encode_defaults.restype = EncodeOptions
+        self.c.qwenport_chat_defaults.restype = ChatOptions
         freed = "engine session snapshot cancellation tokenizer stream_decoder tokens text"
+        freed += " chat_format chat"
         for name in freed.split():
             getattr(self.c, f"qwenport_{name}_free").argtypes = [c.c_void_p]
         self.c.qwenport_cancellation_request.argtypes = [c.c_void_p]
@@ -158,6 +189,36 @@ class Library:
         tokenizer = c.c_void_p()
         self.check(self.c.qwenport_tokenizer_load(str(directory).encode(), c.byref(tokenizer)))
         return Tokenizer(self, tokenizer)
+
+    def chat_format(self, directory: Path) -> ChatFormat:
+        form = c.c_void_p()
+        self.check(self.c.qwenport_chat_format_load(str(directory).encode(), c.byref(form)))
+        return ChatFormat(self, form)
+
+
+class ChatFormat:
+    def __init__(self, library: Library, handle: c.c_void_p) -> None:
+        self.library, self.handle = library, handle
+
+    def __del__(self) -> None:
+        self.library.c.qwenport_chat_format_free(self.handle)
+
+    def text(self, messages: Sequence[Message]) -> str:
+        given = (_Message * max(len(messages), 1))()
+        contents = [message.content.encode() for message in messages]
+        for place, message, content in zip(given, messages, contents, strict=False):
+            place.role, place.bytes = message.role.encode(), len(content)
+            place.content = c.cast(c.c_char_p(content), c.c_void_p)
+        text, size = c.c_void_p(), c.c_size_t()
+        self.library.check(
+            self.library.c.qwenport_chat_format_text(
+                self.handle, given, c.c_size_t(len(messages)), c.byref(text), c.byref(size)
+            )
+        )
+        try:
+            return c.string_at(text, size.value).decode()
+        finally:
+            self.library.c.qwenport_text_free(text)
 
 
 class Tokenizer:
@@ -261,6 +322,83 @@ class Engine:
             self.library.c.qwenport_session_create(self.handle, c.byref(given), c.byref(session))
         )
         return Session(self.library, session, self.info().vocab_size)
+
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        stop_strings: Sequence[str] = (),
+        drop_oldest: bool = False,
+        capacity: int = 0,
+        on_logits: Callable[[Any, int], None] | None = None,
+        cancellation: c.c_void_p | None = None,
+        **generate: float,
+    ) -> Chat:
+        """on_logits gets the logits, an array to be edited, and how many tokens have been drawn."""
+        given = self.library.c.qwenport_chat_defaults()
+        given.system = None if system is None else system.encode()
+        for name, value in generate.items():
+            setattr(given.generate, name, value)
+        given.generate.cancellation = cancellation
+        stops = [stop.encode() for stop in stop_strings]
+        given.stop_strings = (c.c_char_p * max(len(stops), 1))(*stops)
+        given.stop_string_count = len(stops)
+        given.drop_oldest, given.session.capacity = drop_oldest, capacity
+        edit = ON_LOGITS()
+        if on_logits is not None:
+            edit = ON_LOGITS(
+                lambda _, row, logits, vocab, drawn, count: on_logits(
+                    np.ctypeslib.as_array(logits, (vocab,)), count
+                )
+            )
+            given.generate.on_logits = edit
+        chat = c.c_void_p()
+        self.library.check(
+            self.library.c.qwenport_chat_create(self.handle, c.byref(given), c.byref(chat))
+        )
+        return Chat(self.library, chat, edit)
+
+
+class Chat:
+    def __init__(self, library: Library, handle: c.c_void_p, on_logits: Any) -> None:
+        self.library, self.handle = library, handle
+        self.on_logits = on_logits  # it must live as long
+
+    def __del__(self) -> None:
+        self.library.c.qwenport_chat_free(self.handle)
+
+    def send(self, content: str, on_text: Callable[[str], None] | None = None) -> Reply:
+        data, reply = content.encode(), _Reply()
+        pieces = ON_TEXT()
+        if on_text is not None:
+            pieces = ON_TEXT(lambda _, text, size: on_text(c.string_at(text, size).decode()))
+        self.library.check(
+            self.library.c.qwenport_chat_send(
+                self.handle, data, c.c_size_t(len(data)), pieces, None, c.byref(reply)
+            )
+        )
+        return Reply(
+            c.string_at(reply.text, reply.bytes).decode(),
+            REASONS[reply.reason],
+            None if reply.stop_string == -1 else reply.stop_string,
+            reply.prompt_tokens,
+            reply.new_tokens,
+            reply.dropped,
+        )
+
+    @property
+    def history(self) -> list[Message]:
+        messages, count = c.POINTER(_Message)(), c.c_size_t()
+        self.library.check(
+            self.library.c.qwenport_chat_history(self.handle, c.byref(messages), c.byref(count))
+        )
+        return [
+            Message(m.role.decode(), c.string_at(m.content, m.bytes).decode())
+            for m in messages[: count.value]
+        ]
+
+    def reset(self) -> None:
+        self.library.check(self.library.c.qwenport_chat_reset(self.handle))
 
 
 def _rows(rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:

@@ -128,7 +128,7 @@ ANY_TEXT = {("runtime_version",), ("gpus", 0), ("gpus", 1)}
     ("path", "value", "complaint"),
     [
         (("format",), "qwenport-package", "holds a qwenport-package"),
-        (("format_version",), 2, "format version 2, this runtime reads 5; build the engine again"),
+        (("format_version",), 2, "format version 2, this runtime reads 6; build the engine again"),
         (("dtype",), "int8", "dtype is not one of bf16 fp16 fp32"),
         (("dtype",), "bf16", "bindings.inputs is not what this runtime feeds"),
         (("flavour",), "other", "flavour is not onnxruntime, tensorrt or tensorrt-rtx"),

@@ -2,73 +2,21 @@
 #include <doctest/doctest.h>
 
 #include <array>
-#include <cstdlib>
-#include <cstring>
-#include <filesystem>
-#include <fstream>
 #include <thread>
 
 #include "qwenport/tokenizer.h"
 #include "qwenport/tokenizer.hpp"
-#include "sha256.hpp"
-#include "stand_in.hpp"
+#include "small_engine.hpp"
 
 namespace {
 
 using qwenport::Token;
+using stand_in::Directory;
+using stand_in::small_tokenizer;
 using Tokens = std::vector<Token>;
 
-void put(std::string& file, std::initializer_list<std::uint32_t> numbers) {
-  for (const std::uint32_t number : numbers) {
-    file.append(reinterpret_cast<const char*>(&number), sizeof number);
-  }
-}
-
-/// Tokens 0 to 255 are bytes, 256 "ab", 257 "abc", 258 "<|x|>", which is special. GPT-2's pre-tokenizer, and NFC.
-std::string small_file() {
-  std::string file("qwenport-tokenizer");
-  file.resize(20);
-  put(file, {1, 1, 5, 259, 2, 1, 1, 0, 266});
-  for (std::uint32_t byte = 0; byte < 256; ++byte) put(file, {byte});
-  for (std::uint32_t id = 0; id <= 256; ++id) put(file, {id});
-  put(file, {258, 261, 266});
-  put(file, {'a', 'b', 256, 256, 'c', 257});
-  put(file, {258, 16, 261, 5});
-  put(file, {258});
-  for (int id = 0; id < 258; ++id) file += '\2';
-  file += '\1';
-  for (int byte = 0; byte < 256; ++byte) file += static_cast<char>(byte);
-  return file + "ababc<|x|>";
-}
-
-/// An engine directory with a tokenizer file.
-class Directory {
- public:
-  explicit Directory(const std::string& file) {
-    auto path = (std::filesystem::temp_directory_path() / "qwenport-XXXXXX").string();
-    REQUIRE(mkdtemp(path.data()) != nullptr);
-    path_ = path;
-    const std::string name = "tokenizer.qwenport";
-    std::string manifest = stand_in::toy_manifest_text(64, 2, 16, 97);
-    const std::size_t at = manifest.find(R"("files":)");
-    REQUIRE(at != std::string::npos);
-    manifest.insert(manifest.find('{', at) + 1,
-                    '"' + name + R"(": {"bytes": )" + std::to_string(file.size()) + R"(, "sha256": ")" +
-                        qwenport::detail::sha256(file.data(), file.size()) + "\"},");
-    std::ofstream(path_ + "/qwenport.json") << manifest;
-    std::ofstream(path_ + "/" + name, std::ios::binary) << file;
-  }
-  ~Directory() { std::filesystem::remove_all(path_); }
-  Directory(const Directory&) = delete;
-  Directory& operator=(const Directory&) = delete;
-  [[nodiscard]] const std::string& path() const { return path_; }
-
- private:
-  std::string path_;
-};
-
 TEST_CASE("a text is merged, its special tokens are found, and a token is put before it") {
-  const Directory directory(small_file());
+  const Directory directory(small_tokenizer());
   const auto tokenizer = qwenport::Tokenizer::load(directory.path());
   CHECK(tokenizer.encode("abcab<|x|>a") == Tokens{258, 257, 256, 258, 'a'});
   CHECK(tokenizer.encode("b<|x|>", {false, true}) == Tokens{'b', '<', '|', 'x', '|', '>'});
@@ -81,7 +29,7 @@ TEST_CASE("a text is merged, its special tokens are found, and a token is put be
 }
 
 TEST_CASE("no half character leaves a stream") {
-  const Directory directory(small_file());
+  const Directory directory(small_tokenizer());
   const auto tokenizer = qwenport::Tokenizer::load(directory.path());
   qwenport::StreamDecoder stream(tokenizer);
   CHECK(stream.push(0xF0).empty());
@@ -97,7 +45,7 @@ TEST_CASE("no half character leaves a stream") {
 }
 
 TEST_CASE("threads share a tokenizer") {
-  const Directory directory(small_file());
+  const Directory directory(small_tokenizer());
   const auto tokenizer = qwenport::Tokenizer::load(directory.path());
   std::array<Tokens, 4> found;
   std::vector<std::thread> threads;
@@ -113,7 +61,7 @@ TEST_CASE("threads share a tokenizer") {
 }
 
 TEST_CASE("the C API does the same, and refuses NULL by name") {
-  const Directory directory(small_file());
+  const Directory directory(small_tokenizer());
   qwenport_tokenizer* tokenizer = nullptr;
   REQUIRE(qwenport_tokenizer_load(directory.path().c_str(), &tokenizer) == 0);
   int64_t* tokens = nullptr;

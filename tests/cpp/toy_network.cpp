@@ -127,7 +127,7 @@ std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, 
   if (two_profiles) profiles << profile(1) << ",";
   profiles << profile(max_step_tokens);
   std::ostringstream text;
-  text << R"({"format": "qwenport-engine", "format_version": 5, "flavour": "tensorrt",
+  text << R"({"format": "qwenport-engine", "format_version": 6, "flavour": "tensorrt",
     "runtime_version": "10.14.1.48", "gpus": ["sm80", "sm90"], "dtype": "fp32",
     "max_seq_len": )"
        << capacity << R"(, "max_batch": )" << max_batch << R"(,
@@ -138,6 +138,7 @@ std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, 
     "attention": {"form": ")"
        << form << R"(", "span_multiple": )" << multiple << R"(, "slots": )" << slots << R"(},
     "quantization": null,
+    "text": {"stop_tokens": [], "chat": null, "no_chat": "a toy has no chat template"},
     "profiles": [)"
        << profiles.str() << R"(],
     "bindings": {"inputs": [)"

@@ -40,6 +40,7 @@ Error::Error(ErrorCode code, const std::string& message)
 Engine::Engine(std::shared_ptr<const detail::Model> model, const std::string& directory,
                bool require_self_test)
     : model_(std::move(model)),
+      directory_(directory),
       self_test_(std::make_shared<detail::SelfTest>(model_, directory, require_self_test)) {}
 
 SelfTestReport Engine::self_test() const { return self_test_->run(); }
@@ -73,6 +74,13 @@ std::vector<TokenView> views(const std::vector<std::vector<Token>>& rows) {
   return all;
 }
 
+detail::TokenSink forwarding(const OnToken& on_token) {
+  return [&on_token](int row, Token token) {
+    if (on_token) on_token(row, token);
+    return false;
+  };
+}
+
 }  // namespace
 
 Logits Session::prefill(const std::vector<Token>& tokens) {
@@ -94,13 +102,13 @@ Logits Session::decode_batch(const std::vector<Token>& tokens) {
 Generated Session::generate(const std::vector<Token>& prompt, const GenerateOptions& options,
                             const OnToken& on_token) {
   const auto core = core_;  // a callback may destroy this session
-  return std::move(detail::generate(idle_core(core), {view(prompt)}, options, on_token).front());
+  return std::move(detail::generate(idle_core(core), {view(prompt)}, options, forwarding(on_token)).front());
 }
 
 std::vector<Generated> Session::generate_batch(const std::vector<std::vector<Token>>& prompts,
                                                const GenerateOptions& options, const OnToken& on_token) {
   const auto core = core_;  // a callback may destroy this session
-  return detail::generate(idle_core(core), views(prompts), options, on_token);
+  return detail::generate(idle_core(core), views(prompts), options, forwarding(on_token));
 }
 
 void Session::reset() { idle_core(core_).reset(); }

@@ -10,19 +10,11 @@
 #include <vector>
 
 #include "c_guard.hpp"
+#include "c_types.hpp"
 #include "qwenport/qwenport.hpp"
-
-struct qwenport_engine {
-  qwenport::Engine engine;
-  std::string gpus;
-};
 
 struct qwenport_session {
   qwenport::Session session;
-};
-
-struct qwenport_cancellation {
-  qwenport::Cancellation cancellation;
 };
 
 namespace {
@@ -31,6 +23,8 @@ using qwenport::ErrorCode;
 using qwenport::Token;
 using qwenport::detail::guarded;
 using qwenport::detail::need;
+using qwenport::detail::options_of;
+using qwenport::detail::rows_of;
 
 static_assert(static_cast<int>(ErrorCode::invalid_argument) == QWENPORT_INVALID_ARGUMENT);
 static_assert(static_cast<int>(ErrorCode::bad_engine) == QWENPORT_BAD_ENGINE);
@@ -62,49 +56,8 @@ int value_of(const qwenport_session* session, const Get& get) noexcept {
   return value;
 }
 
-std::vector<std::vector<Token>> rows_of(const int64_t* const* rows, const size_t* sizes, size_t count,
-                                        const std::string& name) {
-  std::vector<std::vector<Token>> all(count);
-  for (size_t b = 0; b < count; ++b) {
-    if (sizes[b] == 0) continue;
-    need({{name + "[" + std::to_string(b) + "]", rows[b]}});
-    all[b].assign(rows[b], rows[b] + sizes[b]);
-  }
-  return all;
-}
-
 void put_rows(const qwenport::Logits& from, const float** logits) {
   for (int b = 0; b < from.rows(); ++b) logits[b] = from.row(b);
-}
-
-qwenport::GenerateOptions options_of(const qwenport_generate_options& given, void* user) {
-  qwenport::GenerateOptions options;
-  options.max_new_tokens = given.max_new_tokens;
-  if (given.stop_token_count != 0) {
-    need({{"options.stop_tokens", given.stop_tokens}});
-    options.stop_tokens.assign(given.stop_tokens, given.stop_tokens + given.stop_token_count);
-  }
-  if (given.stop_sequence_count != 0) {
-    need({{"options.stop_sequences", given.stop_sequences},
-          {"options.stop_sequence_sizes", given.stop_sequence_sizes}});
-    options.stop_sequences = rows_of(given.stop_sequences, given.stop_sequence_sizes,
-                                     given.stop_sequence_count, "options.stop_sequences");
-  }
-  options.temperature = given.temperature;
-  options.top_k = given.top_k;
-  options.top_p = given.top_p;
-  options.repetition_penalty = given.repetition_penalty;
-  options.seed = given.seed;
-  options.append = given.append != 0;
-  if (given.cancellation != nullptr) options.cancellation = &given.cancellation->cancellation;
-  if (given.on_logits != nullptr) {
-    options.on_logits = [edit = given.on_logits, user](int row, qwenport::EditableLogits logits,
-                                                       const std::vector<Token>& tokens) {
-      edit(user, row, logits.data(), logits.size(), tokens.data(), tokens.size());
-    };
-  }
-  options.logprobs = given.logprobs;
-  return options;
 }
 
 void check_buffers(int wanted, const qwenport_logprobs* given) {
@@ -273,7 +226,7 @@ int qwenport_generate(qwenport_session* session, const int64_t* const* prompts, 
     qwenport::OnToken forward;
     if (on_token != nullptr) forward = [=](int row, Token token) { on_token(user, row, token); };
     const auto rows = session->session.generate_batch(rows_of(prompts, sizes, count, "prompts"),
-                                                      options_of(given, user), forward);
+                                                      options_of(given, &user), forward);
     for (size_t b = 0; b < count; ++b) {
       const qwenport::Generated& row = rows[b];
       const size_t column = b * static_cast<size_t>(given.max_new_tokens);
@@ -345,6 +298,10 @@ qwenport_cancellation* qwenport_cancellation_create(void) { return new (std::not
 
 void qwenport_cancellation_request(qwenport_cancellation* cancellation) {
   if (cancellation != nullptr) cancellation->cancellation.request();
+}
+
+void qwenport_cancellation_reset(qwenport_cancellation* cancellation) {
+  if (cancellation != nullptr) cancellation->cancellation.reset();
 }
 
 void qwenport_cancellation_free(qwenport_cancellation* cancellation) { delete cancellation; }

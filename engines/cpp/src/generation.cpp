@@ -40,7 +40,7 @@ class Row {
   }
 
   /// Draw the next token from the logits and decide whether the row ends.
-  void take(const float* logits, const OnToken& on_token) {
+  void take(const float* logits, const TokenSink& sink) {
     if (options_.on_logits) logits = edit(logits);
     Token token = 0;
     named([&] { token = sampler_.sample(logits, seen_); });
@@ -49,7 +49,7 @@ class Row {
       result.reason = FinishReason::stop;
       result.stop_token = token;
       ended = true;
-      release(on_token);
+      release(sink);
       return;
     }
     drawn_.push_back(token);
@@ -58,17 +58,19 @@ class Row {
     result.stop_sequence = matching_.push(token);
     if (result.stop_sequence >= 0) result.reason = FinishReason::stop;
     ended = result.stop_sequence >= 0 || drawn_.size() == limit_;
-    release(on_token, ended ? 0 : matching_.undecided());
+    release(sink, ended ? 0 : matching_.undecided());
   }
 
   /// Pass on the tokens that have not been, without the last ones, which stay held back.
-  void release(const OnToken& on_token, std::size_t held_back = 0) {
+  void release(const TokenSink& sink, std::size_t held_back = 0) {
     const std::size_t end = drawn_.size() - std::max(held_back, removed());
     while (released_ < end) {
-      const Token token = drawn_[released_++];
-      if (!on_token) continue;
-      on_token(index_, token);
+      const bool ends = sink(index_, drawn_[released_++]);
       session_.check_callback();
+      if (!ends) continue;
+      ended = true;
+      result.reason = FinishReason::stop;
+      return;
     }
   }
 
@@ -131,7 +133,7 @@ class Row {
   Sampler sampler_;
   StopSequences matching_;
   std::vector<Token> drawn_;  // also those of a stop sequence
-  std::size_t released_ = 0;  // how many of them on_token has had
+  std::size_t released_ = 0;  // how many of them the sink has had
   std::vector<Token> seen_;   // the prompt and those
   std::vector<float> edited_;
   std::size_t limit_ = 0;
@@ -184,7 +186,7 @@ void check(const SessionCore& session, const std::vector<TokenView>& prompts,
 }  // namespace
 
 std::vector<Generated> generate(SessionCore& session, const std::vector<TokenView>& prompts,
-                                const GenerateOptions& options, const OnToken& on_token) {
+                                const GenerateOptions& options, const TokenSink& sink) {
   const SamplingParams params = checked_params(options);
   check(session, prompts, options);
   const SessionCore::Generating generating(session);
@@ -215,7 +217,7 @@ std::vector<Generated> generate(SessionCore& session, const std::vector<TokenVie
     const Logits logits = session.prefill(fed.data(), fed.size());
     for (std::size_t b = 0; b < rows.size(); ++b) {
       const std::size_t size = rows[b].prompt.size;
-      if (start < size && size <= start + chunk) rows[b].take(logits.row(static_cast<int>(b)), on_token);
+      if (start < size && size <= start + chunk) rows[b].take(logits.row(static_cast<int>(b)), sink);
     }
   }
   const auto unfinished = [&rows] {
@@ -230,13 +232,13 @@ std::vector<Generated> generate(SessionCore& session, const std::vector<TokenVie
     }
     const Logits logits = session.prefill(fed.data(), fed.size());
     for (std::size_t b = 0; b < rows.size(); ++b) {
-      if (fed[b].size != 0) rows[b].take(logits.row(static_cast<int>(b)), on_token);
+      if (fed[b].size != 0) rows[b].take(logits.row(static_cast<int>(b)), sink);
     }
   }
   std::vector<Generated> results;
   results.reserve(rows.size());
   for (std::size_t b = 0; b < rows.size(); ++b) {
-    rows[b].release(on_token);  // after a cancellation
+    if (!rows[b].ended) rows[b].release(sink);  // after a cancellation
     results.push_back(rows[b].finish(static_cast<std::size_t>(session.length(b) - before[b])));
   }
   return results;

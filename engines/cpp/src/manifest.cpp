@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <iterator>
 #include <nlohmann/json.hpp>
@@ -64,6 +65,13 @@ class Node {
                       value_.get<std::int64_t>() >= 1;
     if (!fits) wrong("a positive integer");
     return value_.get<int>();
+  }
+  [[nodiscard]] Token token(int vocab_size) const {
+    if (!value_.is_number_unsigned() ||
+        value_.get<std::uint64_t>() >= static_cast<std::uint64_t>(vocab_size)) {
+      wrong("a token of the vocabulary");
+    }
+    return value_.get<Token>();
   }
   [[nodiscard]] std::uint64_t count() const {
     if (!value_.is_number_unsigned()) wrong("a number of bytes");
@@ -285,6 +293,68 @@ void read_files(const Node& root, Manifest& manifest) {
   }
 }
 
+/// One of a list of names, by its place in that list.
+template <typename Enum, std::size_t N>
+Enum choice(const Node& node, const std::array<const char*, N>& names) {
+  const auto* const found = std::find(names.begin(), names.end(), node.text());
+  if (found == names.end()) {
+    std::string expected;
+    for (std::size_t i = 0; i < N; ++i)
+      expected += (i == 0 ? "" : i + 1 < N ? ", " : " or ") + std::string(names[i]);
+    node.wrong(expected);
+  }
+  return static_cast<Enum>(found - names.begin());
+}
+
+ContentFormat content_format(const Node& node) {
+  constexpr std::array rules{"verbatim", "strip", "after_thinking"};
+  constexpr std::array places{"starts_with", "ends_with", "contains"};
+  ContentFormat format{choice<ContentFormat::Rule>(node.at("rule"), rules), {}};
+  const Node refused = node.at("refused");
+  for (std::size_t i = 0; i < refused.size(); ++i) {
+    const Node pair = refused.at(i);
+    if (pair.size() != 2) pair.wrong("a place and a text");
+    format.refused.push_back({choice<Place>(pair.at(std::size_t{0}), places), pair.at(1).text()});
+  }
+  return format;
+}
+
+ChatTemplate chat_template_of(const Node& node) {
+  ChatTemplate format;
+  const Node start = node.at("start_to_system");
+  const Node end = node.at("system_to_user");
+  if (start.is_null() != end.is_null()) end.wrong("null if, and only if, start_to_system is");
+  if (!start.is_null()) {
+    format.start_to_system = start.text();
+    format.system_to_user = end.text();
+  }
+  format.start_to_user = node.at("start_to_user").text();
+  format.user_to_assistant = node.at("user_to_assistant").text();
+  format.assistant_to_user = node.at("assistant_to_user").text();
+  format.user_to_reply = node.at("user_to_reply").text();
+  const Node contents = node.at("contents");
+  format.system = content_format(contents.at("system"));
+  format.user = content_format(contents.at("user"));
+  format.assistant = content_format(contents.at("assistant"));
+  return format;
+}
+
+void read_text(const Node& root, Manifest& manifest) {
+  const Node text = root.at("text");
+  const Node stops = text.at("stop_tokens");
+  for (std::size_t i = 0; i < stops.size(); ++i) {
+    manifest.stop_tokens.push_back(stops.at(i).token(manifest.info.vocab_size));
+  }
+  const Node chat = text.at("chat");
+  const Node reason = text.at("no_chat");
+  if (chat.is_null() == reason.is_null()) reason.wrong("null if, and only if, there is a chat");
+  if (chat.is_null()) {
+    manifest.no_chat = reason.text();
+  } else {
+    manifest.chat = chat_template_of(chat);
+  }
+}
+
 }  // namespace
 
 bool Manifest::is_onnxruntime() const noexcept { return info.flavour == contract::onnxruntime; }
@@ -308,11 +378,19 @@ Manifest parse_manifest(std::string_view text, const std::string& where) {
   read_target(root, manifest);
   read_bindings(root, manifest);
   read_files(root, manifest);
+  read_text(root, manifest);
   // The hashes of an onnxruntime engine's files do not cover its weights: the manifest says more about them.
   manifest.sha256 = sha256(text.data(), text.size());
   manifest.identity = manifest.is_onnxruntime() ? manifest.sha256 : manifest.model.sha256;
   manifest.info.cache_bytes_per_row = manifest.caches.size() * manifest.row_bytes(manifest.attention.slots);
   return manifest;
+}
+
+const ChatTemplate& chat_template(const Manifest& manifest, const std::string& directory) {
+  if (!manifest.chat) {
+    throw Error(ErrorCode::bad_engine, directory + ": " + manifest.no_chat);
+  }
+  return *manifest.chat;
 }
 
 Manifest read_manifest(const std::string& directory) {

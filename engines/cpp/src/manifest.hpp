@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "chat/template.hpp"
 #include "qwenport/qwenport.hpp"
 
 namespace qwenport::detail {
@@ -51,6 +52,9 @@ struct Manifest {
   std::string package_sha256;        ///< of the package's manifest; only if there is a proof
   std::vector<CacheBinding> caches;  ///< ordered by the names of their outputs
   std::vector<std::string> queries;  ///< outputs whose values are not used
+  std::vector<Token> stop_tokens;    ///< the model's
+  std::optional<ChatTemplate> chat;
+  std::string no_chat;  ///< why there is none
 
   /// Bytes of one slot of one head in a cache binding.
   [[nodiscard]] std::size_t slot_bytes() const noexcept {
@@ -67,6 +71,9 @@ struct Manifest {
 /// \param text the file's content. \param where its path, for messages.
 /// \throws Error bad_engine.
 Manifest parse_manifest(std::string_view text, const std::string& where);
+
+/// How the engine in a directory writes conversations. \throws Error bad_engine: it cannot; the message says why.
+const ChatTemplate& chat_template(const Manifest& manifest, const std::string& directory);
 
 /// Read `directory`/qwenport.json. \throws Error bad_engine, invalid_argument (an empty name).
 Manifest read_manifest(const std::string& directory);

@@ -54,7 +54,8 @@ class SessionCore {
   Logits decode(const Token* tokens, std::size_t count);
   void reset();
   void truncate(int length, int row);
-  /// Tokens that a row holds.
+  /// The tokens that a row holds, and how many they are.
+  [[nodiscard]] const std::vector<Token>& held(std::size_t row) const noexcept { return held_[row]; }
   [[nodiscard]] int length(std::size_t row) const noexcept { return static_cast<int>(held_[row].size()); }
   [[nodiscard]] int max_batch() const noexcept { return static_cast<int>(held_.size()); }
   [[nodiscard]] int capacity() const noexcept { return capacity_; }

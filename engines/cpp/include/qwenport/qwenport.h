@@ -236,8 +236,10 @@ QWENPORT_EXPORT void qwenport_snapshot_free(void* snapshot);
 
 /** Returns NULL if out of memory. */
 QWENPORT_EXPORT qwenport_cancellation* qwenport_cancellation_create(void);
-/** May be called from any thread. */
+/** May be called from any thread, and from a signal handler. */
 QWENPORT_EXPORT void qwenport_cancellation_request(qwenport_cancellation* cancellation);
+/** Before it serves the next generation. */
+QWENPORT_EXPORT void qwenport_cancellation_reset(qwenport_cancellation* cancellation);
 /** Must not be called while a generation uses it. */
 QWENPORT_EXPORT void qwenport_cancellation_free(qwenport_cancellation* cancellation);
 

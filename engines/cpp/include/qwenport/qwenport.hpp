@@ -167,7 +167,9 @@ class QWENPORT_EXPORT Engine {
 
  private:
   friend class Session;
+  friend class Chat;
   std::shared_ptr<const detail::Model> model_;
+  std::string directory_;
   std::shared_ptr<detail::SelfTest> self_test_;
 };
 
@@ -204,13 +206,17 @@ class Logits {
   int vocab_size_;
 };
 
-/// Ends a generation from another thread. It stays requested: use a new one for each request.
+/// Ends a generation from another thread, or from a signal handler: request does nothing but store to a lock-free atomic.
+/// It stays requested until it is reset.
 class Cancellation {
  public:
   void request() noexcept { requested_.store(true, std::memory_order_relaxed); }
+  /// Before it serves the next generation.
+  void reset() noexcept { requested_.store(false, std::memory_order_relaxed); }
   [[nodiscard]] bool requested() const noexcept { return requested_.load(std::memory_order_relaxed); }
 
  private:
+  static_assert(std::atomic<bool>::is_always_lock_free);
   std::atomic<bool> requested_{false};
 };
 
@@ -350,6 +356,7 @@ class QWENPORT_EXPORT Session {
   void restore(const std::vector<std::byte>& snapshot);
 
  private:
+  friend class Chat;
   std::shared_ptr<detail::SessionCore> core_;
 };
 

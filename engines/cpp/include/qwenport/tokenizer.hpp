@@ -54,6 +54,7 @@ class QWENPORT_EXPORT Tokenizer {
 
  private:
   friend class StreamDecoder;
+  friend class Chat;
   explicit Tokenizer(std::shared_ptr<const detail::TokenizerCore> core);
   std::shared_ptr<const detail::TokenizerCore> core_;
 };

@@ -2,12 +2,12 @@
 #include "qwenport/tokenizer.h"
 
 #include <cstdlib>
-#include <cstring>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "c_guard.hpp"
+#include "c_types.hpp"
 #include "qwenport/tokenizer.hpp"
 
 struct qwenport_tokenizer {
@@ -21,17 +21,9 @@ struct qwenport_stream_decoder {
 
 namespace {
 
+using qwenport::detail::copied;
 using qwenport::detail::guarded;
 using qwenport::detail::need;
-
-/// A copy for the caller, with a zero behind it.
-template <typename T>
-T* copied(const T* values, std::size_t count) {
-  auto* copy = static_cast<T*>(std::calloc(count + 1, sizeof(T)));
-  if (copy == nullptr) throw std::bad_alloc();
-  if (count != 0) std::memcpy(copy, values, count * sizeof(T));
-  return copy;
-}
 
 void put_text(qwenport_stream_decoder& decoder, std::string piece, const char** text, size_t* bytes) {
   decoder.text = std::move(piece);

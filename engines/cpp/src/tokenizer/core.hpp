@@ -1,10 +1,12 @@
 // A tokenizer in memory: what Tokenizer and StreamDecoder share.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "manifest.hpp"
 #include "qwenport/tokenizer.hpp"
 #include "tokenizer/added_tokens.hpp"
 #include "tokenizer/bpe.hpp"
@@ -36,5 +38,8 @@ class TokenizerCore {
   BytePairs pairs_;
   const Unicode& unicode_ = Unicode::tables();
 };
+
+/// The tokenizer in an engine directory with this manifest. \throws Error bad_engine: there is none, or it was changed.
+std::shared_ptr<const TokenizerCore> load_tokenizer(const Manifest& manifest, const std::string& directory);
 
 }  // namespace qwenport::detail

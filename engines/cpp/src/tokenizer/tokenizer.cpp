@@ -5,7 +5,6 @@
 
 #include "contract.hpp"
 #include "files.hpp"
-#include "manifest.hpp"
 #include "tokenizer/core.hpp"
 
 namespace qwenport {
@@ -85,21 +84,24 @@ std::string_view TokenizerCore::bytes(Token token, bool skip_special_tokens) con
   return data_.bytes(id);
 }
 
+std::shared_ptr<const TokenizerCore> load_tokenizer(const Manifest& manifest, const std::string& directory) {
+  if (!manifest.tokenizer) {
+    throw Error(ErrorCode::bad_engine, directory + ": no " + contract::tokenizer_name +
+                                           "; `qwenport build` says why it leaves one out");
+  }
+  const std::string path = directory + "/" + contract::tokenizer_name;
+  const MappedFile mapped(path);
+  check_file(*manifest.tokenizer, directory, mapped);
+  return std::make_shared<const TokenizerCore>(
+      std::string_view(static_cast<const char*>(mapped.data()), mapped.size()), path);
+}
+
 }  // namespace detail
 
 Tokenizer::Tokenizer(std::shared_ptr<const detail::TokenizerCore> core) : core_(std::move(core)) {}
 
 Tokenizer Tokenizer::load(const std::string& engine_directory) {
-  const detail::Manifest manifest = detail::read_manifest(engine_directory);
-  if (!manifest.tokenizer) {
-    throw Error(ErrorCode::bad_engine, engine_directory + ": no " + contract::tokenizer_name +
-                                           "; `qwenport build` says why it leaves one out");
-  }
-  const std::string path = engine_directory + "/" + contract::tokenizer_name;
-  const detail::MappedFile mapped(path);
-  detail::check_file(*manifest.tokenizer, engine_directory, mapped);
-  return Tokenizer(std::make_shared<const detail::TokenizerCore>(
-      std::string_view(static_cast<const char*>(mapped.data()), mapped.size()), path));
+  return Tokenizer(detail::load_tokenizer(detail::read_manifest(engine_directory), engine_directory));
 }
 
 std::vector<Token> Tokenizer::encode(std::string_view text, const EncodeOptions& options) const {
@@ -109,10 +111,7 @@ std::vector<Token> Tokenizer::encode(std::string_view text, const EncodeOptions&
 std::string Tokenizer::decode(const std::vector<Token>& tokens, bool skip_special_tokens) const {
   std::string bytes;
   for (const Token token : tokens) bytes += core_->bytes(token, skip_special_tokens);
-  if (detail::is_valid_utf8(bytes)) return bytes;
-  std::string text;
-  detail::append_valid(bytes, /*whole=*/true, text);
-  return text;
+  return detail::valid_utf8(std::move(bytes));
 }
 
 StreamDecoder::StreamDecoder(const Tokenizer& tokenizer, bool skip_special_tokens)

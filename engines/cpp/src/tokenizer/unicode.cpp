@@ -266,4 +266,11 @@ bool is_valid_utf8(std::string_view bytes) noexcept {
   return true;
 }
 
+std::string valid_utf8(std::string bytes) {
+  if (is_valid_utf8(bytes)) return bytes;
+  std::string text;
+  append_valid(bytes, /*whole=*/true, text);
+  return text;
+}
+
 }  // namespace qwenport::detail

@@ -111,4 +111,7 @@ std::size_t append_valid(std::string_view bytes, bool whole, std::string& to);
 
 bool is_valid_utf8(std::string_view bytes) noexcept;
 
+/// The same bytes, with U+FFFD for what append_valid replaces.
+std::string valid_utf8(std::string bytes);
+
 }  // namespace qwenport::detail
