@@ -98,7 +98,7 @@ FREE = re.compile(
 def paths(value: Any, path: str = "") -> Iterator[str]:
     """The path of each value in a manifest, as the page writes it. Shapes and lists of plain values have no items."""
     if isinstance(value, dict):
-        if path in ("model.moe", "source.adapter"):
+        if path in ("model.moe", "source.adapter", "text.chat"):
             yield path  # may be null
         for key, inner in value.items():
             name = "NAME" if FREE.fullmatch(path) else key
