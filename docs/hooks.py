@@ -34,6 +34,12 @@ HEADERS = {
         "engines/cpp/include/qwenport/tokenizer.h",
         "c",
     ),
+    "reference/cpp-chat.md": (
+        "The chat's C++ header",
+        "engines/cpp/include/qwenport/chat.hpp",
+        "cpp",
+    ),
+    "reference/c-chat.md": ("The chat's C header", "engines/cpp/include/qwenport/chat.h", "c"),
     "reference/c.md": ("The C header", "engines/cpp/include/qwenport/qwenport.h", "c"),
 }
 CLI = """# Command line

@@ -6,10 +6,12 @@ import os
 import re
 from pathlib import Path
 
+import pytest
+
 from .builds import ROOT, run, tensorrt_headers, tool
 
 PAGE = (ROOT / "docs" / "embedding.md").read_text()
-TOKENIZER_PAGE = (ROOT / "docs" / "tokenizer.md").read_text()
+TEXT_PAGES = [ROOT / "docs" / name for name in ("tokenizer.md", "chat.md")]
 
 
 def blocks(language: str, page: str = PAGE) -> list[str]:
@@ -46,12 +48,16 @@ def test_the_commands_of_the_page_build_a_program(tmp_path: Path) -> None:
     run("gcc", "-std=c99", "-fsyntax-only", f"-I{tmp_path}/prefix/include", tmp_path / "page.c")
 
 
-def test_the_examples_of_the_tokenizers_page_compile(release: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", TEXT_PAGES, ids=lambda path: path.stem)
+def test_the_examples_of_the_pages_on_text_compile(
+    page: Path, release: Path, tmp_path: Path
+) -> None:
     headers = [f"-I{folder}/include" for folder in (ROOT / "engines" / "cpp", release / "runtime")]
     for compiler, standard, language in (("g++", "c++17", "cpp"), ("gcc", "c99", "c")):
-        (code,) = blocks(language, TOKENIZER_PAGE)
+        found = blocks(language, page.read_text())
+        assert found
         file = tmp_path / f"page.{language}"
-        file.write_text(code)
+        file.write_text("\n".join(found))
         run(compiler, f"-std={standard}", "-Wall", "-Werror", "-fsyntax-only", *headers, file)
 
 

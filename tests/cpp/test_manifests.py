@@ -102,16 +102,37 @@ def changed(document: Any, path: tuple, value: Any) -> Any:
     return document
 
 
+CHAT: dict[str, Any] = {
+    "start_to_system": "a",
+    "system_to_user": "b",
+    "start_to_user": "c",
+    "user_to_assistant": "d",
+    "assistant_to_user": "e",
+    "user_to_reply": "f",
+    "contents": {
+        "system": {"rule": "verbatim", "refused": []},
+        "user": {"rule": "strip", "refused": [["starts_with", "g"], ["contains", "h"]]},
+        "assistant": {"rule": "after_thinking", "refused": [["ends_with", "i"]]},
+    },
+}
+WITH_CHAT = {"stop_tokens": [3, 96], "chat": CHAT, "no_chat": None}
+
+
 @given(data=st.data())
-def test_any_value_that_is_removed_or_of_another_kind_is_named(library: Library, data) -> None:
-    document = json.loads(toy_manifest(library))
+@pytest.mark.parametrize("text", [{}, {"text": WITH_CHAT}], ids=["no chat", "chat"])
+def test_any_value_that_is_removed_or_of_another_kind_is_named(
+    library: Library, text: dict[str, Any], data
+) -> None:
+    document = json.loads(toy_manifest(library)) | text
     path = data.draw(st.sampled_from(list(places(document))))
     value = data.draw(st.sampled_from([..., None, -1, 1.5, [], {}, "x y"]))
     before = document
     for key in path:
         before = before[key]
     error, text, _ = read(library, json.dumps(changed(document, path, value)))
-    if value == before or (path in ANY_TEXT and isinstance(value, str)):
+    any_text = path in ANY_TEXT and not (text and path == ("text", "no_chat"))
+    no_items = path[-1] in ("stop_tokens", "refused") and value == []
+    if value == before or (any_text and isinstance(value, str)) or no_items:
         assert error == ""
     elif path == ("files", "engine.plan", "bytes") and isinstance(value, int):
         assert error == "bad engine"
@@ -121,7 +142,16 @@ def test_any_value_that_is_removed_or_of_another_kind_is_named(library: Library,
         assert "\n" not in text
 
 
-ANY_TEXT = {("runtime_version",), ("gpus", 0), ("gpus", 1)}
+ANY_TEXT = {
+    ("runtime_version",),
+    ("gpus", 0),
+    ("gpus", 1),
+    ("text", "no_chat"),
+    *(("text", "chat", name) for name in CHAT),
+    ("text", "chat", "contents", "user", "refused", 0, 1),
+    ("text", "chat", "contents", "user", "refused", 1, 1),
+    ("text", "chat", "contents", "assistant", "refused", 0, 1),
+}
 
 
 @pytest.mark.parametrize(
@@ -184,6 +214,11 @@ ANY_TEXT = {("runtime_version",), ("gpus", 0), ("gpus", 1)}
         (("files", "engine.plan", "bytes"), -1, "is not a number of bytes"),
         (("plugins",), ["../evil.so"], "plugins[0] is not a file's name"),
         (("plugins",), ["lib.so"], "no files.lib.so"),
+        (("text",), ..., "no text"),
+        (("text", "stop_tokens"), [97], "text.stop_tokens[0] is not a token of the vocabulary"),
+        (("text", "stop_tokens"), [3, -1], "text.stop_tokens[1] is not a token of the vocabulary"),
+        (("text", "no_chat"), None, "text.no_chat is not null if, and only if, there is a chat"),
+        (("text", "chat"), CHAT, "text.no_chat is not null if, and only if, there is a chat"),
     ],
 )
 def test_what_is_wrong_is_said(library: Library, path, value, complaint: str) -> None:
@@ -191,6 +226,38 @@ def test_what_is_wrong_is_said(library: Library, path, value, complaint: str) ->
     error, text, _ = read(library, json.dumps(document))
     assert error == "bad engine"
     assert complaint in text
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        (("start_to_system",), None, "system_to_user is not null if, and only if, start_to_system"),
+        (("system_to_user",), None, "system_to_user is not null if, and only if, start_to_system"),
+        (("user_to_reply",), None, "chat.user_to_reply is not a text"),
+        (("contents", "user"), ..., "no text.chat.contents.user"),
+        (
+            ("contents", "user", "rule"),
+            "upper",
+            "contents.user.rule is not verbatim, strip or after_thinking",
+        ),
+        (
+            ("contents", "user", "refused"),
+            [["is", "a"]],
+            "user.refused[0][0] is not starts_with, ends_with or contains",
+        ),
+        (("contents", "user", "refused", 0), ["contains"], "refused[0] is not a place and a text"),
+        (("contents", "user", "refused", 0, 1), 3, "user.refused[0][1] is not a text"),
+    ],
+)
+def test_what_is_wrong_with_a_chat_format_is_said(
+    library: Library, path, value, complaint: str
+) -> None:
+    text = WITH_CHAT | {"chat": changed(CHAT, path, value)}
+    error, message, _ = read(
+        library, json.dumps(json.loads(toy_manifest(library)) | {"text": text})
+    )
+    assert error == "bad engine"
+    assert complaint in message
 
 
 @pytest.fixture(scope="module")
