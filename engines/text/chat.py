@@ -103,7 +103,7 @@ class Chat:
 
         StopStrings(options.stop_strings)
         self._format = ChatFormat.load(target)
-        self._tokenizer = Tokenizer(Path(target))
+        self._tokenizer = Tokenizer(target)
         self._options = options
         self._system = [] if options.system is None else [Message(SYSTEM, _text(options.system))]
         self._format.text([*self._system, Message(USER, "")])
