@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import shlex
@@ -57,13 +58,19 @@ def test_a_page_runs_from_top_to_bottom(
         if kind == "python":
             exec(compile(text, f"{page.name}, an example", "exec"), {})
             continue
-        for line in text.splitlines():
+        lines = text.splitlines()
+        typed = [line.removeprefix("> ") for line in lines if line.startswith("> ")]
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
+        for line in lines:
             if line.startswith("$ qwenport "):
                 command, _, file = line.removeprefix("$ qwenport ").partition(" > ")
                 capsys.readouterr()
                 code = main(shlex.split(command))
                 said = capsys.readouterr()
                 assert code == 0, f"{line}\n{said.err}"
+                if command.startswith("chat "):
+                    shown = [line for line in lines if not line.startswith(("$ ", "> "))]
+                    assert said.out.splitlines() == shown
                 if file:
                     Path(file).write_text(said.out)
             elif line.startswith("$ "):
@@ -84,14 +91,14 @@ def keys_on_the_page(section: str) -> set[str]:
 
 
 FREE = re.compile(
-    r"(?:.*\.)?files|ops|profiles\[\]|aliases|plugin_layers|source\.converted"
+    r"(?:.*\.)?files|text\.chat\.contents|ops|profiles\[\]|aliases|plugin_layers|source\.converted"
 )  # their keys are names
 
 
 def paths(value: Any, path: str = "") -> Iterator[str]:
     """The path of each value in a manifest, as the page writes it. Shapes and lists of plain values have no items."""
     if isinstance(value, dict):
-        if path in ("model.moe", "source.adapter"):
+        if path in ("model.moe", "source.adapter", "text.chat"):
             yield path  # may be null
         for key, inner in value.items():
             name = "NAME" if FREE.fullmatch(path) else key

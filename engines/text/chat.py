@@ -1,7 +1,8 @@
 """A conversation with a model: text in, text out, and only the new turn is computed. C++ has the same in src/chat/.
 
 Each turn's prompt is the whole conversation as the chat template writes it, in the ids that transformers gives it. The
-cache keeps what it has of them: all to the end of the reply, unless the template writes that otherwise than it was drawn.
+cache keeps what it has of them: all to the end of the reply, unless the template writes that otherwise than it was
+drawn.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Chat:
 
         StopStrings(options.stop_strings)
         self._format = ChatFormat.load(target)
-        self._tokenizer = Tokenizer(Path(target))
+        self._tokenizer = Tokenizer(target)
         self._options = options
         self._system = [] if options.system is None else [Message(SYSTEM, _text(options.system))]
         self._format.text([*self._system, Message(USER, "")])

@@ -113,7 +113,7 @@ class ChatFormat:
         from qwenport.engines.text.tokenizer_json import UnrecognisedError
 
         try:
-            return derive_format(Tokenizer(Path(directory)))
+            return derive_format(Tokenizer(directory))
         except UnrecognisedError as error:
             raise ChatError(f"{directory}: {error}") from error
 

@@ -33,8 +33,8 @@ def has_tokenizer(directory: Path) -> bool:
 class Tokenizer:
     """A directory's tokenizer, as transformers loads it; the part that generation needs."""
 
-    def __init__(self, directory: Path) -> None:
-        """Load the tokenizer.
+    def __init__(self, directory: Path | str) -> None:
+        """Load the tokenizer of a package, an engine directory or a checkpoint.
 
         Raises:
             QwenportError: the directory has no tokenizer, or one that cannot be loaded.
@@ -42,6 +42,7 @@ class Tokenizer:
         from qwenport.engines.cache import cache_key, cached, keep
         from qwenport.exporter import COMPANIONS, check_companions, sha256
 
+        directory = Path(directory)
         if not has_tokenizer(directory):
             raise QwenportError(
                 f"{directory} has no tokenizer: the checkpoint it was made from had none"
