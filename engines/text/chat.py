@@ -31,6 +31,7 @@ from qwenport.engines.text.tokenizer import Tokenizer, check_ids
 from qwenport.exporter import Note, stop_ids
 
 OnText = Callable[[str], None]
+"""Called with each piece of a reply's text."""
 
 
 @dataclass(frozen=True)

@@ -216,20 +216,22 @@ def test_a_tokenizer_that_is_not_recognised_is_left_out_and_the_engine_runs(
     library: Library, tmp_path: Path
 ) -> None:
     checkpoint = Path(shutil.copytree(ROOT / "examples" / BUNDLED[0], tmp_path / "checkpoint"))
-    file = checkpoint / "tokenizer.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "normalizer": {"type": "NFKC"}}))
+    file = checkpoint / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"split_special_tokens": True}))
     exporter.export(checkpoint, tmp_path / "package", dtype="fp32")
     notes: list[str] = []
     engine = engines.build(
         tmp_path / "package", tmp_path / "engine", target="onnxruntime", note=notes.append
     )
     (told,) = [note for note in notes if TOKENIZER in note]
-    assert told.endswith("tokenizer.json: normalizer: 'NFKC'") and "\n" not in told
+    assert "split_special_tokens" in told and "\n" not in told
     assert TOKENIZER not in engine.manifest["files"]
     assert len(engines.open_session(engine.path).prefill([[1, 2, 3]])) == 1
     with pytest.raises(Error, match=f"no {TOKENIZER}; `qwenport build` says why"):
         library.tokenizer(engine.path)
+    with pytest.raises(Error, match=r"the tokenizer is not known to C\+\+.*split_special") as error:
+        library.chat_format(engine.path)
+    assert error.value.kind == "bad engine"
 
 
 @pytest.fixture(scope="module")
