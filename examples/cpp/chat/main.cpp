@@ -4,7 +4,9 @@
 #include <csignal>
 #include <iostream>
 
-static qwenport::Cancellation stop;
+namespace {
+qwenport::Cancellation stop;
+}
 
 int main(int argc, char** argv) {
   try {
