@@ -24,9 +24,8 @@ FP16_ONLY = ("sm75",)
 
 
 INT4, INT8, FLOAT8 = "INT4", "INT8", "FP8"
-WITHOUT = {INT4: ("sm75",), INT8: ("sm75",), FLOAT8: ("sm75", "sm80", "sm86", "sm87")}
-"""Type of an engine's quantized codes -> the architectures without kernels for all products; one of them fails a build.
-SM75 multiplies by INT8, but expands what follows attention."""
+WITHOUT = {INT4: ("sm75",), INT8: (), FLOAT8: ("sm75", "sm80", "sm86", "sm87")}
+"""Type of an engine's quantized codes -> architectures without kernels for its products; one of them fails a build."""
 
 
 EXPERTS = ".experts."

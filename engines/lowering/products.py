@@ -130,6 +130,21 @@ class NewNodes:
             return value
         return self.op("Cast", value, dtype=dtype, shape=value.shape, to=int(dtype))
 
+    def flat_product(self, x: ir.Value, weight: ir.Value, k: int, n: int) -> ir.Value:
+        """x [B, S, k] times weight [k, n] as a product of matrices.
+
+        TensorRT-RTX has a kernel for SM75 that multiplies by 8 bits as they are, and uses it if x has two dimensions. A
+        Reshape alone does not survive its optimizer, one that is multiplied by ones does. That is exact, and becomes a
+        part of the kernel before it.
+        """
+        int64 = ir.DataType.INT64
+        ones = ir.tensor(np.ones((1, k), self._dtype.numpy()), name=f"signed.ones_{k}")
+        one = initializer(self._graph.initializers, ones)
+        flat = self.op("Mul", self.op("Reshape", x, self.integers(-1, k)), one)
+        sizes = self.op("Shape", x, dtype=int64, start=0, end=2)
+        sizes = self.op("Concat", sizes, self.integers(n), dtype=int64, axis=0)
+        return self.op("Reshape", self.op("MatMul", flat, weight), sizes)
+
     def split(
         self, y: ir.Value, sizes: Sequence[int], shapes: Sequence[ir.Shape | None]
     ) -> Sequence[ir.Value]:

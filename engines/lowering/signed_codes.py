@@ -8,8 +8,9 @@ signed types without zero points. With the middle code m,
 where `sums` adds the columns of x in each block. Symmetric weights have z = m, and no second product. TensorRT rounds
 s (q - m), c, the sums and both products to the model's dtype, where a package rounds s (q - z) and one product.
 
-It multiplies by 4 bits in blocks, and by 8 bits with a scale per row. 8 bits in blocks become two digits of 4 bits
-each, q = 16 h + l, side by side along K: [x x] times 16 s (h - 8) and s (l - 8), with m = 136.
+It multiplies by 4 bits in blocks, and by 8 bits with a scale per row; in fp16, which is all that SM75 has, the input of
+such a product has two dimensions (`NewNodes.flat_product`). 8 bits in blocks become two digits of 4 bits each,
+q = 16 h + l, side by side along K: [x x] times 16 s (h - 8) and s (l - 8), with m = 136.
 
 Experts are gathered before they are multiplied by: their digits are added, and c is subtracted from the weights
 themselves. Where the columns are sorted (act-order), the operator is given their order too.
@@ -116,7 +117,11 @@ class _Work:
         dequantized = self._dequantized(name, weights, form, correction, first.dequantize)
         nodes = NewNodes(self.graph, f"{first.node.name}.signed", form.dtype)
         factor = nodes.op("Concat", x, x, axis=-1) if form.in_digits else x
-        y = nodes.op("MatMul", factor, nodes.op("Transpose", dequantized, perm=[1, 0]))
+        transposed = nodes.op("Transpose", dequantized, perm=[1, 0])
+        if form.is_flat:
+            y = nodes.flat_product(factor, transposed, form.k, sum(w.n for w in weights))
+        else:
+            y = nodes.op("MatMul", factor, transposed)
         if correction is not None:
             sums = self._sums.get((x, form.block))
             if sums is None:

@@ -37,6 +37,11 @@ class Form:
         return self.bits == 8 and self.block != self.k
 
     @property
+    def is_flat(self) -> bool:
+        """Whether products have their input in two dimensions, as SM75 wants it. Its only dtype is fp16."""
+        return self.codes == INT8 and self.dtype == ir.DataType.FLOAT16
+
+    @property
     def codes(self) -> ir.DataType:
         """The type of the signed codes."""
         return INT8 if self.bits == 8 and not self.in_digits else INT4
