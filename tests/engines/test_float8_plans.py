@@ -64,6 +64,19 @@ def test_each_weight_is_read_as_codes_by_a_fused_product(tmp_path: Path, scheme:
             assert {k.kind for k in readers} == {"runtime_fusion"}
 
 
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+def test_a_head_that_rounds_its_input_is_a_product_of_codes(
+    tmp_path: Path, activations: str
+) -> None:
+    ignore = (*GATES, r"re:.*\.mlp\..*", r"re:.*self_attn.*")
+    package = package_of(tmp_path, MIXTURE, activations=activations, ignore=ignore)
+    shape = (package.config.hidden_size, package.config.vocab_size)
+    for made in layer_list(package.path, SM, "direct", 2):
+        (head,) = [k for k in made.layers if any(c.dtype == "FP8" for c in k.constants)]
+        assert head.kind == "gemm" and [t.dtype for t in head.inputs] == ["FP8"]
+        assert [c.dims[-2:] for c in head.constants if c.dtype == "FP8"] == [shape]
+
+
 def test_the_command_line_builds_for_every_gpu_that_has_fp8(
     tmp_path: Path, capsys: Capture
 ) -> None:

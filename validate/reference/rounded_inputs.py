@@ -200,10 +200,28 @@ def agreeing(choices: Sequence[Choices | None], taken: Callable[[int], None]) ->
     def attach(text: int, index: int, layer: Any) -> list[Any]:
         wanted = choices[text]
         given = {} if wanted is None else wanted.rounded.get(index, {})
-        hooks = _hooks(layer) if given else {}
-        return [_given(hooks[path], given[path], taken) for path in given if path in hooks]
+        return [taking_over(layer, given, taken)] if given else []
 
     return attach
+
+
+@contextlib.contextmanager
+def taking_over(
+    module: Any, given: Mapping[str, Float32], taken: Callable[[int], None]
+) -> Iterator[None]:
+    """The same for one module: path of a linear in it, "" for itself -> its rounded input."""
+    hooks = _hooks(module)
+    with contextlib.ExitStack() as stack:
+        for path in given.keys() & hooks.keys():
+            stack.enter_context(_given(hooks[path], given[path], taken))
+        yield
+
+
+def as_multiplied(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """The input [..., K] of a linear as it multiplies it."""
+    for hook in _hooks(linear).values():
+        (x,) = hook(linear, (x,))
+    return x
 
 
 @contextlib.contextmanager
