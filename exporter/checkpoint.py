@@ -31,7 +31,7 @@ from qwenport.exporter.expected import (
 from qwenport.exporter.json_file import read_json
 from qwenport.exporter.manifest import why_no_directory
 from qwenport.exporter.names import HEAD, rotary_buffers, understood
-from qwenport.exporter.quantization import SCALES, STATIC, WEIGHT, ZEROS, ByReference
+from qwenport.exporter.quantization import SCALES, WEIGHT, ZEROS, ByReference
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
     TensorEntry,
@@ -159,24 +159,18 @@ def open_checkpoint(
 
 
 def _refuse_rounded_inputs(config: ModelConfig) -> None:
-    """Raises ConfigError: an expert's input is rounded with a scale of its own, or not every expert's is rounded.
+    """Raises ConfigError: experts' inputs are not all rounded in one way, or a tied head's is rounded.
 
-    Or that of a head which is the embedding: compressed-tensors would round it, and there is no place for its scales.
+    compressed-tensors would round the latter, but an embedding has no scales.
     """
     experts = {
         name: None if (storage := config.storage(name)) is None else storage.activations
         for name, _ in parameters(config)
         if ".experts." in name
     }
-    for weight, rounding in experts.items():
-        if rounding == STATIC:
-            raise ConfigError(
-                f"quantization_config: static activation scales of experts are not supported (first: "
-                f"{cut(weight.removesuffix(WEIGHT))}); dynamic ones are"
-            )
     if len(set(experts.values())) > 1:
         raise ConfigError(
-            "quantization_config: some experts' activations are rounded to FP8, and others' are not"
+            "quantization_config: some experts' activations are rounded to FP8, and others' are not, or otherwise"
         )
     head = config.storage(HEAD)
     if config.tie_word_embeddings and head is not None and head.activations is not None:

@@ -48,6 +48,6 @@ class ReadExpertsOnce(InPlacePass):
 
 
 def _rounds(node: ir.Node) -> bool:
-    return (node.domain, node.op_type) == (DOMAIN, MOE_EXPERTS) and bool(
-        integer(node, "round_inner", 0)
+    return (node.domain, node.op_type) == (DOMAIN, MOE_EXPERTS) and (
+        len(node.inputs) == len(INPUTS) + 1 or bool(integer(node, "round_inner", 0))
     )

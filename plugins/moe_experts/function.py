@@ -17,19 +17,33 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qwenport.plugins.function_body import FunctionBody
-from qwenport.plugins.moe_experts.schema import BY_COLUMNS, COLUMNS, INPUTS, LARGEST_FP8, NAME
+from qwenport.plugins.moe_experts.schema import (
+    BY_COLUMNS,
+    COLUMNS,
+    INPUT_SCALES,
+    INPUTS,
+    LARGEST_FP8,
+    NAME,
+)
 
 FLOAT, INT64 = int(ir.DataType.FLOAT), int(ir.DataType.INT64)
 FLOAT8 = int(ir.DataType.FLOAT8E4M3FN)
 ONNX_OPSET = 18  # Split's num_outputs, ReduceSum's and ScatterElements' present forms
 
 
-def function_body(opset: int, *, by_expert: bool = False, round_inner: bool = False) -> ir.Function:
-    """Return the model-local function for a model of ai.onnx version `opset` (at least 18; 19 with `round_inner`)."""
+def function_body(
+    opset: int, *, by_expert: bool = False, round_inner: bool = False, input_scales: bool = False
+) -> ir.Function:
+    """Return the model-local function for a model of ai.onnx version `opset`: at least 18, or 19 if it rounds to FP8.
+
+    With `input_scales` it has that input.
+    """
     if opset < ONNX_OPSET:
         raise ValueError(f"MoEExperts needs ai.onnx {ONNX_OPSET} or later, not {opset}")
-    body = FunctionBody(*INPUTS)
+    body = FunctionBody(*INPUTS, *([INPUT_SCALES] if input_scales else []))
     swiglu = _swiglu_rounded if round_inner else _swiglu
+    if input_scales:
+        swiglu = _swiglu_of_scales
     y = (_by_expert if by_expert else _by_token)(body, swiglu)
     return body.function(NAME, {"y": y}, opset, _attributes(by_expert, round_inner))
 
@@ -65,8 +79,8 @@ def _for_tensorrt(name: str, inputs: Sequence[str], opset: int) -> ir.Function:
     return body.function(name, {"y": y}, opset, _attributes(by_expert=False, round_inner=False))
 
 
-SwiGLU = Callable[[FunctionBody, ir.Value, ir.Value, ir.Value], ir.Value]
-"""(body, x [n, rows, H], gate_up [n, 2I, H], down [n, H, I]) -> [n, rows, H]."""
+SwiGLU = Callable[[FunctionBody, ir.Value, Sequence[ir.Value]], ir.Value]
+"""(body, x [n, rows, H], (gate_up [n, 2I, H], down [n, H, I], perhaps input_scales [n, 3])) -> [n, rows, H]."""
 OfBlocks = Callable[[FunctionBody, ir.Value, ir.Value], ir.Value]
 """(body, x [n, rows, H], expert [n]) -> [n, rows, H]."""
 
@@ -83,7 +97,7 @@ class _Blocks:
 
 def _by_token(body: FunctionBody, swiglu: SwiGLU) -> ir.Value:
     op, one, _ = body.op, body.integers(1), body.integers(0)
-    given, experts, weights, gate_up, _ = body.inputs
+    given, experts, weights, gate_up, *_ = body.inputs
 
     # leading axes become one of tokens; `given` keeps the shape to return to
     width = body.size(given, -1)
@@ -200,8 +214,8 @@ def _in_blocks(
 def _by_expert(body: FunctionBody, swiglu: SwiGLU) -> ir.Value:
     """Every expert has the same number of tokens: one batched matmul, then a sum over each token's rows."""
     op = body.op
-    x, tokens, weights, gate_up, down = body.inputs
-    outer = swiglu(body, op("Gather", x, tokens), gate_up, down)
+    x, tokens, weights, *stacks = body.inputs
+    outer = swiglu(body, op("Gather", x, tokens), stacks)
     parts = op("Cast", outer, to=FLOAT)
     weighted = op("Mul", parts, op("Unsqueeze", weights, body.integers(-1)))
     rows = op("Reshape", weighted, op("Concat", body.integers(-1), body.size(x, 1), axis=0))
@@ -214,22 +228,20 @@ def _of_blocks(swiglu: SwiGLU) -> OfBlocks:
     """`swiglu` of each block's expert."""
 
     def apply(body: FunctionBody, x: ir.Value, expert: ir.Value) -> ir.Value:
-        gate_up, down = (body.op("Gather", stack, expert) for stack in body.inputs[3:5])
-        return swiglu(body, x, gate_up, down)
+        return swiglu(body, x, [body.op("Gather", stack, expert) for stack in body.inputs[3:]])
 
     return apply
 
 
-def _swiglu(body: FunctionBody, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
-    """x [n, rows, H], gate_up [n, 2I, H], down [n, H, I] -> [n, rows, H].
-
-    Weights keep their layout, [out, in]; activations are transposed instead.
-    """
+def _swiglu(body: FunctionBody, x: ir.Value, stacks: Sequence[ir.Value]) -> ir.Value:
+    """A SwiGLU. Weights keep their layout, [out, in]; activations are transposed instead."""
+    gate_up, down = stacks
     return _outer(body, _inner(body, x, gate_up), down)
 
 
-def _swiglu_rounded(body: FunctionBody, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
+def _swiglu_rounded(body: FunctionBody, x: ir.Value, stacks: Sequence[ir.Value]) -> ir.Value:
     """The same with the inner activations rounded to FP8, each row by itself."""
+    gate_up, down = stacks
     op, inner = body.op, _inner(body, x, gate_up)
 
     def number(value: float) -> ir.Value:
@@ -241,16 +253,42 @@ def _swiglu_rounded(body: FunctionBody, x: ir.Value, gate_up: ir.Value, down: ir
     third = op("Sub", op("Div", number(4.0), number(3.0)), number(1.0))
     epsilon = op("Abs", op("Sub", op("Mul", number(3.0), third), number(1.0)))
     scale = op("Where", op("Equal", scale, number(0.0)), epsilon, scale)
-    codes = op("Cast", op("Div", inner, scale), to=FLOAT8, saturate=1)
-    return _outer(body, op("Mul", op("CastLike", codes, x), scale), down)
+    return _outer(body, _with_scale(body, inner, scale), down)
+
+
+def _swiglu_of_scales(body: FunctionBody, x: ir.Value, stacks: Sequence[ir.Value]) -> ir.Value:
+    """The same with what gate, up and down multiply rounded to FP8, with the expert's scales."""
+    gate_up, down, scales = stacks
+    op = body.op
+    by_linear = body.ops(
+        3, "Split", op("Unsqueeze", scales, body.integers(2)), axis=1, num_outputs=3
+    )
+    turned = op("Transpose", x, perm=[0, 2, 1])
+    gate, up = (
+        op("MatMul", half, _with_scale(body, turned, scale))
+        for half, scale in zip(
+            body.ops(2, "Split", gate_up, axis=1, num_outputs=2), by_linear[:2], strict=True
+        )
+    )
+    return _outer(body, _with_scale(body, _gated(body, gate, up), by_linear[2]), down)
+
+
+def _with_scale(body: FunctionBody, x: ir.Value, scale: ir.Value) -> ir.Value:
+    """x rounded to FP8 with a scale that broadcasts to it."""
+    op = body.op
+    codes = op("Cast", op("Div", x, scale), to=FLOAT8, saturate=1)
+    return op("Mul", op("CastLike", codes, x), scale)
 
 
 def _inner(body: FunctionBody, x: ir.Value, gate_up: ir.Value) -> ir.Value:
     """x [n, rows, H], gate_up [n, 2I, H] -> silu(gate) * up, [n, I, rows]."""
     op = body.op
     both = op("MatMul", gate_up, op("Transpose", x, perm=[0, 2, 1]))
-    gate, up = body.ops(2, "Split", both, axis=1, num_outputs=2)
-    return op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
+    return _gated(body, *body.ops(2, "Split", both, axis=1, num_outputs=2))
+
+
+def _gated(body: FunctionBody, gate: ir.Value, up: ir.Value) -> ir.Value:
+    return body.op("Mul", body.op("Mul", gate, body.op("Sigmoid", gate)), up)
 
 
 def _outer(body: FunctionBody, inner: ir.Value, down: ir.Value) -> ir.Value:

@@ -120,7 +120,7 @@ class Interpreter:
         """The FP8 codes that a tensor is dequantized from, also if another layer scales it; None for others."""
         layer, kind = self._makers[name]
         if kind == "ELEMENTWISE":
-            given = next((t.name for t in inputs_of(layer) if t is not None), None)
+            given = next((t.name for t in inputs_of(layer) if t is not None), "")
             layer, kind = self._makers.get(given, (None, ""))
         codes = inputs_of(layer)[0] if kind == "DEQUANTIZE" else None
         return None if codes is None or codes.name not in self._makers else codes.name
