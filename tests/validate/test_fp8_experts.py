@@ -111,7 +111,8 @@ def test_a_static_scale_is_each_expert_s_own_linear_s(made: Callable[[str], Made
 
 
 def bits_of(value: ir.Value | None) -> int:
-    assert value is not None and isinstance(tensor := value.const_value, ir.ExternalTensor)
+    tensor = None if value is None else value.const_value
+    assert isinstance(tensor, ir.ExternalTensor)
     with open(tensor.path, "rb") as stream:
         stream.seek(tensor.offset or 0)
         return int(np.frombuffer(stream.read(2), np.int16)[0])
