@@ -88,7 +88,7 @@ def code_types(config: ModelConfig) -> tuple[str, ...]:
     Weights that the export has dequantized have none.
 
     Raises:
-        BuildError: experts are FP8, which no engine of TensorRT has here.
+        BuildError: experts round their inputs to FP8, which no engine of TensorRT does here.
     """
     from qwenport.exporter import quantized_weights
 
@@ -97,9 +97,10 @@ def code_types(config: ModelConfig) -> tuple[str, ...]:
         if storage.is_whole:
             continue
         is_float8 = FP8 in storage.integers.values()
-        if is_float8 and EXPERTS in name:
+        if storage.activations is not None and EXPERTS in name:
             raise BuildError(
-                f"{name} is FP8, and no TensorRT engine has experts in FP8 here; --target onnxruntime runs the package"
+                f"the input of {name} is rounded to FP8, and no TensorRT engine rounds experts' inputs here; --target "
+                "onnxruntime runs the package"
             )
         in_bytes = storage.bits == 8 and storage.group is None
         found.append(FLOAT8 if is_float8 else INT8 if in_bytes else INT4)

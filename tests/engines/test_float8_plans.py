@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -115,18 +116,42 @@ def test_linears_of_one_input_with_other_scales_are_not_merged(tmp_path: Path) -
     assert count(model, "QuantizeLinear") == len({w.node for w in made.weights})
 
 
+@pytest.mark.parametrize("by_row", [True, False])
+def test_chosen_experts_are_read_as_codes(tmp_path: Path, by_row: bool) -> None:
+    """In a decode step by two kernels per layer, which dequantize, multiply and add."""
+    others = (r"re:.*self_attn.*", r"re:.*shared_expert.*", r"re:.*\.mlp\.[a-z]+_proj")
+    package = package_of(tmp_path, MIXTURE, by_row=by_row, ignore=("lm_head", *GATES, *others))
+    moe, hidden = package.config.moe, package.config.hidden_size
+    assert moe is not None
+    sizes = {2 * moe.expert_size * hidden, moe.expert_size * hidden}  # of one expert's matrices
+    decode, prefill = layer_list(package.path, SM, "direct", 2)
+    for made in (decode, prefill):
+        readers = [k for k in made.layers if any(c.dtype == "FP8" for c in k.constants)]
+        codes = [c.dims[-1] * c.dims[-2] for k in readers for c in k.constants if c.dtype == "FP8"]
+        assert sorted(codes) == sorted(moe.num_experts * size for size in sizes for _ in moe.layers)
+        assert {k.kind for k in readers} == {"kgen"}
+        fixed = [t for k in made.layers for t in k.outputs if min(t.dims, default=-1) > 0]
+        assert all(math.prod(t.dims) < moe.num_experts * min(sizes) for t in fixed)
+    readers = [k for k in decode.layers if any(c.dtype == "FP8" for c in k.constants)]
+    assert len(readers) == 2 * len(moe.layers)
+    for layer in readers:  # sums: what they write is no weight, chosen or not
+        assert all(min(sizes) not in (t.dims[-1] * t.dims[-2], t.dims[-1]) for t in layer.outputs)
+        assert layer.outputs[0].dims[-1] == 1
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
 @pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt"])
-def test_experts_in_fp8_are_refused_before_anything_is_written(
-    tmp_path: Path, target: str, capsys: Capture
+def test_experts_that_round_their_inputs_are_refused_before_anything_is_written(
+    tmp_path: Path, target: str, activations: str, capsys: Capture
 ) -> None:
-    package = package_of(tmp_path, MIXTURE, ignore=("lm_head", *GATES))
-    with pytest.raises(BuildError, match=r"experts in FP8 here; --target onnxruntime runs"):
+    package = package_of(tmp_path, MIXTURE, ignore=("lm_head", *GATES), activations=activations)
+    with pytest.raises(BuildError, match=r"rounded to FP8, .*; --target onnxruntime runs"):
         engines.build(package.path, tmp_path / "engine", target=target)
     assert not (tmp_path / "engine").exists()
     words = refused(
         capsys, "validate", package.path, "--reference", MIXTURE, "--as", "tensorrt-network"
     )
-    assert "experts in FP8" in words
+    assert "no TensorRT engine rounds experts' inputs" in words
 
 
 def test_an_input_that_is_rounded_in_another_way_is_refused(tmp_path: Path) -> None:
