@@ -85,8 +85,11 @@ class MultiplyByFloat8(InPlacePass):
         if not any(map(is_float8_weight, graph)):
             return PassResult(model, False)
         work = _Work(graph, self.file)
+        of_experts: list[ir.Value] = []
         for node in [*graph]:
             if node.op_type == MOE_EXPERTS and node.domain == DOMAIN:
+                assert node.inputs[0] is not None
+                of_experts.append(node.inputs[0])
                 for stack in node.inputs[3:5]:
                     assert stack is not None
                     work.stack(stack)
@@ -96,7 +99,8 @@ class MultiplyByFloat8(InPlacePass):
                 weight = float8_weight(each.dequantize)
                 product = Product(each.node, each.transpose, each.dequantize, weight)
                 groups.setdefault((each.x, weight.rounded), []).append(product)
-        rounded = {x: found for x, _ in groups if (found := work.rounded(x)) is not None}
+        given = dict.fromkeys([*(x for x, _ in groups), *of_experts])
+        rounded = {x: found for x in given if (found := work.rounded(x)) is not None}
         for (x, _), group in groups.items():
             work.product(group, rounded.get(x))
         for node in [*graph]:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 
 from qwenport.plugins.function_body import FunctionBody
@@ -55,13 +57,17 @@ def _attributes(by_expert: bool, round_inner: bool) -> list[ir.Attr]:
     ]
 
 
-def tensorrt_body(opset: int) -> ir.Function:
+def tensorrt_body(opset: int, rounded_in: ir.DataType | None = None) -> ir.Function:
     """Return the function, by token, for TensorRT: a decode step reads each pair's weights once and copies none.
 
     Up to E pairs are multiplied one by one, more are computed in at most 2E blocks. Both ways are in the graph, and one
     of them gets no tokens.
+
+    Args:
+        opset: ai.onnx's.
+        rounded_in: T, if what down multiplies is rounded to FP8.
     """
-    return _for_tensorrt(NAME, INPUTS, opset)
+    return _for_tensorrt(NAME, INPUTS, opset, rounded_in)
 
 
 def body_by_columns(opset: int) -> ir.Function:
@@ -73,10 +79,14 @@ def body_by_columns(opset: int) -> ir.Function:
     return _for_tensorrt(BY_COLUMNS, (*INPUTS, *COLUMNS), opset)
 
 
-def _for_tensorrt(name: str, inputs: Sequence[str], opset: int) -> ir.Function:
+def _for_tensorrt(
+    name: str, inputs: Sequence[str], opset: int, rounded_in: ir.DataType | None = None
+) -> ir.Function:
     body = FunctionBody(*inputs)
-    y = _by_token_for_tensorrt(body)
-    return body.function(name, {"y": y}, opset, _attributes(by_expert=False, round_inner=False))
+    y = _by_token_for_tensorrt(body, rounded_in)
+    return body.function(
+        name, {"y": y}, opset, _attributes(by_expert=False, round_inner=rounded_in is not None)
+    )
 
 
 SwiGLU = Callable[[FunctionBody, ir.Value, Sequence[ir.Value]], ir.Value]
@@ -114,7 +124,7 @@ def _by_token(body: FunctionBody, swiglu: SwiGLU) -> ir.Value:
     return op("Reshape", op("CastLike", y, x), op("Shape", given))
 
 
-def _by_token_for_tensorrt(body: FunctionBody) -> ir.Value:
+def _by_token_for_tensorrt(body: FunctionBody, rounded_in: ir.DataType | None) -> ir.Value:
     op, one, zero = body.op, body.integers(1), body.integers(0)
     given, experts, weights, gate_up, *_ = body.inputs
     width, k, count = body.size(given, -1), body.size(experts, -1), body.size(gate_up, 0)
@@ -127,7 +137,8 @@ def _by_token_for_tensorrt(body: FunctionBody) -> ir.Value:
     most = op("Div", count, k)
     few = op("Min", op("Div", most, op("Max", tokens, one)), one)  # 1 or 0
     direct = op("Mul", few, op("Min", tokens, most))
-    one_by_one = _one_by_one(body, *(op("Slice", value, zero, direct, zero) for value in flat))
+    first = (op("Slice", value, zero, direct, zero) for value in flat)
+    one_by_one = _one_by_one(body, *first, rounded_in=rounded_in)
 
     left_x, left_experts, left_weights = (
         op("Slice", value, direct, tokens, zero) for value in flat
@@ -141,13 +152,20 @@ def _by_token_for_tensorrt(body: FunctionBody) -> ir.Value:
     )
     sizes = left, k, count, width
     in_blocks = _in_blocks(
-        body, left_x, left_experts, left_weights, sizes, pairs, layout, _swiglu_of_rows
+        body, left_x, left_experts, left_weights, sizes, pairs, layout, _of_rows(rounded_in)
     )
     y = op("Concat", one_by_one, in_blocks, axis=0)
     return op("Reshape", op("CastLike", y, x), op("Shape", given))
 
 
-def _one_by_one(body: FunctionBody, x: ir.Value, experts: ir.Value, weights: ir.Value) -> ir.Value:
+def _one_by_one(
+    body: FunctionBody,
+    x: ir.Value,
+    experts: ir.Value,
+    weights: ir.Value,
+    *,
+    rounded_in: ir.DataType | None,
+) -> ir.Value:
     """x [T, H], experts and weights [T, k] -> fp32 [T, H]. Sums are fp32, products are rounded as a matmul's."""
     op = body.op
     gate_up, down = body.inputs[3:5]
@@ -160,7 +178,7 @@ def _one_by_one(body: FunctionBody, x: ir.Value, experts: ir.Value, weights: ir.
 
     inner = product(gate_up, op("Unsqueeze", x, body.integers(1, 2)))
     gate, up = body.ops(2, "Split", inner, axis=2, num_outputs=2)
-    active = op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
+    active = _rounded_for_tensorrt(body, _gated(body, gate, up), rounded_in)
     outer = product(down, op("Unsqueeze", active, body.integers(2)))
     parts = op("Mul", op("Cast", outer, to=FLOAT), op("Unsqueeze", weights, body.integers(-1)))
     return op("ReduceSum", parts, body.integers(1), keepdims=0)
@@ -296,7 +314,13 @@ def _outer(body: FunctionBody, inner: ir.Value, down: ir.Value) -> ir.Value:
     return body.op("Transpose", body.op("MatMul", down, inner), perm=[0, 2, 1])
 
 
-def _swiglu_of_rows(body: FunctionBody, x: ir.Value, expert: ir.Value) -> ir.Value:
+def _of_rows(rounded_in: ir.DataType | None) -> OfBlocks:
+    return lambda body, x, expert: _swiglu_of_rows(body, x, expert, rounded_in)
+
+
+def _swiglu_of_rows(
+    body: FunctionBody, x: ir.Value, expert: ir.Value, rounded_in: ir.DataType | None
+) -> ir.Value:
     """The same with the weights transposed, which TensorRT's matmuls do as they read them; they then pad nothing."""
     op = body.op
 
@@ -307,7 +331,28 @@ def _swiglu_of_rows(body: FunctionBody, x: ir.Value, expert: ir.Value) -> ir.Val
 
     gate_up, down = body.inputs[3:5]
     gate, up = body.ops(2, "Split", product(x, gate_up), axis=2, num_outputs=2)
-    return product(op("Mul", op("Mul", gate, op("Sigmoid", gate)), up), down)
+    return product(_rounded_for_tensorrt(body, _gated(body, gate, up), rounded_in), down)
+
+
+def _rounded_for_tensorrt(body: FunctionBody, x: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    """x [..., I] in `dtype`, each row rounded to FP8 by itself; x if that is None.
+
+    TensorRT has no casts to FP8, and its divisions by a constant are exact only in fp32.
+    """
+    if dtype is None:
+        return x
+    op = body.op
+
+    def number(value: float, dtype: ir.DataType = dtype) -> ir.Value:
+        return op("Constant", value=ir.tensor(np.array(value, dtype.numpy()), dtype=dtype))
+
+    largest = op("ReduceMax", op("Abs", x), body.integers(-1), keepdims=1)
+    exact = op("Div", op("Cast", largest, to=FLOAT), number(LARGEST_FP8, ir.DataType.FLOAT))
+    scale, epsilon = op("Cast", exact, to=int(dtype)), ml_dtypes.finfo(dtype.numpy()).eps
+    scale = op("Where", op("Equal", scale, number(0.0)), number(float(epsilon)), scale)
+    one = number(1.0)
+    codes = op("QuantizeLinear", op("Div", x, scale), one, output_dtype=FLOAT8, saturate=1)
+    return op("Mul", op("DequantizeLinear", codes, one), scale)
 
 
 def _ordered(

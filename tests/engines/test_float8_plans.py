@@ -116,11 +116,11 @@ def test_linears_of_one_input_with_other_scales_are_not_merged(tmp_path: Path) -
     assert count(model, "QuantizeLinear") == len({w.node for w in made.weights})
 
 
-@pytest.mark.parametrize("by_row", [True, False])
-def test_chosen_experts_are_read_as_codes(tmp_path: Path, by_row: bool) -> None:
+@pytest.mark.parametrize("how", [{}, {"by_row": False}, {"activations": "dynamic"}], ids=str)
+def test_chosen_experts_are_read_as_codes(tmp_path: Path, how: dict[str, Any]) -> None:
     """In a decode step by two kernels per layer, which dequantize, multiply and add."""
     others = (r"re:.*self_attn.*", r"re:.*shared_expert.*", r"re:.*\.mlp\.[a-z]+_proj")
-    package = package_of(tmp_path, MIXTURE, by_row=by_row, ignore=("lm_head", *GATES, *others))
+    package = package_of(tmp_path, MIXTURE, ignore=("lm_head", *GATES, *others), **how)
     moe, hidden = package.config.moe, package.config.hidden_size
     assert moe is not None
     sizes = {2 * moe.expert_size * hidden, moe.expert_size * hidden}  # of one expert's matrices
@@ -139,19 +139,18 @@ def test_chosen_experts_are_read_as_codes(tmp_path: Path, by_row: bool) -> None:
         assert layer.outputs[0].dims[-1] == 1
 
 
-@pytest.mark.parametrize("activations", ["dynamic", "static"])
 @pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt"])
-def test_experts_that_round_their_inputs_are_refused_before_anything_is_written(
-    tmp_path: Path, target: str, activations: str, capsys: Capture
+def test_experts_with_static_scales_of_inputs_are_refused_before_anything_is_written(
+    tmp_path: Path, target: str, capsys: Capture
 ) -> None:
-    package = package_of(tmp_path, MIXTURE, ignore=("lm_head", *GATES), activations=activations)
-    with pytest.raises(BuildError, match=r"rounded to FP8, .*; --target onnxruntime runs"):
+    package = package_of(tmp_path, MIXTURE, ignore=("lm_head", *GATES), activations="static")
+    with pytest.raises(BuildError, match=r"static scale, .*; --target onnxruntime runs"):
         engines.build(package.path, tmp_path / "engine", target=target)
     assert not (tmp_path / "engine").exists()
     words = refused(
         capsys, "validate", package.path, "--reference", MIXTURE, "--as", "tensorrt-network"
     )
-    assert "no TensorRT engine rounds experts' inputs" in words
+    assert "static scale" in words
 
 
 def test_an_input_that_is_rounded_in_another_way_is_refused(tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ FLOAT8: dict[str, dict[str, Any]] = {
     "static": {"activations": "static", "by_row": False},
     "dynamic": {"activations": "dynamic"},
     "experts": {"source": MIXTURE, "ignore": GATES},
+    "experts, dynamic": {"source": MIXTURE, "ignore": GATES, "activations": "dynamic"},
     "experts, one scale": {"source": MIXTURE, "ignore": GATES, "by_row": False},
 }
 

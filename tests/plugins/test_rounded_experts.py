@@ -11,7 +11,7 @@ from calls import run_in_onnx, run_in_session
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from experts_oracles import model_of, session
+from experts_oracles import model_of, session, session_of
 from torch.nn import functional
 
 from qwenport.engines.errors import LoweringError
@@ -200,9 +200,19 @@ def test_no_tokens() -> None:
     assert moe_experts(*nothing, round_inner=True).shape == (0, 24)
 
 
-@pytest.mark.parametrize("form", [{"round_inner": True}, {"input_scales": True}])
-def test_neither_the_plugin_nor_tensorrt_s_body_takes_them(form: Any) -> None:
-    model = ir.from_proto(model_of(24, **form))
-    assert not UsePlugins()(model).modified
-    with pytest.raises(LoweringError, match="rounded to FP8"):
+def test_no_plugin_takes_them_nor_tensorrt_s_body_static_scales() -> None:
+    for form in ({"round_inner": True}, {"input_scales": True}):
+        model = ir.from_proto(model_of(24, **form))
+        assert not UsePlugins()(model).modified
+    with pytest.raises(LoweringError, match="static scales of inputs"):
         ReadExpertsOnce().call(model)
+
+
+@pytest.mark.parametrize(("seed", "tokens"), CASES)
+def test_tensorrt_s_body_rounds_as_the_reference(seed: int, tokens: int) -> None:
+    """In onnxruntime, inlined as for TensorRT; few tokens go one by one, more in blocks."""
+    given = drawn(seed, tokens)
+    model = ir.from_proto(model_of(24, round_inner=True))
+    assert ReadExpertsOnce()(model).modified and not model.functions
+    (found,) = run_in_session(session_of(ir.to_proto(model)), *given)
+    agree(found, expected(*given))
