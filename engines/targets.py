@@ -87,18 +87,19 @@ def code_types(config: ModelConfig) -> tuple[str, ...]:
     Weights that the export has dequantized have none.
 
     Raises:
-        BuildError: experts are FP8, which no engine of TensorRT has here.
+        BuildError: experts round their inputs to FP8 with static scales, which no engine of TensorRT does here.
     """
-    from qwenport.exporter import quantized_weights
+    from qwenport.exporter import INPUT_SCALE, quantized_weights
 
     found = []
     for name, (storage, _) in quantized_weights(config).items():
         if storage.is_whole:
             continue
         is_float8 = FP8 in storage.integers.values()
-        if is_float8 and EXPERTS in name:
+        if INPUT_SCALE in storage.part_names and EXPERTS in name:
             raise BuildError(
-                f"{name} is FP8, and no TensorRT engine has experts in FP8 here; --target onnxruntime runs the package"
+                f"the input of {name} is rounded to FP8 with a static scale, which no TensorRT engine has for experts "
+                "here; --target onnxruntime runs the package"
             )
         in_bytes = storage.bits == 8 and storage.group is None
         found.append(FLOAT8 if is_float8 else INT8 if in_bytes else INT4)

@@ -30,8 +30,8 @@ from qwenport.exporter.expected import (
 )
 from qwenport.exporter.json_file import read_json
 from qwenport.exporter.manifest import why_no_directory
-from qwenport.exporter.names import rotary_buffers, understood
-from qwenport.exporter.quantization import SCALES, STATIC, WEIGHT, ZEROS, ByReference, Storage
+from qwenport.exporter.names import HEAD, rotary_buffers, understood
+from qwenport.exporter.quantization import SCALES, WEIGHT, ZEROS, ByReference
 from qwenport.exporter.safetensors_file import (
     CHUNK_BYTES,
     TensorEntry,
@@ -134,7 +134,7 @@ def open_checkpoint(
     compare_types(config, tensors)
     implied: dict[str, TensorEntry] = {}
     quantized = quantized_weights(config)
-    _refuse_rounded_inputs(config, quantized)
+    _refuse_rounded_inputs(config)
     notes += dict.fromkeys(s.note for s, _ in quantized.values() if s.note is not None)
     for weight, (storage, shape) in quantized.items():
         for name in storage.check(weight.removesuffix(WEIGHT), shape, path, tensors):
@@ -158,34 +158,26 @@ def open_checkpoint(
     )
 
 
-def _refuse_rounded_inputs(
-    config: ModelConfig,
-    quantized: dict[str, tuple[Storage, tuple[int, int]]],
-) -> None:
-    """Raises ConfigError: an expert's input is rounded with a scale of its own, or not every expert's is rounded.
+def _refuse_rounded_inputs(config: ModelConfig) -> None:
+    """Raises ConfigError: experts' inputs are not all rounded in one way, or a tied head's is rounded.
 
-    Or the head's: logits are computed at a few positions only, where `validate` cannot follow its codes.
+    compressed-tensors would round the latter, but an embedding has no scales.
     """
     experts = {
         name: None if (storage := config.storage(name)) is None else storage.activations
         for name, _ in parameters(config)
         if ".experts." in name
     }
-    for weight, rounding in experts.items():
-        if rounding == STATIC:
-            raise ConfigError(
-                f"quantization_config: static activation scales of experts are not supported (first: "
-                f"{cut(weight.removesuffix(WEIGHT))}); dynamic ones are"
-            )
     if len(set(experts.values())) > 1:
         raise ConfigError(
-            "quantization_config: some experts' activations are rounded to FP8, and others' are not"
+            "quantization_config: some experts' activations are rounded to FP8, and others' are not, or otherwise"
         )
-    for weight, (storage, _) in quantized.items():
-        if weight == "lm_head.weight" and storage.activations is not None:
-            raise ConfigError(
-                "quantization_config: a head whose input is rounded to FP8 is not supported; name lm_head in ignore"
-            )
+    head = config.storage(HEAD)
+    if config.tie_word_embeddings and head is not None and head.activations is not None:
+        raise ConfigError(
+            "quantization_config: rounds the input of a head that is tied to the embedding, which has no scales for "
+            "it; name lm_head in ignore"
+        )
 
 
 def refuse_what_is_no_checkpoint(path: Path) -> None:

@@ -79,6 +79,12 @@ class ModelConfig:
         return None if self.quantization is None else self.quantization.storage(parameter)
 
     @property
+    def rounds_head(self) -> bool:
+        """Whether the head rounds its input to FP8."""
+        storage = None if self.tie_word_embeddings else self.storage("lm_head.weight")
+        return storage is not None and storage.activations is not None
+
+    @property
     def rounds_experts(self) -> bool:
         """Whether experts round their inputs to FP8."""
         layers = () if self.moe is None else self.moe.layers

@@ -32,6 +32,7 @@ class GraphBuilder:
 
     Attributes:
         roundings: weight -> appends the rounding of its linear's input, and returns the result.
+        input_scales: stacked down projections of experts -> the scales of their gates', ups' and downs' inputs, [E, 3].
     """
 
     nodes: list[ir.Node] = field(default_factory=list)
@@ -41,6 +42,7 @@ class GraphBuilder:
     permutations: dict[ir.Value, ir.Value] = field(default_factory=dict)
     gathered: dict[tuple[ir.Value, ir.Value], ir.Value] = field(default_factory=dict)
     roundings: dict[ir.Value, RoundsInput] = field(default_factory=dict)
+    input_scales: dict[ir.Value, ir.Value] = field(default_factory=dict)
     rounded: dict[tuple[ir.Value, RoundsInput], ir.Value] = field(default_factory=dict)
 
     def add(
@@ -233,6 +235,9 @@ class _Emitter:
 
     def rounds(self, weight: Ref) -> bool:
         return self.values[weight.index] in self.builder.roundings
+
+    def input_scales(self, down: Ref) -> ir.Value | None:
+        return self.builder.input_scales.get(self.values[down.index])
 
     def rounded(self, x: Ref, weight: Ref) -> ir.Value:
         return self.builder.rounded_for(self.values[weight.index], self.values[x.index])

@@ -106,7 +106,11 @@ def build_graph(
         experts, rows, columns = (int(size) for size in shape)
         parts = [in_own_order(part) for part in expert_parts(name, experts)]
         stack = _stack(builder, name, parts, (experts, rows, columns))
-        if parts[0] in builder.roundings:  # of all, as the checkpoint was checked for
+        storage = config.storage(expert_parts(name, experts)[0])
+        if storage is not None and storage.activations == STATIC:
+            if name.endswith(DOWN):
+                builder.input_scales[stack] = _input_scales(builder, name, experts, stored)
+        elif parts[0] in builder.roundings:  # of all, as the checkpoint was checked for
             builder.roundings[stack] = builder.roundings[parts[0]]
         return stack
 
@@ -186,9 +190,12 @@ def build_graph(
     used = {node.op_type: node for node in graph if node.domain == contract.DOMAIN}
     known = {operator.name: operator for operator in operators()}
     functions = [known[name].function_body(OPSET) for name in used]
-    if (experts := used.get(contract.MOE_EXPERTS)) is not None and experts.attributes:
-        del functions[list(used).index(contract.MOE_EXPERTS)]
-        functions.append(moe_experts.function_body(OPSET, round_inner=True))
+    if (experts := used.get(contract.MOE_EXPERTS)) is not None:
+        functions[list(used).index(contract.MOE_EXPERTS)] = moe_experts.function_body(
+            OPSET,
+            round_inner="round_inner" in experts.attributes,
+            input_scales=len(experts.inputs) > len(moe_experts.INPUTS),
+        )
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="qwenport", functions=functions)
 
 
@@ -238,6 +245,33 @@ def _inverse(builder: emission.GraphBuilder, permutation: ir.Value) -> ir.Value:
         attributes={"largest": 0},
     )
     return inverse
+
+
+def _input_scales(
+    builder: emission.GraphBuilder, down: str, experts: int, stored: Callable[[str], ir.Value]
+) -> ir.Value:
+    """The scales of experts' inputs, [E, 3] in the order gate, up, down."""
+    downs = expert_parts(down, experts)
+    halves = expert_parts(down.removesuffix(DOWN) + GATE_UP, experts)
+    parts = [
+        stored(part_name(weight, INPUT_SCALE))
+        for gate, up, last in zip(halves[::2], halves[1::2], downs, strict=True)
+        for weight in (gate, up, last)
+    ]
+    dtype, name = parts[0].dtype, f"{down.removesuffix(DOWN)}experts.input_scales"
+    assert dtype is not None
+    flat = builder.add(
+        "Concat",
+        parts,
+        f"{name}.Concat",
+        dtype=dtype,
+        shape=ir.Shape([len(parts)]),
+        attributes={"axis": 0},
+    )
+    shape = (experts, 3)
+    return builder.add(
+        "Reshape", [flat, builder.constant(shape)], name, dtype=dtype, shape=ir.Shape(shape)
+    )
 
 
 def _stack(

@@ -28,6 +28,10 @@ class Emitter(Protocol):
         """Whether the input of products by a weight is rounded."""
         ...
 
+    def input_scales(self, down: Any) -> ir.Value | None:
+        """The scales of experts' inputs, [E, 3], with their stacked down projections; None if there are none."""
+        ...
+
     def rounded(self, x: Any, weight: Any) -> ir.Value:
         """An input of products by a weight as it is multiplied."""
         ...

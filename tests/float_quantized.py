@@ -28,19 +28,37 @@ def quantize(weight: torch.Tensor, *, by_row: bool) -> tuple[torch.Tensor, torch
 
 
 def input_scales(source: Path, share: float) -> dict[str, torch.Tensor]:
-    """Linear -> largest absolute input on a text, times `share`, / 448: bf16 [1]. Below 1 some inputs saturate."""
+    """Linear -> largest absolute input on a text, times `share`, / 448: bf16 [1]. Below 1 some inputs saturate.
+
+    Of experts, with all of the text's tokens; half of the experts have another scale for up than for gate.
+    """
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     found: dict[str, torch.Tensor] = {}
 
+    def scale(x: torch.Tensor, times: float = 1.0) -> torch.Tensor:
+        return (times * share * x.abs().max() / LARGEST).to(torch.bfloat16).reshape(1)
+
     def watching(name: str) -> Any:
         def hook(module: Any, inputs: Any) -> None:
-            found[name] = (share * inputs[0].abs().max() / LARGEST).to(torch.bfloat16).reshape(1)
+            found[name] = scale(inputs[0])
+
+        return hook
+
+    def watching_experts(name: str) -> Any:
+        def hook(module: Any, inputs: Any) -> None:
+            for expert, stack in enumerate(module.gate_up_proj):
+                gate, up = (inputs[0] @ stack.T).chunk(2, -1)
+                found[f"{name}.{expert}.gate_proj"] = scale(inputs[0])
+                found[f"{name}.{expert}.up_proj"] = scale(inputs[0], 0.7 if expert % 2 else 1.0)
+                found[f"{name}.{expert}.down_proj"] = scale(torch.nn.functional.silu(gate) * up)
 
         return hook
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(watching(name))
+        elif name.endswith(".experts"):
+            module.register_forward_pre_hook(watching_experts(name))
     with torch.inference_mode():
         model(torch.tensor([CALIBRATION]))
     return found

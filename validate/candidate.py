@@ -45,6 +45,7 @@ class Refused(Exception):  # noqa: N818 - a verdict on the target, not an error 
 
 
 _LINEAR = re.compile(r"model\.layers\.(\d+)\.(.+)\.MatMul")
+_HEAD = "model.lm_head.MatMul"
 _ROUNDED = re.compile(r"\.rounded(_\d+)?$")  # exporter/rounded_activations.py
 
 
@@ -154,17 +155,26 @@ class Candidate:
             layers: the first layers to look at.
         """
         found: dict[int, dict[str, str]] = {}
-        if self._target.package is None:
-            return found
-        with reported(self._target.package.model, "cannot be read as a model"):
-            for node in self._target.package.read_model().graph:
-                linear = _LINEAR.fullmatch(str(node.name))
-                given = node.inputs[0].name if linear and node.inputs[0] is not None else None
-                if linear is None or given is None or not _ROUNDED.search(given):
-                    continue
-                if (layer := int(linear[1])) < layers:
-                    found.setdefault(layer, {})[linear[2]] = given
+        for name, given in self._rounded.items():
+            linear = _LINEAR.fullmatch(name)
+            if linear is not None and (layer := int(linear[1])) < layers:
+                found.setdefault(layer, {})[linear[2]] = given
         return found
+
+    @property
+    def rounded_head(self) -> str | None:
+        """The value that is the head's input, if the graph has rounded it to FP8."""
+        return self._rounded.get(_HEAD)
+
+    @cached_property
+    def _rounded(self) -> dict[str, str]:
+        """Node -> its first input, where the graph has rounded that to FP8."""
+        if self._target.package is None:
+            return {}
+        with reported(self._target.package.model, "cannot be read as a model"):
+            graph = self._target.package.read_model().graph
+        given = {str(n.name): str(n.inputs[0].name) for n in graph if n.inputs and n.inputs[0]}
+        return {node: name for node, name in given.items() if _ROUNDED.search(name)}
 
     def corrections(self) -> dict[int, dict[str, Subtracted]]:
         """Layer -> path of a linear in it -> what its product by signed codes is corrected by."""

@@ -354,6 +354,8 @@ def errors_at_the_end(
     """
     import torch
 
+    from qwenport.validate.reference.rounded_inputs import moving_inputs
+
     last = layer_output(reference.num_layers - 1)
     local, own, accumulated = _Sum(), _Sum(), _Sum()
     truth: list[Array] = []
@@ -361,6 +363,8 @@ def errors_at_the_end(
         with contextlib.ExitStack() as stack, torch.inference_mode():
             norm = stack.enter_context(reference.final_norm(kind))
             head = stack.enter_context(reference.head(kind))
+            if kind != TRUTH:  # the target's codes are not known: `own` includes what others may do
+                stack.enter_context(moving_inputs(head))
             dtype_of = next(head.parameters()).dtype
             for number, text in enumerate(texts):
                 rows = torch.from_numpy(seen[number][last][list(text.positions)])

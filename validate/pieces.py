@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from qwenport.contract import Progress
+from qwenport.contract import LOGITS_INDICES, Progress
 from qwenport.validate.candidate import Candidate
 from qwenport.validate.reference import Choices, Reference
-from qwenport.validate.reference.rounded_inputs import moving_experts
+from qwenport.validate.reference.rounded_inputs import moving_experts, taking_over
 from qwenport.validate.report import Check
 from qwenport.validate.streaming import Feeds, Rehearsal
 from qwenport.validate.thresholds import EXPERTS_TIMES_OWN, FP32_REL_L2, FP32_REL_L2_MOST
@@ -120,12 +121,67 @@ def check_distance(run: LayerRun, reference: Reference, layer: int, margin: floa
                 own, own_by_position = _distances(moved, expected)
                 most = max(most, EXPERTS_TIMES_OWN * own)
                 most_of_one = max(most_of_one, EXPERTS_TIMES_OWN * float(own_by_position.max()))
-    whole, by_position = _distances(run.end, expected)
+    return _checks("hidden states", run.end, expected, most, most_of_one)
+
+
+@dataclass(frozen=True)
+class HeadRun:
+    """The final norm and the head over some positions.
+
+    Attributes:
+        entry: the input, fp32 [S, hidden].
+        logits: fp32 [S, vocab].
+        rounded: the head's input rounded to FP8, fp32 [S, hidden]; None if it is not.
+    """
+
+    entry: Float32
+    logits: Float32
+    rounded: Float32 | None
+
+
+def run_head_alone(candidate: Candidate, tokens: Sequence[int]) -> HeadRun:
+    """Run the target's embedding of a text, final norm and head, in one step."""
+    session = Rehearsal(candidate.geometry(1, len(tokens)))
+    session.max_step_tokens = session.max_positions = len(tokens)
+    session.prefill([list(tokens)])
+    parts, rounded = candidate.parts(), candidate.rounded_head
+    with parts.prologue([]) as run:
+        entry, _ = run(0, session.steps[0], None)
+    everywhere = {LOGITS_INDICES: np.arange(len(tokens), dtype=np.int64)[None]}
+    with parts.epilogue([] if rounded is None else [rounded]) as run:
+        logits, seen = run(0, {**session.steps[0], **everywhere}, entry)
+    return HeadRun(
+        as_array(entry)[0],
+        as_array(logits)[0],
+        None if rounded is None else as_array(seen[rounded])[0],
+    )
+
+
+def check_head(run: HeadRun, reference: Reference) -> list[Check]:
+    """Compare final norm and head with transformers' own, given the same hidden states.
+
+    FP8 codes that are as near as transformers' own are taken over.
+    """
+    given = {} if run.rounded is None else {"": run.rounded}
+    with (
+        reference.final_norm("fp32") as norm,
+        reference.head("fp32") as head,
+        torch.inference_mode(),
+        taking_over(head, given, lambda count: None),
+    ):
+        expected = as_array(head(norm(torch.from_numpy(run.entry)[None])))[0]
+    return _checks("logits", run.logits, expected, FP32_REL_L2, FP32_REL_L2_MOST)
+
+
+def _checks(
+    what: str, made: Float32, expected: Float32, most: float, most_of_one: float
+) -> list[Check]:
+    whole, by_position = _distances(made, expected)
     worst = int(by_position.argmax())
     return [
         Check(
-            "NaN and infinite hidden states",
-            int((~np.isfinite(run.end)).any(axis=1).sum()),
+            f"NaN and infinite {what}",
+            int((~np.isfinite(made)).any(axis=1).sum()),
             "==",
             0,
         ),

@@ -195,7 +195,8 @@ def _equal_scales(
     wanted = stored.rows(scale, 0, 1).reshape(1)
     found = []
     for name, tensor in initializers.items():
-        if not name.startswith(f"{module}.") or not name.endswith(f"{WEIGHT}.{INPUT_SCALE}"):
+        linear = name.removesuffix(f"{WEIGHT}.{INPUT_SCALE}")
+        if linear == name or linear.rpartition(".")[0] != module:
             continue
         with contextlib.suppress(ValueError):  # no such tensor: the checkpoint's counts as unused
             made = StoredPart(tensor, folder).values()

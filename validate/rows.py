@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from qwenport.validate.rounding import RoundingError
 
 PARSED, CONSTANTS, ROPE_TABLES = "parsed network", "constants", "rope tables"
-EMBEDDING, ROUTING = "embedding", "routing"
+EMBEDDING, ROUTING, HEAD = "embedding", "routing", "distance of the head"
 LAYERS, OPERATORS = "rounding of layers", "rounding of operators"
 PARSED_SUMMARY = (
     "What the build would refuse: inputs that are not read, caches not in place, attention unmasked"
@@ -57,6 +57,7 @@ END_TO_END = 128  # positions at which logits are compared in half precision
 # What a runtime raises for a piece of a model is the target's failure; anything else is our bug.
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (NetworkError, CandidateError)
 SHORT = 256  # positions of a layer alone whose kind is run over more
+HEAD_POSITIONS = 64  # at which a head that rounds its input is run alone: logits are wide
 MOST_KINDS = 6  # kinds of decoder layers that are run alone; if there are more, the first ones
 
 
@@ -158,12 +159,31 @@ class Structure:
         for left in kinds:
             if left not in alone:
                 self.counter.leave_out(f"layer {left} by itself, a kind of its own")
-        return [
+        rows = [
             self._distance(
                 prompts.take(positions), layer, kinds.get(layer, ()), investigation.router_margin
             )
             for layer, positions in sorted(alone.items())
         ]
+        if self.target.config.rounds_head:
+            rows.append(self._distance_of_head(prompts.take(min(plan.distance, HEAD_POSITIONS))))
+        return rows
+
+    def _distance_of_head(self, tokens: Sequence[int]) -> ScenarioResult:
+        """Logits show a fault in its rounding less than codes that fall the other way in the layers before."""
+        from qwenport.validate.pieces import check_head, run_head_alone
+
+        started, name = time.monotonic(), HEAD
+        summary = f"Final norm and head, alone at {len(tokens)} positions"
+        self.progress(name, 0, 1)
+        try:
+            run = run_head_alone(self.candidate, tokens)
+        except InseparableError as error:
+            self.counter.leave_out("the head by itself")
+            return ScenarioResult(name, summary, "not run", reason=str(error))
+        except RUNTIME_ERRORS as error:
+            return _raised(name, summary, error, started)
+        return _row(name, summary, check_head(run, self.oracle.reference), started)
 
     def _distance(
         self, tokens: Sequence[int], layer: int, same: tuple[int, ...], margin: float
@@ -361,7 +381,7 @@ def explain(
         notes = [row.checks[0].where for row in rounding_rows]
         investigation.fault = _rounding_fault(errors, next(filter(None, notes), None))
     rest = {result.name: result for result in results}
-    for name in (ROPE_TABLES, EMBEDDING):
+    for name in (ROPE_TABLES, EMBEDDING, HEAD):
         if investigation.fault is None and name in names:
             nan = float("nan")
             reason = rest[name].failures[0]

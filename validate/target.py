@@ -47,7 +47,7 @@ class Target:
             fp32.
         compute_dtype: the dtype in which scenarios are judged: onnxruntime on the CPU always computes in fp32, and a
             network's arithmetic is judged exactly. INT8 and E4M3 are fp32 with activations of products rounded to
-            them, E4M3 of what does not show its codes: engines, and experts.
+            them, E4M3 of what does not show all its codes: engines, experts, and heads.
         rounds: whether the rounding of the types that a network declares is judged as well.
         device: where it runs.
         config: the model's config, as exported.
@@ -179,8 +179,8 @@ def open_target(
 
 
 def _compute_dtype(config: ModelConfig) -> str:
-    """Of a target in fp32 whose values can be observed, but for what experts round inside their operator."""
-    return E4M3 if config.rounds_experts else FP32.name
+    """Of a target in fp32, where some codes cannot be observed: what experts round, and the head at few positions."""
+    return E4M3 if config.rounds_experts or config.rounds_head else FP32.name
 
 
 def _form(package: Package, gpus: str | None, attention: str) -> tuple[str, tuple[str, ...]]:

@@ -58,7 +58,7 @@ class _Split:
         self.gathered: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
 
     def write(self) -> None:
-        x, indices, weights, gate_up, down = self.node.inputs
+        x, indices, weights, gate_up, down, *scales = self.node.inputs
         assert x is not None and indices is not None and weights is not None
         assert gate_up is not None and down is not None and indices.shape is not None
         op, constant = self.op, self.constant
@@ -87,15 +87,36 @@ class _Split:
         )
         tokens = op("Reshape", x, constant(-1, hidden))
         rows = op("Gather", tokens, op("Div", order, constant(k), dtype=INT64))
-        groups = self.ops("Split", [rows, sizes], [self.dtype] * len(downs), axis=0)
+        rows.shape = ir.Shape((None, hidden))
 
         # all but the matmuls is done once for all experts: an idle expert costs its three matmuls' calls
-        gates = [self.product(group, gate) for group, (gate, _) in zip(groups, halves, strict=True)]
-        ups = [self.product(group, up) for group, (_, up) in zip(groups, halves, strict=True)]
+        for_gates = for_ups = self.ops("Split", [rows, sizes], [self.dtype] * len(downs), axis=0)
+        of_rows: Sequence[ir.Value] = ()
+        if scales:
+            assert scales[0] is not None
+            sorted_flat = op("Gather", flat, order, dtype=INT64)
+            of_rows = self.ops(
+                "Split",
+                [op("Gather", scales[0], sorted_flat)],
+                [self.dtype] * 3,
+                axis=1,
+                num_outputs=3,
+            )
+            for_gates, for_ups = (
+                self.ops(
+                    "Split", [self.with_scale(rows, s), sizes], [self.dtype] * len(downs), axis=0
+                )
+                for s in of_rows[:2]
+            )
+        gates = [self.product(g, gate) for g, (gate, _) in zip(for_gates, halves, strict=True)]
+        ups = [self.product(group, up) for group, (_, up) in zip(for_ups, halves, strict=True)]
         gated = op("Concat", *gates, axis=0)
         active = op("Mul", op("Mul", gated, op("Sigmoid", gated)), op("Concat", *ups, axis=0))
-        if self.attribute("round_inner"):
-            active = self.rounded(active, _shape(down)[2])
+        active.shape = ir.Shape((None, _shape(down)[2]))
+        if scales:
+            active = self.with_scale(active, of_rows[2])
+        elif self.attribute("round_inner"):
+            active = self.rounded(active)
         inner = self.ops("Split", [active, sizes], [self.dtype] * len(downs), axis=0)
         parts = [self.product(group, out) for group, (out,) in zip(inner, downs, strict=True)]
         ordered = op("Gather", op("Concat", *parts, axis=0), back)
@@ -141,15 +162,18 @@ class _Split:
         pair = [INT64, INT64]
         return self.ops("TopK", [values, count], pair, axis=0, largest=0, sorted=1)[1]
 
-    def rounded(self, x: ir.Value, columns: int) -> ir.Value:
+    def rounded(self, x: ir.Value) -> ir.Value:
         """x [rows, columns], each row rounded to FP8 with a scale of its own."""
-        op, fp8 = self.op, ir.DataType.FLOAT8E4M3FN
-        x.shape = ir.Shape((None, columns))
+        op = self.op
         largest = op("ReduceMax", op("Abs", x), self.constant(-1), keepdims=1)
         scale = op("Div", largest, self.number("largest", LARGEST_FP8))
         is_zero = op("Equal", scale, self.number("zero", 0.0), dtype=ir.DataType.BOOL)
         epsilon = self.number("eps", float(ml_dtypes.finfo(self.dtype.numpy()).eps))
-        scale = op("Where", is_zero, epsilon, scale)
+        return self.with_scale(x, op("Where", is_zero, epsilon, scale))
+
+    def with_scale(self, x: ir.Value, scale: ir.Value) -> ir.Value:
+        """x [rows, columns] rounded to FP8 with scales [rows, 1]."""
+        op, fp8 = self.op, ir.DataType.FLOAT8E4M3FN
         codes = op("Cast", op("Div", x, scale), dtype=fp8, to=int(fp8), saturate=1)
         return op("Mul", op("Cast", codes, to=int(self.dtype)), scale)
 

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from qwenport.contract import FP32
+from qwenport.contract import DOMAIN, FP32, MOE_EXPERTS
 from qwenport.engines.errors import LoweringError
 from qwenport.engines.lowering.float8 import (
     FLOAT8,
@@ -64,7 +64,7 @@ class Product(Multiplication):
 
 
 class MultiplyByFloat8(InPlacePass):
-    """Products by weights in FP8, those of one input merged, and the rounding of their inputs.
+    """Products by weights in FP8, those of one input merged, and the rounding of their inputs. Experts are one matrix.
 
     The rounded inputs stay in the graph under their names. Nothing reads them, so that an engine does not compute them,
     but `validate` does.
@@ -85,13 +85,22 @@ class MultiplyByFloat8(InPlacePass):
         if not any(map(is_float8_weight, graph)):
             return PassResult(model, False)
         work = _Work(graph, self.file)
+        of_experts: list[ir.Value] = []
+        for node in [*graph]:
+            if node.op_type == MOE_EXPERTS and node.domain == DOMAIN:
+                assert node.inputs[0] is not None
+                of_experts.append(node.inputs[0])
+                for stack in node.inputs[3:5]:
+                    assert stack is not None
+                    work.stack(stack)
         groups: dict[tuple[ir.Value, ir.DataType], list[Product]] = {}
         for each in multiplications(graph):
             if is_float8_weight(each.dequantize):
                 weight = float8_weight(each.dequantize)
                 product = Product(each.node, each.transpose, each.dequantize, weight)
                 groups.setdefault((each.x, weight.rounded), []).append(product)
-        rounded = {x: found for x, _ in groups if (found := work.rounded(x)) is not None}
+        given = dict.fromkeys([*(x for x, _ in groups), *of_experts])
+        rounded = {x: found for x in given if (found := work.rounded(x)) is not None}
         for (x, _), group in groups.items():
             work.product(group, rounded.get(x))
         for node in [*graph]:
@@ -196,6 +205,29 @@ class _Work:
         self.graph.insert_before(first.node, nodes.made)
         gathered = rounded is None and len(group) == 1
         replace_products(self.graph, group, results, dequantized if gathered else None)
+
+    def stack(self, stack: ir.Value) -> None:
+        """A mixture's weights [experts, rows, columns]: one matrix dequantized, of which the chosen are gathered.
+
+        Raises:
+            LoweringError: experts are not all in FP8.
+        """
+        reshape = stack.producer()
+        concat = None if reshape is None else producer(reshape, 0)
+        stacked = [] if concat is None else [value for value in concat.inputs if value is not None]
+        parts = [value.producer() for value in stacked]
+        nodes = [node for node in parts if node is not None and is_float8_weight(node)]
+        if reshape is None or concat is None or not nodes:
+            return
+        if len(nodes) != len(parts):
+            raise LoweringError(f"{stack.name}: some of its experts are in FP8, others are not")
+        weights = [float8_weight(node) for node in nodes]
+        name = f"{stack.name}.DequantizeLinear"
+        made = self._dequantized(name, weights, weights[0].rounded, concat)
+        reshape.replace_input_with(0, made)
+        remove_unused(self.graph, concat.outputs[0])
+        for node in nodes:
+            redirect(node, {})
 
     def rows(self, node: ir.Node) -> None:
         """A weight whose rows are only gathered: an embedding.

@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from qwenport.contract import DOMAIN, MOE_EXPERTS
 from qwenport.engines.errors import LoweringError
-from qwenport.plugins.as_plugin import integer
 from qwenport.plugins.moe_experts import BY_COLUMNS, INPUTS, body_by_columns, tensorrt_body
 
 
 class ReadExpertsOnce(InPlacePass):
     """The package's body of MoEExperts by token -> the one for TensorRT, or the function BY_COLUMNS.
 
-    That is where `UseSignedCodes` has given a node the order of its weights' columns.
+    That is where `UseSignedCodes` has given a node the order of its weights' columns. A body that rounds to FP8 is
+    inlined: TensorRT's parser gives its layers one name in every call, and refuses the second.
     """
 
     def call(self, model: ir.Model) -> PassResult:
         """Change `model` in place.
 
         Raises:
-            LoweringError: experts round their activations.
+            LoweringError: experts round their inputs with static scales.
         """
         identifier = (DOMAIN, MOE_EXPERTS, "")
         function = model.functions.get(identifier)
         if function is None or function.attributes["by_expert"].as_int():
             return PassResult(model, modified=False)
-        if any(_rounds(node) for node in model.graph):
+        nodes = [node for node in model.graph if node.op_identifier() == identifier]
+        if any(len(node.inputs) == len(INPUTS) + 1 for node in nodes):
             raise LoweringError(
-                "experts whose activations are rounded to FP8 are not supported by TensorRT here; use --target "
-                "onnxruntime"
+                "experts with static scales of inputs are not supported by TensorRT here; use --target onnxruntime"
             )
         opset = function.opset_imports[""]
+        if function.attributes["round_inner"].as_int():
+            model.functions[identifier] = tensorrt_body(opset, nodes[0].outputs[0].dtype)
+            InlinePass()(model)
+            LiftConstantsToInitializersPass(size_limit=0)(model)
+            return PassResult(model, modified=True)
         model.functions[identifier] = tensorrt_body(opset)
         ordered = [
             node
@@ -45,9 +51,3 @@ class ReadExpertsOnce(InPlacePass):
             made = body_by_columns(opset)
             model.functions[made.identifier()] = made
         return PassResult(model, modified=True)
-
-
-def _rounds(node: ir.Node) -> bool:
-    return (node.domain, node.op_type) == (DOMAIN, MOE_EXPERTS) and bool(
-        integer(node, "round_inner", 0)
-    )

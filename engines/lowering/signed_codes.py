@@ -43,7 +43,6 @@ from qwenport.engines.lowering.made_tensors import (
 )
 from qwenport.engines.lowering.products import (
     NewNodes,
-    is_dequantized,
     producer,
     redirect,
     replace_products,
@@ -167,7 +166,7 @@ class _Work:
         concat = None if reshape is None else producer(reshape, 0)
         stacked = [] if concat is None else [value for value in concat.inputs if value is not None]
         parts = [sorted_weight(value)[0].producer() for value in stacked]
-        nodes = [node for node in parts if node is not None and is_dequantized(node)]
+        nodes = [node for node in parts if node is not None and dequantizes_integers(node)]
         if reshape is None or concat is None or not nodes:
             return
         weights = [quantized_weight(node) for node in nodes]

@@ -37,6 +37,7 @@ from qwenport.wording import cut
 
 FORMATS = ("float-quantized", "naive-quantized")
 SCALE = "weight_scale"
+EXPERT = ".experts."
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class FloatQuantized(Storage):
             SCALES: part(SCALES, SCALE, (shape[0],) if self.by_row else ()),
         }
         if self.activations == STATIC:
-            found[INPUT_SCALE] = part(INPUT_SCALE, INPUT_SCALE, ())
+            # experts' are stacked
+            found[INPUT_SCALE] = part(INPUT_SCALE, INPUT_SCALE, (1,) if EXPERT in linear else ())
         return found
 
 

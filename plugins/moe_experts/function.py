@@ -14,22 +14,38 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 
 from qwenport.plugins.function_body import FunctionBody
-from qwenport.plugins.moe_experts.schema import BY_COLUMNS, COLUMNS, INPUTS, LARGEST_FP8, NAME
+from qwenport.plugins.moe_experts.schema import (
+    BY_COLUMNS,
+    COLUMNS,
+    INPUT_SCALES,
+    INPUTS,
+    LARGEST_FP8,
+    NAME,
+)
 
 FLOAT, INT64 = int(ir.DataType.FLOAT), int(ir.DataType.INT64)
 FLOAT8 = int(ir.DataType.FLOAT8E4M3FN)
 ONNX_OPSET = 18  # Split's num_outputs, ReduceSum's and ScatterElements' present forms
 
 
-def function_body(opset: int, *, by_expert: bool = False, round_inner: bool = False) -> ir.Function:
-    """Return the model-local function for a model of ai.onnx version `opset` (at least 18; 19 with `round_inner`)."""
+def function_body(
+    opset: int, *, by_expert: bool = False, round_inner: bool = False, input_scales: bool = False
+) -> ir.Function:
+    """Return the model-local function for a model of ai.onnx version `opset`: at least 18, or 19 if it rounds to FP8.
+
+    With `input_scales` it has that input.
+    """
     if opset < ONNX_OPSET:
         raise ValueError(f"MoEExperts needs ai.onnx {ONNX_OPSET} or later, not {opset}")
-    body = FunctionBody(*INPUTS)
+    body = FunctionBody(*INPUTS, *([INPUT_SCALES] if input_scales else []))
     swiglu = _swiglu_rounded if round_inner else _swiglu
+    if input_scales:
+        swiglu = _swiglu_of_scales
     y = (_by_expert if by_expert else _by_token)(body, swiglu)
     return body.function(NAME, {"y": y}, opset, _attributes(by_expert, round_inner))
 
@@ -41,13 +57,17 @@ def _attributes(by_expert: bool, round_inner: bool) -> list[ir.Attr]:
     ]
 
 
-def tensorrt_body(opset: int) -> ir.Function:
+def tensorrt_body(opset: int, rounded_in: ir.DataType | None = None) -> ir.Function:
     """Return the function, by token, for TensorRT: a decode step reads each pair's weights once and copies none.
 
     Up to E pairs are multiplied one by one, more are computed in at most 2E blocks. Both ways are in the graph, and one
     of them gets no tokens.
+
+    Args:
+        opset: ai.onnx's.
+        rounded_in: T, if what down multiplies is rounded to FP8.
     """
-    return _for_tensorrt(NAME, INPUTS, opset)
+    return _for_tensorrt(NAME, INPUTS, opset, rounded_in)
 
 
 def body_by_columns(opset: int) -> ir.Function:
@@ -59,14 +79,18 @@ def body_by_columns(opset: int) -> ir.Function:
     return _for_tensorrt(BY_COLUMNS, (*INPUTS, *COLUMNS), opset)
 
 
-def _for_tensorrt(name: str, inputs: Sequence[str], opset: int) -> ir.Function:
+def _for_tensorrt(
+    name: str, inputs: Sequence[str], opset: int, rounded_in: ir.DataType | None = None
+) -> ir.Function:
     body = FunctionBody(*inputs)
-    y = _by_token_for_tensorrt(body)
-    return body.function(name, {"y": y}, opset, _attributes(by_expert=False, round_inner=False))
+    y = _by_token_for_tensorrt(body, rounded_in)
+    return body.function(
+        name, {"y": y}, opset, _attributes(by_expert=False, round_inner=rounded_in is not None)
+    )
 
 
-SwiGLU = Callable[[FunctionBody, ir.Value, ir.Value, ir.Value], ir.Value]
-"""(body, x [n, rows, H], gate_up [n, 2I, H], down [n, H, I]) -> [n, rows, H]."""
+SwiGLU = Callable[[FunctionBody, ir.Value, Sequence[ir.Value]], ir.Value]
+"""(body, x [n, rows, H], (gate_up [n, 2I, H], down [n, H, I], perhaps input_scales [n, 3])) -> [n, rows, H]."""
 OfBlocks = Callable[[FunctionBody, ir.Value, ir.Value], ir.Value]
 """(body, x [n, rows, H], expert [n]) -> [n, rows, H]."""
 
@@ -83,7 +107,7 @@ class _Blocks:
 
 def _by_token(body: FunctionBody, swiglu: SwiGLU) -> ir.Value:
     op, one, _ = body.op, body.integers(1), body.integers(0)
-    given, experts, weights, gate_up, _ = body.inputs
+    given, experts, weights, gate_up, *_ = body.inputs
 
     # leading axes become one of tokens; `given` keeps the shape to return to
     width = body.size(given, -1)
@@ -100,7 +124,7 @@ def _by_token(body: FunctionBody, swiglu: SwiGLU) -> ir.Value:
     return op("Reshape", op("CastLike", y, x), op("Shape", given))
 
 
-def _by_token_for_tensorrt(body: FunctionBody) -> ir.Value:
+def _by_token_for_tensorrt(body: FunctionBody, rounded_in: ir.DataType | None) -> ir.Value:
     op, one, zero = body.op, body.integers(1), body.integers(0)
     given, experts, weights, gate_up, *_ = body.inputs
     width, k, count = body.size(given, -1), body.size(experts, -1), body.size(gate_up, 0)
@@ -113,7 +137,8 @@ def _by_token_for_tensorrt(body: FunctionBody) -> ir.Value:
     most = op("Div", count, k)
     few = op("Min", op("Div", most, op("Max", tokens, one)), one)  # 1 or 0
     direct = op("Mul", few, op("Min", tokens, most))
-    one_by_one = _one_by_one(body, *(op("Slice", value, zero, direct, zero) for value in flat))
+    first = (op("Slice", value, zero, direct, zero) for value in flat)
+    one_by_one = _one_by_one(body, *first, rounded_in=rounded_in)
 
     left_x, left_experts, left_weights = (
         op("Slice", value, direct, tokens, zero) for value in flat
@@ -127,13 +152,20 @@ def _by_token_for_tensorrt(body: FunctionBody) -> ir.Value:
     )
     sizes = left, k, count, width
     in_blocks = _in_blocks(
-        body, left_x, left_experts, left_weights, sizes, pairs, layout, _swiglu_of_rows
+        body, left_x, left_experts, left_weights, sizes, pairs, layout, _of_rows(rounded_in)
     )
     y = op("Concat", one_by_one, in_blocks, axis=0)
     return op("Reshape", op("CastLike", y, x), op("Shape", given))
 
 
-def _one_by_one(body: FunctionBody, x: ir.Value, experts: ir.Value, weights: ir.Value) -> ir.Value:
+def _one_by_one(
+    body: FunctionBody,
+    x: ir.Value,
+    experts: ir.Value,
+    weights: ir.Value,
+    *,
+    rounded_in: ir.DataType | None,
+) -> ir.Value:
     """x [T, H], experts and weights [T, k] -> fp32 [T, H]. Sums are fp32, products are rounded as a matmul's."""
     op = body.op
     gate_up, down = body.inputs[3:5]
@@ -146,7 +178,7 @@ def _one_by_one(body: FunctionBody, x: ir.Value, experts: ir.Value, weights: ir.
 
     inner = product(gate_up, op("Unsqueeze", x, body.integers(1, 2)))
     gate, up = body.ops(2, "Split", inner, axis=2, num_outputs=2)
-    active = op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
+    active = _rounded_for_tensorrt(body, _gated(body, gate, up), rounded_in)
     outer = product(down, op("Unsqueeze", active, body.integers(2)))
     parts = op("Mul", op("Cast", outer, to=FLOAT), op("Unsqueeze", weights, body.integers(-1)))
     return op("ReduceSum", parts, body.integers(1), keepdims=0)
@@ -200,8 +232,8 @@ def _in_blocks(
 def _by_expert(body: FunctionBody, swiglu: SwiGLU) -> ir.Value:
     """Every expert has the same number of tokens: one batched matmul, then a sum over each token's rows."""
     op = body.op
-    x, tokens, weights, gate_up, down = body.inputs
-    outer = swiglu(body, op("Gather", x, tokens), gate_up, down)
+    x, tokens, weights, *stacks = body.inputs
+    outer = swiglu(body, op("Gather", x, tokens), stacks)
     parts = op("Cast", outer, to=FLOAT)
     weighted = op("Mul", parts, op("Unsqueeze", weights, body.integers(-1)))
     rows = op("Reshape", weighted, op("Concat", body.integers(-1), body.size(x, 1), axis=0))
@@ -214,22 +246,20 @@ def _of_blocks(swiglu: SwiGLU) -> OfBlocks:
     """`swiglu` of each block's expert."""
 
     def apply(body: FunctionBody, x: ir.Value, expert: ir.Value) -> ir.Value:
-        gate_up, down = (body.op("Gather", stack, expert) for stack in body.inputs[3:5])
-        return swiglu(body, x, gate_up, down)
+        return swiglu(body, x, [body.op("Gather", stack, expert) for stack in body.inputs[3:]])
 
     return apply
 
 
-def _swiglu(body: FunctionBody, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
-    """x [n, rows, H], gate_up [n, 2I, H], down [n, H, I] -> [n, rows, H].
-
-    Weights keep their layout, [out, in]; activations are transposed instead.
-    """
+def _swiglu(body: FunctionBody, x: ir.Value, stacks: Sequence[ir.Value]) -> ir.Value:
+    """A SwiGLU. Weights keep their layout, [out, in]; activations are transposed instead."""
+    gate_up, down = stacks
     return _outer(body, _inner(body, x, gate_up), down)
 
 
-def _swiglu_rounded(body: FunctionBody, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
+def _swiglu_rounded(body: FunctionBody, x: ir.Value, stacks: Sequence[ir.Value]) -> ir.Value:
     """The same with the inner activations rounded to FP8, each row by itself."""
+    gate_up, down = stacks
     op, inner = body.op, _inner(body, x, gate_up)
 
     def number(value: float) -> ir.Value:
@@ -241,16 +271,42 @@ def _swiglu_rounded(body: FunctionBody, x: ir.Value, gate_up: ir.Value, down: ir
     third = op("Sub", op("Div", number(4.0), number(3.0)), number(1.0))
     epsilon = op("Abs", op("Sub", op("Mul", number(3.0), third), number(1.0)))
     scale = op("Where", op("Equal", scale, number(0.0)), epsilon, scale)
-    codes = op("Cast", op("Div", inner, scale), to=FLOAT8, saturate=1)
-    return _outer(body, op("Mul", op("CastLike", codes, x), scale), down)
+    return _outer(body, _with_scale(body, inner, scale), down)
+
+
+def _swiglu_of_scales(body: FunctionBody, x: ir.Value, stacks: Sequence[ir.Value]) -> ir.Value:
+    """The same with what gate, up and down multiply rounded to FP8, with the expert's scales."""
+    gate_up, down, scales = stacks
+    op = body.op
+    by_linear = body.ops(
+        3, "Split", op("Unsqueeze", scales, body.integers(2)), axis=1, num_outputs=3
+    )
+    turned = op("Transpose", x, perm=[0, 2, 1])
+    gate, up = (
+        op("MatMul", half, _with_scale(body, turned, scale))
+        for half, scale in zip(
+            body.ops(2, "Split", gate_up, axis=1, num_outputs=2), by_linear[:2], strict=True
+        )
+    )
+    return _outer(body, _with_scale(body, _gated(body, gate, up), by_linear[2]), down)
+
+
+def _with_scale(body: FunctionBody, x: ir.Value, scale: ir.Value) -> ir.Value:
+    """x rounded to FP8 with a scale that broadcasts to it."""
+    op = body.op
+    codes = op("Cast", op("Div", x, scale), to=FLOAT8, saturate=1)
+    return op("Mul", op("CastLike", codes, x), scale)
 
 
 def _inner(body: FunctionBody, x: ir.Value, gate_up: ir.Value) -> ir.Value:
     """x [n, rows, H], gate_up [n, 2I, H] -> silu(gate) * up, [n, I, rows]."""
     op = body.op
     both = op("MatMul", gate_up, op("Transpose", x, perm=[0, 2, 1]))
-    gate, up = body.ops(2, "Split", both, axis=1, num_outputs=2)
-    return op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
+    return _gated(body, *body.ops(2, "Split", both, axis=1, num_outputs=2))
+
+
+def _gated(body: FunctionBody, gate: ir.Value, up: ir.Value) -> ir.Value:
+    return body.op("Mul", body.op("Mul", gate, body.op("Sigmoid", gate)), up)
 
 
 def _outer(body: FunctionBody, inner: ir.Value, down: ir.Value) -> ir.Value:
@@ -258,7 +314,13 @@ def _outer(body: FunctionBody, inner: ir.Value, down: ir.Value) -> ir.Value:
     return body.op("Transpose", body.op("MatMul", down, inner), perm=[0, 2, 1])
 
 
-def _swiglu_of_rows(body: FunctionBody, x: ir.Value, expert: ir.Value) -> ir.Value:
+def _of_rows(rounded_in: ir.DataType | None) -> OfBlocks:
+    return lambda body, x, expert: _swiglu_of_rows(body, x, expert, rounded_in)
+
+
+def _swiglu_of_rows(
+    body: FunctionBody, x: ir.Value, expert: ir.Value, rounded_in: ir.DataType | None
+) -> ir.Value:
     """The same with the weights transposed, which TensorRT's matmuls do as they read them; they then pad nothing."""
     op = body.op
 
@@ -269,7 +331,28 @@ def _swiglu_of_rows(body: FunctionBody, x: ir.Value, expert: ir.Value) -> ir.Val
 
     gate_up, down = body.inputs[3:5]
     gate, up = body.ops(2, "Split", product(x, gate_up), axis=2, num_outputs=2)
-    return product(op("Mul", op("Mul", gate, op("Sigmoid", gate)), up), down)
+    return product(_rounded_for_tensorrt(body, _gated(body, gate, up), rounded_in), down)
+
+
+def _rounded_for_tensorrt(body: FunctionBody, x: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    """x [..., I] in `dtype`, each row rounded to FP8 by itself; x if that is None.
+
+    TensorRT has no casts to FP8, and its divisions by a constant are exact only in fp32.
+    """
+    if dtype is None:
+        return x
+    op = body.op
+
+    def number(value: float, dtype: ir.DataType = dtype) -> ir.Value:
+        return op("Constant", value=ir.tensor(np.array(value, dtype.numpy()), dtype=dtype))
+
+    largest = op("ReduceMax", op("Abs", x), body.integers(-1), keepdims=1)
+    exact = op("Div", op("Cast", largest, to=FLOAT), number(LARGEST_FP8, ir.DataType.FLOAT))
+    scale, epsilon = op("Cast", exact, to=int(dtype)), ml_dtypes.finfo(dtype.numpy()).eps
+    scale = op("Where", op("Equal", scale, number(0.0)), number(float(epsilon)), scale)
+    one = number(1.0)
+    codes = op("QuantizeLinear", op("Div", x, scale), one, output_dtype=FLOAT8, saturate=1)
+    return op("Mul", op("DequantizeLinear", codes, one), scale)
 
 
 def _ordered(

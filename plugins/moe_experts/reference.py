@@ -10,7 +10,7 @@ from qwenport.plugins.moe_experts.schema import LARGEST_FP8
 _LIBRARY = torch.library.Library("qwenport", "FRAGMENT")
 _LIBRARY.define(
     "moe_experts(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, "
-    "bool by_expert, bool round_inner=False) -> Tensor"
+    "Tensor? input_scales, bool by_expert, bool round_inner=False) -> Tensor"
 )
 
 
@@ -20,6 +20,7 @@ def moe_experts(
     weights: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
+    input_scales: torch.Tensor | None = None,
     *,
     by_expert: bool = False,
     round_inner: bool = False,
@@ -32,6 +33,8 @@ def moe_experts(
         weights: fp32, of the shape of indices.
         gate_up: [E, 2*I, H], dtype of x; rows 0..I-1 of an expert are its gate, the rest its up projection.
         down: [E, H, I], dtype of x.
+        input_scales: [E, 3], dtype of x: what gate, up and down multiply is rounded to FP8 with them; None rounds
+            nothing.
         by_expert: whether indices are each expert's tokens.
         round_inner: whether what down multiplies is rounded to FP8.
 
@@ -39,7 +42,7 @@ def moe_experts(
         [..., H], dtype of x. Products with the weights and their sum are fp32.
     """
     result: torch.Tensor = torch.ops.qwenport.moe_experts.default(
-        x, indices, weights, gate_up, down, by_expert, round_inner
+        x, indices, weights, gate_up, down, input_scales, by_expert, round_inner
     )
     return result
 
@@ -50,6 +53,7 @@ def _compute(
     weights: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
+    input_scales: torch.Tensor | None,
     by_expert: bool,
     round_inner: bool = False,
 ) -> torch.Tensor:
@@ -59,9 +63,21 @@ def _compute(
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in range(len(gate_up)) if by_expert else indices.unique().tolist():
         token, weight = _group(indices, weights, expert, by_expert)
-        gate, up = functional.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
+        if input_scales is None:
+            gate, up = functional.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
+        else:
+            gate, up = (
+                functional.linear(_with_scale(x[token], scale), half)
+                for scale, half in zip(
+                    input_scales[expert], gate_up[expert].chunk(2, dim=0), strict=False
+                )
+            )
         inner = functional.silu(gate) * up
-        part = functional.linear(_rounded(inner) if round_inner else inner, down[expert]).float()
+        if input_scales is not None:
+            inner = _with_scale(inner, input_scales[expert, 2])
+        elif round_inner:
+            inner = _rounded(inner)
+        part = functional.linear(inner, down[expert]).float()
         y.index_add_(0, token, part * weight[:, None])
     return y.to(x.dtype).view(shape)
 
@@ -69,7 +85,10 @@ def _compute(
 def _rounded(x: torch.Tensor) -> torch.Tensor:
     """x [n, I], each row rounded to FP8 with a scale of its own."""
     scale = x.abs().amax(-1, keepdim=True) / LARGEST_FP8 if x.numel() else x[:, :1]
-    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+    return _with_scale(x, torch.where(scale == 0, torch.finfo(x.dtype).eps, scale))
+
+
+def _with_scale(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     codes = (x / scale).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn)
     return codes.to(x.dtype) * scale
 
@@ -90,6 +109,7 @@ def _meta(
     weights: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
+    input_scales: torch.Tensor | None,
     by_expert: bool,
     round_inner: bool = False,
 ) -> torch.Tensor:

@@ -11,10 +11,12 @@ VERSION = 1
 LARGEST_FP8 = 448.0
 """Of e4m3."""
 INPUTS = ("x", "indices", "weights", "gate_up", "down")
+INPUT_SCALES = "input_scales"
+"""The optional input after INPUTS."""
 BY_COLUMNS = f"{NAME}ByColumns"
 """A function that lowering for TensorRT puts in the operator's place; no package has it."""
 COLUMNS = ("gate_up_columns", "down_columns")
-"""Its inputs after INPUTS."""
+"""Its inputs after INPUTS, in place of INPUT_SCALES."""
 
 
 def schema() -> onnx.defs.OpSchema:
@@ -26,7 +28,15 @@ def schema() -> onnx.defs.OpSchema:
         DOMAIN,
         VERSION,
         doc="Each token's chosen SwiGLU experts, weighted and summed.",
-        inputs=[parameter(name, kind) for name, kind in types.items()],
+        inputs=[
+            *(parameter(name, kind) for name, kind in types.items()),
+            parameter(
+                INPUT_SCALES,
+                "T",
+                "[E, 3]: what an expert's gate, up and down multiply is rounded to FP8 (e4m3), with these scales",
+                param_option=onnx.defs.OpSchema.FormalParameterOption.Optional,
+            ),
+        ],
         outputs=[parameter("y", "T")],
         attributes=[
             onnx.defs.OpSchema.Attribute(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,19 @@ def test_each_weight_is_read_as_codes_by_a_fused_product(tmp_path: Path, scheme:
             assert {k.kind for k in readers} == {"runtime_fusion"}
 
 
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+def test_a_head_that_rounds_its_input_is_a_product_of_codes(
+    tmp_path: Path, activations: str
+) -> None:
+    ignore = (*GATES, r"re:.*\.mlp\..*", r"re:.*self_attn.*")
+    package = package_of(tmp_path, MIXTURE, activations=activations, ignore=ignore)
+    shape = (package.config.hidden_size, package.config.vocab_size)
+    for made in layer_list(package.path, SM, "direct", 2):
+        (head,) = [k for k in made.layers if any(c.dtype == "FP8" for c in k.constants)]
+        assert head.kind == "gemm" and [t.dtype for t in head.inputs] == ["FP8"]
+        assert [c.dims[-2:] for c in head.constants if c.dtype == "FP8"] == [shape]
+
+
 def test_the_command_line_builds_for_every_gpu_that_has_fp8(
     tmp_path: Path, capsys: Capture
 ) -> None:
@@ -102,18 +116,41 @@ def test_linears_of_one_input_with_other_scales_are_not_merged(tmp_path: Path) -
     assert count(model, "QuantizeLinear") == len({w.node for w in made.weights})
 
 
+@pytest.mark.parametrize("how", [{}, {"by_row": False}, {"activations": "dynamic"}], ids=str)
+def test_chosen_experts_are_read_as_codes(tmp_path: Path, how: dict[str, Any]) -> None:
+    """In a decode step by two kernels per layer, which dequantize, multiply and add."""
+    others = (r"re:.*self_attn.*", r"re:.*shared_expert.*", r"re:.*\.mlp\.[a-z]+_proj")
+    package = package_of(tmp_path, MIXTURE, ignore=("lm_head", *GATES, *others), **how)
+    moe, hidden = package.config.moe, package.config.hidden_size
+    assert moe is not None
+    sizes = {2 * moe.expert_size * hidden, moe.expert_size * hidden}  # of one expert's matrices
+    decode, prefill = layer_list(package.path, SM, "direct", 2)
+    for made in (decode, prefill):
+        readers = [k for k in made.layers if any(c.dtype == "FP8" for c in k.constants)]
+        codes = [c.dims[-1] * c.dims[-2] for k in readers for c in k.constants if c.dtype == "FP8"]
+        assert sorted(codes) == sorted(moe.num_experts * size for size in sizes for _ in moe.layers)
+        assert {k.kind for k in readers} == {"kgen"}
+        fixed = [t for k in made.layers for t in k.outputs if min(t.dims, default=-1) > 0]
+        assert all(math.prod(t.dims) < moe.num_experts * min(sizes) for t in fixed)
+    readers = [k for k in decode.layers if any(c.dtype == "FP8" for c in k.constants)]
+    assert len(readers) == 2 * len(moe.layers)
+    for layer in readers:  # sums: what they write is no weight, chosen or not
+        assert all(min(sizes) not in (t.dims[-1] * t.dims[-2], t.dims[-1]) for t in layer.outputs)
+        assert layer.outputs[0].dims[-1] == 1
+
+
 @pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt"])
-def test_experts_in_fp8_are_refused_before_anything_is_written(
+def test_experts_with_static_scales_of_inputs_are_refused_before_anything_is_written(
     tmp_path: Path, target: str, capsys: Capture
 ) -> None:
-    package = package_of(tmp_path, MIXTURE, ignore=("lm_head", *GATES))
-    with pytest.raises(BuildError, match=r"experts in FP8 here; --target onnxruntime runs"):
+    package = package_of(tmp_path, MIXTURE, ignore=("lm_head", *GATES), activations="static")
+    with pytest.raises(BuildError, match=r"static scale, .*; --target onnxruntime runs"):
         engines.build(package.path, tmp_path / "engine", target=target)
     assert not (tmp_path / "engine").exists()
     words = refused(
         capsys, "validate", package.path, "--reference", MIXTURE, "--as", "tensorrt-network"
     )
-    assert "experts in FP8" in words
+    assert "static scale" in words
 
 
 def test_an_input_that_is_rounded_in_another_way_is_refused(tmp_path: Path) -> None:

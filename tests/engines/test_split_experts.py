@@ -48,6 +48,7 @@ def experts_model(
     *,
     single: bool,
     round_inner: bool = False,
+    scales: torch.Tensor | None = None,
 ) -> ir.Model:
     """x, indices, weights -> one MoEExperts; weights in a file, stacked or one by one under a Concat."""
     experts, inner, hidden = gate_up.shape[0], gate_up.shape[1] // 2, gate_up.shape[2]
@@ -100,6 +101,11 @@ def experts_model(
         value("indices", INT64, "batch", "seq", k),
         value("weights", FLOAT, "batch", "seq", k),
     ]
+    if scales is not None:
+        made = value("input_scales", element, *scales.shape)
+        made.const_value = ir.tensor(scales, name=made.name)
+        initializers[made.name] = made
+        stacks.append(made)
     call = ir.node(moe_experts.NAME, [*inputs, *stacks], domain="qwenport", name="layer")
     if round_inner:
         call.attributes["round_inner"] = ir.AttrInt64("round_inner", 1)
@@ -113,9 +119,8 @@ def experts_model(
         opset_imports={"": 24, "qwenport": 1},
         name="g",
     )
-    return ir.Model(
-        graph, ir_version=11, functions=[moe_experts.function_body(24, round_inner=round_inner)]
-    )
+    body = moe_experts.function_body(24, round_inner=round_inner, input_scales=scales is not None)
+    return ir.Model(graph, ir_version=11, functions=[body])
 
 
 def run(
@@ -181,6 +186,24 @@ def test_split_experts_round_what_the_operator_rounds(drawn, single, tmp_path_fa
     )
     expected = moe_experts.moe_experts(x, indices, weights, gate_up, down, round_inner=True)
     got = run(folder, model, x, indices, weights)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(drawn=layers(), single=st.booleans(), exponents=st.randoms(use_true_random=False))
+def test_split_experts_round_with_the_scales_of_their_linears(
+    drawn, single, exponents, tmp_path_factory
+):
+    """Integers of few bits, and scales that are powers of two: no sum is rounded."""
+    gate_up, down, x, indices, weights = drawn
+    x, down = x.round().abs(), down.round()
+    gate, up = gate_up.round().chunk(2, dim=1)
+    gate_up = torch.cat([64 * gate.abs(), up], dim=1)  # silu(gate) is gate or, nearly, 0
+    scales = torch.tensor([[2.0 ** exponents.randint(-6, 0) for _ in range(3)] for _ in gate_up])
+    folder = tmp_path_factory.mktemp("split")
+    model = experts_model(folder, gate_up, down, indices.shape[-1], single=single, scales=scales)
+    expected = moe_experts.moe_experts(x, indices, weights, gate_up, down, scales)
+    got = run(folder, for_onnxruntime(model, on_cpu=True), x, indices, weights)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -16,13 +16,19 @@ import onnxruntime
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+)
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from float_quantized import quantization_config, write_float_quantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwenport import exporter
 from qwenport.exporter.emission import GraphBuilder
@@ -344,10 +350,28 @@ def test_experts_are_in_fp8(activations: str | None, tmp_path: Path) -> None:
     assert len(experts) == 3 * moe.num_experts * len(moe.layers)
 
 
-def test_a_head_whose_input_is_rounded_is_refused(tmp_path: Path) -> None:
+def test_a_head_that_is_the_embedding_is_not_rounded_silently(tmp_path: Path) -> None:
+    """compressed-tensors rounds the input of any Linear that is not ignored, a tied head's too."""
+    stated = quantization_config(by_row=True, activations="dynamic", ignore=[])
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(DENSE))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    apply_quantization_config(model, QuantizationConfig.model_validate(stated))
+    assert model.lm_head.quantization_scheme.input_activations.dynamic is True
+    checkpoint = write_float_quantized(
+        DENSE, tmp_path / "checkpoint", activations="dynamic", ignore=()
+    )
+    with pytest.raises(exporter.ConfigError, match=r"tied to the embedding.*lm_head in ignore"):
+        exporter.open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+def test_a_head_rounds_its_input_as_other_linears_do(activations: str, tmp_path: Path) -> None:
     ignore = (*ROUTERS[1:], r"re:.*\.experts\..*")
     checkpoint = write_float_quantized(
-        MIXTURE, tmp_path / "checkpoint", ignore=ignore, activations="dynamic"
+        MIXTURE, tmp_path / "checkpoint", ignore=ignore, activations=activations
     )
-    with pytest.raises(exporter.ConfigError, match="a head whose input is rounded"):
-        exporter.open_checkpoint(checkpoint)
+    model = exporter.export(checkpoint, tmp_path / "package").read_model()
+    (head,) = [node for node in model.graph if node.name == "model.lm_head.MatMul"]
+    given = head.inputs[0]
+    assert given is not None and given.name == "model.norm.RMSNormalization.rounded"
+    assert ("lm_head.weight.input_scale" in model.graph.initializers) == (activations == "static")

@@ -29,6 +29,8 @@ from qwenport.validate.network.quantized import unpacked
 from qwenport.validate.reference.rounded_inputs import by_formula
 
 TRAINED = Path(__file__).parents[2] / "examples" / "tiny-qwen2.5"
+MIXTURE = TRAINED.parent / "tiny-qwen2-moe"
+GATES = ("lm_head", r"re:.*\.gate$", r"re:.*shared_expert_gate$")
 
 CAPACITY = 32
 TEXTS = [[1, 2, 3, 4, 5, 6, 7], [40, 11, 30]]
@@ -156,15 +158,17 @@ FLOAT8: dict[str, dict[str, Any]] = {
     "one scale": {"by_row": False},
     "static": {"activations": "static", "by_row": False},
     "dynamic": {"activations": "dynamic"},
+    "experts": {"source": MIXTURE, "ignore": GATES},
+    "experts, dynamic": {"source": MIXTURE, "ignore": GATES, "activations": "dynamic"},
+    "experts, one scale": {"source": MIXTURE, "ignore": GATES, "by_row": False},
 }
 
 
 @pytest.mark.parametrize("scheme", FLOAT8)
 def test_the_network_of_fp8_computes_what_the_package_does(tmp_path: Path, scheme: str) -> None:
     """In exact arithmetic, with the codes of inputs: a near-tie would be off by much more."""
-    package = export(
-        write_float_quantized(TRAINED, tmp_path / "c", **FLOAT8[scheme]), tmp_path / "p"
-    )
+    how = {"source": TRAINED, "target": tmp_path / "c"} | FLOAT8[scheme]
+    package = export(write_float_quantized(**how), tmp_path / "p")
     parsed = parse_package(package, CAPACITY)
     assert not parsed.complaints
     row = check_constants(parsed, package, False)

@@ -195,6 +195,7 @@ def model_of(
     by_expert: bool = False,
     for_tensorrt: bool = False,
     round_inner: bool = False,
+    input_scales: bool = False,
     by_columns: bool = False,
     dtype: torch.dtype = torch.float32,
     rank: int = 2,
@@ -207,7 +208,11 @@ def model_of(
         "gate_up": (element, 3),
         "down": (element, 3),
     }
-    body = function_body(opset, by_expert=by_expert, round_inner=round_inner)
+    if input_scales:
+        inputs["input_scales"] = (element, 2)
+    body = function_body(
+        opset, by_expert=by_expert, round_inner=round_inner, input_scales=input_scales
+    )
     if for_tensorrt:
         body = tensorrt_body(opset)
     if by_columns:

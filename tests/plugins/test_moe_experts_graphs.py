@@ -277,19 +277,24 @@ def test_the_schema_is_the_torch_operator_s_signature() -> None:
     assert [*(i.name for i in schema.inputs), "by_expert", "round_inner"] == names
     assert set(schema.attributes) == set(names[len(schema.inputs) :])
     (output,) = schema.outputs
-    x, indices, weights, gate_up, down = (i.type_str for i in schema.inputs)
-    assert x == gate_up == down == output.type_str
+    x, indices, weights, gate_up, down, scales = (i.type_str for i in schema.inputs)
+    assert x == gate_up == down == scales == output.type_str
+    assert schema.min_input == len(schema.inputs) - 1
     assert (indices, weights) == ("tensor(int64)", "tensor(float)")
     (constraint,) = schema.type_constraints
     allowed = {"tensor(float)", "tensor(float16)", "tensor(bfloat16)"}
     assert set(constraint.allowed_type_strs) == allowed
 
 
+@pytest.mark.parametrize("input_scales", [False, True])
 @pytest.mark.parametrize("by_expert", [False, True])
-def test_the_body_has_the_schema_s_ports(by_expert: bool) -> None:
+def test_the_body_has_the_schema_s_ports(by_expert: bool, input_scales: bool) -> None:
     schema = op.schema()
-    body = ir.serde.serialize_function(function_body(24, by_expert=by_expert))
-    assert list(body.input) == [i.name for i in schema.inputs]
+    body = ir.serde.serialize_function(
+        function_body(24, by_expert=by_expert, input_scales=input_scales)
+    )
+    ports = [i.name for i in schema.inputs]
+    assert list(body.input) == (ports if input_scales else ports[: schema.min_input])
     assert list(body.output) == [o.name for o in schema.outputs]
     attributes = {a.name for a in body.attribute_proto} | set(body.attribute)
     assert attributes == set(schema.attributes)

@@ -1,4 +1,4 @@
-"""Experts that round their inner activations to FP8: the body and the reference, by compressed-tensors."""
+"""Experts that round what they multiply to FP8: the body and the reference, by compressed-tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from calls import run_in_onnx, run_in_session
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from experts_oracles import model_of, session
+from experts_oracles import model_of, session, session_of
 from torch.nn import functional
 
 from qwenport.engines.errors import LoweringError
@@ -56,6 +56,41 @@ def expected(
     return y
 
 
+def by_static_library(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """[n, K] rounded by compressed-tensors with one scale."""
+    arguments = QuantizationArgs.model_validate(STATED | {"strategy": "tensor", "dynamic": False})
+    return fake_quantize(x[None], scale.reshape(1), None, arguments)[0]
+
+
+def expected_of_scales(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    scales: torch.Tensor,
+) -> torch.Tensor:
+    """Token by token, expert by expert, each of its linears by itself."""
+    y = torch.zeros_like(x)
+    for token in range(len(x)):
+        for expert, weight in zip(indices[token].tolist(), weights[token], strict=True):
+            row, (gate, up) = x[token : token + 1], gate_up[expert].chunk(2, dim=0)
+            of_gate, of_up, of_down = scales[expert]
+            made = functional.silu(functional.linear(by_static_library(row, of_gate), gate))
+            inner = made * functional.linear(by_static_library(row, of_up), up)
+            y[token] += (
+                weight * functional.linear(by_static_library(inner, of_down), down[expert])[0]
+            )
+    return y
+
+
+def drawn_scales(seed: int) -> torch.Tensor:
+    """[5, 3], no two of them equal; some inputs of `drawn` saturate."""
+    return 0.002 * torch.logspace(-1, 1, 15)[
+        torch.randperm(15, generator=torch.Generator().manual_seed(seed))
+    ].view(5, 3)
+
+
 def agree(found: torch.Tensor, right: torch.Tensor) -> None:
     """By far closer than rounding moves it."""
     for ours, theirs in zip(found, right, strict=True):
@@ -77,6 +112,55 @@ def test_the_function_body_rounds_as_the_reference(seed: int, tokens: int) -> No
     given = drawn(seed, tokens)
     (found,) = run_in_session(session(24, round_inner=True), *given)
     agree(found, expected(*given))
+
+
+@pytest.mark.parametrize(("seed", "tokens"), [*CASES[:3], (9, 40)])
+def test_inputs_are_rounded_with_the_scales_of_each_linear(seed: int, tokens: int) -> None:
+    given, scales = drawn(seed, tokens), drawn_scales(seed)
+    right = expected_of_scales(*given, scales)
+    agree(moe_experts(*given, scales), right)
+    (found,) = run_in_session(session(24, input_scales=True), *given, scales)
+    agree(found, right)
+    if tokens > 1:
+        for order in ([1, 0, 2], [0, 2, 1]):
+            off = torch.linalg.norm(moe_experts(*given, scales[:, order]) - right)
+            assert off > 1e-3 * torch.linalg.norm(right), "the order shows"
+
+
+def test_by_expert_inputs_are_rounded_too() -> None:
+    x, _, _, gate_up, down = drawn(5, 12)
+    tokens = torch.stack([torch.randperm(12)[:4] for _ in range(5)])
+    given = x, tokens, torch.rand(5, 4), gate_up, down, drawn_scales(5)
+    (found,) = run_in_session(session(24, by_expert=True, input_scales=True), *given)
+    agree(found, moe_experts(*given, by_expert=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_in_half_precision_each_step_with_a_scale_rounds_as_the_library_s(
+    dtype: torch.dtype,
+) -> None:
+    """Experts that return what their up rounds, exactly: their gate gives 32, and up and down are the identity."""
+    torch.manual_seed(8)
+    experts, width = 6, 16
+    x = (torch.randn(experts, width) * torch.logspace(-3, 2, experts)[:, None]).to(dtype)
+    x[:, 0] = 1
+    gate_up = torch.zeros(experts, 2 * width, width, dtype=dtype)
+    gate_up[:, :width, 0] = 32
+    gate_up[:, width:] = torch.eye(width) / 32
+    down = torch.eye(width, dtype=dtype).repeat(experts, 1, 1)
+    scales = torch.rand(experts, 3).to(dtype) / 64
+    scales[:, 0], scales[:, 2] = 1 / 64, 2.0**-7
+    given = x, torch.arange(experts)[:, None], torch.ones(experts, 1), gate_up, down, scales
+    right = torch.cat(
+        [
+            by_static_library(32 * (by_static_library(row[None], up) / 32), last)
+            for row, (_, up, last) in zip(x, scales, strict=True)
+        ]
+    )
+    assert right.dtype == dtype and right.isfinite().all() and not torch.equal(right, x)
+    assert torch.equal(moe_experts(*given), right)
+    (found,) = run_in_onnx(model_of(24, input_scales=True, dtype=dtype), *given)
+    assert torch.equal(found, right)
 
 
 def test_by_expert_the_function_body_rounds_as_the_reference() -> None:
@@ -116,8 +200,19 @@ def test_no_tokens() -> None:
     assert moe_experts(*nothing, round_inner=True).shape == (0, 24)
 
 
-def test_neither_the_plugin_nor_tensorrt_s_body_takes_them() -> None:
-    model = ir.from_proto(model_of(24, round_inner=True))
-    assert not UsePlugins()(model).modified
-    with pytest.raises(LoweringError, match="rounded to FP8"):
+def test_no_plugin_takes_them_nor_tensorrt_s_body_static_scales() -> None:
+    for form in ({"round_inner": True}, {"input_scales": True}):
+        model = ir.from_proto(model_of(24, **form))
+        assert not UsePlugins()(model).modified
+    with pytest.raises(LoweringError, match="static scales of inputs"):
         ReadExpertsOnce().call(model)
+
+
+@pytest.mark.parametrize(("seed", "tokens"), CASES)
+def test_tensorrt_s_body_rounds_as_the_reference(seed: int, tokens: int) -> None:
+    """In onnxruntime, inlined as for TensorRT; few tokens go one by one, more in blocks."""
+    given = drawn(seed, tokens)
+    model = ir.from_proto(model_of(24, round_inner=True))
+    assert ReadExpertsOnce()(model).modified and not model.functions
+    (found,) = run_in_session(session_of(ir.to_proto(model)), *given)
+    agree(found, expected(*given))

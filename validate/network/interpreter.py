@@ -100,7 +100,10 @@ class Interpreter:
         return name in self._makers or name in self._scaled
 
     def used(self) -> set[str]:
-        """The tensors that the network's outputs depend on, without its inputs."""
+        """The tensors that the network's outputs depend on, without its inputs.
+
+        And the inputs rounded to FP8 whose codes they depend on: products multiply the codes.
+        """
         network = self.parsed.network
         pending = [network.get_output(index).name for index in range(network.num_outputs)]
         found: set[str] = set()
@@ -110,7 +113,17 @@ class Interpreter:
                 layer, _ = self._makers[name]
                 found.update(layer.get_output(index).name for index in range(layer.num_outputs))
                 pending += [tensor.name for tensor in inputs_of(layer) if tensor is not None]
-        return found | {name for name, (made, _) in self._scaled.items() if made in found}
+        found |= {name for name, (made, _) in self._scaled.items() if made in found}
+        return found | {name for name in self._makers if self._codes_of(name) in found}
+
+    def _codes_of(self, name: str) -> str | None:
+        """The FP8 codes that a tensor is dequantized from, also if another layer scales it; None for others."""
+        layer, kind = self._makers[name]
+        if kind == "ELEMENTWISE":
+            given = next((t.name for t in inputs_of(layer) if t is not None), "")
+            layer, kind = self._makers.get(given, (None, ""))
+        codes = inputs_of(layer)[0] if kind == "DEQUANTIZE" else None
+        return None if codes is None or codes.name not in self._makers else codes.name
 
     def type_of(self, tensor: Any) -> torch.dtype:
         """The type in which a tensor is stored here; codes are constants, or those of FP8 rounded inputs."""

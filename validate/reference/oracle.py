@@ -42,7 +42,14 @@ from qwenport.validate.reference.loading import (
     read_config,
     torch_dtype,
 )
-from qwenport.validate.reference.rounded_inputs import agreeing, moving, moving_inputs, recorded
+from qwenport.validate.reference.rounded_inputs import (
+    agreeing,
+    as_multiplied,
+    moving,
+    moving_inputs,
+    recorded,
+    taking_over,
+)
 from qwenport.validate.reference.streamed import StreamedModel
 from qwenport.validate.reference.whole import WholeModel
 from qwenport.validate.target import Target
@@ -243,7 +250,10 @@ class Reference:
         with self._model.final_norm("fp64") as norm, torch.inference_mode():
             right = norm(wanted[2])
         with self._model.head("fp32") as head, torch.inference_mode():
-            whole, cached = (head(rows)[0] for rows in wanted[:2])
+            with recorded(head) as codes:
+                whole, given = head(wanted[0])[0], codes()
+            with taking_over(head, given, lambda count: None):
+                cached, right = head(wanted[1])[0], as_multiplied(head, right)
             # a large vocabulary in fp64 would take gigabytes: only some of its rows at a time
             parts = [right[0] @ rows.double().T for rows in head.weight.split(ROWS_AT_ONCE)]
         size = torch.linalg.norm(whole.double())

@@ -83,11 +83,11 @@ class RoundsExperts:
     """A forward pre-hook of a layer's experts: products by their stacks round their left side.
 
     Attributes:
-        rounding: how.
+        roundings: an expert's linear, as "3.gate_proj" -> how.
     """
 
-    def __init__(self, rounding: RoundsInput) -> None:
-        self.rounding = rounding
+    def __init__(self, roundings: Mapping[str, RoundsInput]) -> None:
+        self.roundings = roundings
         self._entered: list[_RoundsProducts] = []
 
     def register(self, module: torch.nn.Module) -> None:
@@ -97,7 +97,7 @@ class RoundsExperts:
 
     def __call__(self, module: torch.nn.Module, inputs: Any) -> None:
         """Begin."""
-        self._entered.append(_RoundsProducts(module, self.rounding))
+        self._entered.append(_RoundsProducts(module, self.roundings))
         self._entered[-1].__enter__()
 
     def leave(self, *_: Any) -> None:
@@ -106,17 +106,30 @@ class RoundsExperts:
 
 
 class _RoundsProducts(TorchFunctionMode):
-    def __init__(self, module: torch.nn.Module, rounding: RoundsInput) -> None:
+    def __init__(self, module: torch.nn.Module, roundings: Mapping[str, RoundsInput]) -> None:
         super().__init__()
-        self._stacks = {_memory(stack) for stack in module.parameters()}
-        self._rounding = rounding
+        self._stacks = {_memory(stack): (name, stack) for name, stack in module.named_parameters()}
+        self._roundings = roundings
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is functional.linear and _memory(args[1]) in self._stacks:
-            args = (*self._rounding(None, args[:1]), *args[1:])
+        if func is functional.linear and (stack := self._stacks.get(_memory(args[1]))) is not None:
+            return self._product(*stack, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def _product(
+        self, name: str, stack: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """By one expert's matrix of a stack. Its gate's and its up's static scales may differ."""
+        expert = (weight.storage_offset() - stack.storage_offset()) // weight.numel()
+        if name == "down_proj":
+            return functional.linear(*self._roundings[f"{expert}.{name}"](None, (x,)), weight)
+        gate, up = (self._roundings[f"{expert}.{half}_proj"] for half in ("gate", "up"))
+        if not gate.is_static:
+            return functional.linear(*gate(None, (x,)), weight)
+        halves = zip((gate, up), weight.chunk(2), strict=True)
+        return torch.cat([functional.linear(*how(None, (x,)), half) for how, half in halves], -1)
 
 
 def _memory(tensor: torch.Tensor) -> int:
@@ -200,10 +213,28 @@ def agreeing(choices: Sequence[Choices | None], taken: Callable[[int], None]) ->
     def attach(text: int, index: int, layer: Any) -> list[Any]:
         wanted = choices[text]
         given = {} if wanted is None else wanted.rounded.get(index, {})
-        hooks = _hooks(layer) if given else {}
-        return [_given(hooks[path], given[path], taken) for path in given if path in hooks]
+        return [taking_over(layer, given, taken)] if given else []
 
     return attach
+
+
+@contextlib.contextmanager
+def taking_over(
+    module: Any, given: Mapping[str, Float32], taken: Callable[[int], None]
+) -> Iterator[None]:
+    """The same for one module: path of a linear in it, "" for itself -> its rounded input."""
+    hooks = _hooks(module)
+    with contextlib.ExitStack() as stack:
+        for path in given.keys() & hooks.keys():
+            stack.enter_context(_given(hooks[path], given[path], taken))
+        yield
+
+
+def as_multiplied(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """The input [..., K] of a linear as it multiplies it."""
+    for hook in _hooks(linear).values():
+        (x,) = hook(linear, (x,))
+    return x
 
 
 @contextlib.contextmanager
@@ -240,10 +271,11 @@ def _hooks(layer: Any) -> dict[str, RoundsInput]:
 
 def _hooks_of_experts(layer: Any) -> list[RoundsInput]:
     return [
-        hook.rounding
+        rounding
         for module in layer.modules()
         for hook in module._forward_pre_hooks.values()
         if isinstance(hook, RoundsExperts)
+        for rounding in hook.roundings.values()
     ]
 
 

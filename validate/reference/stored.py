@@ -25,7 +25,7 @@ from qwenport.validate.reference.files import (
     opened,
     tensor_files,
 )
-from qwenport.validate.reference.rounded_inputs import RoundsExperts
+from qwenport.validate.reference.rounded_inputs import RoundsExperts, RoundsInput
 from qwenport.wording import cut
 
 # transformers' stacks of experts -> the projections of one expert that are stacked in them
@@ -170,7 +170,7 @@ class StoredWeights:
         Raises:
             ValidationError: a scale is missing, or the model has no such linear.
         """
-        found = False
+        found, experts = False, dict[torch.nn.Module, dict[str, RoundsInput]]()
         with _Reader() as reader:
             for weight in sorted(self._quantized):
                 assert self._quantization is not None
@@ -186,14 +186,12 @@ class StoredWeights:
                         "rounded"
                     ) from error
                 found = True
-                if not one_of:
+                if one_of:
+                    experts.setdefault(module, {})[one_of] = hook
+                else:
                     module.register_forward_pre_hook(hook)
-                elif hook.is_static:
-                    raise ValidationError(
-                        f"{cut(self._path)}: {cut(weight)} has a static scale of inputs, which experts here have not"
-                    )
-                elif not module._forward_pre_hooks:  # one for all of the layer's experts
-                    RoundsExperts(hook).register(module)
+        for module, roundings in experts.items():
+            RoundsExperts(roundings).register(module)
         return found
 
     @contextlib.contextmanager
