@@ -14,9 +14,8 @@ INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 # -rs: how many tests were skipped, and why. worksteal: neighbours, which share fixtures, run in one process.
 PYTEST := $(VENV)/bin/pytest -n 2 --dist worksteal -rs
 EMBED := build/embed
-# what compiles C++ or CUDA is `make cpp`'s
+# what compiles C++ or CUDA
 NATIVE := tests/cpp tests/plugins/native
-PYTHON_TESTS := $(PYTEST) $(addprefix --ignore ,$(NATIVE))
 
 .PHONY: help demo embed compiler test cpp cpp-packages cpp-build test-all lint docs clean
 
@@ -43,7 +42,7 @@ compiler:
 		echo 'error: a C++17 compiler is needed; on Debian and Ubuntu: apt-get install g++' >&2; exit 1; }
 
 test: lint  ## lint and run the fast tests
-	$(PYTHON_TESTS) -m "not slow"
+	$(PYTEST) $(addprefix --ignore ,$(NATIVE)) -m "not slow"
 
 cpp: cpp-build  ## build, check and test the C++ library and the CUDA plugins
 	$(PYTEST) $(NATIVE)
@@ -59,8 +58,7 @@ cpp-packages:
 
 test-all: cpp-packages $(VENV)/.installed-cpp  ## lint and run every test
 	$(MAKE) --jobs 2 lint cpp-build
-	$(PYTHON_TESTS)
-	$(PYTEST) $(NATIVE)
+	$(PYTEST)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(VENV)/bin/ruff check .

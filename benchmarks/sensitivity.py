@@ -85,7 +85,7 @@ class Judged:
         return bool(set(self.failed) - IDENTITY)
 
 
-def judge_defect(name: str, form: str) -> dict[str, Any]:
+def judge_defect(name: str, form: str, budget: str) -> dict[str, Any]:
     """Seed a defect into a package made for it, and validate; return the fields of a `Judged`."""
     import torch
     from defects.catalogue import DEFECTS
@@ -109,7 +109,7 @@ def judge_defect(name: str, form: str) -> dict[str, Any]:
         weights = "link" if defect.dtype else "copy"
         export(checkpoint, work / "package", weights=weights, **wanted)
         seed(work / "package", work / "faulty", defect.change)
-        report = validate(work / "faulty", checkpoint, **FORMS[form])
+        report = validate(work / "faulty", checkpoint, budget=budget, **FORMS[form])
     except Exception as error:  # no verdict counts as a miss, and is reported
         return judged(caught=False, error=f"{type(error).__name__}: {error}")
     finally:
@@ -120,7 +120,7 @@ def judge_defect(name: str, form: str) -> dict[str, Any]:
     return judged(caught=not report.passed, layer=layer, operator=operator, failed=failed)
 
 
-def judge_healthy(count: int, seed: int) -> list[dict[str, Any]]:
+def judge_healthy(count: int, seed: int, budget: str) -> list[dict[str, Any]]:
     """Draw models, export them and validate each in every form; return one record each."""
     import torch
     from healthy_models import HealthyModel, healthy_models, write
@@ -157,7 +157,7 @@ def judge_healthy(count: int, seed: int) -> list[dict[str, Any]]:
                     "rope_scaling": model.config.get("rope_scaling"),
                     "export": model.export_arguments,
                 }
-                said = _verdict(work / "package", checkpoint, options)
+                said = _verdict(work / "package", checkpoint, options | {"budget": budget})
                 # the draw depends on what this process has loaded, so a rejected model is kept whole
                 accused = {} if said["passed"] else {"drawn": repr(model)}
                 found.append(record | said | accused)
@@ -344,7 +344,8 @@ def main(report: Report, families: str | None, models: int) -> Result:
     asked = {"defects": len(names), "families": families, "models": models, "seed": SEED}
     report.settings |= asked
     forms = {defect.name: defect.forms for defect in DEFECTS}
-    tasks = [(name, form) for name in names for form in forms[name]]
+    budget = "quick" if report.quick else "standard"
+    tasks = [(name, form, budget) for name in names for form in forms[name]]
     version = qwenport_version()
     clean = "(" in version and "changes" not in version  # a commit, and nothing else
     recorded = report.work / "sensitivity" / f"{version}.jsonl"
@@ -356,7 +357,7 @@ def main(report: Report, families: str | None, models: int) -> Result:
             judged.append(Judged(**facts | tuples))
             report.add_run(facts["defect"], **{k: v for k, v in facts.items() if k != "defect"})
         sizes = batches(models + -(-models // SPARE))
-        drawn = [(count, SEED + index) for index, count in enumerate(sizes)]
+        drawn = [(count, SEED + index, budget) for index, count in enumerate(sizes)]
         healthy = [r for records in journal.run(pool, judge_healthy, drawn) for r in records]
     rows, alarms = by_family(judged), alarms_of(healthy)
     report.data |= {"healthy": healthy, "by_family": rows, "false_alarms": alarms}

@@ -64,7 +64,6 @@ def install_cpp_library(
     prefix = Path(os.path.abspath(prefix))
     _check_writable(prefix)
     settings: dict[str, object] = {
-        "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_INSTALL_PREFIX": prefix,
         "Python3_EXECUTABLE": sys.executable,
     }

@@ -30,7 +30,7 @@ constexpr const char* library_stem = "libtensorrt_rtx.so.";
 constexpr const char* library_stem = "libnvinfer.so.";
 #endif
 
-std::string library_name() { return library_stem + std::to_string(NV_TENSORRT_MAJOR); }
+std::string versioned_name() { return library_stem + std::to_string(NV_TENSORRT_MAJOR); }
 
 /// Keeps the latest messages, as many as fit: a plugin's own, and what TensorRT then says about it. TensorRT
 /// keeps using the first logger of a process, so this one is never destroyed.
@@ -64,7 +64,7 @@ template <typename Function>
 Function symbol(void* library, const char* name) {
   void* const found = dlsym(library, name);
   if (found == nullptr) {
-    throw Error(ErrorCode::missing_library, library_name() + " has no " + name + "; it is no TensorRT");
+    throw Error(ErrorCode::missing_library, versioned_name() + " has no " + name + "; it is no TensorRT");
   }
   return reinterpret_cast<Function>(found);
 }
@@ -72,7 +72,7 @@ Function symbol(void* library, const char* name) {
 }  // namespace
 
 TensorRTLibrary::TensorRTLibrary() {
-  void* const library = dlopen(library_name().c_str(), RTLD_NOW | RTLD_LOCAL);
+  void* const library = dlopen(versioned_name().c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
     const char* const reason = dlerror();  // NOLINT(concurrency-mt-unsafe): each thread has its own
     throw Error(ErrorCode::missing_library,
@@ -88,10 +88,11 @@ TensorRTLibrary::TensorRTLibrary() {
              std::to_string(part("getInferLibPatchVersion")) + "." +
              std::to_string(part("getInferLibBuildVersion"));
   if (major != NV_TENSORRT_MAJOR || minor < NV_TENSORRT_MINOR) {
-    throw Error(ErrorCode::wrong_version,
-                library_name() + " is " + version_ + ", but this library was compiled with the headers of " +
-                    std::to_string(NV_TENSORRT_MAJOR) + "." + std::to_string(NV_TENSORRT_MINOR) +
-                    "; compile it with the headers of the TensorRT that you ship");
+    throw Error(ErrorCode::wrong_version, versioned_name() + " is " + version_ +
+                                              ", but this library was compiled with the headers of " +
+                                              std::to_string(NV_TENSORRT_MAJOR) + "." +
+                                              std::to_string(NV_TENSORRT_MINOR) +
+                                              "; compile it with the headers of the TensorRT that you ship");
   }
   create_runtime_ = symbol<decltype(create_runtime_)>(library, "createInferRuntime_INTERNAL");
 }

@@ -11,7 +11,7 @@ namespace qwenport::detail {
 namespace {
 
 /// Numbers at the beginning of the file, all of 32 bits, little endian as this machine is.
-struct Header {
+struct Beginning {
   std::array<char, 20> format;
   std::uint32_t version;
   std::uint32_t nfc;
@@ -23,7 +23,7 @@ struct Header {
   std::uint32_t after;
   std::uint32_t text_bytes;
 };
-static_assert(sizeof(Header) == 56);
+static_assert(sizeof(Beginning) == 56);
 
 constexpr std::uint64_t most_tokens = std::uint64_t{1} << 22U;  // 28 times Qwen's
 
@@ -65,7 +65,7 @@ class Rest {
 
 TokenizerData::TokenizerData(std::string_view file, const std::string& where) {
   Rest rest(file, where);
-  Header header{};
+  Beginning header{};
   rest.take(&header, 1);
   std::array<char, sizeof header.format> format{};
   static_assert(sizeof contract::tokenizer_format <= sizeof header.format);

@@ -101,11 +101,11 @@ std::size_t qwen_end(const Reader& text, int digits) {
 std::size_t gpt2_end(const Reader& text) {
   if (const std::size_t end = text.contraction(/*any_case=*/false)) return end;
   const Reader::Here first = text.at(0);
-  const std::size_t word = first.c == ' ' ? first.next : 0;
+  const std::size_t start = first.c == ' ' ? first.next : 0;
   for (const unsigned classes : {Classes::letter, Classes::number}) {
-    if (text.is(word, classes)) return text.skip(word, classes);
+    if (text.is(start, classes)) return text.skip(start, classes);
   }
-  if (text.is_other(word)) return text.skip_others(word);
+  if (text.is_other(start)) return text.skip_others(start);
   return text.spaces();
 }
 

@@ -213,13 +213,13 @@ void append_utf8(char32_t c, std::string& to) {
 
 namespace {
 
-struct Sequence {
+struct Bytes {
   std::size_t size;  // of the character, or of what is invalid
   std::size_t full;  // the bytes of the whole character; 0 if what is there is invalid
 };
 
 /// The bytes at a place that are one character, or the beginning of one, or neither (The Unicode Standard, table 3-7).
-Sequence sequence_at(std::string_view bytes, std::size_t at) noexcept {
+Bytes bytes_at(std::string_view bytes, std::size_t at) noexcept {
   const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(bytes[at + i]); };
   const unsigned first = byte(0);
   if (first < 0x80) return {1, 1};
@@ -244,7 +244,7 @@ Sequence sequence_at(std::string_view bytes, std::size_t at) noexcept {
 std::size_t append_valid(std::string_view bytes, bool whole, std::string& to) {
   std::size_t at = 0;
   while (at < bytes.size()) {
-    const Sequence one = sequence_at(bytes, at);
+    const Bytes one = bytes_at(bytes, at);
     if (one.size == one.full) {
       to.append(bytes, at, one.size);
     } else if (one.full != 0 && !whole) {
@@ -259,7 +259,7 @@ std::size_t append_valid(std::string_view bytes, bool whole, std::string& to) {
 
 bool is_valid_utf8(std::string_view bytes) noexcept {
   for (std::size_t at = 0; at < bytes.size();) {
-    const Sequence one = sequence_at(bytes, at);
+    const Bytes one = bytes_at(bytes, at);
     if (one.size != one.full) return false;
     at += one.size;
   }
