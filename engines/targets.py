@@ -28,10 +28,6 @@ WITHOUT = {INT4: ("sm75",), INT8: (), FLOAT8: ("sm75", "sm80", "sm86", "sm87")}
 """Type of an engine's quantized codes -> architectures without kernels for its products; one of them fails a build."""
 
 
-EXPERTS = ".experts."
-"""In the names of their weights."""
-
-
 @dataclass(frozen=True)
 class Flavour:
     """One of NVIDIA's two TensorRT packages: its Python module, the extra that installs it, its GPUs."""
@@ -85,22 +81,14 @@ def code_types(config: ModelConfig) -> tuple[str, ...]:
     """The types of the codes in an engine: 8 bits with a scale per row stay 8 bits, in blocks they become 4 and 4.
 
     Weights that the export has dequantized have none.
-
-    Raises:
-        BuildError: experts round their inputs to FP8 with static scales, which no engine of TensorRT does here.
     """
-    from qwenport.exporter import INPUT_SCALE, quantized_weights
+    from qwenport.exporter import quantized_weights
 
     found = []
-    for name, (storage, _) in quantized_weights(config).items():
+    for storage, _ in quantized_weights(config).values():
         if storage.is_whole:
             continue
         is_float8 = FP8 in storage.integers.values()
-        if INPUT_SCALE in storage.part_names and EXPERTS in name:
-            raise BuildError(
-                f"the input of {name} is rounded to FP8 with a static scale, which no TensorRT engine has for experts "
-                "here; --target onnxruntime runs the package"
-            )
         in_bytes = storage.bits == 8 and storage.group is None
         found.append(FLOAT8 if is_float8 else INT8 if in_bytes else INT4)
     return tuple(dict.fromkeys(found))
@@ -108,11 +96,7 @@ def code_types(config: ModelConfig) -> tuple[str, ...]:
 
 def serves(flavour: Flavour, gpu: str, config: ModelConfig, dtype: str) -> bool:
     """Whether engines of a flavour run a model on an architecture."""
-    try:
-        codes = code_types(config)
-    except BuildError:
-        return False
-    return gpu in flavour.gpus and _has_types(gpu, dtype, codes)
+    return gpu in flavour.gpus and _has_types(gpu, dtype, code_types(config))
 
 
 def _has_types(gpu: str, dtype: str, codes: Sequence[str]) -> bool:

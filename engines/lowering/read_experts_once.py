@@ -7,7 +7,6 @@ from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from qwenport.contract import DOMAIN, MOE_EXPERTS
-from qwenport.engines.errors import LoweringError
 from qwenport.plugins.moe_experts import BY_COLUMNS, INPUTS, body_by_columns, tensorrt_body
 
 
@@ -19,23 +18,17 @@ class ReadExpertsOnce(InPlacePass):
     """
 
     def call(self, model: ir.Model) -> PassResult:
-        """Change `model` in place.
-
-        Raises:
-            LoweringError: experts round their inputs with static scales.
-        """
+        """Change `model` in place."""
         identifier = (DOMAIN, MOE_EXPERTS, "")
         function = model.functions.get(identifier)
         if function is None or function.attributes["by_expert"].as_int():
             return PassResult(model, modified=False)
         nodes = [node for node in model.graph if node.op_identifier() == identifier]
-        if any(len(node.inputs) == len(INPUTS) + 1 for node in nodes):
-            raise LoweringError(
-                "experts with static scales of inputs are not supported by TensorRT here; use --target onnxruntime"
-            )
         opset = function.opset_imports[""]
-        if function.attributes["round_inner"].as_int():
-            model.functions[identifier] = tensorrt_body(opset, nodes[0].outputs[0].dtype)
+        scales = any(len(node.inputs) == len(INPUTS) + 1 for node in nodes)
+        if scales or function.attributes["round_inner"].as_int():
+            dtype = nodes[0].outputs[0].dtype
+            model.functions[identifier] = tensorrt_body(opset, dtype, input_scales=scales)
             InlinePass()(model)
             LiftConstantsToInitializersPass(size_limit=0)(model)
             return PassResult(model, modified=True)

@@ -57,7 +57,9 @@ def _attributes(by_expert: bool, round_inner: bool) -> list[ir.Attr]:
     ]
 
 
-def tensorrt_body(opset: int, rounded_in: ir.DataType | None = None) -> ir.Function:
+def tensorrt_body(
+    opset: int, rounded_in: ir.DataType | None = None, *, input_scales: bool = False
+) -> ir.Function:
     """Return the function, by token, for TensorRT: a decode step reads each pair's weights once and copies none.
 
     Up to E pairs are multiplied one by one, more are computed in at most 2E blocks. Both ways are in the graph, and one
@@ -65,9 +67,11 @@ def tensorrt_body(opset: int, rounded_in: ir.DataType | None = None) -> ir.Funct
 
     Args:
         opset: ai.onnx's.
-        rounded_in: T, if what down multiplies is rounded to FP8.
+        rounded_in: T, if what down multiplies is rounded to FP8, or with `input_scales` what each linear multiplies.
+        input_scales: whether it has that input.
     """
-    return _for_tensorrt(NAME, INPUTS, opset, rounded_in)
+    inputs = (*INPUTS, INPUT_SCALES) if input_scales else INPUTS
+    return _for_tensorrt(NAME, inputs, opset, rounded_in)
 
 
 def body_by_columns(opset: int) -> ir.Function:
@@ -84,9 +88,8 @@ def _for_tensorrt(
 ) -> ir.Function:
     body = FunctionBody(*inputs)
     y = _by_token_for_tensorrt(body, rounded_in)
-    return body.function(
-        name, {"y": y}, opset, _attributes(by_expert=False, round_inner=rounded_in is not None)
-    )
+    round_inner = rounded_in is not None and INPUT_SCALES not in inputs
+    return body.function(name, {"y": y}, opset, _attributes(False, round_inner))
 
 
 SwiGLU = Callable[[FunctionBody, ir.Value, Sequence[ir.Value]], ir.Value]
@@ -168,18 +171,16 @@ def _one_by_one(
 ) -> ir.Value:
     """x [T, H], experts and weights [T, k] -> fp32 [T, H]. Sums are fp32, products are rounded as a matmul's."""
     op = body.op
-    gate_up, down = body.inputs[3:5]
 
-    def product(matrix: ir.Value, vector: ir.Value) -> ir.Value:
-        chosen = op("Cast", op("Gather", matrix, experts), to=FLOAT)
+    def product(matrix: ir.Value, chosen: ir.Value, rows: ir.Value) -> ir.Value:
+        vector = op("Unsqueeze", rows, body.integers(2))
         vector = _ordered(body, matrix, vector, experts, axis=2)
-        terms = op("Mul", chosen, op("Cast", vector, to=FLOAT))
+        terms = op("Mul", op("Cast", chosen, to=FLOAT), op("Cast", vector, to=FLOAT))
         return op("CastLike", op("ReduceSum", terms, body.integers(-1), keepdims=0), x)
 
-    inner = product(gate_up, op("Unsqueeze", x, body.integers(1, 2)))
-    gate, up = body.ops(2, "Split", inner, axis=2, num_outputs=2)
-    active = _rounded_for_tensorrt(body, _gated(body, gate, up), rounded_in)
-    outer = product(down, op("Unsqueeze", active, body.integers(2)))
+    scales = _scales_of(body, experts)
+    by_token = op("Unsqueeze", x, body.integers(1))
+    outer = _swiglu_of_chosen(body, by_token, experts, product, scales, rounded_in)
     parts = op("Mul", op("Cast", outer, to=FLOAT), op("Unsqueeze", weights, body.integers(-1)))
     return op("ReduceSum", parts, body.integers(1), keepdims=0)
 
@@ -324,33 +325,77 @@ def _swiglu_of_rows(
     """The same with the weights transposed, which TensorRT's matmuls do as they read them; they then pad nothing."""
     op = body.op
 
-    def product(rows: ir.Value, matrix: ir.Value) -> ir.Value:
-        chosen = op("Gather", matrix, expert)
+    def product(matrix: ir.Value, chosen: ir.Value, rows: ir.Value) -> ir.Value:
         rows = _ordered(body, matrix, rows, expert, axis=1)
         return op("MatMul", rows, op("Transpose", chosen, perm=[0, 2, 1]))
 
-    gate_up, down = body.inputs[3:5]
-    gate, up = body.ops(2, "Split", product(x, gate_up), axis=2, num_outputs=2)
-    return product(_rounded_for_tensorrt(body, _gated(body, gate, up), rounded_in), down)
+    scales = _scales_of(body, op("Unsqueeze", expert, body.integers(1)))
+    return _swiglu_of_chosen(body, x, expert, product, scales, rounded_in)
 
 
-def _rounded_for_tensorrt(body: FunctionBody, x: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-    """x [..., I] in `dtype`, each row rounded to FP8 by itself; x if that is None.
+def _swiglu_of_chosen(
+    body: FunctionBody,
+    x: ir.Value,
+    experts: ir.Value,
+    product: Callable[[ir.Value, ir.Value, ir.Value], ir.Value],
+    scales: Sequence[ir.Value] | None,
+    rounded_in: ir.DataType | None,
+) -> ir.Value:
+    """A SwiGLU of chosen experts for TensorRT.
 
-    TensorRT has no casts to FP8, and its divisions by a constant are exact only in fp32.
+    Args:
+        body: the function's.
+        x: [n, m, H].
+        experts: the chosen ones.
+        product: (gate_up or down, what is chosen of it or its half, rows [n, m, K]) -> [n, m, rows of the weight].
+        scales: of what gate, up and down multiply, which broadcast to x; or None.
+        rounded_in: see `tensorrt_body`.
     """
-    if dtype is None:
-        return x
     op = body.op
+    gate_up, down = body.inputs[3:5]
+    chosen = op("Gather", gate_up, experts)
+    if scales is None:
+        both = product(gate_up, chosen, x)
+        active = _gated(body, *body.ops(2, "Split", both, axis=2, num_outputs=2))
+        if rounded_in is not None:
+            active = _codes_of(body, active, _scale_of_rows(body, active, rounded_in), rounded_in)
+    else:
+        assert rounded_in is not None
+        halves = body.ops(2, "Split", chosen, axis=-2, num_outputs=2)
+        gate, up = (
+            product(gate_up, half, _codes_of(body, x, scale, rounded_in))
+            for half, scale in zip(halves, scales[:2], strict=True)
+        )
+        active = _codes_of(body, _gated(body, gate, up), scales[2], rounded_in)
+    return product(down, op("Gather", down, experts), active)
 
-    def number(value: float, dtype: ir.DataType = dtype) -> ir.Value:
-        return op("Constant", value=ir.tensor(np.array(value, dtype.numpy()), dtype=dtype))
 
+def _scales_of(body: FunctionBody, experts: ir.Value) -> Sequence[ir.Value] | None:
+    """The scales of the chosen experts' gate, up and down, [..., 1] for experts [...]; None if there are none."""
+    for value in body.inputs:
+        if value.name == INPUT_SCALES:
+            return body.ops(3, "Split", body.op("Gather", value, experts), axis=-1, num_outputs=3)
+    return None
+
+
+def _constant(body: FunctionBody, value: float, dtype: ir.DataType) -> ir.Value:
+    return body.op("Constant", value=ir.tensor(np.array(value, dtype.numpy()), dtype=dtype))
+
+
+def _scale_of_rows(body: FunctionBody, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """The scale of each row of x [..., I] in `dtype`. TensorRT's divisions by a constant are exact only in fp32."""
+    op = body.op
     largest = op("ReduceMax", op("Abs", x), body.integers(-1), keepdims=1)
-    exact = op("Div", op("Cast", largest, to=FLOAT), number(LARGEST_FP8, ir.DataType.FLOAT))
-    scale, epsilon = op("Cast", exact, to=int(dtype)), ml_dtypes.finfo(dtype.numpy()).eps
-    scale = op("Where", op("Equal", scale, number(0.0)), number(float(epsilon)), scale)
-    one = number(1.0)
+    most = _constant(body, LARGEST_FP8, ir.DataType.FLOAT)
+    scale = op("Cast", op("Div", op("Cast", largest, to=FLOAT), most), to=int(dtype))
+    epsilon = float(ml_dtypes.finfo(dtype.numpy()).eps)
+    zero = _constant(body, 0.0, dtype)
+    return op("Where", op("Equal", scale, zero), _constant(body, epsilon, dtype), scale)
+
+
+def _codes_of(body: FunctionBody, x: ir.Value, scale: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """x in `dtype`, rounded to FP8 with a scale that broadcasts to it. TensorRT has no casts to FP8."""
+    op, one = body.op, _constant(body, 1.0, dtype)
     codes = op("QuantizeLinear", op("Div", x, scale), one, output_dtype=FLOAT8, saturate=1)
     return op("Mul", op("DequantizeLinear", codes, one), scale)
 
@@ -367,11 +412,12 @@ def _ordered(
         experts: the chosen ones, [...].
         axis: of x, between those of `experts` and its last.
     """
-    at = body.inputs.index(matrix) + len(COLUMNS)
-    if at >= len(body.inputs):
+    column = COLUMNS[body.inputs.index(matrix) - 3]
+    found = [value for value in body.inputs if value.name == column]
+    if not found:
         return x
     op = body.op
-    order = op("Unsqueeze", op("Gather", body.inputs[at], experts), body.integers(axis))
+    order = op("Unsqueeze", op("Gather", found[0], experts), body.integers(axis))
     rows = op("Concat", op("Shape", experts), body.integers(1, 1), axis=0)
     x = op("Expand", x, rows)
     width = op("Concat", op("Shape", x, end=-1), body.integers(1), axis=0)

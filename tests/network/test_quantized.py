@@ -160,6 +160,7 @@ FLOAT8: dict[str, dict[str, Any]] = {
     "dynamic": {"activations": "dynamic"},
     "experts": {"source": MIXTURE, "ignore": GATES},
     "experts, dynamic": {"source": MIXTURE, "ignore": GATES, "activations": "dynamic"},
+    "experts, static": {"source": MIXTURE, "ignore": GATES, "activations": "static"},
     "experts, one scale": {"source": MIXTURE, "ignore": GATES, "by_row": False},
 }
 
