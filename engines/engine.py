@@ -34,6 +34,7 @@ from qwenport.contract import (
     query,
 )
 from qwenport.engines.errors import EngineError
+from qwenport.engines.text.chat_format import TEXT_SHAPE, check_text
 from qwenport.exporter import (
     BINDINGS,
     FILES,
@@ -68,7 +69,7 @@ SHAPE = {
     "rope_scaling": (str, NoneType),
     "attention": {"form": str, "span_multiple": int, "slots": int},
     "quantization": (dict, NoneType),
-    "text": {"stop_tokens": [int], "chat": (dict, NoneType), "no_chat": (str, NoneType)},
+    "text": TEXT_SHAPE,
     "profiles": [Each(Each([int]))],
     "bindings": BINDINGS,
     "aliases": Each(str),
@@ -164,6 +165,7 @@ def load_engine(path: Path | str) -> Engine:
             if len(manifest["aliases"]) != 2 * layers:
                 raise ValueError(f"{layers} layers, but {len(manifest['aliases'])} aliases")
             _check_attention(manifest)
+            check_text(manifest["text"], manifest["model"]["vocab_size"])
             if manifest["quantization"] is not None:
                 check_shape(manifest["quantization"], QUANTIZATION_SHAPE)
                 if manifest["quantization"]["activations"] not in (*DTYPES, INT8, E4M3):

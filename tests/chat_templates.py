@@ -68,6 +68,22 @@ THOUGHTFUL = (  # a reply begins otherwise than it stands in the history
     "{{ message.content.strip() }}{{ '<|im_end|>\n' }}{% endfor %}"
     "{{ '<|im_start|>assistant\n<think>\n' }}"
 )
+R1 = (  # what a reply thought is left out, and nothing else of it
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}"
+    "{% set content = message.content %}{% if '</think>' in content %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}<A>{{ content }}<end>"
+    "{% else %}<{{ message.role }}>{{ message.content }}{% endif %}{% endfor %}<A><think>\n"
+)
+COMMANDS = (  # asks before and after it leaves white space out
+    "{% for m in messages %}{% set c = m.content | trim %}[{{ m.role }}]"
+    "{% if m.role == 'user' and (c.startswith('/') or c.endswith('/no_think')) %}!{% endif %}{{ c }}\n"
+    "{% endfor %}[assistant]"
+)
+MADE = (  # texts that are made of contents, and only written
+    "{% macro turn(m) %}{% set text %}<{{ m.role }}>{{ m.content }}{% endset %}{{ text }}</s>{% endmacro %}"
+    "{% set ns = namespace(all='') %}{% for m in messages %}{% set ns.all = ns.all ~ turn(m) + '\n' %}{% endfor %}"
+    "{{ ns.all }}<assistant>"
+)
 TAKEN = {
     "qwen2.5": QWEN25,
     "qwen3": QWEN3,
@@ -76,6 +92,9 @@ TAKEN = {
     "marked": MARKED,
     "no-system": NO_SYSTEM,
     "thoughtful": THOUGHTFUL,
+    "r1": R1,
+    "commands": COMMANDS,
+    "made": MADE,
 }
 
 _EACH = "{{% for m in messages %}}[{{{{ m.role }}}}]{}{{% endfor %}}>"
@@ -86,19 +105,119 @@ LEFT_OUT = {
     "twice": (_EACH.format("{{ m.content }}{{ m.content }}"), "each content once"),
     "none": (_EACH.format(""), "each content once"),
     "reversed": ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "in order"),
-    "length": (_EACH.format("{% if m.content | length > 9 %}!{% endif %}{{ m.content }}"), "(len)"),
-    "equal": (_EACH.format("{% if m.content == 'a' %}!{% endif %}{{ m.content }}"), "(eq)"),
-    "empty": (_EACH.format("{% if m.content %}{{ m.content }}{% endif %}"), "(len)"),
-    "first": (_EACH.format("{{ m.content[:1] }}{{ m.content }}"), "(getitem)"),
-    "json": (_EACH.format("{{ m.content | tojson }}"), "changes what is said"),
-    "escaped": (_EACH.format("{{ m.content | e }}"), "changes what is said"),
+    "length": (
+        _EACH.format("{% if m.content | length > 9 %}!{% endif %}{{ m.content }}"),
+        "(its length)",
+    ),
+    "equal": (
+        _EACH.format("{% if m.content == 'a' %}!{% endif %}{{ m.content }}"),
+        "(what it equals)",
+    ),
+    "empty": (_EACH.format("{% if m.content %}{{ m.content }}{% endif %}"), "(its length)"),
+    "first": (_EACH.format("{{ m.content[:1] }}{{ m.content }}"), "(a part of it)"),
+    "json": (_EACH.format("{{ m.content | tojson }}"), "each content once"),
+    "escaped": (_EACH.format("{{ m.content | e }}"), "each content once"),
     "joined": (
         "{% for m in messages %}{{ (m.role ~ m.content) | trim }}{% endfor %}>",
-        "changes what",
+        "made of what is said",
     ),
     "left": (_EACH.format("{{ m.content.lstrip() }}"), "(lstrip)"),
     "numbered": (_EACH.format("{{ loop.index }}{{ m.content }}"), "another text in each turn"),
     "counted": ("{{ messages | length }}" + _EACH.format("{{ m.content }}"), "in each turn"),
+    **{
+        f"{condition} of {made}": (
+            "{% macro r(m) %}{{ m.content }}{% endmacro %}{% for m in messages %}"
+            + before
+            + "{% if "
+            + condition.format(made)
+            + " %}!{% endif %}"
+            "<{{ m.role }}>{{ m.content }}</s>{% endfor %}<A>",
+            "depends on",
+        )
+        for before, made in (
+            ("{% set x %}Q{{ m.content }}{% endset %}", "x"),
+            ("{% set x = 'Q' + m.content %}", "x"),
+            ("{% set x = 'Q' ~ m.content %}", "x"),
+            ("", "(m.content ~ '\n')"),
+            ("", "(messages | map(attribute='content') | join(' '))"),
+            ("", "(messages | string)"),
+            ("", "(m | string)"),
+            ("", "(m.content | tojson)"),
+            ("", "([m.content] | string)"),
+            ("", "(m.content | e)"),
+            ("", "(m.content | safe)"),
+            ("", "(m.content | urlize)"),
+            ("", "''.join([m.content])"),
+            ("", "'{}'.format(m.content)"),
+            ("", "('%s' % m.content)"),
+            ("", "('%r' | format(m.content))"),
+            ("", "(r(m) + '')"),
+        )
+        for condition in ("'magic' in {}", "{}.endswith('magic')")
+    },
+    "looked up": (
+        _EACH.format("{{ {'hi': 'X'}.get(m.content, '') }}{{ m.content }}"),
+        "depends on",
+    ),
+    "subscript": (_EACH.format("{{ {'hi': 'X'}[m.content] }}{{ m.content }}"), "depends on"),
+    "key": (
+        _EACH.format("{% if {m.content: 1} | length %}{{ m.content }}{% endif %}"),
+        "depends on",
+    ),
+    "number": (
+        _EACH.format("{% if m.content | int(0) > 0 %}!{% endif %}{{ m.content }}"),
+        "depends on",
+    ),
+    "inside a text": (
+        _EACH.format("{% if m.content in 'magic words' %}!{% endif %}{{ m.content }}"),
+        "",
+    ),
+    "replaced": (
+        _EACH.format("{{ (m.content ~ '\n').replace('<image>', '') }}"),
+        "made of what is said",
+    ),
+    "filtered": (
+        "{% for m in messages %}[{{ m.role }}]{% filter replace('<image>', '') %}{{ m.content }}{% endfilter %}"
+        "{% endfor %}>",
+        "depends on",
+    ),
+    "cut": (
+        "{% set ns = namespace(all='') %}{% for m in messages %}"
+        "{% set ns.all = ns.all + '[' + m.role + ']' + m.content %}{% endfor %}{{ ns.all[:6000] }}>",
+        "made of what is said",
+    ),
+    "cut by a format": (_EACH.format("{{ '%.9000s' | format(m.content) }}"), "depends on"),
+    "changed": (
+        _EACH.format("{% if loop.changed(m.content) %}!{% endif %}{{ m.content }}"),
+        "depends on",
+    ),
+    "previous": (
+        _EACH.format("{% if m.content == messages[0].content %}!{% endif %}{{ m.content }}"),
+        "what it equals",
+    ),
+    "many messages": (
+        _EACH.format("{% if messages | length > 20 %}!{% endif %}{{ m.content }}"),
+        "on 21 messages",
+    ),
+    "the hundredth": (
+        _EACH.format("{% if loop.index == 100 %}!{% endif %}{{ m.content }}"),
+        "messages",
+    ),
+    "the last ones": (
+        "{% set messages = messages[-21:] %}" + _EACH.format("{{ m.content }}"),
+        "messages",
+    ),
+    "what a model may say": (
+        _EACH.format(
+            "{% if m.role == 'assistant' and 'moves' in m.content %}!{% endif %}{{ m.content }}"
+        ),
+        "depends on what the assistant says (what it contains)",
+    ),
+    "endless": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "too long",
+    ),
+    "two lines": ("{{ raise_exception('one\ntwo') }}", "the chat template fails: one"),
     "needs a system message": (
         "{{ messages[0].content if messages[0].role == 'system' else raise_exception('no') }}",
         "the chat template fails: no",

@@ -54,6 +54,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
 hostile = st.sampled_from(
     [
         *CONTENTS,
+        "/",
+        "/no_think",
         "<tool_response>",
         "</tool_response>",
         "<think>",
@@ -83,9 +85,15 @@ def conversations(draw: st.DrawFn) -> list[Message]:
 def test_texts_and_ids_are_those_of_transformers(loaded: Any, name: str, messages: Any) -> None:
     form, ours, theirs = loaded(name)
     said = [{"role": message.role, "content": message.content} for message in messages]
-    refused = any(m.content.startswith("<tool_response>") for m in messages if m.role == "user")
-    system = messages[0].role == "system"
-    if (name == "qwen3" and refused) or (name == "no-system" and system):
+    users = [m.content for m in messages if m.role == "user"]
+    refused = {
+        "qwen3": any(content.startswith("<tool_response>") for content in users),
+        "no-system": messages[0].role == "system",
+        "commands": any(
+            c.strip().startswith("/") or c.strip().endswith("/no_think") for c in users
+        ),
+    }
+    if refused.get(name):
         with pytest.raises(ChatError):
             form.text(messages)
         return
@@ -98,8 +106,10 @@ def test_texts_and_ids_are_those_of_transformers(loaded: Any, name: str, message
 def test_what_the_templates_do_with_contents_is_found(loaded: Any) -> None:
     rules = {name: {r: c.rule for r, c in loaded(name)[0].contents.items()} for name in TAKEN}
     plain = dict.fromkeys(("system", "user", "assistant"), "verbatim")
-    assert rules.pop("qwen3") == {**plain, "assistant": "after_thinking"}
-    assert rules.pop("llama-3.1") == rules.pop("thoughtful") == dict.fromkeys(plain, "strip")
+    assert rules.pop("qwen3") == {**plain, "assistant": "after_thinking_lines"}
+    assert rules.pop("r1") == {**plain, "assistant": "after_thinking"}
+    stripped = dict.fromkeys(plain, "strip")
+    assert rules.pop("llama-3.1") == rules.pop("thoughtful") == rules.pop("commands") == stripped
     assert all(found == plain for found in rules.values())
     with pytest.raises(ChatError, match=r"the user that starts with '<tool_response>'"):
         loaded("qwen3")[0].text([Message("user", "<tool_response>")])

@@ -24,6 +24,7 @@ from qwenport.engines.text.chat_format import (
     ChatError,
     ChatFormat,
     Message,
+    engine_text,
 )
 from qwenport.engines.text.stop_strings import StopStrings
 from qwenport.engines.text.text_generation import GeneratedText, TextGeneration
@@ -109,7 +110,12 @@ class Chat:
         self._system = [] if options.system is None else [Message(SYSTEM, _text(options.system))]
         self._format.text([*self._system, Message(USER, "")])
         self._session = session or open_session(target, progress=progress, note=note)
-        stops = stop_ids(Path(target), self._session.vocab_size)
+        text = engine_text(target)
+        stops = (
+            stop_ids(Path(target), self._session.vocab_size)
+            if text is None
+            else text["stop_tokens"]
+        )
         self._stops = [*stops, *options.generate.stop_tokens]
         self._sending = False
         self.reset()
@@ -216,8 +222,8 @@ def _text(content: str) -> str:
         raise ChatError(f"a message must be a text, got {content!r:.60}")
     try:
         content.encode()
-    except UnicodeError as error:
-        raise ChatError(f"a message is not valid Unicode: {error}") from error
+    except UnicodeError:
+        raise ChatError(f"a message is not valid Unicode: {content!r:.60}") from None
     return content
 
 

@@ -14,6 +14,7 @@ from qwenport.engines.text.tokenizer import Tokenizer, has_tokenizer
 from qwenport.engines.text.tokenizer_file import tokenizer_bytes
 from qwenport.engines.text.tokenizer_json import UnrecognisedError, read_tokenizer
 from qwenport.exporter import CheckpointError, stop_ids
+from qwenport.wording import one_line
 
 
 def write_text(
@@ -37,14 +38,14 @@ def write_text(
             raise UnrecognisedError("the checkpoint has no tokenizer")
         tokenizer = _tokenizer(source, folder, note)
         if tokenizer.chat_template is None:
-            raise UnrecognisedError("the checkpoint has no chat template")
+            raise UnrecognisedError(tokenizer.no_template)
         try:
             found["chat"] = derive_format(tokenizer).as_json()
         except UnrecognisedError as error:
             note(f"without a chat format, so C++ programs get no Chat: {error}")
             raise
     except (UnrecognisedError, CheckpointError) as error:
-        found["no_chat"] = str(error)
+        found["no_chat"] = one_line(str(error))
     return found
 
 

@@ -8,6 +8,11 @@ from qwenport.engines.generate_options import GenerationError
 from qwenport.engines.stop_sequences import StopSequences
 
 
+def _is_half(character: str) -> bool:
+    """Whether it is half of a character of UTF-16, which bytes of an argument that are no UTF-8 become."""
+    return "\ud800" <= character <= "\udfff"
+
+
 class StopStrings:
     """Strings that end a text that comes in pieces.
 
@@ -23,7 +28,7 @@ class StopStrings:
         if isinstance(strings, str) or not isinstance(strings, Sequence):
             raise GenerationError(f"stop strings must be a list of texts, got {strings!r:.60}")
         for string in strings:
-            if not isinstance(string, str) or not string:
+            if not isinstance(string, str) or not string or any(map(_is_half, string)):
                 raise GenerationError(
                     f"a stop string must be a text, not empty, got {string!r:.60}"
                 )

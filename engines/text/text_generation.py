@@ -85,8 +85,8 @@ class TextGeneration:
 
     def flush(self) -> str:
         """End the text where the iteration was left: what was held back of it. At its end the iteration does that."""
-        rest = "" if self._stops.found is not None else self._stops.flush() + self._decoder.flush()
-        return self._add(rest)
+        rest = self._stops.push(self._decoder.flush())
+        return self._add(rest if self._stops.found is not None else rest + self._stops.flush())
 
     def _add(self, piece: str) -> str:
         self._pieces.append(piece)

@@ -43,6 +43,8 @@ class Tokenizer:
         from qwenport.exporter import COMPANIONS, check_companions, sha256
 
         directory = Path(directory)
+        if not directory.is_dir():
+            raise QwenportError(f"{directory}: no such directory")
         if not has_tokenizer(directory):
             raise QwenportError(
                 f"{directory} has no tokenizer: the checkpoint it was made from had none"
@@ -66,7 +68,18 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The Jinja program that writes a conversation; None if there is none."""
-        return self._tokenizer.chat_template or None
+        template = self._tokenizer.chat_template
+        if isinstance(template, dict):  # transformers takes this one where there are no tools
+            template = template.get("default")
+        return template if isinstance(template, str) and template else None
+
+    @property
+    def no_template(self) -> str:
+        """Why there is no chat template."""
+        if isinstance(self._tokenizer.chat_template, dict):
+            return "there are several chat templates, and none is the default"
+        given = self._tokenizer.chat_template
+        return f"the chat template is {given!r:.40}" if given else "there is no chat template"
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -82,10 +95,11 @@ class Tokenizer:
         Raises:
             QwenportError: there is no chat template, or it fails.
         """
-        if not self.chat_template:
-            raise QwenportError("the tokenizer has no chat template")
+        template = self.chat_template
+        if template is None:
+            raise QwenportError(self.no_template)
         try:
-            return self._tokenizer.render(messages)
+            return self._tokenizer.render(messages, template)
         except Exception as error:  # a template is a program and can raise anything
             raise QwenportError(f"the chat template fails: {error}") from error
 
@@ -103,14 +117,22 @@ class Tokenizer:
 
     def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool = True) -> str:
         """The exact text of ids, without the clean-up of spaces that Llama 3 asks for, which is not reversible."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens)
+        try:
+            return self._tokenizer.decode(token_ids, skip_special_tokens)
+        except (
+            OverflowError
+        ):  # an id without a token has no text, but the package takes 32 bits only
+            if min(token_ids) < 0:
+                raise QwenportError(f"token {min(token_ids)} is negative") from None
+            known = [token for token in token_ids if token < 1 << 32]
+            return self._tokenizer.decode(known, skip_special_tokens)
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What transformers' tokenizer has beside its backend."""
+    """What transformers' tokenizer has beside its backend; of several chat templates, by name, all."""
 
-    chat_template: str | None
+    chat_template: Any
     special_tokens: dict[str, str]
     split_special_tokens: bool
 
@@ -139,7 +161,7 @@ class _Backend:
         (entry / _SETTINGS).write_text(settings, encoding="utf-8")
 
     @property
-    def chat_template(self) -> str | None:
+    def chat_template(self) -> Any:
         return self.settings.chat_template
 
     @property
@@ -150,12 +172,12 @@ class _Backend:
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def render(self, messages: Messages) -> str:
+    def render(self, messages: Messages, template: str) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         (text,), _ = render_jinja_template(
             conversations=[messages],
-            chat_template=self.chat_template,
+            chat_template=template,
             add_generation_prompt=True,
             **self.settings.special_tokens,
         )
@@ -185,9 +207,9 @@ class _Transformers:
         ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
 
-    def render(self, messages: Messages) -> str:
+    def render(self, messages: Messages, template: str) -> str:
         text: str = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
         )
         return text
 
@@ -218,10 +240,8 @@ def _load(directory: Path) -> _Backend | _Transformers:
     except Exception as error:  # the tokenizers library raises bare Exception for damaged files
         raise QwenportError(f"{directory}: its tokenizer cannot be loaded: {error}") from error
     called = ("__call__", "_encode_plus", "decode", "_decode", "apply_chat_template")
-    if (
-        isinstance(loaded, TokenizersBackend)
-        and isinstance(loaded.chat_template, str | None)
-        and all(getattr(type(loaded), n) is getattr(TokenizersBackend, n) for n in called)
+    if isinstance(loaded, TokenizersBackend) and all(
+        getattr(type(loaded), n) is getattr(TokenizersBackend, n) for n in called
     ):
         settings = _Settings(
             loaded.chat_template, loaded.special_tokens_map, loaded.split_special_tokens

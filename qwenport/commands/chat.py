@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwenport import QwenportError
 from qwenport.commands._common import PATH, note, runnable_kind, stream
 from qwenport.commands._progress import progress_bar
 from qwenport.commands._sampling import generate_options, sampling_options
@@ -25,7 +24,8 @@ HELP = """/history  show what has been said
 /reset    begin anew
 /help     show this
 /quit     leave, as Ctrl-D does
-Ctrl-C ends a reply, not the program."""
+Ctrl-C ends a reply or drops a line, not the program.
+Other lines are messages."""
 PROMPT = "> "
 
 
@@ -76,7 +76,7 @@ def command(
             import readline  # noqa: F401
         note(f"{_what(kind)} {target}; /help lists the commands", quiet)
     for line in _lines():
-        if line.startswith("/"):
+        if _is_command(line):
             if _obey(line.strip(), chat):
                 return
         elif line.strip():
@@ -92,7 +92,8 @@ def _lines() -> Iterator[str]:
     """The lines of stdin; in a terminal with a prompt, where Ctrl-C drops the line that is being written."""
     while True:
         try:
-            yield input(PROMPT if sys.stdin.isatty() else "")
+            line = input(PROMPT if sys.stdin.isatty() else "")
+            yield line.encode(errors="surrogateescape").decode(errors="replace")
         except EOFError:
             if sys.stdin.isatty():
                 click.echo()
@@ -101,8 +102,11 @@ def _lines() -> Iterator[str]:
             if not sys.stdin.isatty():
                 raise
             click.echo()
-        except UnicodeError as error:
-            raise QwenportError(f"the message is not valid UTF-8: {error}") from error
+
+
+def _is_command(line: str) -> bool:
+    """Whether it is a slash and a word; other lines that begin with a slash are messages."""
+    return line.startswith("/") and line[1:].strip().isalpha()
 
 
 def _obey(line: str, chat: Chat) -> bool:

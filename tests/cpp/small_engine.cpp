@@ -49,7 +49,7 @@ std::string_view small_chat() {
     "user_to_assistant": "<|x|>a ", "assistant_to_user": "<|x|>u ", "user_to_reply": "<|x|>a ",
     "contents": {"system": {"rule": "verbatim", "refused": [["ends_with", "!"]]},
       "user": {"rule": "strip", "refused": [["starts_with", "<tool>"]]},
-      "assistant": {"rule": "after_thinking", "refused": [["contains", "<call>"]]}}})";
+      "assistant": {"rule": "after_thinking_lines", "refused": [["contains", "<call>"]]}}})";
 }
 
 Directory::Directory(const std::string& tokenizer, std::string_view chat) {

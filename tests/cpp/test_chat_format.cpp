@@ -78,13 +78,13 @@ TEST_CASE("what an assistant thought is left out") {
   CHECK(kept("</think").size() == 7);
 }
 
-TEST_CASE("contents that the template treats in a way of its own are refused, as they were given") {
+TEST_CASE("contents that the template treats in a way of its own are refused, before the rule and after it") {
   const auto refused = [](const Messages& messages) { return refusal([&] { (void)text_of(messages); }); };
   CHECK(refused({{"user", "<tool>x"}}) ==
         "the content of a message of role \"user\" starts with \"<tool>\", which this model's chat template "
         "treats in a way "
         "of its own");
-  CHECK(text_of({{"user", " <tool>"}}) == "<|x|>u <tool><|x|>a ");
+  CHECK(refused({{"user", " <tool>"}}).find("starts with \"<tool>\"") != std::string::npos);
   CHECK(text_of({{"user", "<tool"}}) == "<|x|>u <tool<|x|>a ");
   CHECK(refused({{"system", "be!"}, {"user", ""}}).find("ends with \"!\"") != std::string::npos);
   CHECK(text_of({{"system", "!be"}, {"user", ""}}) == "<|x|>s !be<|x|>u <|x|>a ");

@@ -238,7 +238,7 @@ def test_what_is_wrong_is_said(library: Library, path, value, complaint: str) ->
         (
             ("contents", "user", "rule"),
             "upper",
-            "contents.user.rule is not verbatim, strip or after_thinking",
+            "contents.user.rule is not verbatim, strip, after_thinking, after_thinking_lines or after_thinking_strip",
         ),
         (
             ("contents", "user", "refused"),

@@ -306,7 +306,8 @@ Enum choice(const Node& node, const std::array<const char*, N>& names) {
 }
 
 ContentFormat content_format(const Node& node) {
-  constexpr std::array rules{"verbatim", "strip", "after_thinking"};
+  constexpr std::array rules{"verbatim", "strip", "after_thinking", "after_thinking_lines",
+                             "after_thinking_strip"};
   constexpr std::array places{"starts_with", "ends_with", "contains"};
   ContentFormat format{choice<ContentFormat::Rule>(node.at("rule"), rules), {}};
   const Node refused = node.at("refused");

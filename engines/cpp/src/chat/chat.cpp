@@ -19,8 +19,11 @@ std::vector<std::vector<Token>> bytes_of(const std::vector<std::string>& texts) 
     if (texts[i].empty()) {
       throw Error(ErrorCode::invalid_argument, "stop string " + std::to_string(i) + " is empty");
     }
+    if (!is_valid_utf8(texts[i])) {
+      throw Error(ErrorCode::invalid_argument, "stop string " + std::to_string(i) + " is not UTF-8");
+    }
     all.emplace_back();
-    for (const char byte : valid_utf8(texts[i])) all.back().push_back(static_cast<unsigned char>(byte));
+    for (const char byte : texts[i]) all.back().push_back(static_cast<unsigned char>(byte));
   }
   return all;
 }
@@ -128,7 +131,7 @@ Reply ChatCore::generate(TokenView prompt, const OnText& on_text) {
   deliver(said.finish());
   Reply reply;
   reply.text = said.text();
-  reply.reason = results.front().reason;
+  reply.reason = said.stop() >= 0 ? FinishReason::stop : results.front().reason;
   reply.stop_string = said.stop();
   reply.prompt_tokens = static_cast<int>(prompt.size);
   reply.new_tokens = static_cast<int>(results.front().tokens.size());

@@ -31,10 +31,7 @@ std::string_view stripped(std::string_view text) {
   return text;
 }
 
-std::string_view after_thinking(std::string_view text) {
-  const std::size_t last = text.rfind(end_of_thinking);
-  if (last == std::string_view::npos) return text;
-  text.remove_prefix(last + end_of_thinking.size());
+std::string_view without_newlines_before(std::string_view text) {
   text.remove_prefix(std::min(text.find_first_not_of('\n'), text.size()));
   return text;
 }
@@ -71,13 +68,18 @@ void check_roles(const std::vector<Message>& messages) {
 }  // namespace
 
 std::string_view ContentFormat::applied(std::string_view content) const {
+  if (rule == Rule::verbatim) return content;
   if (rule == Rule::strip) return stripped(content);
-  return rule == Rule::after_thinking ? after_thinking(content) : content;
+  const std::size_t last = content.rfind(end_of_thinking);
+  if (last == std::string_view::npos) return content;
+  const std::string_view rest = content.substr(last + end_of_thinking.size());
+  if (rule == Rule::after_thinking_lines) return without_newlines_before(rest);
+  return rule == Rule::after_thinking_strip ? stripped(rest) : rest;
 }
 
 void ContentFormat::check(std::string_view content, const std::string& role) const {
   for (const Refused& one : refused) {
-    if (!lies(one.text, one.place, content)) continue;
+    if (!lies(one.text, one.place, content) && !lies(one.text, one.place, applied(content))) continue;
     invalid("the content of a message of role \"" + role + "\" " + verb(one.place) + " \"" + one.text +
             "\", which this model's chat template treats in a way of its own");
   }

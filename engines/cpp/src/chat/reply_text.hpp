@@ -19,20 +19,16 @@ class ReplyText {
 
   /// Append a token, unless the text has ended. Returns the text that is now certain.
   std::string_view push(Token token) {
-    for (const char byte : decoder_.push(token)) {
-      all_ += byte;
-      stop_ = matching_.push(static_cast<unsigned char>(byte));
-      if (stop_ >= 0) break;
-    }
-    return release(all_.size() - (stop_ >= 0 ? matching_.size(stop_) : matching_.undecided()));
+    search(decoder_.push(token));
+    return release(stop_ >= 0 ? matching_.size(stop_) : matching_.undecided());
   }
 
   /// End the text. Returns what was held back, and U+FFFD for a character that is incomplete; nothing if it has ended with a
   /// stop string.
   std::string_view finish() {
     if (stop_ >= 0) return {};
-    all_ += decoder_.flush();
-    return release(all_.size());
+    search(decoder_.flush());
+    return release(matching_.size(stop_));
   }
 
   /// The index of the stop string that has ended the text, or -1.
@@ -41,7 +37,18 @@ class ReplyText {
   [[nodiscard]] std::string text() const { return all_.substr(0, certain_); }
 
  private:
-  std::string_view release(std::size_t end) {
+  /// Append text up to a stop string.
+  void search(const std::string& text) {
+    for (const char byte : text) {
+      all_ += byte;
+      stop_ = matching_.push(static_cast<unsigned char>(byte));
+      if (stop_ >= 0) break;
+    }
+  }
+
+  /// The text that has not been returned, without the last bytes.
+  std::string_view release(std::size_t held_back) {
+    const std::size_t end = all_.size() - held_back;
     const std::string_view found = std::string_view(all_).substr(certain_, end - certain_);
     certain_ = end;
     return found;

@@ -17,8 +17,10 @@ enum class Place { start, end, anywhere };
 struct ContentFormat {
   enum class Rule {
     verbatim,
-    strip,           ///< without white space at both ends, that of Python's str.strip
-    after_thinking,  ///< what follows the last </think>, without newlines before it; without one verbatim
+    strip,                 ///< without white space at both ends, that of Python's str.strip
+    after_thinking,        ///< what follows the last </think>; without one verbatim
+    after_thinking_lines,  ///< the same without newlines before it
+    after_thinking_strip,  ///< the same without white space at both ends
   };
   struct Refused {
     Place place = Place::start;
@@ -26,7 +28,8 @@ struct ContentFormat {
   };
 
   Rule rule = Rule::verbatim;
-  std::vector<Refused> refused;  ///< contents that the template treats in another way
+  std::vector<Refused>
+      refused;  ///< contents that the template treats in another way, before the rule or after it
 
   /// \param content valid UTF-8.
   [[nodiscard]] std::string_view applied(std::string_view content) const;
