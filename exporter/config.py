@@ -21,6 +21,7 @@ from qwenport.exporter.rope import Rope, parse_rope
 
 __all__ = ["MoEConfig", "ModelConfig", "parse_config", "read_config_json"]
 
+MOST_CHUNK = MOST["max_position_embeddings"]
 MOST_EXPERTS = 1 << 17  # over all layers; the largest published model has 15,000
 
 
@@ -236,25 +237,60 @@ def _rope(
 
 
 def _limit_by_dual_chunk(keys: Keys, max_context: int) -> tuple[int, str | None]:
-    """Limit the context to one chunk, within which Qwen2.5-1M's dual chunk attention equals plain attention."""
+    """Limit the context to where Qwen2.5-1M's dual chunk attention is plain attention, exactly.
+
+    With c = chunk_size - local_size, position p is a query's in chunk p // c and a key's at p % c. Distances are plain
+    within a chunk and, up to chunk_size, between a chunk and the one before it; the length scale begins beyond
+    original_max_position_embeddings.
+    """
+    if keys.take("sparse_attention_config", object, default=None, null=None) is not None:
+        raise ConfigError(_SPARSE.format("sparse_attention_config"))
     chunks = keys.take("dual_chunk_attention_config", dict, default=None, null=None)
     if chunks is None:
         return max_context, None
-    try:
-        limit = int(chunks["chunk_size"]) - int(chunks["local_size"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(
-            "dual_chunk_attention_config needs integers chunk_size and local_size"
-        ) from error
-    if limit < 1:
-        raise ConfigError("dual_chunk_attention_config: chunk_size must exceed local_size")
+    size, local, original = _dual_chunk(chunks)
+    limit = min(size, 2 * (size - local), original or size)
     if limit >= max_context:
         return max_context, None
     note = (
-        f"dual chunk attention is supported within its first chunk only: "
+        f"dual chunk attention is supported where it is plain attention only: "
         f"context limited to {limit} of {max_context} positions"
     )
     return limit, note
+
+
+_SPARSE = (
+    "config.json: {} asks for an approximation of attention, which is not supported; "
+    "without that key the attention exported is the dense one that it approximates"
+)
+
+
+def _dual_chunk(chunks: dict[str, Any]) -> tuple[int, int, int | None]:
+    """chunk_size, local_size and original_max_position_embeddings (None: no length scale).
+
+    Raises:
+        ConfigError: one is not a number that it can be, or there is a setting that is not known.
+    """
+    where = "dual_chunk_attention_config"
+    enabled = chunks.get("sparse_attention_enabled", False)
+    if chunks.get("sparse_attention_config") is not None or enabled not in (None, False):
+        raise ConfigError(_SPARSE.format(f"{where}'s sparse attention"))
+    known = {"chunk_size", "local_size", "original_max_position_embeddings"}
+    sparse = {"sparse_attention_config", "sparse_attention_enabled"}
+    if unknown := sorted(chunks.keys() - known - sparse):
+        raise ConfigError(f"{where} has the unknown setting {short(unknown[0])}")
+    size, local = chunks.get("chunk_size"), chunks.get("local_size")
+    original = chunks.get("original_max_position_embeddings") or None
+    if not all(type(value) is int and 0 < value <= MOST_CHUNK for value in (size, local)):
+        raise ConfigError(f"{where} needs positive integers chunk_size and local_size")
+    if original is not None and not (type(original) is int and 0 < original <= MOST_CHUNK):
+        raise ConfigError(
+            f"{where}: original_max_position_embeddings must be a positive integer, found {short(original)}"
+        )
+    assert isinstance(size, int) and isinstance(local, int)
+    if size <= local:
+        raise ConfigError(f"{where}: chunk_size must exceed local_size")
+    return size, local, original
 
 
 def _dtype(raw: dict[str, Any]) -> str | None:
