@@ -21,6 +21,7 @@ from qwenport.exporter.directory import (
     require_space,
     sha256,
 )
+from qwenport.exporter.dual_chunk import SCORES, DualChunk
 from qwenport.exporter.errors import (
     CheckpointError,
     ConfigError,
@@ -81,6 +82,7 @@ __all__ = [
     "MOST_OF_A_TOKENIZER",
     "PERMUTATION",
     "SCALES",
+    "SCORES",
     "SOURCE",
     "WHOLE",
     "ZEROS",
@@ -88,6 +90,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
+    "DualChunk",
     "Each",
     "ExportError",
     "Kind",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenport.contract import BY_TORCH_NAME
+from qwenport.exporter.dual_chunk import DualChunk, parse_dual_chunk
 from qwenport.exporter.errors import ConfigError
 from qwenport.exporter.families import FAMILIES, MoEConfig
 from qwenport.exporter.json_file import read_json
@@ -21,7 +22,6 @@ from qwenport.exporter.rope import Rope, parse_rope
 
 __all__ = ["MoEConfig", "ModelConfig", "parse_config", "read_config_json"]
 
-MOST_CHUNK = MOST["max_position_embeddings"]
 MOST_EXPERTS = 1 << 17  # over all layers; the largest published model has 15,000
 
 
@@ -38,6 +38,7 @@ class ModelConfig:
         max_context: positions that the rope settings, and a sliding window, allow.
         context_note: a sentence on what limits or changes the context; None if there is nothing to say.
         rope: the rotary settings.
+        dual_chunk: the settings of dual chunk attention; None if attention is plain at all positions that are used.
         moe: the sparse layers; None for a dense model.
         quantization: which weights are quantized, and how; None if none are.
         dtype: the checkpoint's ("bf16", "fp16", "fp32"), or None if config.json names none.
@@ -62,6 +63,7 @@ class ModelConfig:
     max_context: int
     context_note: str | None
     rope: Rope
+    dual_chunk: DualChunk | None
     moe: MoEConfig | None
     dtype: str | None
     quantization: Quantization | None = None
@@ -85,6 +87,18 @@ class ModelConfig:
         layers = () if self.moe is None else self.moe.layers
         names = (f"model.layers.{layer}.mlp.experts.0.down_proj.weight" for layer in layers)
         return any((s := self.storage(name)) is not None and s.activations for name in names)
+
+    @property
+    def scales_by_length(self) -> bool:
+        """Whether queries and keys are scaled by the length of the request, an input of the graph."""
+        return (
+            self.dual_chunk is not None
+            and self.dual_chunk.original_max_position_embeddings is not None
+        )
+
+    def rope_rows(self, length: int) -> int:
+        """Rows of the rope tables for `length` positions."""
+        return length if self.dual_chunk is None else min(length, self.dual_chunk.rope_rows)
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Bytes of KV cache per token, over all layers."""
@@ -165,7 +179,9 @@ def parse_config(
     max_position_embeddings = keys.positive("max_position_embeddings")
     rope, max_context, unread = _rope(keys, max_position_embeddings, head_dim, rope_scaling)
     family.check_window(keys, layers, min(max_context, max_seq_len or max_context))
-    max_context, note = _limit_by_dual_chunk(keys, max_context)
+    dual_chunk, max_context, note = _limit_by_dual_chunk(
+        parse_dual_chunk(keys), rope, max_context, max_seq_len
+    )
     moe = family.experts(keys, layers)
     if moe is not None and moe.num_experts * len(moe.layers) > MOST_EXPERTS:
         raise ConfigError(
@@ -190,6 +206,7 @@ def parse_config(
         max_context=max_context,
         context_note=note,
         rope=rope,
+        dual_chunk=dual_chunk,
         moe=moe,
         dtype=_dtype(raw),
         quantization=_quantization(keys),
@@ -236,61 +253,28 @@ def _rope(
     return rope, context, unread
 
 
-def _limit_by_dual_chunk(keys: Keys, max_context: int) -> tuple[int, str | None]:
-    """Limit the context to where Qwen2.5-1M's dual chunk attention is plain attention, exactly.
+def _limit_by_dual_chunk(
+    chunks: DualChunk | None, rope: Rope, context: int, asked: int | None
+) -> tuple[DualChunk | None, int, str | None]:
+    """(the settings if any position used needs them, the context, a note on it).
 
-    With c = chunk_size - local_size, position p is a query's in chunk p // c and a key's at p % c. Distances are plain
-    within a chunk and, up to chunk_size, between a chunk and the one before it; the length scale begins beyond
-    original_max_position_embeddings.
+    Up to `plain_context` positions it is plain attention; beyond, only plain rope is defined with it.
     """
-    if keys.take("sparse_attention_config", object, default=None, null=None) is not None:
-        raise ConfigError(_SPARSE.format("sparse_attention_config"))
-    chunks = keys.take("dual_chunk_attention_config", dict, default=None, null=None)
-    if chunks is None:
-        return max_context, None
-    size, local, original = _dual_chunk(chunks)
-    limit = min(size, 2 * (size - local), original or size)
-    if limit >= max_context:
-        return max_context, None
-    note = (
-        f"dual chunk attention is supported where it is plain attention only: "
-        f"context limited to {limit} of {max_context} positions"
-    )
-    return limit, note
-
-
-_SPARSE = (
-    "config.json: {} asks for an approximation of attention, which is not supported; "
-    "without that key the attention exported is the dense one that it approximates"
-)
-
-
-def _dual_chunk(chunks: dict[str, Any]) -> tuple[int, int, int | None]:
-    """chunk_size, local_size and original_max_position_embeddings (None: no length scale).
-
-    Raises:
-        ConfigError: one is not a number that it can be, or there is a setting that is not known.
-    """
-    where = "dual_chunk_attention_config"
-    enabled = chunks.get("sparse_attention_enabled", False)
-    if chunks.get("sparse_attention_config") is not None or enabled not in (None, False):
-        raise ConfigError(_SPARSE.format(f"{where}'s sparse attention"))
-    known = {"chunk_size", "local_size", "original_max_position_embeddings"}
-    sparse = {"sparse_attention_config", "sparse_attention_enabled"}
-    if unknown := sorted(chunks.keys() - known - sparse):
-        raise ConfigError(f"{where} has the unknown setting {short(unknown[0])}")
-    size, local = chunks.get("chunk_size"), chunks.get("local_size")
-    original = chunks.get("original_max_position_embeddings") or None
-    if not all(type(value) is int and 0 < value <= MOST_CHUNK for value in (size, local)):
-        raise ConfigError(f"{where} needs positive integers chunk_size and local_size")
-    if original is not None and not (type(original) is int and 0 < original <= MOST_CHUNK):
-        raise ConfigError(
-            f"{where}: original_max_position_embeddings must be a positive integer, found {short(original)}"
+    if chunks is None or (plain := chunks.plain_context) >= context:
+        return None, context, None
+    if rope.kind != "default":
+        note = (
+            f"dual chunk attention is not supported with rope type {rope.kind}: "
+            f"context limited to {plain} of {context} positions"
         )
-    assert isinstance(size, int) and isinstance(local, int)
-    if size <= local:
-        raise ConfigError(f"{where}: chunk_size must exceed local_size")
-    return size, local, original
+        return None, plain, note
+    if asked is not None and asked <= plain:
+        return None, context, None
+    note = (
+        f"beyond {plain} positions attention is dual chunk attention, which onnxruntime runs from Python; "
+        f"--max-seq-len {plain} exports for TensorRT and C++ too"
+    )
+    return chunks, context, note
 
 
 def _dtype(raw: dict[str, Any]) -> str | None:
