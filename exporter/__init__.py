@@ -21,7 +21,7 @@ from qwenport.exporter.directory import (
     require_space,
     sha256,
 )
-from qwenport.exporter.dual_chunk import SCORES, DualChunk
+from qwenport.exporter.dual_chunk import SCORES, DualChunk, as_dual_chunk
 from qwenport.exporter.errors import (
     CheckpointError,
     ConfigError,
@@ -103,6 +103,7 @@ __all__ = [
     "Storage",
     "TensorEntry",
     "TracingError",
+    "as_dual_chunk",
     "as_json",
     "atomic_directory",
     "check_companions",

@@ -68,6 +68,15 @@ def parse_dual_chunk(keys: Keys) -> DualChunk | None:
     return None if found is None else _parse(found)
 
 
+def as_dual_chunk(settings: dict[str, Any]) -> DualChunk:
+    """The settings as a manifest has them.
+
+    Raises:
+        ConfigError: they are not such settings.
+    """
+    return _parse(settings)
+
+
 def _parse(found: dict[str, Any]) -> DualChunk:
     enabled = found.get("sparse_attention_enabled", False)
     if found.get(SPARSE) is not None or enabled not in (None, False):

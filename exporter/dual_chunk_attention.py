@@ -65,7 +65,7 @@ def _attend(
 ) -> torch.Tensor:
     groups = same.shape[1] // k.shape[1]
     keys, values = (part.repeat_interleave(groups, dim=1) for part in (k, v))
-    scores = [(q * scale @ keys.mT).float() for q in (same, previous, older)]
+    scores = [(q @ keys.mT).float() * scale for q in (same, previous, older)]
     chosen = torch.where(is_same, scores[0], torch.where(is_previous, scores[1], scores[2]))
     weights = torch.softmax(chosen.masked_fill(~mask, _LOWEST), dim=-1)
     return weights.to(v.dtype) @ values
@@ -104,17 +104,14 @@ def emit(
         vectors = [builder.constant([part]) if isinstance(part, int) else part for part in parts]
         return node("Concat", *vectors, dtype=ir.DataType.INT64, axis=0)
 
-    def number(value: float, dtype: ir.DataType, name: str) -> ir.Value:
-        array = np.array(value, dtype=np.float32).astype(dtype.numpy())
-        return builder.initializer(ir.tensor(array, dtype=dtype, name=f"const_{name}"))
+    def number(value: float, name: str) -> ir.Value:
+        return builder.initializer(ir.tensor(np.array(value, np.float32), name=f"const_{name}"))
 
     fp32, third = ir.DataType.FLOAT, builder.constant([2])
     seq = builder.size(e.values[same.index], 2)
     span = builder.size(e.values[v.index], 2)
     each = [node("Unsqueeze", e.values[q.index], third) for q in (same, previous, older)]
-    queries = node(
-        "Mul", node("Concat", *each, axis=2), number(scale, kind, f"scale_{kind.name.lower()}")
-    )
+    queries = node("Concat", *each, axis=2)
     rows = node("Reshape", queries, builder.constant([0, kv_heads, -1, head_dim]))
     keys = node("Transpose", e.values[k.index], perm=[0, 1, 3, 2])
     product = node("Reshape", node("MatMul", rows, keys), sizes(0, heads, 3, seq, -1))
@@ -133,7 +130,8 @@ def emit(
         return node("Where", condition, yes, no, dtype=fp32)
 
     chosen = where(is_same, scores[0], where(is_previous, scores[1], scores[2]))
-    masked = where(mask, chosen, number(_LOWEST, fp32, "lowest"))
+    scaled = node("Mul", chosen, number(scale, "scale"), dtype=fp32)
+    masked = where(mask, scaled, number(_LOWEST, "lowest"))
     weights = node("Softmax", masked, dtype=fp32, axis=-1)
     if kind != fp32:
         weights = node("Cast", weights, to=int(kind))

@@ -96,6 +96,7 @@ class Run:
         plan: the sizes.
         greedy: transformers' own continuation of `greedy_prompt`.
         original_context: positions before the rope settings extend them; None if they do not.
+        chunk: positions per chunk of dual chunk attention; None if attention is plain.
         special_ids: ids that prompts rarely contain: the highest, special and added ones.
     """
 
@@ -107,6 +108,7 @@ class Run:
         *,
         greedy: Sequence[int] = (),
         original_context: int | None = None,
+        chunk: int | None = None,
         special_ids: Sequence[int] = (),
         on_step: Callable[[Step], None] = lambda step: None,
         observing: Observing | None = None,
@@ -122,6 +124,7 @@ class Run:
         """
         self.session, self.prompts, self.plan = session, prompts, plan
         self.greedy, self.original_context = tuple(greedy), original_context
+        self.chunk = chunk
         self.special_ids = tuple(special_ids)
         self._first_position = 0
         self._rows: dict[int, _History] = {}
