@@ -88,7 +88,7 @@ def _forward(
     k, v = (part.repeat_interleave(module.num_key_value_groups, dim=1)[0] for part in (k, v))
     rows = max(1, PAIRS_AT_ONCE // (len(keys) * module.head_dim // 2))
     made = [
-        _attend(q[0, :, at : at + rows], k, v, queries[at : at + rows], keys, settings, rotary)
+        attend(q[0, :, at : at + rows], k, v, queries[at : at + rows], keys, settings, rotary)
         for at in range(0, count, rows)
     ]
     joined = torch.cat(made, dim=1).transpose(0, 1).reshape(1, count, -1)
@@ -110,7 +110,7 @@ def _scales(positions: torch.Tensor, settings: DualChunk) -> torch.Tensor:
     return torch.tensor(factors, dtype=torch.float64)
 
 
-def _attend(
+def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
