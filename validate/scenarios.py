@@ -259,8 +259,7 @@ def past_original_context(run: Run) -> None:
 
 def chunk_borders(run: Run) -> None:
     """Short texts across borders of chunks: the first, the second, and the last that the model supports."""
-    if run.chunk is None:
-        raise NotApplicable("attention is not in chunks")
+    assert run.chunk is not None
     before = min(CONTEXT_TOKENS // 2, run.chunk)
     last = (run.session.max_positions - 1) // run.chunk
     for stream, border in enumerate(sorted({1, min(2, last), last}), 4):
@@ -371,7 +370,6 @@ SCENARIOS = (
         "A text that crosses into what rope scaling adds",
         past_original_context,
     ),
-    Scenario("chunk borders", "Texts across borders of chunks", chunk_borders),
     Scenario("after reset", "A session used, reset, and used again", after_reset),
     Scenario("truncation", "Rows cut short that go on with other tokens", truncation),
     Scenario("token ids", "The highest, special and added ids", token_ids),
@@ -380,15 +378,18 @@ SCENARIOS = (
 )
 
 
+CHUNK_BORDERS = Scenario("chunk borders", "Texts across borders of chunks", chunk_borders)
+
+
 def scenarios(plan: Plan) -> tuple[Scenario, ...]:
-    """All scenarios to run: SCENARIOS, and one per cache size of the plan."""
+    """All scenarios to run: SCENARIOS, with dual chunk attention CHUNK_BORDERS, and one per cache size of the plan."""
     caches = (
         Scenario(
             f"cache of {n}", f"A cache of {n} slots, as generate allocates", small_cache, False, n
         )
         for n in plan.caches
     )
-    return (*SCENARIOS, *caches)
+    return (*SCENARIOS, *[CHUNK_BORDERS] * plan.chunked, *caches)
 
 
 LOOKED_INTO = Scenario("layers", "Hidden states from layer to layer", looked_into)
