@@ -38,8 +38,13 @@ def choose_attention(
         config: the model's.
 
     Raises:
-        BuildError: the form asked for cannot be had; says why.
+        BuildError: the form asked for cannot be had, or none for dual chunk attention; says why.
     """
+    if config.dual_chunk is not None:
+        raise BuildError(
+            f"{flavour} has no dual chunk attention, which begins beyond {config.dual_chunk.plain_context} positions; "
+            f"export with --max-seq-len {config.dual_chunk.plain_context}"
+        )
     if asked == AUTO:
         order = (DIRECT, CHUNKED, MASKED) if flavour == TENSORRT_RTX else (MASKED,)
         return next(

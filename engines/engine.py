@@ -42,6 +42,7 @@ from qwenport.exporter import (
     CheckpointError,
     Each,
     PackageError,
+    as_dual_chunk,
     check_files,
     check_listed,
     check_shape,
@@ -247,5 +248,9 @@ def _check_onnxruntime(path: Path, manifest: dict[str, Any]) -> None:
         for entry in read_safetensors_header(path / ENGINE_WEIGHTS)[1]
         if entry.name in (COS_TABLE, SIN_TABLE)
     }
-    if rows != {(manifest["max_seq_len"],)}:
+    chunks = manifest["model"].get("dual_chunk")
+    longest = manifest["max_seq_len"]
+    if chunks is not None:
+        longest = min(longest, as_dual_chunk(chunks).rope_rows)
+    if rows != {(longest,)}:
         raise ValueError(f"max_seq_len is {manifest['max_seq_len']}, and the rope tables differ")

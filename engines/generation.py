@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -230,11 +231,16 @@ class Generation:
         """Prefill and decode until every row has ended or the generation is cancelled."""
         session, rows = self._session, self._rows
         chunk = session.max_step_tokens
-        for start in range(0, max((len(row.prompt) for row in rows), default=0), chunk):
+        longest = max((len(row.prompt) for row in rows), default=0)
+        prefill: Callable[..., Sequence[NDArray[np.float32]]] = session.prefill
+        if longest > chunk:  # several pieces of one prompt
+            totals = [int(self._lengths[row.index]) + len(row.prompt) for row in rows]
+            prefill = partial(session.prefill, prompt_lengths=totals)
+        for start in range(0, longest, chunk):
             if self._cancelled():
                 return
             fed = [row.prompt[start : start + chunk] for row in rows]
-            logits = self._step(session.prefill, fed)
+            logits = self._step(prefill, fed)
             ready = [row for row in rows if start < len(row.prompt) <= start + chunk]
             yield from self._take(ready, {row.index: logits[row.index][-1] for row in ready})
         while not all(row.ended for row in rows) and not self._cancelled():

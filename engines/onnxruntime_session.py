@@ -32,7 +32,7 @@ from qwenport.engines.errors import EngineError, SessionError
 from qwenport.engines.huge_pages import huge_pages
 from qwenport.engines.memory import poison, untouched_zeros
 from qwenport.engines.saved_session import SavedSession
-from qwenport.engines.session import Bytes, Float32, Int64, whole
+from qwenport.engines.session import SCORE_BYTES, Bytes, Float32, Int64, whole
 from qwenport.exporter import Package, damaged, sha256
 
 # Attention scores take heads x tokens x span numbers, so a long prompt runs in chunks.
@@ -89,6 +89,7 @@ class OnnxRuntimeSession(SavedSession):
         max_batch = whole(max_batch, "rows")
         manifest = source.manifest
         model, longest = manifest["model"], manifest["max_seq_len"]
+        chunks = model.get("dual_chunk")
         kind = "engine" if isinstance(source, Engine) else "package"
         capacity = longest if capacity is None else whole(capacity, "slots")
         if device not in list(PROVIDERS):
@@ -110,6 +111,8 @@ class OnnxRuntimeSession(SavedSession):
             max_step_tokens=MAX_STEP_TOKENS,
             max_step_logits=MAX_STEP_TOKENS,
             max_positions=longest,
+            unscaled_length=None if chunks is None else chunks["original_max_position_embeddings"],
+            score_bytes=0 if chunks is None else SCORE_BYTES * model["num_attention_heads"],
         )
         self._ort = import_extra("onnxruntime", "cpu", f"run this {kind}")
         self.device = device

@@ -87,8 +87,9 @@ def perplexity(
     total, scored, windows = 0.0, 0, 0
     for begin, first, end in spans(count, window, stride):
         session.reset()
-        session.prefill([token_ids[begin : first - 1]])
-        for target, logits in _predictions(session, token_ids, first, end):
+        length = end - 1 - begin
+        session.prefill([token_ids[begin : first - 1]], prompt_lengths=[length])
+        for target, logits in _predictions(session, token_ids, first, end, length):
             total += float(_nll(logits, token_ids[target : target + len(logits)]).sum())
             scored += len(logits)
             progress("scoring", target + len(logits), count)
@@ -113,14 +114,16 @@ def spans(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]
 
 
 def _predictions(
-    session: CachedSession, token_ids: Sequence[int], first: int, end: int
+    session: CachedSession, token_ids: Sequence[int], first: int, end: int, length: int
 ) -> Iterator[tuple[int, Float32]]:
     """For tokens first..end-1, step by step: the index of a step's first token, and the logits [n, vocab] for its
-    tokens, each computed from the tokens before."""
+    tokens, each computed from the tokens before, as part of a request of `length` tokens."""
     widest = min(session.max_step_tokens, session.max_step_logits)
     for target in range(first, end, widest):
         (logits,) = session.prefill(
-            [token_ids[target - 1 : min(target - 1 + widest, end - 1)]], all_logits=True
+            [token_ids[target - 1 : min(target - 1 + widest, end - 1)]],
+            all_logits=True,
+            prompt_lengths=[length],
         )
         yield target, logits
 

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from qwenport.contract import REQUEST_LENGTHS
 from qwenport.engines import snapshot as snapshot_
 from qwenport.engines.errors import CapacityError, SnapshotError
 from qwenport.engines.session import Bytes, CachedSession
@@ -28,6 +29,8 @@ class SavedSession(CachedSession):
         for row, count in enumerate(map(int, self._lengths)):
             if count:
                 arrays[f"{row}.tokens"] = self._tokens[row, :count]
+                if self._scale is not None:
+                    arrays[f"{row}.{REQUEST_LENGTHS}"] = self._scale.held[row, :count]
                 for name in self._cache_names():
                     arrays[f"{row}.{name}"] = self._read_slots(name, row, count)
         return snapshot_.pack(facts, arrays)
@@ -43,6 +46,8 @@ class SavedSession(CachedSession):
                 self._write_slots(name, row, arrays[f"{row}.{name}"])
             if count:
                 self._tokens[row, :count] = arrays[f"{row}.tokens"]
+                if self._scale is not None:
+                    self._scale.held[row, :count] = arrays[f"{row}.{REQUEST_LENGTHS}"]
         self._first_position = first
         self._lengths[:] = lengths
 
@@ -86,6 +91,8 @@ class SavedSession(CachedSession):
         if not count:
             return
         expected: dict[str, tuple[tuple[int, ...], Any]] = {"tokens": ((count,), np.int64)}
+        if self._scale is not None:
+            expected[REQUEST_LENGTHS] = ((count,), np.int64)
         for name in self._cache_names():
             heads, _, size = self._read_slots(name, row, 1).shape
             expected[name] = ((heads, count, size), np.uint8)
@@ -96,6 +103,15 @@ class SavedSession(CachedSession):
         tokens = arrays[f"{row}.tokens"]
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             raise SnapshotError(f"snapshot: damaged (the tokens of row {row})")
+        if self._scale is not None:
+            lengths = arrays[f"{row}.{REQUEST_LENGTHS}"]
+            if (
+                not self._scale.unscaled
+                <= lengths.min()
+                <= lengths.max()
+                <= max(self.max_positions, self._scale.unscaled)
+            ):
+                raise SnapshotError(f"snapshot: damaged (the request lengths of row {row})")
 
     @abstractmethod
     def _identity(self) -> str:

@@ -24,12 +24,20 @@ from qwenport.contract import (
     KEY_POSITIONS,
     LOGITS_INDICES,
     POSITION_IDS,
+    REQUEST_LENGTHS,
     SPAN_MULTIPLE,
     WRITE_INDICES,
 )
 from qwenport.engines.errors import CapacityError, SessionError
+from qwenport.engines.length_scale import LengthScale
 from qwenport.engines.memory import untouched_zeros
 from qwenport.engines.spans import Spans
+from qwenport.exporter import SCORES
+
+SCORE_BYTES = 4 * SCORES
+"""Memory of a step with dual chunk attention, per head, token and slot of the span."""
+MOST_SCORES = 1 << 30
+"""Bytes; a token of 7B needs as much at 1,010,000 positions."""
 
 Bytes = NDArray[np.uint8]
 Int64 = NDArray[np.int64]
@@ -56,9 +64,19 @@ class Session(Protocol):
         ...
 
     def prefill(
-        self, tokens: Sequence[Sequence[int]], *, all_logits: bool = False
+        self,
+        tokens: Sequence[Sequence[int]],
+        *,
+        all_logits: bool = False,
+        prompt_lengths: Sequence[int] | None = None,
     ) -> list[Float32]:
         """Append tokens[b] to row b; call again to continue (chunked prefill). Rows may be empty.
+
+        Args:
+            tokens: token ids for each row.
+            all_logits: return the logits of all tokens.
+            prompt_lengths: for each row the tokens that it will hold when its whole prompt is there; by default after
+                this call. Only models that scale by length depend on it (Qwen2.5-1M beyond 262,144 positions).
 
         Returns:
             For each row fp32 [1, vocab], the logits after its last token, or with `all_logits`
@@ -66,7 +84,8 @@ class Session(Protocol):
 
         Raises:
             CapacityError: a row would pass the capacity; nothing was written.
-            SessionError: too many rows, or a token id outside the vocabulary.
+            SessionError: too many rows, or a token id outside the vocabulary; a prompt shorter than what is given, or
+                one whose length scales otherwise than the tokens that the row holds.
         """
         ...
 
@@ -131,8 +150,10 @@ class CachedSession(ABC):
 
     The cache has `max_batch` rows of `capacity` usable slots, and the model has `max_positions` positions and
     `vocab_size` token ids. `spans` are those of the cache, which may have more slots; by default those of a cache of
-    `capacity` slots. A step takes at most `max_step_tokens` tokens per row and returns the logits of at most
-    `max_step_logits` of them; longer prompts run in several steps.
+    `capacity` slots. With `unscaled_length` the model scales queries and keys of longer requests by their length, which
+    each step is given. With `score_bytes`, for each token of a step and slot of its span, steps narrow as the span
+    grows: they need at most MOST_SCORES bytes, or one token's. A step takes at most `max_step_tokens` tokens per row
+    and returns the logits of at most `max_step_logits` of them; longer prompts run in several steps.
     """
 
     def __init__(
@@ -145,6 +166,8 @@ class CachedSession(ABC):
         max_step_logits: int,
         max_positions: int,
         spans: Spans | None = None,
+        unscaled_length: int | None = None,
+        score_bytes: int = 0,
     ) -> None:
         max_batch, capacity = whole(max_batch, "rows"), whole(capacity, "slots")
         if max_batch < 1 or capacity < 1:
@@ -158,6 +181,10 @@ class CachedSession(ABC):
         self.observed: dict[str, Any] = {}
         """Name -> value of the last step, for the values that the session was asked to observe."""
         self._first_position = 0
+        self.unscaled_length, self._score_bytes = unscaled_length, score_bytes
+        self._scale = (
+            None if unscaled_length is None else LengthScale(unscaled_length, max_batch, capacity)
+        )
         self._asked = np.zeros(0, dtype=bool)
         self._lengths = np.zeros(max_batch, dtype=np.int64)
         # the tokens that the slots hold; a full row that is idle replays its last one
@@ -198,11 +225,22 @@ class CachedSession(ABC):
         self._lengths[row] = length
 
     def prefill(
-        self, tokens: Sequence[Sequence[int]], *, all_logits: bool = False
+        self,
+        tokens: Sequence[Sequence[int]],
+        *,
+        all_logits: bool = False,
+        prompt_lengths: Sequence[int] | None = None,
     ) -> list[Float32]:
         """See `Session.prefill`."""
         rows = _rows(tokens)
         self._check(rows)
+        totals = self._totals(rows, prompt_lengths)
+        if self._scale is not None:
+            self._scale.begin(self._first_position + totals, self._lengths, list(map(len, rows)))
+        return self._append(rows, totals, all_logits)
+
+    def _append(self, rows: list[Int64], totals: Int64, all_logits: bool) -> list[Float32]:
+        """Append rows that were checked; `totals` [rows] are the tokens of their requests."""
         widest = min(self.max_step_tokens, self.max_step_logits if all_logits else self.capacity)
         results: list[list[Float32]] = [[] for _ in rows]
         done = np.zeros(len(rows), dtype=np.int64)
@@ -212,6 +250,7 @@ class CachedSession(ABC):
             starts = np.minimum(self._lengths[: len(rows)], self._slots - 1)
             # Padding needs slots too: one step is only as wide as the fullest row has room for.
             width = int(min(remaining.max(), self._slots - starts.max(), widest))
+            width = self._narrowed(len(rows), int(starts.max()), width)
             taken = np.minimum(remaining, width)
             ids = np.zeros((len(rows), width), dtype=np.int64)
             for b, row in enumerate(rows):
@@ -223,7 +262,8 @@ class CachedSession(ABC):
                 wanted = np.broadcast_to(np.arange(width, dtype=np.int64), ids.shape)
             else:
                 wanted = np.maximum(taken - 1, 0)[:, None]
-            logits = self._run(ids, starts, taken, wanted, active if all_logits else finishing)
+            asked = active if all_logits else finishing
+            logits = self._run(ids, starts, taken, wanted, asked, totals)
             for b, row in enumerate(rows):
                 if active[b]:
                     if all_logits:
@@ -265,19 +305,27 @@ class CachedSession(ABC):
         if indices.min() < 0 or indices.max() >= width:
             raise SessionError(f"logits are requested of tokens outside 0..{width - 1}")
         starts = self._lengths[: len(rows)].copy()
+        if width > self._narrowed(len(rows), int(starts.max()), width):
+            raise SessionError(
+                f"a step of {width} tokens needs too much memory so far into the cache"
+            )
         asked = np.ones(len(rows), dtype=bool)
-        logits = self._run(np.stack(rows), starts, np.full(len(rows), width), indices, asked)
+        totals = self._totals(rows, None)
+        if self._scale is not None:
+            self._scale.begin(self._first_position + totals, self._lengths, [width] * len(rows))
+        taken = np.full(len(rows), width)
+        logits = self._run(np.stack(rows), starts, taken, indices, asked, totals)
         for b, row in enumerate(rows):
             self._hold(b, row)
         return logits
 
     def decode(self, token_ids: Sequence[int | None]) -> Float32:
         """See `Session.decode`."""
-        rows = self.prefill(
-            [[] if token is None else [token] for token in _sequence(token_ids, "tokens")]
-        )
+        rows = _rows([[] if token is None else [token] for token in _sequence(token_ids, "tokens")])
+        self._check(rows)
+        made = self._append(rows, self._totals(rows, None), all_logits=False)
         zeros = np.zeros((1, self.vocab_size), dtype=np.float32)
-        return np.concatenate([row if len(row) else zeros for row in rows])
+        return np.concatenate([row if len(row) else zeros for row in made])
 
     @property
     def free_slots(self) -> Int64:
@@ -309,8 +357,42 @@ class CachedSession(ABC):
                     f"there are {self._slots} slots"
                 )
 
+    def _totals(self, rows: list[Int64], stated: Sequence[int] | None) -> Int64:
+        """int64 [rows]: the tokens that each row's request has, given those appended now.
+
+        Raises:
+            SessionError: the prompts stated are not one for each row, or shorter than what is given.
+        """
+        given = np.array([len(row) for row in rows], dtype=np.int64)
+        after = self._lengths[: len(rows)] + given
+        if stated is None:
+            return after
+        totals = [whole(total, "prompt length") for total in _sequence(stated, "prompt lengths")]
+        if len(totals) != len(rows):
+            raise SessionError(f"{len(totals)} prompt lengths for {len(rows)} rows")
+        for b, total in enumerate(totals):
+            if len(rows[b]) and not after[b] <= total <= self._slots:
+                raise SessionError(
+                    f"row {b}: a prompt of {total} tokens, where {after[b]} to {self._slots} are possible"
+                )
+        return np.array(totals, dtype=np.int64)
+
+    def _narrowed(self, rows: int, start: int, width: int) -> int:
+        """The most tokens per row, up to `width`, of a step from slot `start` on that fits into memory; at least 1."""
+        while width > 1 and (
+            rows * width * self.spans.holding(start + width) * self._score_bytes > MOST_SCORES
+        ):
+            width = (width + 1) // 2
+        return width
+
     def _run(
-        self, ids: Int64, starts: Int64, taken: Int64, wanted: Int64, asked: NDArray[np.bool_]
+        self,
+        ids: Int64,
+        starts: Int64,
+        taken: Int64,
+        wanted: Int64,
+        asked: NDArray[np.bool_],
+        totals: Int64,
     ) -> Float32:
         width = ids.shape[1]
         span = self.spans.holding(int(starts.max() + width))
@@ -322,6 +404,8 @@ class CachedSession(ABC):
             KEY_POSITIONS: first + np.arange(span, dtype=np.int64),
             LOGITS_INDICES: np.ascontiguousarray(wanted),
         }
+        if self._scale is not None:
+            feeds[REQUEST_LENGTHS] = self._scale.of_step(first + totals, starts, taken)
         self._asked = asked
         logits = self._step(feeds)
         if self.on_step is not None:

@@ -21,6 +21,7 @@ from qwenport.exporter.directory import (
     require_space,
     sha256,
 )
+from qwenport.exporter.dual_chunk import SCORES, DualChunk, as_dual_chunk
 from qwenport.exporter.errors import (
     CheckpointError,
     ConfigError,
@@ -82,6 +83,7 @@ __all__ = [
     "MOST_OF_A_TOKENIZER",
     "PERMUTATION",
     "SCALES",
+    "SCORES",
     "SOURCE",
     "WHOLE",
     "ZEROS",
@@ -89,6 +91,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
+    "DualChunk",
     "Each",
     "ExportError",
     "Kind",
@@ -102,6 +105,7 @@ __all__ = [
     "Storage",
     "TensorEntry",
     "TracingError",
+    "as_dual_chunk",
     "as_json",
     "atomic_directory",
     "check_companions",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenport.contract import BY_TORCH_NAME
+from qwenport.exporter.dual_chunk import DualChunk, parse_dual_chunk
 from qwenport.exporter.errors import ConfigError
 from qwenport.exporter.families import FAMILIES, MoEConfig
 from qwenport.exporter.json_file import read_json
@@ -37,6 +38,7 @@ class ModelConfig:
         max_context: positions that the rope settings, and a sliding window, allow.
         context_note: a sentence on what limits or changes the context; None if there is nothing to say.
         rope: the rotary settings.
+        dual_chunk: the settings of dual chunk attention; None if attention is plain at all positions that are used.
         moe: the sparse layers; None for a dense model.
         quantization: which weights are quantized, and how; None if none are.
         dtype: the checkpoint's ("bf16", "fp16", "fp32"), or None if config.json names none.
@@ -61,6 +63,7 @@ class ModelConfig:
     max_context: int
     context_note: str | None
     rope: Rope
+    dual_chunk: DualChunk | None
     moe: MoEConfig | None
     dtype: str | None
     quantization: Quantization | None = None
@@ -90,6 +93,18 @@ class ModelConfig:
         layers = () if self.moe is None else self.moe.layers
         names = (f"model.layers.{layer}.mlp.experts.0.down_proj.weight" for layer in layers)
         return any((s := self.storage(name)) is not None and s.activations for name in names)
+
+    @property
+    def scales_by_length(self) -> bool:
+        """Whether queries and keys are scaled by the length of the request, an input of the graph."""
+        return (
+            self.dual_chunk is not None
+            and self.dual_chunk.original_max_position_embeddings is not None
+        )
+
+    def rope_rows(self, length: int) -> int:
+        """Rows of the rope tables for `length` positions."""
+        return length if self.dual_chunk is None else min(length, self.dual_chunk.rope_rows)
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Bytes of KV cache per token, over all layers."""
@@ -170,7 +185,9 @@ def parse_config(
     max_position_embeddings = keys.positive("max_position_embeddings")
     rope, max_context, unread = _rope(keys, max_position_embeddings, head_dim, rope_scaling)
     family.check_window(keys, layers, min(max_context, max_seq_len or max_context))
-    max_context, note = _limit_by_dual_chunk(keys, max_context)
+    dual_chunk, max_context, note = _limit_by_dual_chunk(
+        parse_dual_chunk(keys), rope, max_context, max_seq_len
+    )
     moe = family.experts(keys, layers)
     if moe is not None and moe.num_experts * len(moe.layers) > MOST_EXPERTS:
         raise ConfigError(
@@ -195,6 +212,7 @@ def parse_config(
         max_context=max_context,
         context_note=note,
         rope=rope,
+        dual_chunk=dual_chunk,
         moe=moe,
         dtype=_dtype(raw),
         quantization=_quantization(keys),
@@ -241,26 +259,28 @@ def _rope(
     return rope, context, unread
 
 
-def _limit_by_dual_chunk(keys: Keys, max_context: int) -> tuple[int, str | None]:
-    """Limit the context to one chunk, within which Qwen2.5-1M's dual chunk attention equals plain attention."""
-    chunks = keys.take("dual_chunk_attention_config", dict, default=None, null=None)
-    if chunks is None:
-        return max_context, None
-    try:
-        limit = int(chunks["chunk_size"]) - int(chunks["local_size"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(
-            "dual_chunk_attention_config needs integers chunk_size and local_size"
-        ) from error
-    if limit < 1:
-        raise ConfigError("dual_chunk_attention_config: chunk_size must exceed local_size")
-    if limit >= max_context:
-        return max_context, None
+def _limit_by_dual_chunk(
+    chunks: DualChunk | None, rope: Rope, context: int, asked: int | None
+) -> tuple[DualChunk | None, int, str | None]:
+    """(the settings if any position used needs them, the context, a note on it).
+
+    Up to `plain_context` positions it is plain attention; beyond, only plain rope is defined with it.
+    """
+    if chunks is None or (plain := chunks.plain_context) >= context:
+        return None, context, None
+    if rope.kind != "default":
+        note = (
+            f"dual chunk attention is not supported with rope type {rope.kind}: "
+            f"context limited to {plain} of {context} positions"
+        )
+        return None, plain, note
+    if asked is not None and asked <= plain:
+        return None, context, None
     note = (
-        f"dual chunk attention is supported within its first chunk only: "
-        f"context limited to {limit} of {max_context} positions"
+        f"beyond {plain} positions attention is dual chunk attention, which onnxruntime runs from Python; "
+        f"--max-seq-len {plain} exports for TensorRT and C++ too"
     )
-    return limit, note
+    return chunks, context, note
 
 
 def _dtype(raw: dict[str, Any]) -> str | None:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from qwenport.exporter.config import ModelConfig, MoEConfig
+from qwenport.exporter.dual_chunk_attention import dual_chunk_attention
 from qwenport.exporter.tracing import named
 from qwenport.plugins import moe_experts, moe_router, rotary_embedding
 
@@ -71,6 +72,16 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys [B, S, heads, head_dim], not rotated yet, and values [B, kv_heads, S, head_dim]."""
+        batch, seq, _ = x.shape
+        q = self.q_proj(x).view(batch, seq, self.heads, self.head_dim)
+        k = self.k_proj(x).view(batch, seq, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).view(batch, seq, self.kv_heads, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
     def forward(
         self,
         x: torch.Tensor,
@@ -84,12 +95,7 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch, seq, _ = x.shape
         rotate = rotary_embedding.rotary_embedding
-
-        q = self.q_proj(x).view(batch, seq, self.heads, self.head_dim)
-        k = self.k_proj(x).view(batch, seq, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).view(batch, seq, self.kv_heads, self.head_dim).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.project(x)
         q = named(rotate(q.transpose(1, 2), cos_cache, sin_cache, position_ids), "rope_q")
         k = named(rotate(k.transpose(1, 2), cos_cache, sin_cache, position_ids), "rope_k")
 
@@ -104,6 +110,50 @@ class Attention(nn.Module):
             attn_mask=mask,
             scale=self.head_dim**-0.5,
             enable_gqa=True,
+        )
+        y = named(y, "attention").transpose(1, 2).reshape(batch, seq, self.heads * self.head_dim)
+        return self.o_proj(y), present_key, present_value
+
+
+class DualChunkAttention(Attention):
+    """Dual chunk attention: keys are rotated by their position in their chunk, queries by three positions."""
+
+    def forward(
+        self, x: torch.Tensor, *inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `Attention.forward`.
+
+        Args:
+            x: [B, S, hidden].
+            inputs: what `DualChunkPrologue` returns after the hidden states, then write_indices, past key and value.
+        """
+        batch, seq, _ = x.shape
+        rotate = rotary_embedding.rotary_embedding
+        cos_cache, sin_cache, same, previous, older, mask, is_same, is_previous, *factor = inputs[
+            :-3
+        ]
+        write_indices, past_key, past_value = inputs[-3:]
+        q, k, v = self.project(x)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if factor:
+            q, k = q * factor[0], k * factor[0]
+        queries = (
+            named(rotate(q, cos_cache, sin_cache, same), "rope_q"),
+            named(rotate(q, cos_cache, sin_cache, previous), "rope_q_previous"),
+            named(rotate(q, cos_cache, sin_cache, older), "rope_q_older"),
+        )
+        k = named(rotate(k, cos_cache, sin_cache, same), "rope_k")
+        present_key = tensor_scatter(past_key, k, write_indices)
+        present_value = tensor_scatter(past_value, v, write_indices)
+        span = mask.shape[-1]
+        y = dual_chunk_attention(
+            queries,
+            present_key[:, :, :span],
+            present_value[:, :, :span],
+            mask,
+            is_same,
+            is_previous,
+            self.head_dim**-0.5,
         )
         y = named(y, "attention").transpose(1, 2).reshape(batch, seq, self.heads * self.head_dim)
         return self.o_proj(y), present_key, present_value
@@ -167,7 +217,8 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, moe: MoEConfig | None) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        kind = Attention if config.dual_chunk is None else DualChunkAttention
+        self.self_attn = kind(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config, config.intermediate_size) if moe is None else SparseMLP(config, moe)
 
@@ -201,6 +252,58 @@ class Prologue(nn.Module):
         mask = key_positions <= position_ids.unsqueeze(1).unsqueeze(-1)
         hidden = named(self.embed_tokens(input_ids), "embedding")
         return hidden, mask, cos_table.to(dtype), sin_table.to(dtype)
+
+
+class DualChunkPrologue(Prologue):
+    """Embedding, rotary tables, and what dual chunk attention depends on, all from positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        assert config.dual_chunk is not None
+        self.settings = config.dual_chunk
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        key_positions: torch.Tensor,
+        cos_table: torch.Tensor,
+        sin_table: torch.Tensor,
+        request_lengths: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Hidden states; cos, sin; positions of a query for keys in its chunk, the one before and older ones [B, S];
+        mask, is_same, is_previous: see `dual_chunk_attention`; with a length scale the factor [B, 1, 1, 1]."""
+        hidden, mask, cos, sin = super().forward(
+            input_ids, position_ids, key_positions, cos_table, sin_table
+        )
+        chunk, size, farthest = (
+            self.settings.chunk,
+            self.settings.chunk_size,
+            self.settings.farthest,
+        )
+        same = torch.remainder(position_ids, chunk)
+        previous = (same + chunk).clamp(max=size)
+        older = same.clamp(min=farthest, max=farthest)
+        chunks = torch.div(position_ids, chunk, rounding_mode="floor").unsqueeze(1).unsqueeze(-1)
+        of_keys = torch.div(key_positions, chunk, rounding_mode="floor")
+        found = (
+            hidden,
+            cos,
+            sin,
+            same,
+            previous,
+            older,
+            mask,
+            chunks <= of_keys,
+            chunks <= of_keys + 1,
+        )
+        if request_lengths is None:
+            return found
+        original = self.settings.original_max_position_embeddings
+        assert original is not None
+        times = request_lengths.to(torch.float32).div(float(original))
+        factor = (torch.log(times) * 0.1 + 1.0).clamp(min=1.0).to(hidden.dtype)
+        return *found, factor.unsqueeze(-1).unsqueeze(-1).unsqueeze(-1)
 
 
 class Epilogue(nn.Module):

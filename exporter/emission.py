@@ -17,6 +17,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from torch.nn import functional
 
 import qwenport.exporter.decoder  # noqa: F401 - defines the operators of the table below
+from qwenport.exporter import dual_chunk_attention
 from qwenport.exporter.errors import TracingError
 from qwenport.exporter.tracing import Call, Ref, Span, Sym, TensorType, Trace, name_of
 from qwenport.plugins.nodes import append_node, initializer
@@ -175,14 +176,14 @@ def emit(
         TracingError: an operator, or a use of one, has no translation; or a module with named values occurs twice in a
             scope.
     """
-    emitter = _Emitter(traced, builder, scope)
+    emitter = Emitter(traced, builder, scope)
     emitter.values = [*inputs, *(parameters[name] for name in traced.parameters)]
     for call in traced.calls:
         emitter.values += emitter.translate(call)
     return [emitter.values[ref.index] for ref in traced.outputs]
 
 
-class _Emitter:
+class Emitter:
     """The handlers' context while one copy is written."""
 
     def __init__(self, traced: Trace, builder: GraphBuilder, scope: str) -> None:
@@ -269,14 +270,14 @@ class _Emitter:
         raise AssertionError(size)
 
 
-def _linear(e: _Emitter, x: Ref, weight: Ref, bias: Ref | None = None) -> ir.Value:
+def _linear(e: Emitter, x: Ref, weight: Ref, bias: Ref | None = None) -> ir.Value:
     ordered = e.builder.ordered(e.values[x.index], e.values[weight.index], e.name("Gather"))
     given = e.builder.rounded_for(e.values[weight.index], ordered)
     product = e.op("MatMul", given, e.op("Transpose", weight, like=weight, perm=[1, 0]))
     return product if bias is None else e.op("Add", product, bias)
 
 
-def _reshape(e: _Emitter, x: Ref, *sizes: Any) -> ir.Value:
+def _reshape(e: Emitter, x: Ref, *sizes: Any) -> ir.Value:
     """Dynamic sizes must keep their position (ONNX: 0 copies that axis)."""
     before = e.type_of(x).shape
     flat = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple) else sizes
@@ -292,13 +293,13 @@ def _reshape(e: _Emitter, x: Ref, *sizes: Any) -> ir.Value:
     return e.op("Reshape", x, e.builder.constant(target))
 
 
-def _transpose(e: _Emitter, x: Ref, dim0: int, dim1: int) -> ir.Value:
+def _transpose(e: Emitter, x: Ref, dim0: int, dim1: int) -> ir.Value:
     axes = list(range(len(e.type_of(x).shape)))
     axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
     return e.op("Transpose", x, perm=axes)
 
 
-def _slice(e: _Emitter, x: Ref, index: Any) -> ir.Value:
+def _slice(e: Emitter, x: Ref, index: Any) -> ir.Value:
     """x[:, ..., :n] along one axis, n a dynamic size."""
     spans = index if isinstance(index, tuple) else (index,)
     if not all(isinstance(span, Span) for span in spans):
@@ -313,17 +314,17 @@ def _slice(e: _Emitter, x: Ref, index: Any) -> ir.Value:
     return e.op("Slice", x, constant([0]), e.size(span.stop), constant([axis]))
 
 
-def _sigmoid(e: _Emitter, x: Ref) -> ir.Value:
+def _sigmoid(e: Emitter, x: Ref) -> ir.Value:
     return e.op("Sigmoid", x)
 
 
-def _silu(e: _Emitter, x: Ref, inplace: bool = False) -> ir.Value:
+def _silu(e: Emitter, x: Ref, inplace: bool = False) -> ir.Value:
     assert not inplace
     return e.op("Mul", x, e.op("Sigmoid", x))
 
 
 def _rms_norm(
-    e: _Emitter, x: Ref, normalized_shape: tuple[int, ...], weight: Ref, eps: float
+    e: Emitter, x: Ref, normalized_shape: tuple[int, ...], weight: Ref, eps: float
 ) -> ir.Value:
     assert len(normalized_shape) == 1, "over more than one axis"
     return e.op(
@@ -337,32 +338,32 @@ def _rms_norm(
 
 
 def _attention(
-    e: _Emitter, q: Ref, k: Ref, v: Ref, attn_mask: Ref, *, scale: float, enable_gqa: bool
+    e: Emitter, q: Ref, k: Ref, v: Ref, attn_mask: Ref, *, scale: float, enable_gqa: bool
 ) -> ir.Value:
     assert isinstance(attn_mask, Ref) and enable_gqa is True
     return e.op("Attention", q, k, v, attn_mask, scale=float(scale))
 
 
-def _expand(e: _Emitter, x: Ref, *sizes: Any) -> ir.Value:
+def _expand(e: Emitter, x: Ref, *sizes: Any) -> ir.Value:
     """ONNX Expand broadcasts both ways: 1 keeps an axis."""
     assert all(isinstance(size, int) for size in sizes), "to a dynamic size"
     return e.op("Expand", x, e.builder.constant([1 if size == -1 else size for size in sizes]))
 
 
-def _gather(e: _Emitter, x: Ref, dim: int, index: Ref) -> ir.Value:
+def _gather(e: Emitter, x: Ref, dim: int, index: Ref) -> ir.Value:
     return e.op("GatherElements", x, index, axis=dim)
 
 
-def _unsqueeze(e: _Emitter, x: Ref, dim: int) -> ir.Value:
+def _unsqueeze(e: Emitter, x: Ref, dim: int) -> ir.Value:
     return e.op("Unsqueeze", x, e.builder.constant([dim]))
 
 
-def _cast(e: _Emitter, x: Ref, dtype: torch.dtype) -> ir.Value:
+def _cast(e: Emitter, x: Ref, dtype: torch.dtype) -> ir.Value:
     return e.op("Cast", x, to=int(from_torch_dtype(dtype)))
 
 
 def _embedding(
-    e: _Emitter,
+    e: Emitter,
     ids: Ref,
     weight: Ref,
     padding_idx: None = None,
@@ -375,15 +376,43 @@ def _embedding(
     return e.op("Gather", weight, ids, axis=0)
 
 
+def _number(e: Emitter, like: Ref, value: float) -> ir.Value:
+    """A constant of a tensor's dtype, shape [1]."""
+    dtype = e.type_of(like).dtype
+    if dtype == torch.int64:
+        return e.builder.constant([int(value)])
+    assert dtype == torch.float32, "a number beside a tensor that is not int64 or fp32"
+    name = f"const_{value!r}".replace("-", "m")
+    return e.builder.initializer(ir.tensor(np.array([value], dtype=np.float32), name=name))
+
+
 def _binary(op_type: str) -> Callable[..., ir.Value]:
-    def handler(e: _Emitter, a: Ref, b: Ref) -> ir.Value:
-        assert isinstance(a, Ref) and isinstance(b, Ref), "with a number"
-        return e.op(op_type, a, b)
+    def handler(e: Emitter, a: Ref, b: Ref | float) -> ir.Value:
+        return e.op(op_type, a, b if isinstance(b, Ref) else _number(e, a, b))
 
     return handler
 
 
-def _tensor_scatter(e: _Emitter, past: Ref, update: Ref, write_indices: Ref) -> ir.Value:
+def _floor_division(e: Emitter, a: Ref, b: int, *, rounding_mode: str) -> ir.Value:
+    """Of integers that are not negative: ONNX rounds towards zero."""
+    assert rounding_mode == "floor" and e.type_of(a).dtype == torch.int64
+    return e.op("Div", a, _number(e, a, b))
+
+
+def _clamp(e: Emitter, x: Ref, min: float | None = None, max: float | None = None) -> ir.Value:
+    values = [e.values[x.index]]
+    if min is not None:
+        values = [e.op("Max", *values, _number(e, x, min))]
+    if max is not None:
+        values = [e.op("Min", *values, _number(e, x, max))]
+    return values[0]
+
+
+def _log(e: Emitter, x: Ref) -> ir.Value:
+    return e.op("Log", x)
+
+
+def _tensor_scatter(e: Emitter, past: Ref, update: Ref, write_indices: Ref) -> ir.Value:
     return e.op("TensorScatter", past, update, write_indices, axis=2, mode="linear")
 
 
@@ -402,9 +431,15 @@ HANDLERS: dict[Any, Callable[..., ir.Value | Sequence[ir.Value]]] = {
     torch.Tensor.to: _cast,
     torch.Tensor.__getitem__: _slice,
     torch.Tensor.add: _binary("Add"),
+    torch.Tensor.div: _binary("Div"),
     torch.Tensor.mul: _binary("Mul"),
     torch.Tensor.le: _binary("LessOrEqual"),
     torch.sigmoid: _sigmoid,
     torch.ops.qwenport.tensor_scatter.default: _tensor_scatter,
+    torch.ops.qwenport.dual_chunk_attention.default: dual_chunk_attention.emit,
+    torch.remainder: _binary("Mod"),
+    torch.div: _floor_division,
+    torch.Tensor.clamp: _clamp,
+    torch.log: _log,
     **{operator.torch: operator.emit for operator in operators()},
 }

@@ -15,12 +15,19 @@ from qwenport.contract import (
     KEY_POSITIONS,
     LOGITS_INDICES,
     POSITION_IDS,
+    REQUEST_LENGTHS,
     SIN_TABLE,
     WRITE_INDICES,
 )
 from qwenport.exporter import emission, tracing
 from qwenport.exporter.config import ModelConfig, MoEConfig
-from qwenport.exporter.decoder import DecoderLayer, Epilogue, Prologue, checkpoint_name
+from qwenport.exporter.decoder import (
+    DecoderLayer,
+    DualChunkPrologue,
+    Epilogue,
+    Prologue,
+    checkpoint_name,
+)
 from qwenport.exporter.expected import DOWN, GATE_UP, expert_parts
 from qwenport.exporter.quantization import (
     CODES,
@@ -37,6 +44,9 @@ from qwenport.exporter.quantization import (
 from qwenport.exporter.rounded_activations import Rounding
 from qwenport.plugins import moe_experts
 from qwenport.plugins.operator import operators
+
+_Input = tuple[torch.dtype, tuple[int | str, ...]]
+"""The dtype and shape of a traced module's input; a name is a dynamic axis."""
 
 OPSET = 24
 IR_VERSION = 11
@@ -131,12 +141,14 @@ def build_graph(
     key_positions = graph_input(KEY_POSITIONS, int64, ["span"])
     logits_indices = graph_input(LOGITS_INDICES, int64, ["batch", "n"])
     inputs = [input_ids, position_ids, write_indices, key_positions, logits_indices]
+    lengths = [graph_input(REQUEST_LENGTHS, int64, ["batch"])] if config.scales_by_length else []
+    inputs += lengths
 
     tables = [stored(name) for name in (COS_TABLE, SIN_TABLE)]
     assert tables[0].shape is not None
     table_shape = tuple(tables[0].shape.numpy())
     prologue, layers, epilogue = _trace_parts(config, DTYPES[dtype].torch, table_shape)
-    hidden, mask, cos, sin = emission.emit(
+    hidden, *shared = emission.emit(
         prologue,
         builder,
         [
@@ -144,10 +156,14 @@ def build_graph(
             position_ids,
             key_positions,
             *tables,
+            *lengths,
         ],
         weights(prologue, "model."),
         "model",
     )
+    if config.dual_chunk is None:
+        mask, cos, sin = shared
+        shared = [cos, sin, position_ids, mask]
     outputs: list[ir.Value] = []
     cache_shape: list[int | str] = [
         "batch",
@@ -165,7 +181,7 @@ def build_graph(
         hidden, *present = emission.emit(
             layer,
             builder,
-            [hidden, cos, sin, position_ids, mask, write_indices, *past],
+            [hidden, *shared, write_indices, *past],
             weights(layer, prefix + "."),
             prefix,
         )
@@ -301,39 +317,36 @@ def _trace_parts(
     A name in a shape is a dynamic axis.
     """
 
-    def traced(
-        module: torch.nn.Module, *inputs: tuple[torch.dtype, tuple[int | str, ...]]
-    ) -> tracing.Trace:
+    def traced(module: torch.nn.Module, *inputs: _Input) -> tracing.Trace:
         return tracing.trace(
             module.to(dtype),
             [torch.empty([1 if isinstance(n, str) else n for n in s], dtype=t) for t, s in inputs],
             [{i: n for i, n in enumerate(s) if isinstance(n, str)} for _, s in inputs],
         )
 
-    tokens = (torch.int64, ("batch", "seq"))
+    tokens: _Input = (torch.int64, ("batch", "seq"))
     states = (dtype, ("batch", "seq", config.hidden_size))
     cache = (dtype, ("batch", config.num_key_value_heads, "capacity", config.head_dim))
-    mask = (torch.bool, ("batch", 1, "seq", "span"))
+    mask: _Input = (torch.bool, ("batch", 1, "seq", "span"))
+    tables: list[_Input] = [(dtype, table_shape)] * 2
+    lengths: list[_Input] = [(torch.int64, ("batch",))] if config.scales_by_length else []
+    shared: list[_Input] = [*tables, tokens, mask]
+    if config.dual_chunk is not None:
+        factor: list[_Input] = [(dtype, ("batch", 1, 1, 1))] * len(lengths)
+        shared = [*tables, tokens, tokens, tokens, mask, mask, mask, *factor]
     with torch.device("meta"):
         prologue = traced(
-            Prologue(config),
+            Prologue(config) if config.dual_chunk is None else DualChunkPrologue(config),
             tokens,
             tokens,
             (torch.int64, ("span",)),
             (torch.float32, table_shape),
             (torch.float32, table_shape),
+            *lengths,
         )
         layers = {
             moe: traced(
-                DecoderLayer(config, moe),
-                states,
-                (dtype, table_shape),
-                (dtype, table_shape),
-                tokens,
-                mask,
-                (torch.int64, ("batch",)),
-                cache,
-                cache,
+                DecoderLayer(config, moe), states, *shared, (torch.int64, ("batch",)), cache, cache
             )
             for moe in dict.fromkeys(map(config.moe_of, range(config.num_hidden_layers)))
         }

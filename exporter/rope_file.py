@@ -21,7 +21,7 @@ TABLE_ERROR = 1e-6  # of cos and sin per radian of angle: how far fp32 may diffe
 
 def rope_entries(config: ModelConfig, length: int) -> dict[str, TensorEntry]:
     """Where the tables of `length` positions lie in their file."""
-    shape = (length, config.rope.head_dim // 2)
+    shape = (config.rope_rows(length), config.rope.head_dim // 2)
     return plan_safetensors(ROPE, "F32", {COS_TABLE: shape, SIN_TABLE: shape})
 
 
@@ -29,13 +29,13 @@ def write_tables(config: ModelConfig, folder: Path, length: int) -> None:
     """Write the tables of `length` positions, some rows in memory at a time."""
     import torch
 
-    entries = rope_entries(config, length)
+    entries, count = rope_entries(config, length), config.rope_rows(length)
     require_space(folder, sum(entry.length for entry in entries.values()))
     with (folder / ROPE).open("wb") as writer:
         writer.write(safetensors_header(entries.values()))
         for table in range(2):  # cos, then sin
-            for start in range(0, length, ROWS_AT_ONCE):
-                stop = min(start + ROWS_AT_ONCE, length)
+            for start in range(0, count, ROWS_AT_ONCE):
+                stop = min(start + ROWS_AT_ONCE, count)
                 rows = rope_tables(config.rope, length, start, stop)[table]
                 writer.write(rows.contiguous().view(torch.uint8).numpy().data)
 
@@ -54,12 +54,12 @@ def check_table_values(folder: Path, config: ModelConfig, length: int) -> None:
     """Raises PackageError: a value of the rope tables is not what the settings give, or NaN."""
     import torch
 
-    file, rope = folder / ROPE, config.rope
+    file, rope, count = folder / ROPE, config.rope, config.rope_rows(length)
     entries = {entry.name: entry for entry in read_safetensors_header(file)[1]}
     frequencies = rope.inverse_frequencies(length).abs()
     with file.open("rb") as stream:
-        for start in range(0, length, ROWS_AT_ONCE):
-            stop = min(start + ROWS_AT_ONCE, length)
+        for start in range(0, count, ROWS_AT_ONCE):
+            stop = min(start + ROWS_AT_ONCE, count)
             angles = torch.arange(start, stop)[:, None] * frequencies
             allowed = TABLE_ERROR * (1 + angles) * (1 + abs(rope.attention_scaling()))
             for entry, right in zip(

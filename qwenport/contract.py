@@ -90,6 +90,8 @@ E4M3 = "fp8"
 
 INPUT_IDS, POSITION_IDS = "input_ids", "position_ids"
 WRITE_INDICES, KEY_POSITIONS, LOGITS_INDICES = "write_indices", "key_positions", "logits_indices"
+REQUEST_LENGTHS = "request_lengths"
+"""Only with dual chunk attention that scales by length: see docs/architecture.md."""
 LOGITS = "logits"
 CAPACITY = "capacity"
 """The cache axis whose size engines fix."""

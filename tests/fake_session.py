@@ -30,7 +30,7 @@ class FakeSession:
         self.max_step_tokens = max_step_tokens
         self.held = [[] for _ in range(max_batch)]
         self.clean = False  # a reset must come first
-        self.prefills, self.decodes, self._given = [], [], []
+        self.prefills, self.decodes, self.stated, self._given = [], [], [], []
 
     def reset(self) -> None:
         self.held = [[] for _ in range(self.max_batch)]
@@ -56,8 +56,11 @@ class FakeSession:
             assert len(row) + len(new) <= self.capacity
             row.extend(new)
 
-    def prefill(self, tokens: Sequence[Sequence[int]]) -> list[np.ndarray]:  # last logits only
+    def prefill(  # last logits only
+        self, tokens: Sequence[Sequence[int]], *, prompt_lengths: Sequence[int] | None = None
+    ) -> list[np.ndarray]:
         self._append(tokens)
+        self.stated.append(prompt_lengths)
         self.prefills.append([len(row) for row in tokens])
         self._given = [
             model(held)[None].copy() if len(new) else np.empty((0, VOCAB), np.float32)

@@ -87,6 +87,7 @@ class Plan:
         batches: rows of the steps of "batches".
         decoded: positions up to which "decode" goes token by token.
         every_id: whether every id of the vocabulary goes through the model.
+        chunked: whether attention is dual chunk attention.
     """
 
     budget: str
@@ -110,6 +111,7 @@ class Plan:
     batches: tuple[int, ...]
     decoded: int
     every_id: bool
+    chunked: bool = False
 
     @property
     def small(self) -> bool:
@@ -190,6 +192,7 @@ def make_plan(
         batches=tuple(n for n in range(2, rows + 1) if all_small or n in (2, 3, rows)),
         decoded=context if all_small else min(context, some),
         every_id=all_small and config.vocab_size <= SMALL_VOCABULARY,
+        chunked=config.dual_chunk is not None,
     )
 
 

@@ -27,6 +27,7 @@ from qwenport.engines import (
 )
 from qwenport.engines.attention import attention_of
 from qwenport.engines.onnxruntime_session import MAX_STEP_TOKENS as PACKAGE_STEP_TOKENS
+from qwenport.engines.session import SCORE_BYTES
 from qwenport.engines.spans import Spans
 from qwenport.validate.errors import NetworkError
 from qwenport.validate.failures import reported
@@ -196,7 +197,19 @@ class Candidate:
             tokens, logits = engine.max_step_tokens, engine.max_step_logits
         vocabulary = target.config.vocab_size
         spans = self._spans(capacity)
-        return Geometry(max_batch, capacity, vocabulary, tokens, logits, target.capacity, spans)
+        chunks = target.config.dual_chunk
+        heads = target.config.num_attention_heads
+        return Geometry(
+            max_batch,
+            capacity,
+            vocabulary,
+            tokens,
+            logits,
+            target.capacity,
+            spans,
+            None if chunks is None else chunks.original_max_position_embeddings,
+            0 if chunks is None else SCORE_BYTES * heads,
+        )
 
     def _spans(self, capacity: int) -> Spans:
         """The spans of a session of that many usable slots."""

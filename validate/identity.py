@@ -29,6 +29,7 @@ from qwenport.exporter import (
     Checkpoint,
     ExportError,
     Package,
+    as_dual_chunk,
     describe_graph,
     expected_model,
     open_checkpoint,
@@ -267,9 +268,12 @@ def _manifest_errors(package: Package, model: onnx.ModelProto, checkpoint: Check
         names = sorted(ir.DataType(number).name for number in found)
         if [BY_ONNX[name].name if name in BY_ONNX else None for name in names] != [dtype]:
             errors.append(f"dtype: {dtype} in the manifest, {what}: {', '.join(names) or 'none'}")
+    positions: Any = manifest.get("max_seq_len")
+    if chunks := manifest.get("model", {}).get("dual_chunk"):
+        positions = min(positions, as_dual_chunk(chunks).rope_rows)
     for name in TABLES:
         rows = list(tables[name].dims)[:1] if name in tables else []
-        if rows != [manifest.get("max_seq_len")]:
+        if rows != [positions]:
             errors.append(
                 f"max_seq_len: {manifest.get('max_seq_len')} in the manifest, rows of {name}: "
                 f"{rows[0] if rows else 'none'}"

@@ -148,6 +148,7 @@ def errors_by_layer(
         choices: experts that the oracle takes over from the target.
     """
     from qwenport.validate.probe import run_layer
+    from qwenport.validate.reference.dual_chunk import of_requests
 
     oracle = reference.hidden_states(texts, choices=choices)
     embedding, accumulated = _Sum(), _Sum()
@@ -164,7 +165,10 @@ def errors_by_layer(
                 for number, text in enumerate(texts):
                     made, given = (seen[number][names[index + n]] for n in (1, 0))
                     agreed = None if choices is None else choices[number]
-                    with reference.agreeing(module, index, agreed):
+                    with (
+                        reference.agreeing(module, index, agreed),
+                        of_requests(text.first_position, text.requests),
+                    ):
                         result = run_layer(reference, module, given, text.first_position, kind)
                     if kind == TRUTH:
                         truth.append(result.numpy())
@@ -215,6 +219,7 @@ def errors_in_layer(
         Others as in `errors_by_layer`.
     """
     from qwenport.validate.probe import Probe, run_layer
+    from qwenport.validate.reference.dual_chunk import of_requests
 
     entry = hidden_states(layer + 1)[layer]
     given = [values_by_site(config, of_text, observed, layer) for of_text in seen]
@@ -228,7 +233,7 @@ def errors_in_layer(
                 values = given[number]
                 probe = Probe(all_sites, values if forced else {}, kind)
                 start = seen[number][entry] if forced else oracle[number]
-                with probe.attached(module):
+                with probe.attached(module), of_requests(text.first_position, text.requests):
                     run_layer(reference, module, start, text.first_position, kind)
                 expected = {n: made.double().numpy() for n, made in probe.expected.items()}
                 if kind == TRUTH and forced:

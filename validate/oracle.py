@@ -30,12 +30,17 @@ class _Known:
 
     tokens: tuple[int, ...]
     first_position: int
+    requests: tuple[int, ...]
     rows: dict[int, Float32] = field(default_factory=dict)
 
     def begins(self, text: Text) -> bool:
         """Whether `text` is a prefix of this one; attention never looks ahead."""
         count = len(text.tokens)
-        return self.first_position == text.first_position and self.tokens[:count] == text.tokens
+        return (
+            self.first_position == text.first_position
+            and self.tokens[:count] == text.tokens
+            and self.requests[:count] == text.requests
+        )
 
 
 class Oracle:
@@ -72,7 +77,7 @@ class Oracle:
             index = next((i for i, k in enumerate(known) if k.begins(text)), None)
             if index is None:
                 index = len(known)
-                known.append(_Known(text.tokens, text.first_position))
+                known.append(_Known(text.tokens, text.first_position, text.requests))
             if new := set(text.positions) - known[index].rows.keys():
                 missing.setdefault(index, set()).update(new)
         asked = [
@@ -80,6 +85,7 @@ class Oracle:
                 known[index].tokens[: max(positions) + 1],
                 tuple(sorted(positions)),
                 known[index].first_position,
+                known[index].requests[: max(positions) + 1],
             )
             for index, positions in missing.items()
         ]

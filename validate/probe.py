@@ -100,6 +100,10 @@ class Probe:
                 handle.remove()
 
     def _hooks(self, module: Any, name: str) -> list[Any]:
+        if (
+            name == ATTENTION and ROPE[0] not in self._sites
+        ):  # of its own rotations: dual chunk attention
+            return [self._before(module.self_attn.o_proj, name)]
         if name in (*ROPE, ATTENTION):
             return []
         if name == ROUTER:

@@ -149,6 +149,10 @@ def make_proof(
         PackageError, SessionError, MissingExtraError: the package cannot be run here.
     """
     context = min(context, package.max_seq_len)
+    if (
+        package.config.dual_chunk is not None
+    ):  # where it is plain attention, which any session may continue
+        context = min(context, package.config.dual_chunk.plain_context)
     routers = _routers(package)
     vocab_size = package.manifest["model"]["vocab_size"]
     sequences = make_sequences(vocab_size, context, experts=bool(routers))

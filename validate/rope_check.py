@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenport.contract import COS_TABLE, SIN_TABLE
-from qwenport.exporter import Package
+from qwenport.exporter import Package, as_dual_chunk
 from qwenport.validate.report import Check
 from qwenport.validate.thresholds import ROPE_ABSOLUTE, ROPE_RELATIVE_TO_ANGLE
 
@@ -71,6 +71,8 @@ def check_tables(
         return (Check(f"table {error.args[0]}", 0, "==", 1, "absent from the graph"),)
     manifest = source.manifest
     length, half = manifest["max_seq_len"], manifest["model"]["head_dim"] // 2
+    if chunks := manifest["model"].get("dual_chunk"):
+        length = min(length, as_dual_chunk(chunks).rope_rows)
     shapes = [
         Check(f"{what} of {name}", found, "==", wanted)
         for name, table in zip(TABLES, (cos, sin), strict=True)

@@ -80,6 +80,7 @@ class _History:
     first_position: int
     lineage: frozenset[int]
     tokens: list[int] = field(default_factory=list)
+    requests: list[int] = field(default_factory=list)
     logits: list[Float32] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
@@ -95,6 +96,7 @@ class Run:
         plan: the sizes.
         greedy: transformers' own continuation of `greedy_prompt`.
         original_context: positions before the rope settings extend them; None if they do not.
+        chunk: positions per chunk of dual chunk attention; None if attention is plain.
         special_ids: ids that prompts rarely contain: the highest, special and added ones.
     """
 
@@ -106,6 +108,7 @@ class Run:
         *,
         greedy: Sequence[int] = (),
         original_context: int | None = None,
+        chunk: int | None = None,
         special_ids: Sequence[int] = (),
         on_step: Callable[[Step], None] = lambda step: None,
         observing: Observing | None = None,
@@ -121,6 +124,7 @@ class Run:
         """
         self.session, self.prompts, self.plan = session, prompts, plan
         self.greedy, self.original_context = tuple(greedy), original_context
+        self.chunk = chunk
         self.special_ids = tuple(special_ids)
         self._first_position = 0
         self._rows: dict[int, _History] = {}
@@ -154,25 +158,53 @@ class Run:
         self._rows.clear()
         self._first_position = first_position
 
-    def prefill(self, rows: Sequence[Sequence[int]], *, all_logits: bool = False) -> None:
-        """`Session.prefill`, with the last logits of each row as `generate` and C++ request them, or with all."""
+    def prefill(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        all_logits: bool = False,
+        prompt_lengths: Sequence[int] | None = None,
+    ) -> None:
+        """`Session.prefill`, with the last logits of each row as `generate` and C++ request them, or with all.
+
+        A row whose keys are scaled for another length is given up, as it must be, and starts anew.
+        """
         if not any(len(row) for row in rows):
             return
-        logits = self._guard(self.session.prefill, rows, all_logits=all_logits)
+        totals = prompt_lengths or [self.length(b) + len(row) for b, row in enumerate(rows)]
+        totals = [self._begin(b, total, len(rows[b])) for b, total in enumerate(totals)]
+        logits = self._guard(
+            self.session.prefill, rows, all_logits=all_logits, prompt_lengths=totals
+        )
         if len(logits) != len(rows):
             raise CandidateError(f"the target gave logits of {len(logits)} rows, not {len(rows)}")
         for index, (row, made) in enumerate(zip(rows, logits, strict=True)):
             judged = range(len(row)) if all_logits else range(len(row))[-1:]
-            self._note(index, row, made, judged)
+            self._note(index, row, made, judged, totals[index])
+
+    def _begin(self, row: int, total: int, given: int) -> int:
+        """Tokens of a request of which a row is given some; without what it holds, if that was scaled otherwise."""
+        held = set(self._rows[row].requests) if row in self._rows and given else set()
+        if held <= {self._request(total)}:
+            return total
+        length = self.length(row)
+        self.truncate(0, row)
+        return self._begin(row, max(total - length, given), given)
+
+    def _request(self, tokens: int) -> int:
+        """Positions of a request with so many tokens, at least those that are not scaled; 0 if none are scaled."""
+        unscaled = self.session.unscaled_length
+        return 0 if unscaled is None else max(self._first_position + tokens, unscaled)
 
     def prefill_choosing(
         self, rows: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]
     ) -> None:
         """`CachedSession.prefill_choosing`; each row's wanted indices ascend."""
+        totals = [self._begin(b, self.length(b) + len(row), len(row)) for b, row in enumerate(rows)]
         logits = self._guard(self.session.prefill_choosing, rows, wanted)
         self._check(logits, (len(rows), len(wanted[0])))
         for index, row in enumerate(rows):
-            self._note(index, row, logits[index], wanted[index])
+            self._note(index, row, logits[index], wanted[index], totals[index])
 
     def decode(self, tokens: Sequence[int | None]) -> None:
         """`Session.decode`."""
@@ -180,7 +212,7 @@ class Run:
         self._check(logits, (len(tokens),))
         for index, token in enumerate(tokens):
             if token is not None:
-                self._note(index, [token], logits[index : index + 1], [0])
+                self._note(index, [token], logits[index : index + 1], [0], self.length(index) + 1)
 
     def truncate(self, length: int, row: int = 0) -> None:
         """`Session.truncate`: what the row is given next follows its first `length` tokens."""
@@ -190,7 +222,7 @@ class Run:
         before = self._rows.pop(row)
         self._done.append(before)
         after = self._history(row, before.lineage)
-        after.tokens = before.tokens[:length]
+        after.tokens, after.requests = before.tokens[:length], before.requests[:length]
         after.seen = {n: [np.concatenate(parts)[:length]] for n, parts in before.seen.items()}
 
     def observation(self) -> Observation:
@@ -210,7 +242,12 @@ class Run:
             for index, width in zip(h.indices, h.widths, strict=True)
         ]
         texts = [
-            Text(tuple(h.tokens[: h.indices[-1] + 1]), tuple(h.indices), h.first_position)
+            Text(
+                tuple(h.tokens[: h.indices[-1] + 1]),
+                tuple(h.indices),
+                h.first_position,
+                tuple(h.requests[: h.indices[-1] + 1]),
+            )
             for h in judged
         ]
         seen = [
@@ -244,13 +281,17 @@ class Run:
                     of_row = of_row.swapaxes(0, 1)
                 history.seen.setdefault(name, []).append(np.array(of_row[: step.taken[row]]))
 
-    def _note(self, row: int, tokens: Sequence[int], made: Any, judged: Sequence[int]) -> None:
-        """Record the tokens given to a row, and the logits of some of them, by index."""
+    def _note(
+        self, row: int, tokens: Sequence[int], made: Any, judged: Sequence[int], total: int
+    ) -> None:
+        """Record the tokens given to a row as part of a request of `total`, and the logits of some, by index."""
         self._check(made, (len(judged),))
         if not len(tokens):
             return
         history = self._history(row)
         history.tokens += [int(token) for token in tokens]
+        if self.session.unscaled_length is not None:
+            history.requests += [self._request(total)] * len(tokens)
         before = len(history.tokens) - len(tokens)
         if self._keep:
             history.logits.append(

@@ -110,7 +110,8 @@ def whole_context(run: Run) -> None:
     tail = min(plan.share(0.15, 8), end - 1)
     run.start()
     for start, stop, dense in _pieces(end - tail, min(plan.dense_logits, end - tail), run):
-        run.prefill([run.take(stop - start, start=start)], all_logits=dense)
+        tokens = run.take(stop - start, start=start)
+        run.prefill([tokens], all_logits=dense, prompt_lengths=[end - tail])
     for position in range(end - tail, end):
         run.decode(run.take(1, start=position))
     for edge in reversed(plan.edges):
@@ -159,9 +160,10 @@ def decode(run: Run) -> None:
 def chunked_prefill(run: Run) -> None:
     """One prompt in chunks of several sizes, alternately with the last logits and with all."""
     run.start()
-    done = 0
+    done, whole = 0, min(sum(CHUNKS), run.capacity)
     for number, size in enumerate(CHUNKS):
-        run.prefill([run.take(size, start=done)], all_logits=number % 2 == 0)
+        tokens = run.take(size, start=done)
+        run.prefill([tokens], all_logits=number % 2 == 0, prompt_lengths=[whole])
         done += size
 
 
@@ -253,6 +255,15 @@ def past_original_context(run: Run) -> None:
     if run.original_context + CONTEXT_TOKENS // 2 > run.session.max_positions:
         raise NotApplicable("the package stops before the original context ends")
     _at(run, run.original_context - CONTEXT_TOKENS // 2, stream=3)
+
+
+def chunk_borders(run: Run) -> None:
+    """Short texts across borders of chunks: the first, the second, and the last that the model supports."""
+    assert run.chunk is not None
+    before = min(CONTEXT_TOKENS // 2, run.chunk)
+    last = (run.session.max_positions - 1) // run.chunk
+    for stream, border in enumerate(sorted({1, min(2, last), last}), 4):
+        _at(run, border * run.chunk - before, stream)
 
 
 def _at(run: Run, first_position: int, stream: int) -> None:
@@ -367,15 +378,18 @@ SCENARIOS = (
 )
 
 
+CHUNK_BORDERS = Scenario("chunk borders", "Texts across borders of chunks", chunk_borders)
+
+
 def scenarios(plan: Plan) -> tuple[Scenario, ...]:
-    """All scenarios to run: SCENARIOS, and one per cache size of the plan."""
+    """All scenarios to run: SCENARIOS, with dual chunk attention CHUNK_BORDERS, and one per cache size of the plan."""
     caches = (
         Scenario(
             f"cache of {n}", f"A cache of {n} slots, as generate allocates", small_cache, False, n
         )
         for n in plan.caches
     )
-    return (*SCENARIOS, *caches)
+    return (*SCENARIOS, *[CHUNK_BORDERS] * plan.chunked, *caches)
 
 
 LOOKED_INTO = Scenario("layers", "Hidden states from layer to layer", looked_into)

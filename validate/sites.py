@@ -81,10 +81,14 @@ def sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
     if config.qk_norm:
         found += [_norm(f"{attention}.{p}_norm", f"{attention}.{p}_proj") for p in "qk"]
         query, key = f"{attention}.q_norm", f"{attention}.k_norm"
+    if config.dual_chunk is None:
+        found += [
+            Site(ROPE[0], (f"{attention}.rope_q",), (query,), heads=True),
+            Site(ROPE[1], (f"{attention}.rope_k",), (key,), heads=True),
+        ]
+        query, key = ROPE  # dual chunk attention has a rotation for each pair of them
     found += [
-        Site(ROPE[0], (f"{attention}.rope_q",), (query,), heads=True),
-        Site(ROPE[1], (f"{attention}.rope_k",), (key,), heads=True),
-        Site(ATTENTION, (f"{attention}.attention",), (*ROPE, value), heads=True),
+        Site(ATTENTION, (f"{attention}.attention",), (query, key, value), heads=True),
         _linear(f"{attention}.o_proj", ATTENTION),
         Site(RESIDUALS[0], ("residual_1",), ("", f"{attention}.o_proj")),
         _norm(second, RESIDUALS[0]),

@@ -36,6 +36,8 @@ class Geometry:
     max_step_logits: int
     max_positions: int
     spans: Spans | None = None
+    unscaled_length: int | None = None
+    score_bytes: int = 0
 
 
 class Parts(Protocol):

@@ -20,11 +20,14 @@ class Text:
         tokens: attention sees these tokens and no others.
         positions: indices into `tokens`, ascending, whose logits are requested; may be empty.
         first_position: the position_id of tokens[0]; the others follow it.
+        requests: if the model scales by length, the positions of the request that each token was part of; empty:
+            all were part of one that ends with the last token.
     """
 
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
     first_position: int = 0
+    requests: tuple[int, ...] = ()
 
     @classmethod
     def ending(cls, tokens: Sequence[int], last: int, first_position: int = 0) -> Self:

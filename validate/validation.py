@@ -286,6 +286,8 @@ class Validation:
         greedy, _ = oracle.reference.greedy(self.prompts.take(prompt), count)
         special = special_ids(self.checkpoint, self.target.config.vocab_size)
 
+        chunks = self.target.config.dual_chunk
+
         def make_run(session: Any, **keywords: Any) -> Run:
             return Run(
                 session,
@@ -293,6 +295,7 @@ class Validation:
                 plan,
                 greedy=greedy,
                 original_context=_original_context(self.target),
+                chunk=None if chunks is None else chunks.chunk,
                 special_ids=special,
                 **keywords,
             )

@@ -64,7 +64,7 @@ class FoldRopeTables(InPlacePass):
 
 
 class CutRopeTables(InPlacePass):
-    """Keep the first `rows` rows of the stored fp32 tables; nothing is read or written."""
+    """Keep the first `rows` rows of the stored fp32 tables, or all if they are fewer; nothing is read or written."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -76,14 +76,15 @@ class CutRopeTables(InPlacePass):
             value = model.graph.initializers[name]
             table = value.const_value
             assert isinstance(table, ir.ExternalTensor)
-            _, columns = table.shape.numpy()
-            value.shape = ir.Shape((self.rows, columns))
+            stored, columns = table.shape.numpy()
+            rows = min(self.rows, stored)  # dual chunk attention has fewer than positions
+            value.shape = ir.Shape((rows, columns))
             value.const_value = ir.ExternalTensor(
                 table.location,
                 table.offset,
-                self.rows * columns * FP32.itemsize,
+                rows * columns * FP32.itemsize,
                 table.dtype,
-                shape=ir.Shape((self.rows, columns)),
+                shape=ir.Shape((rows, columns)),
                 name=name,
                 base_dir=table.base_dir,
             )

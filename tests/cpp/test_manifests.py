@@ -205,6 +205,7 @@ ANY_TEXT = {
         (("max_batch",), 5, "profiles[0].input_ids.max is not of max_batch rows"),
         (("profiles", 0, "input_ids", "max"), [4, 161], "is not within max_seq_len"),
         (("model", "head_dim"), 2**31 - 1, "model is not of a size that any machine has"),
+        (("model", "dual_chunk"), {"chunk_size": 48}, "model has dual chunk attention, which the"),
         (("model", "num_hidden_layers"), 3, "a key and a value for each of 3 layers"),
         (("aliases", "present.0.key"), "past_key_values.0.value", "is not a binding of its own"),
         (("bindings", "inputs", 0, "dtype"), "int32", "is not what this runtime feeds"),

@@ -50,8 +50,9 @@ def test_a_published_config_allows_the_context_that_its_card_states(name: str) -
     chunks = raw.get("dual_chunk_attention_config")
     scaling = raw.get("rope_scaling") or {}
     if chunks:
-        expected = chunks["chunk_size"] - chunks["local_size"]
-        assert config.context_note
+        expected = raw["max_position_embeddings"]
+        assert config.dual_chunk is not None and config.dual_chunk.plain_context == 262144
+        assert config.context_note and "--max-seq-len 262144" in config.context_note
     elif scaling.get("type") == "yarn":
         expected = int(scaling["factor"] * scaling["original_max_position_embeddings"])
     else:
@@ -59,10 +60,60 @@ def test_a_published_config_allows_the_context_that_its_card_states(name: str) -
     assert config.max_context == expected
 
 
+def test_dual_chunk_attention_with_scaled_rope_stops_where_it_is_plain() -> None:
+    chunks = {"chunk_size": 32, "local_size": 8, "original_max_position_embeddings": 32}
+    config = parse_config(mini("qwen2", dual_chunk_attention_config=chunks), rope_scaling="yarn:4")
+    assert (config.dual_chunk, config.max_context) == (None, 32)
+    assert config.context_note and "yarn" in config.context_note
+
+
 def test_dual_chunk_attention_does_not_raise_a_smaller_context() -> None:
     chunks = {"chunk_size": 512, "local_size": 128, "original_max_position_embeddings": 512}
     config = parse_config(mini("qwen2", dual_chunk_attention_config=chunks))
     assert config.max_context == MINI["qwen2"]["max_position_embeddings"]
+
+
+@given(
+    size=st.integers(2, 40), local=st.integers(1, 39), original=st.sampled_from([None, 0, 1, 20])
+)
+def test_dual_chunk_attention_is_plain_up_to_the_context(
+    size: int, local: int, original: int | None
+) -> None:
+    if local >= size:
+        local = size - 1
+    chunks = {
+        "chunk_size": size,
+        "local_size": local,
+        "original_max_position_embeddings": original,
+    }
+    longest = MINI["qwen2"]["max_position_embeddings"]
+    raw = mini("qwen2", dual_chunk_attention_config=chunks)
+    whole = parse_config(raw)
+    context = longest if whole.dual_chunk is None else whole.dual_chunk.plain_context
+    assert whole.max_context == longest
+    assert parse_config(raw, max_seq_len=context).dual_chunk is None
+    if context < longest:
+        assert parse_config(raw, max_seq_len=context + 1).dual_chunk == whole.dual_chunk
+    assert all(
+        dual_chunk_distance(query, key, size, size - local) == query - key
+        for query in range(context)
+        for key in range(query + 1)
+    )
+    assert context <= (original or context)
+    if context < longest and context != original:
+        further = [
+            dual_chunk_distance(query, key, size, size - local) - (query - key)
+            for query in range(context + 2)
+            for key in range(query + 1)
+        ]
+        assert any(further), "it is plain further than the context reaches"
+
+
+def dual_chunk_distance(query: int, key: int, size: int, c: int) -> int:
+    """The rotation between a query and a key in vLLM's dual_chunk_flash_attn, from their positions."""
+    apart = query // c - key // c
+    turned = (query % c, min(query % c + c, size), min(2 * c - 1, size))[min(apart, 2)]
+    return turned - key % c
 
 
 def test_kv_bytes_of_a_token_count_keys_and_values_of_every_layer() -> None:

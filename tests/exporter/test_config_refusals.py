@@ -107,6 +107,36 @@ def test_llama_bias_switches_are_honoured(attention: bool, mlp: bool) -> None:
     assert expected_tensors(config) == tensor_shapes(raw)
 
 
+CHUNKS = {"chunk_size": 32, "local_size": 8, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"dual_chunk_attention_config": {**CHUNKS, "chunk_size": None}}, "chunk_size"),
+        ({"dual_chunk_attention_config": {**CHUNKS, "chunk_size": True}}, "chunk_size"),
+        ({"dual_chunk_attention_config": {**CHUNKS, "local_size": 8.0}}, "local_size"),
+        ({"dual_chunk_attention_config": {**CHUNKS, "local_size": 0}}, "local_size"),
+        ({"dual_chunk_attention_config": {**CHUNKS, "local_size": 32}}, "must exceed"),
+        (
+            {"dual_chunk_attention_config": {**CHUNKS, "original_max_position_embeddings": -1}},
+            "original_max_position_embeddings",
+        ),
+        ({"dual_chunk_attention_config": {**CHUNKS, "critical_size": 3}}, "critical_size"),
+        ({"dual_chunk_attention_config": {**CHUNKS, "sparse_attention_config": {}}}, "sparse"),
+        ({"dual_chunk_attention_config": {**CHUNKS, "sparse_attention_enabled": True}}, "sparse"),
+        ({"sparse_attention_config": {"0": {}}}, "sparse_attention_config"),
+        ({"dual_chunk_attention_config": [48, 16]}, "dual_chunk_attention_config"),
+    ],
+)
+def test_dual_chunk_settings_that_are_not_understood_are_refused(
+    settings: dict[str, Any], what: str
+) -> None:
+    parse_config(mini("qwen2", dual_chunk_attention_config=CHUNKS))
+    with pytest.raises(ConfigError, match=what):
+        parse_config(mini("qwen2", **settings))
+
+
 def test_tensor_parallel_slices_of_pretraining_are_refused() -> None:
     with pytest.raises(ConfigError, match="pretraining_tp"):
         parse_config(mini("llama", pretraining_tp=2))

@@ -56,7 +56,15 @@ class Posing:
         if self.wrong != "truncation ignored":
             del self.rows[row][length:]
 
-    def prefill(self, tokens: Sequence[Sequence[int]], *, all_logits: bool = False) -> list[Array]:
+    unscaled_length = None
+
+    def prefill(
+        self,
+        tokens: Sequence[Sequence[int]],
+        *,
+        all_logits: bool = False,
+        prompt_lengths: Sequence[int] | None = None,
+    ) -> list[Array]:
         wanted = [list(range(len(new)) if all_logits else range(len(new))[-1:]) for new in tokens]
         return self._step(tokens, wanted, all_logits=all_logits)
 

@@ -221,8 +221,8 @@ def test_logits_of_another_shape_are_the_target_s_failure(spoil: Any, words: str
 
 def test_logits_of_another_number_of_rows_are_the_target_s_failure() -> None:
     class Generous(Diary):
-        def prefill(self, tokens: Any, *, all_logits: bool = False) -> Any:
-            return super().prefill(tokens, all_logits=all_logits) * 2
+        def _append(self, *arguments: Any, **options: Any) -> Any:
+            return super()._append(*arguments, **options) * 2
 
     run = new_run(Generous(1, CAPACITY))
     run.start()

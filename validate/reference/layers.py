@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from qwenport.validate.errors import ValidationError
+from qwenport.validate.reference.dual_chunk import of_requests
 from qwenport.validate.reference.hooks import as_float32
 from qwenport.validate.reference.loading import attending, check_attention, torch_dtype
 from qwenport.validate.text import Choices
@@ -156,6 +157,7 @@ class OpenLayer:
     ) -> torch.Tensor:
         """As `run`, without checks: [S, hidden] to [S, hidden], both in the layer's dtype."""
         cache = self._cache()
+        requests = [first_position + len(hidden)] * len(hidden)
         made = []
         for start in range(0, len(hidden), queries_at_once):
             stop = min(start + queries_at_once, len(hidden))
@@ -164,7 +166,7 @@ class OpenLayer:
                 piece, first_position + start, cache=cache, attention=attention
             )[self._index]
             chosen = self._choices(choices, start, stop, len(hidden))
-            with self._agreeing(self.module, chosen):
+            with self._agreeing(self.module, chosen), of_requests(first_position, requests):
                 made.append(call_layer(self.module, piece, arguments, attention)[0])
         return torch.cat(made)
 

@@ -121,6 +121,8 @@ class Reference:
             )
             if target.config.rope.depends_on_length:
                 pin_rope(self._model.rotary, target.rope_length)
+            if target.config.dual_chunk is not None:
+                self._model.attend_in_chunks(target.config.dual_chunk)
         self.num_layers = self._model.num_layers
         self.rounds_inputs = self._model.rounds_inputs
         self.replayed = 0

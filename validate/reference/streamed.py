@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from qwenport.exporter import DualChunk
 from qwenport.validate.failures import reported
 from qwenport.validate.reference.adapter import MergedAdapter
 from qwenport.validate.reference.dequantization import Quantization, refuse_quantized_tied_head
+from qwenport.validate.reference.dual_chunk import of_requests, use_dual_chunk
 from qwenport.validate.reference.files import CONFIG, DECODER
 from qwenport.validate.reference.hooks import Attach, attached
 from qwenport.validate.reference.layers import LayerCalls, call_layer
@@ -81,6 +83,10 @@ class StreamedModel:
         self.rotary = type(model.model.rotary_emb)(config=model.config)
         self.calls = LayerCalls(model.model, self.rotary)
 
+    def attend_in_chunks(self, settings: DualChunk) -> None:
+        """Compute dual chunk attention, which transformers ignores."""
+        use_dual_chunk(self._layers, settings, self.rotary)
+
     def forward(
         self, texts: Sequence[Text], dtype: str, attach: Attach, attention: str
     ) -> list[torch.Tensor]:
@@ -143,7 +149,11 @@ class StreamedModel:
         for index in range(self.num_layers):
             with self.layer(index, dtype) as layer:
                 for number, state in enumerate(states):
-                    with attached(attach, number, [(index, layer)]):
+                    text = texts[number]
+                    with (
+                        attached(attach, number, [(index, layer)]),
+                        of_requests(text.first_position, text.requests),
+                    ):
                         states[number] = call_layer(
                             layer, state, arguments[number][index], attention
                         )

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from qwenport.exporter import DualChunk
 from qwenport.validate.errors import ValidationError
 from qwenport.validate.failures import reported
 from qwenport.validate.quiet import quiet_transformers
 from qwenport.validate.reference.adapter import MergedAdapter
 from qwenport.validate.reference.dequantization import Quantization, refuse_quantized_tied_head
+from qwenport.validate.reference.dual_chunk import of_requests, use_dual_chunk
 from qwenport.validate.reference.files import (
     CONFIG,
     DECODER,
@@ -97,6 +99,10 @@ class WholeModel:
         self.rotary = self._model.model.rotary_emb
         self.calls = LayerCalls(skeleton.model, self.rotary)
 
+    def attend_in_chunks(self, settings: DualChunk) -> None:
+        """Compute dual chunk attention, which transformers ignores."""
+        use_dual_chunk(self._model.model.layers, settings, self.rotary)
+
     def forward(
         self, texts: Sequence[Text], dtype: str, attach: Attach, attention: str
     ) -> list[torch.Tensor]:
@@ -109,6 +115,7 @@ class WholeModel:
             with (
                 attached(attach, number, enumerate(model.layers)),
                 attending(model.config, attention),
+                of_requests(text.first_position, text.requests),
                 torch.inference_mode(),
             ):
                 output = model(ids, position_ids=positions, use_cache=False)

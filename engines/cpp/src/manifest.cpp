@@ -80,6 +80,7 @@ class Node {
   [[noreturn]] void wrong(const std::string& expected) const {
     fail(where_, "damaged: " + path_ + " is not " + expected);
   }
+  [[noreturn]] void refuse(const std::string& why) const { fail(where_, path_ + " " + why); }
 
  private:
   [[nodiscard]] const json& object() const {
@@ -159,6 +160,9 @@ void read_attention(const Node& node, Manifest& manifest) {
 void read_sizes(const Node& root, Manifest& manifest) {
   EngineInfo& info = manifest.info;
   const Node model = root.at("model");
+  if (model.has("dual_chunk") && !model.at("dual_chunk").is_null()) {
+    model.refuse("has dual chunk attention, which the library does not compute; Python's sessions do");
+  }
   info.vocab_size = model.at("vocab_size").positive();
   manifest.heads = model.at("num_attention_heads").positive();
   manifest.kv_heads = model.at("num_key_value_heads").positive();

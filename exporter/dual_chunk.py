@@ -1,0 +1,109 @@
+"""Dual chunk attention (Qwen2.5-1M; ChunkLlama, arXiv 2402.17463): its settings, and what they mean for a package.
+
+With c = chunk_size - local_size, a key is rotated by its position in its chunk, j mod c, and a query at p by one of
+three positions, for keys in its own chunk, in the one before, and in older ones. docs/architecture.md has the rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qwenport.exporter.errors import ConfigError
+from qwenport.exporter.keys import MOST, Keys, short
+
+CONFIG = "dual_chunk_attention_config"
+SPARSE = "sparse_attention_config"
+SCORES = 10
+"""Numbers in fp32 that a step needs in memory, at most, per head, query and key."""
+LEAST_ROPE_ROWS = 512
+"""onnxruntime rotates no more tokens at once than its tables have rows, and a step takes so many."""
+MOST_CHUNK = MOST["max_position_embeddings"]
+
+
+@dataclass(frozen=True)
+class DualChunk:
+    """The settings of dual chunk attention.
+
+    Attributes:
+        chunk_size, local_size: config.json's.
+        original_max_position_embeddings: queries and keys of longer requests are scaled; None: none are.
+    """
+
+    chunk_size: int
+    local_size: int
+    original_max_position_embeddings: int | None
+
+    @property
+    def chunk(self) -> int:
+        """Positions per chunk, c."""
+        return self.chunk_size - self.local_size
+
+    @property
+    def farthest(self) -> int:
+        """The position by which a query is rotated for keys older than the chunk before: no query has a larger one."""
+        return min(2 * self.chunk - 1, self.chunk_size)
+
+    @property
+    def rope_rows(self) -> int:
+        """Rows that rope tables need."""
+        return max(self.farthest + 1, LEAST_ROPE_ROWS)
+
+    @property
+    def plain_context(self) -> int:
+        """Positions up to which it is plain attention with plain rope, exactly."""
+        plain = min(self.chunk_size, 2 * self.chunk)
+        return min(plain, self.original_max_position_embeddings or plain)
+
+
+def parse_dual_chunk(keys: Keys) -> DualChunk | None:
+    """Read config.json's settings of dual chunk attention; None if it has none.
+
+    Raises:
+        ConfigError: one is not a number that it can be, or is not known, or sparse attention is asked for.
+    """
+    if keys.take(SPARSE, object, default=None, null=None) is not None:
+        raise ConfigError(_sparse(SPARSE))
+    found = keys.take(CONFIG, dict, default=None, null=None)
+    return None if found is None else _parse(found)
+
+
+def as_dual_chunk(settings: dict[str, Any]) -> DualChunk:
+    """The settings as a manifest has them.
+
+    Raises:
+        ConfigError: they are not such settings.
+    """
+    return _parse(settings)
+
+
+def _parse(found: dict[str, Any]) -> DualChunk:
+    enabled = found.get("sparse_attention_enabled", False)
+    if found.get(SPARSE) is not None or enabled not in (None, False):
+        raise ConfigError(_sparse(f"{CONFIG}'s sparse attention"))
+    known = {"chunk_size", "local_size", "original_max_position_embeddings"}
+    if unknown := sorted(found.keys() - known - {SPARSE, "sparse_attention_enabled"}):
+        raise ConfigError(f"{CONFIG} has the unknown setting {short(unknown[0])}")
+    size, local = found.get("chunk_size"), found.get("local_size")
+    original = found.get("original_max_position_embeddings") or None
+    if not (_is_count(size) and _is_count(local)):
+        raise ConfigError(f"{CONFIG} needs positive integers chunk_size and local_size")
+    if original is not None and not _is_count(original):
+        raise ConfigError(
+            f"{CONFIG}: original_max_position_embeddings must be a positive integer, found {short(original)}"
+        )
+    assert isinstance(size, int) and isinstance(local, int)
+    if size <= local:
+        raise ConfigError(f"{CONFIG}: chunk_size must exceed local_size")
+    return DualChunk(size, local, original)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MOST_CHUNK
+
+
+def _sparse(what: str) -> str:
+    return (
+        f"config.json: {what} asks for an approximation of attention, which is not supported; "
+        "without that key the attention exported is the dense one that it approximates"
+    )

@@ -1,0 +1,301 @@
+"""Dual chunk attention: the oracle against formulas of others, packages against the oracle, and mistakes found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from chunked import CHUNK, CHUNK_SIZE, VOCAB, make_chunked
+from defects import tools
+from defects.tools import constant, insert, node, nodes, seed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
+
+from qwenport.contract import REQUEST_LENGTHS
+from qwenport.engines import BuildError, OnnxRuntimeSession, build
+from qwenport.exporter import DualChunk, export, load_package
+from qwenport.validate import open_target, validate
+from qwenport.validate.reference import Reference, Text
+from qwenport.validate.reference.dual_chunk import attend
+
+from .bundled import failing, status
+from .bundled import row as result_of
+
+AGREE = 1e-5  # rel-L2 of logits
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_chunked(tmp_path_factory.mktemp("chunked") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def package(checkpoint: Path) -> Path:
+    path = checkpoint.parent / "package"
+    export(checkpoint, path, weights="copy", max_batch=3)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path, package: Path) -> Reference:
+    return Reference(open_target(package), checkpoint)
+
+
+def tokens(count: int, stream: int = 0) -> list[int]:
+    return np.random.default_rng(stream).integers(0, VOCAB, count).tolist()
+
+
+def apart(made: np.ndarray, right: np.ndarray) -> float:
+    return float(np.linalg.norm(made - right) / np.linalg.norm(right))
+
+
+# --- the oracle
+
+
+def test_the_oracle_is_plain_attention_up_to_a_chunk_and_not_beyond(
+    checkpoint: Path, reference: Reference
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    text = tokens(CHUNK_SIZE + 12)
+    with torch.inference_mode():
+        plain = model(torch.tensor([text])).logits[0].numpy()
+    (made,) = reference.logits([Text(tuple(text), tuple(range(len(text))))])
+    assert apart(made[: CHUNK_SIZE + 1], plain[: CHUNK_SIZE + 1]) < AGREE
+    assert apart(made[CHUNK_SIZE + 1 :], plain[CHUNK_SIZE + 1 :]) > 1e-3
+
+
+@given(
+    chunk=st.integers(2, 9),
+    local=st.integers(1, 12),
+    count=st.integers(1, 60),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_the_oracles_attention_is_a_merge_of_three(
+    chunk: int, local: int, count: int, seed: int
+) -> None:
+    """As vLLM computes it: three ordinary attentions, of keys in the same, the previous and older chunks, merged."""
+    torch.manual_seed(seed)
+    q, k, v = torch.randn(3, 2, count, 16, dtype=torch.float64)
+    rotary = _rotary(16)
+    positions = torch.arange(count)
+    made = attend(q, k, v, positions, positions, DualChunk(chunk + local, local, None), rotary)
+    merged = torch.zeros_like(q)
+    for p in range(count):
+        begin = p // chunk * chunk
+        before = max(0, begin - chunk)
+        parts = [
+            _part(q[:, p], k, v, where, range(*keys), chunk, rotary)
+            for where, keys in (
+                (p % chunk, (begin, p + 1)),
+                (min(p % chunk + chunk, chunk + local), (before, begin)),
+                (min(2 * chunk - 1, chunk + local), (0, before)),
+            )
+            if keys[0] < keys[1]
+        ]
+        whole = torch.logsumexp(torch.stack([weight for _, weight in parts]), dim=0)
+        for mixed, weight in parts:
+            merged[:, p] += mixed * (weight - whole).exp()[:, None]
+    assert torch.allclose(made, merged, atol=1e-5)
+
+
+def _rotary(head_dim: int) -> Qwen2RotaryEmbedding:
+    from transformers import Qwen2Config
+
+    return Qwen2RotaryEmbedding(
+        Qwen2Config(hidden_size=head_dim, num_attention_heads=1, max_position_embeddings=128)
+    )
+
+
+def _part(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    where: int,
+    keys: range,
+    chunk: int,
+    rotary: Qwen2RotaryEmbedding,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ordinary attention of a query at `where` to some keys: (result [heads, head_dim], log of the weights' sum)."""
+    at = torch.tensor([key % chunk for key in keys])
+    cos_q, sin_q = rotary(q, torch.tensor([[where]]))
+    cos_k, sin_k = rotary(q, at[None])
+    turned, _ = apply_rotary_pos_emb(q[None, :, None], q[None, :, None], cos_q, sin_q)
+    _, known = apply_rotary_pos_emb(k[None, :, keys], k[None, :, keys], cos_k, sin_k)
+    scores = (turned[0] @ known[0].mT)[:, 0] / math.sqrt(q.shape[-1])
+    mixed = (scores.softmax(-1)[:, None] @ v[:, keys])[:, 0]
+    return mixed, torch.logsumexp(scores, dim=-1)
+
+
+# --- packages
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6 * CHUNK + 3), min_size=1, max_size=3),
+    piece=st.integers(1, 50),
+    decodes=st.integers(0, 4),
+)
+@settings(max_examples=15, deadline=None)
+def test_ragged_prompts_in_pieces_and_decoding_agree_with_the_oracle(
+    package: Path, reference: Reference, lengths: list[int], piece: int, decodes: int
+) -> None:
+    session = OnnxRuntimeSession(load_package(package), max_batch=len(lengths), threads=1)
+    texts = [tokens(length + decodes, row) for row, length in enumerate(lengths)]
+    made: list[list[np.ndarray]] = [[] for _ in texts]
+    for start in range(0, max(lengths), piece):
+        fed = [text[start : min(start + piece, n)] for text, n in zip(texts, lengths, strict=True)]
+        logits = session.prefill(fed, all_logits=True, prompt_lengths=lengths)
+        for row, found in enumerate(logits):
+            made[row].append(found)
+    for step in range(decodes):
+        logits = session.decode([text[n + step] for text, n in zip(texts, lengths, strict=True)])
+        for row, found in enumerate(logits):
+            made[row].append(found[None])
+    for text, n, found in zip(texts, lengths, made, strict=True):
+        requests = [n] * n + list(range(n + 1, n + decodes + 1))
+        asked = Text(tuple(text), tuple(range(len(text))), 0, tuple(requests))
+        (right,) = reference.logits([asked])
+        assert apart(np.concatenate(found), right) < AGREE
+
+
+def test_a_text_that_begins_far_into_the_context_agrees_with_the_oracle(
+    package: Path, reference: Reference
+) -> None:
+    session, first = OnnxRuntimeSession(load_package(package), threads=1), 5 * CHUNK - 7
+    session.reset(first_position=first)
+    text = tokens(3 * CHUNK)
+    (made,) = session.prefill([text], all_logits=True)
+    requests = (first + len(text),) * len(text)
+    (right,) = reference.logits([Text(tuple(text), tuple(range(len(text))), first, requests)])
+    assert apart(made, right) < AGREE
+
+
+def test_without_an_original_length_nothing_is_scaled(tmp_path: Path) -> None:
+    checkpoint = make_chunked(tmp_path / "checkpoint", original_max_position_embeddings=0)
+    package = export(checkpoint, tmp_path / "package")
+    assert "request_lengths" not in {b["name"] for b in package.manifest["bindings"]["inputs"]}
+    text = tokens(5 * CHUNK)
+    (made,) = OnnxRuntimeSession(package, threads=1).prefill([text], all_logits=True)
+    reference = Reference(open_target(package.path), checkpoint)
+    (right,) = reference.logits([Text(tuple(text), tuple(range(len(text))))])
+    assert apart(made, right) < AGREE
+
+
+def test_a_healthy_package_and_engine_pass(checkpoint: Path, package: Path, tmp_path: Path) -> None:
+    report = validate(package, checkpoint, budget="quick")
+    assert report.passed, failing(report)
+    assert status(report)["chunk borders"] == "passed"
+    build(package, tmp_path / "engine", target="onnxruntime")
+    assert validate(tmp_path / "engine", checkpoint, budget="quick").passed
+
+
+def test_tensorrt_refuses_it_by_name(package: Path, checkpoint: Path, tmp_path: Path) -> None:
+    for attempt in (
+        lambda: build(package, tmp_path / "engine", target="tensorrt-rtx"),
+        lambda: validate(package, checkpoint, judged_as="tensorrt-network"),
+    ):
+        with pytest.raises(
+            BuildError, match=f"no dual chunk attention.*--max-seq-len {CHUNK_SIZE}"
+        ):
+            attempt()
+    assert not (tmp_path / "engine").exists()
+
+
+# --- mistakes
+
+
+def same_for_previous(model: ir.Model) -> None:
+    """Keys of the chunk before are attended to as those of the query's own."""
+    for rotation in nodes(model, "RotaryEmbedding"):
+        if rotation.name.endswith("rope_q_previous"):
+            rotation.replace_input_with(3, node(model, "model.Mod").outputs[0])
+
+
+def clamp_missing(model: ir.Model) -> None:
+    clamp = node(model, "model.Min")
+    clamp.replace_input_with(1, constant(model, "no_limit", [1000]))
+
+
+def chunk_off_by_one(model: ir.Model) -> None:
+    for name in ("model.Div", "model.Div_2"):
+        node(model, name).replace_input_with(1, constant(model, "chunk", [CHUNK - 1]))
+
+
+def scale_missing(model: ir.Model) -> None:
+    node(model, "model.Mul").replace_input_with(1, constant(model, "none", [0.0], np.float32))
+
+
+def scale_of_queries_alone(model: ir.Model) -> None:
+    for layer in range(2):
+        path = f"model.layers.{layer}.self_attn"
+        keys = node(model, f"{path}.rope_k")
+        keys.replace_input_with(0, node(model, f"{path}.Mul_2").inputs[0])
+
+
+def older_position_off_by_one(model: ir.Model) -> None:
+    for name in ("model.Max", "model.Min_2"):
+        node(model, name).replace_input_with(1, constant(model, "older", [CHUNK_SIZE - 1]))
+
+
+def keys_rotated_by_position(model: ir.Model) -> None:
+    (positions,) = [value for value in model.graph.inputs if value.name == "position_ids"]
+    for rotation in nodes(model, "RotaryEmbedding"):
+        if rotation.name.endswith("rope_k"):
+            rotation.replace_input_with(3, positions)
+
+
+def previous_taken_for_older(model: ir.Model) -> None:
+    last = node(model, "model.Add_2")
+    last.replace_input_with(1, constant(model, "nothing", [0]))
+
+
+def older_taken_for_previous(model: ir.Model) -> None:
+    last = node(model, "model.Add_2")
+    last.replace_input_with(1, constant(model, "much", [100]))
+
+
+def scale_by_position(model: ir.Model) -> None:
+    """Each token's own position for the length of its request."""
+    (cast,) = [n for n in nodes(model, "Cast") if tools.given(n.inputs[0]).name == REQUEST_LENGTHS]
+    (positions,) = [value for value in model.graph.inputs if value.name == "position_ids"]
+    first = insert(
+        model, cast, "Gather", [positions, constant(model, "at", 0)], "defect.first", axis=1
+    )
+    cast.replace_input_with(0, insert(model, cast, "Add", [first, constant(model, "o", [1])], "d"))
+
+
+SLOW = (
+    clamp_missing,
+    chunk_off_by_one,
+    scale_missing,
+    older_position_off_by_one,
+    previous_taken_for_older,
+    older_taken_for_previous,
+    scale_by_position,
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        same_for_previous,
+        scale_of_queries_alone,
+        keys_rotated_by_position,
+        *(pytest.param(change, marks=pytest.mark.slow) for change in SLOW),
+    ],
+)
+def test_a_mistake_fails_where_it_shows(
+    checkpoint: Path, package: Path, tmp_path: Path, change: Callable[[ir.Model], None]
+) -> None:
+    faulty = seed(package, tmp_path / "faulty", change)
+    report = validate(faulty, checkpoint, budget="quick")
+    assert not report.passed
+    assert result_of(report, "whole context").status == "failed"
+    assert result_of(report, "rope tables").status == "passed"
