@@ -15,7 +15,7 @@ import pytest
 
 from qwenport.cli import main
 from qwenport.engines import build
-from qwenport.exporter import SOURCE, Rope, export, make_recipe
+from qwenport.exporter import SOURCE, DualChunk, Rope, export, make_recipe
 from qwenport.exporter.quantization import Storage
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +98,7 @@ FREE = re.compile(
 def paths(value: Any, path: str = "") -> Iterator[str]:
     """The path of each value in a manifest, as the page writes it. Shapes and lists of plain values have no items."""
     if isinstance(value, dict):
-        if path in ("model.moe", "source.adapter", "text.chat"):
+        if path in ("model.moe", "model.dual_chunk", "source.adapter", "text.chat"):
             yield path  # may be null
         for key, inner in value.items():
             name = "NAME" if FREE.fullmatch(path) else key
@@ -128,7 +128,11 @@ def test_the_page_of_manifests_has_every_key_and_no_other(tmp_path: Path):
     )
     both = keys_on_the_page("In both")
     of_classes = set()
-    for base, place in ((Rope, "model.rope."), (Storage, "model.quantization.groups[].storage.")):
+    for base, place in (
+        (Rope, "model.rope."),
+        (Storage, "model.quantization.groups[].storage."),
+        (DualChunk, "model.dual_chunk."),
+    ):
         of_kinds = {
             f"{place}{field.name}"
             for kind in [base, *base.__subclasses__()]
