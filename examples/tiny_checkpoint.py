@@ -67,14 +67,6 @@ QWEN2_5: dict[str, object] = {
     "sliding_window": CONTEXT,
     "tie_word_embeddings": True,
 }
-# As Qwen2.5-7B-Instruct-1M is to Qwen2.5-7B: a text of 400 tokens crosses a dozen borders of its chunks.
-QWEN2_5_1M: dict[str, object] = QWEN2_5 | {
-    "dual_chunk_attention_config": {
-        "chunk_size": 48,
-        "local_size": 16,
-        "original_max_position_embeddings": 256,
-    },
-}
 # As in Qwen1.5-MoE-A2.7B, but one layer is dense, and three query heads share a key head.
 QWEN2_MOE: dict[str, object] = {
     "architectures": ["Qwen2MoeForCausalLM"],
@@ -95,11 +87,7 @@ QWEN2_MOE: dict[str, object] = {
 }
 CONFIGS = {
     name: dict(sorted((COMMON | own).items()))
-    for name, own in {
-        "Qwen2.5": QWEN2_5,
-        "Qwen2.5-1M": QWEN2_5_1M,
-        "Qwen2-MoE": QWEN2_MOE,
-    }.items()
+    for name, own in {"Qwen2.5": QWEN2_5, "Qwen2-MoE": QWEN2_MOE}.items()
 }
 
 

@@ -1,9 +1,7 @@
-"""Train a tiny checkpoint, dense or a mixture of experts, on a CPU, from scratch or from another one.
+"""Train a tiny checkpoint, dense or a mixture of experts, from scratch, on a CPU.
 
     python examples/train_tiny.py --out examples/tiny-qwen2.5
     python examples/train_tiny.py --model qwen2-moe --out examples/tiny-qwen2-moe
-    python examples/train_tiny.py --model qwen2.5-1m --start examples/tiny-qwen2.5 --minutes 4 \
-        --threads 1 --batch 4 --out examples/tiny-qwen2.5-1m
 
 The result has the files, the tensor names and the config spelling of a published checkpoint of
 Qwen2.5 or of Qwen1.5-MoE (GQA, QKV biases, bfloat16, byte-level BPE, ChatML), in a few megabytes.
@@ -29,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from dual_chunk import attend_in_chunks
 from expert_usage import sparse_layers, usage_table
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
@@ -66,12 +63,6 @@ class Options:
     batch: int
     threads: int
     text: list[Path]
-    start: Path | None
-
-    @property
-    def rate(self) -> float:
-        """Of the usual learning rate."""
-        return 1.0 if self.start is None else 0.2
 
 
 def parse_options() -> Options:
@@ -87,7 +78,6 @@ def parse_options() -> Options:
     add("--batch", type=int, default=8, help="sequences of 256 a step (default: %(default)s)")
     add("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     add("--text", type=Path, nargs="*", default=[], help="text files to learn as well (UTF-8)")
-    add("--start", type=Path, help="a checkpoint of the same shapes to go on from, at a lower rate")
     given = vars(parser.parse_args())
     return Options(**given | {"model": models[given["model"]]})
 
@@ -205,7 +195,7 @@ def train(model: PreTrainedModel, batches: Batches, options: Options) -> None:
             total.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, peak in zip(optimizers, peaks, strict=True):
-                optimizer.param_groups[0]["lr"] = peak * learning_rate_scale(done) * options.rate
+                optimizer.param_groups[0]["lr"] = peak * learning_rate_scale(done)
                 optimizer.step()
                 optimizer.zero_grad()
             mean += (loss.item() - mean) * 0.02
@@ -253,7 +243,6 @@ def check_tensors(model: PreTrainedModel, tokens: torch.Tensor) -> None:
 def report(out: Path, held_out: Batches) -> None:
     """Load what was written, as a user would; print its loss, its tensors and some text."""
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    attend_in_chunks(model)
     tokenizer = AutoTokenizer.from_pretrained(out)
     drawn = [held_out.draw(8, CONTEXT) for _ in range(8)]
     losses = [loss_of(model(input_ids=rows[:, :-1]).logits, rows).item() for rows in drawn]
@@ -264,8 +253,6 @@ def report(out: Path, held_out: Batches) -> None:
     chat = [{"role": "user", "content": "Tell me about the moon."}]
     prompts = ["Once upon a time", "One morning in spring,"]
     prompts.append(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-    if hasattr(model.config, "dual_chunk_attention_config"):
-        return  # there is no cache in training
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")
         text = tokenizer.decode(model.generate(**ids, max_new_tokens=120, do_sample=False)[0])
@@ -277,15 +264,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     documents = make_documents(options)
     test, documents = documents[:500], documents[500:]
+    tokenizer = train_tokenizer(documents[:20_000])
     config = CONFIGS[options.model]
     model = build_model(config, options.seed)
-    if options.start is None:
-        tokenizer = train_tokenizer(documents[:20_000])
-    else:
-        tokenizer = Tokenizer.from_file(str(options.start / "tokenizer.json"))
-        before = AutoModelForCausalLM.from_pretrained(options.start, dtype=torch.float32)
-        model.load_state_dict(before.state_dict())
-    attend_in_chunks(model)
     batches = Batches(tokenizer, documents, options.seed)
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"{len(documents)} texts, {len(batches.stream)} tokens, {size} parameters")

@@ -160,7 +160,7 @@ CHUNK = 256
 # --- directories
 
 MANIFEST = "qwenport.json"
-PACKAGE_FORMAT, PACKAGE_VERSION = "qwenport-package", 4
+PACKAGE_FORMAT, PACKAGE_VERSION = "qwenport-package", 5
 ENGINE_FORMAT, ENGINE_VERSION = "qwenport-engine", 6
 CACHE_FORMAT, CACHE_VERSION = "qwenport-cache-entry", 1
 TOKENIZER_FORMAT, TOKENIZER_VERSION = "qwenport-tokenizer", 1
