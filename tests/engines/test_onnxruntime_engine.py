@@ -172,7 +172,7 @@ def test_the_directory_holds_what_the_manifest_says(built: Built) -> None:
     engine, package = built.engine, built.package
     manifest = json.loads((engine.path / MANIFEST).read_text())
     assert manifest == engine.manifest == engines.load_engine(engine.path).manifest
-    assert (manifest["format_version"], manifest["flavour"]) == (5, "onnxruntime")
+    assert (manifest["format_version"], manifest["flavour"]) == (6, "onnxruntime")
     assert (manifest["runtime_version"], manifest["dtype"]) == ("1.26", "fp32")
     assert manifest["gpus"] == manifest["plugins"] == [] and manifest["plugin_layers"] == {}
     assert manifest["package"]["dtype"] == package.dtype
