@@ -56,7 +56,7 @@ def _tokenizer(source: Path, folder: Path, note: Callable[[str], None]) -> Token
         UnrecognisedError: it cannot be loaded, or the C++ library does not compute what it does.
     """
     try:
-        tokenizer = Tokenizer(source)
+        tokenizer = Tokenizer(source, keep_built=False)
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "tokenizer.json"
             file.write_text(tokenizer.backend_json(), encoding="utf-8")

@@ -33,8 +33,12 @@ def has_tokenizer(directory: Path) -> bool:
 class Tokenizer:
     """A directory's tokenizer, as transformers loads it; the part that generation needs."""
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, *, keep_built: bool = True) -> None:
         """Load the tokenizer of a package, an engine directory or a checkpoint.
+
+        Args:
+            directory: where its files are.
+            keep_built: whether what transformers builds may be kept in the cache.
 
         Raises:
             QwenportError: the directory has no tokenizer, or one that cannot be loaded.
@@ -56,7 +60,7 @@ class Tokenizer:
         key = cache_key("tokenizer", str(directory), files, libraries, code=(Path(__file__),))
         kept = cached(key, _Backend.read)
         self._tokenizer: _Backend | _Transformers = kept or _load(directory)
-        if kept is None and isinstance(self._tokenizer, _Backend):
+        if kept is None and keep_built and isinstance(self._tokenizer, _Backend):
             most = 2 * sum((directory / name).stat().st_size for name, _ in files)
             with suppress(QwenportError, OSError):  # it only takes as long again
                 keep(key, self._tokenizer.write, of=str(directory.absolute()), size_bytes=most)
