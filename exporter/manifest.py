@@ -132,7 +132,11 @@ class Each:
 
 @dataclass(frozen=True)
 class Maybe:
-    """The shape of a value that may be null."""
+    """The shape of a value that may be null.
+
+    Attributes:
+        of: the shape of any other value.
+    """
 
     of: Any
 

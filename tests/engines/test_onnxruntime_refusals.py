@@ -225,7 +225,7 @@ def test_a_manifest_without_weights_is_refused(engine: Path) -> None:
         (("bindings", "outputs", 0, "dtype"), "float16", "its outputs are not those in"),
         (("model", "head_dim"), 31, "its model does not have its bindings' shapes"),
         (("model", "num_hidden_layers"), 4, "4 layers, but 10 aliases"),
-        (("model", "vocab_size"), 5, "its model does not have its bindings' shapes"),
+        (("model", "vocab_size"), 5, "text.stop_tokens has ids beyond the vocabulary of 5"),
     ],
 )
 def test_a_manifest_that_is_not_the_graph_s_is_refused(

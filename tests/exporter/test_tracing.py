@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from qwenport.exporter import TracingError, emission, tracing
 from qwenport.exporter.decoder import Experts, tensor_scatter
+from qwenport.exporter.dual_chunk_attention import dual_chunk_attention
 from qwenport.exporter.families import MoEConfig
 from qwenport.plugins import moe_router, rotary_embedding
 from qwenport.plugins.operator import operators
@@ -60,7 +61,12 @@ class Mini4(Mini):
         return self.function(self, a, b, c, d)
 
 
-MINIS = {1: Mini1, 2: Mini2, 3: Mini3, 4: Mini4}
+class Mini6(Mini):
+    def forward(self, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
+        return self.function(self, a, b, c, d, e, f)
+
+
+MINIS = {1: Mini1, 2: Mini2, 3: Mini3, 4: Mini4, 6: Mini6}
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,28 @@ CASES: dict[str, Case] = {
         (x("t", dtype=I64), x("b", "s", dtype=I64)),
         fill=both_below_five,
     ),
+    "dual chunk attention": Case(
+        lambda m, q, k, v, mask, same, previous: dual_chunk_attention(
+            (q, q + q, q * q), k, v, mask, same, previous, 0.3
+        ),
+        (*QKVM, *(x("b", 1, "s", "t", dtype=BOOL) for _ in range(2))),
+        fill=attend_something,
+    ),
+    "div": Case(lambda m, a: a / 3.0, (x("b", "s", 6),)),
+    "floor division": Case(
+        lambda m, a: torch.div(a, 5, rounding_mode="floor"),
+        (x("b", "s", dtype=I64),),
+        fill=below(0, 99),
+    ),
+    "remainder": Case(
+        lambda m, a: torch.remainder(a, 5), (x("b", "s", dtype=I64),), fill=below(0, 99)
+    ),
+    "clamp": Case(
+        lambda m, a: (a.clamp(max=7), a.clamp(min=2), a.clamp(min=2, max=7)),
+        (x("b", "s", dtype=I64),),
+        fill=below(0, 9),
+    ),
+    "log": Case(lambda m, a: torch.log(a * a + 1.0), (x("b", "s", 6),)),
     "add": Case(lambda m, a, b: a + b, (x("b", "s", 6), x("b", "s", 6))),
     "add with broadcasting": Case(lambda m, a, b: a + b, (x("b", "s", 6), x(6))),
     "mul": Case(lambda m, a, b: a * b, (x("b", "s", 6), x("b", "s", 6))),

@@ -201,7 +201,7 @@ def test_the_operator_is_well_formed(dtype: torch.dtype, by_expert: bool) -> Non
     gate_up, down = (w.to(dtype) for w in stacks(Sizes((3, 2), 4, 2), torch.Generator()))
     if by_expert:
         x, indices = x.flatten(0, 1), torch.tensor([[0, 1], [5, 2], [3, 0], [0, 4]])
-    arguments = (x, indices, torch.rand(indices.shape), gate_up, down, by_expert)
+    arguments = (x, indices, torch.rand(indices.shape), gate_up, down, None, by_expert)
     torch.library.opcheck(OPERATOR, arguments, test_utils=OPERATOR_CHECKS)
 
 

@@ -14,7 +14,6 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from experts_oracles import model_of, session, session_of
 from torch.nn import functional
 
-from qwenport.engines.errors import LoweringError
 from qwenport.engines.lowering import ReadExpertsOnce, UsePlugins
 from qwenport.plugins.moe_experts import moe_experts
 
@@ -200,12 +199,9 @@ def test_no_tokens() -> None:
     assert moe_experts(*nothing, round_inner=True).shape == (0, 24)
 
 
-def test_no_plugin_takes_them_nor_tensorrt_s_body_static_scales() -> None:
-    for form in ({"round_inner": True}, {"input_scales": True}):
-        model = ir.from_proto(model_of(24, **form))
-        assert not UsePlugins()(model).modified
-    with pytest.raises(LoweringError, match="static scales of inputs"):
-        ReadExpertsOnce().call(model)
+@pytest.mark.parametrize("form", ["round_inner", "input_scales"])
+def test_no_plugin_takes_them(form: str) -> None:
+    assert not UsePlugins()(ir.from_proto(model_of(24, **{form: True}))).modified
 
 
 @pytest.mark.parametrize(("seed", "tokens"), CASES)
@@ -216,3 +212,12 @@ def test_tensorrt_s_body_rounds_as_the_reference(seed: int, tokens: int) -> None
     assert ReadExpertsOnce()(model).modified and not model.functions
     (found,) = run_in_session(session_of(ir.to_proto(model)), *given)
     agree(found, expected(*given))
+
+
+@pytest.mark.parametrize(("seed", "tokens"), [*CASES[:3], (9, 40)])
+def test_tensorrt_s_body_rounds_with_the_scales_of_each_linear(seed: int, tokens: int) -> None:
+    given, scales = drawn(seed, tokens), drawn_scales(seed)
+    model = ir.from_proto(model_of(24, input_scales=True))
+    assert ReadExpertsOnce()(model).modified and not model.functions
+    (found,) = run_in_session(session_of(ir.to_proto(model)), *given, scales)
+    agree(found, expected_of_scales(*given, scales))
