@@ -18,7 +18,7 @@ from qwenport.engines.engine import load_engine
 from qwenport.engines.errors import MeasuringError
 from qwenport.engines.open import open_session
 from qwenport.engines.saved_session import SavedSession
-from qwenport.engines.session import whole
+from qwenport.engines.session_arguments import whole
 from qwenport.exporter import Note, kind_of, load_package
 from qwenport.machine import peak_resident_bytes, resident_bytes
 

@@ -32,7 +32,8 @@ from qwenport.engines.errors import EngineError, SessionError
 from qwenport.engines.huge_pages import huge_pages
 from qwenport.engines.memory import poison, untouched_zeros
 from qwenport.engines.saved_session import SavedSession
-from qwenport.engines.session import SCORE_BYTES, Bytes, Float32, Int64, whole
+from qwenport.engines.session import SCORE_BYTES, Bytes, Float32, Int64
+from qwenport.engines.session_arguments import whole
 from qwenport.exporter import Package, damaged, sha256
 
 # Attention scores take heads x tokens x span numbers, so a long prompt runs in chunks.

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from qwenport.contract import Progress, no_progress
 from qwenport.engines.errors import MeasuringError, SessionError
-from qwenport.engines.session import CachedSession, Float32, whole
+from qwenport.engines.session import CachedSession, Float32
+from qwenport.engines.session_arguments import whole
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ if it is full, it replays its last token into that token's own slot.
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from qwenport.contract import (
 from qwenport.engines.errors import CapacityError, SessionError
 from qwenport.engines.length_scale import LengthScale
 from qwenport.engines.memory import untouched_zeros
+from qwenport.engines.session_arguments import sequence, token_rows, whole
 from qwenport.engines.spans import Spans
 from qwenport.exporter import SCORES
 
@@ -232,7 +232,7 @@ class CachedSession(ABC):
         prompt_lengths: Sequence[int] | None = None,
     ) -> list[Float32]:
         """See `Session.prefill`."""
-        rows = _rows(tokens)
+        rows = token_rows(tokens)
         self._check(rows)
         totals = self._totals(rows, prompt_lengths)
         if self._scale is not None:
@@ -291,9 +291,9 @@ class CachedSession(ABC):
         Raises:
             CapacityError, SessionError: as for `prefill`, or more than one step takes.
         """
-        rows = _rows(tokens)
+        rows = token_rows(tokens)
         self._check(rows)
-        chosen = _rows(wanted, "indices")
+        chosen = token_rows(wanted, "indices")
         if len({len(row) for row in chosen}) != 1:
             raise SessionError("each row must request the same number of logits")
         indices = np.stack(chosen)
@@ -321,7 +321,9 @@ class CachedSession(ABC):
 
     def decode(self, token_ids: Sequence[int | None]) -> Float32:
         """See `Session.decode`."""
-        rows = _rows([[] if token is None else [token] for token in _sequence(token_ids, "tokens")])
+        rows = token_rows(
+            [[] if token is None else [token] for token in sequence(token_ids, "tokens")]
+        )
         self._check(rows)
         made = self._append(rows, self._totals(rows, None), all_logits=False)
         zeros = np.zeros((1, self.vocab_size), dtype=np.float32)
@@ -367,7 +369,7 @@ class CachedSession(ABC):
         after = self._lengths[: len(rows)] + given
         if stated is None:
             return after
-        totals = [whole(total, "prompt length") for total in _sequence(stated, "prompt lengths")]
+        totals = [whole(total, "prompt length") for total in sequence(stated, "prompt lengths")]
         if len(totals) != len(rows):
             raise SessionError(f"{len(totals)} prompt lengths for {len(rows)} rows")
         for b, total in enumerate(totals):
@@ -415,54 +417,3 @@ class CachedSession(ABC):
     @abstractmethod
     def _step(self, feeds: dict[str, Int64]) -> Float32:
         """Run the model once; return logits fp32 [rows, n, vocab]. Only those of the rows in `_asked` are used."""
-
-
-def whole(value: int, what: str) -> int:
-    """`value` as an integer.
-
-    Raises:
-        SessionError: it would have to be rounded, or is no number.
-    """
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise SessionError(f"{what} must be an integer, not {value!r:.60}") from None
-
-
-def _sequence(value: Any, what: str) -> list[Any]:
-    """The items of a list, tuple, array or another sequence; refuses text, bytes, sets and what has no length."""
-    if isinstance(value, np.ndarray) and value.ndim:
-        return list(value)
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview):
-        return list(value)
-    raise SessionError(f"{what} must be a list, not {value!r:.60}")
-
-
-def _rows(rows: Sequence[Sequence[int]], what: str = "token ids") -> list[Int64]:
-    return [_token_ids(row, b, what) for b, row in enumerate(_sequence(rows, f"rows of {what}"))]
-
-
-def _token_ids(row: Sequence[int], number: int, what: str = "token ids") -> Int64:
-    """One row as int64 [n]: a flat list or array of integers; refuses anything that would be rounded or flattened."""
-    try:
-        found = np.asarray(_sequence(row, what) if not isinstance(row, np.ndarray) else row)
-    except (SessionError, ValueError):  # no list, or lists of different lengths
-        found = np.zeros((1, 1))
-    if found.ndim == 1 and not len(found):
-        return np.zeros(0, dtype=np.int64)
-    mixed = (
-        not isinstance(row, np.ndarray)
-        and found.ndim == 1
-        and any(isinstance(t, bool | np.bool_) for t in row)
-    )
-    if found.dtype == object and all(type(t) is int for t in row):
-        raise SessionError(f"row {number}: {what} has a number of more than 64 bits")
-    if found.ndim != 1 or found.dtype.kind not in "iu" or mixed:
-        raise SessionError(
-            f"row {number}: {what} must be a flat list of integers, not {repr(row)[:60]}"
-        )
-    if found.dtype.kind == "u" and found.max() > np.iinfo(np.int64).max:
-        raise SessionError(f"row {number}: {what} has {found.max()}, which is not a token id")
-    return found.astype(np.int64)

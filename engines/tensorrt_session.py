@@ -37,7 +37,8 @@ from qwenport.engines.memory import poison, poison_slots, read_slots, write_slot
 from qwenport.engines.plan import load_plan
 from qwenport.engines.plugin_library import register_for_run
 from qwenport.engines.saved_session import SavedSession
-from qwenport.engines.session import Bytes, Float32, Int64, whole
+from qwenport.engines.session import Bytes, Float32, Int64
+from qwenport.engines.session_arguments import whole
 from qwenport.engines.spans import Spans
 from qwenport.engines.targets import FLAVOURS, load_tensorrt
 
