@@ -143,7 +143,8 @@ class Chat:
         Raises:
             ChatError: the content is not valid Unicode, or one that the chat template treats in a way of its own.
             CapacityError: the cache has no room for the message.
-            SamplingError, GenerationError, SessionError: see `generate` and `Session.prefill`. After any exception the chat is as before the call.
+            SamplingError, GenerationError, SessionError: see `generate` and `Session.prefill`. After any exception the
+                chat is as before the call.
         """
         self._check_idle()
         history = [*self._history, Message(USER, _text(content))]
