@@ -38,13 +38,8 @@ def choose_attention(
         config: the model's.
 
     Raises:
-        BuildError: the form asked for cannot be had, or none for dual chunk attention; says why.
+        BuildError: the form asked for cannot be had; says why.
     """
-    if config.dual_chunk is not None:
-        raise BuildError(
-            f"{flavour} has no dual chunk attention, which begins beyond {config.dual_chunk.plain_context} positions; "
-            f"export with --max-seq-len {config.dual_chunk.plain_context}"
-        )
     if asked == AUTO:
         order = (DIRECT, CHUNKED, MASKED) if flavour == TENSORRT_RTX else (MASKED,)
         return next(
@@ -64,6 +59,10 @@ def _objection(
     """Why an engine cannot have a form; None if it can."""
     if form == MASKED:
         return None
+    if config.dual_chunk is not None:
+        if form == CHUNKED:
+            return None
+        return "dual chunk attention depends on the chunks of query and key, not on lengths"
     if dtype == FP32.name:
         return f"TensorRT has no fused attention in fp32; such an engine is {MASKED}"
     if form in WITH_QUERIES:

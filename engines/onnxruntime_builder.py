@@ -32,7 +32,7 @@ from qwenport.contract import (
 from qwenport.engines.attention import attention_of
 from qwenport.engines.errors import BuildError
 from qwenport.engines.onnxruntime_session import MAX_STEP_TOKENS
-from qwenport.engines.request import Filled, Request
+from qwenport.engines.request import Filled, Request, Steps
 from qwenport.engines.session import Float32
 from qwenport.exporter import (
     CHUNK_BYTES,
@@ -94,7 +94,7 @@ def fill_for_onnxruntime(request: Request, folder: Path, progress: Progress) -> 
         attention=attention,
         profiles=[
             request.profile(
-                1, MAX_STEP_TOKENS, MAX_STEP_TOKENS, attention=attention, fixed_cache=False
+                Steps(1, MAX_STEP_TOKENS, MAX_STEP_TOKENS), attention=attention, fixed_cache=False
             )
         ],
         bindings=describe_graph(model)["bindings"],

@@ -13,16 +13,40 @@ from qwenport.contract import (
     LOGITS_INDICES,
     MASKED,
     POSITION_IDS,
+    REQUEST_LENGTHS,
     WRITE_INDICES,
     caches,
     past,
 )
 from qwenport.exporter import Package
 
-TYPICAL_SPAN = 1024  # the span that a builder tunes decoding for
+TYPICAL_SPAN = 1024
+"""The span that a builder tunes decoding for, if the largest is not far longer."""
+MOST_STRETCH = 16
+"""The largest span over the one tuned for, at most: beyond that, times the query heads per key head, TensorRT-RTX does
+not fuse the reading of K and V with their products, and writes both in fp32 in every step."""
 
 Profile = dict[str, dict[str, list[int]]]
 """Input name -> its min, opt and max shape."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps that a profile is for, as far as the cache is as long.
+
+    Attributes:
+        tuned: tokens of a step of one row that it is tuned for.
+        most: tokens per row in one step, at most.
+        logits: positions per row whose logits one step returns, at most.
+        least: tokens per row in one step, at least.
+        longest: slots of the longest span; None for all.
+    """
+
+    tuned: int
+    most: int
+    logits: int
+    least: int = 1
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,39 +86,33 @@ class Request:
     plugins: Path | None
     attention: str
 
-    def profile(
-        self,
-        tuned_tokens: int,
-        max_tokens: int,
-        max_logits: int,
-        *,
-        attention: Attention,
-        fixed_cache: bool,
-    ) -> Profile:
+    def profile(self, steps: Steps, *, attention: Attention, fixed_cache: bool) -> Profile:
         """One dynamic profile: input name -> its min, opt and max shape.
 
         Args:
-            tuned_tokens: tokens of a step of one row that it is tuned for, if the cache is as long.
-            max_tokens: tokens per row in one step, if the cache is as long.
-            max_logits: positions per row whose logits one step returns.
+            steps: what it is for.
             attention: the engine's, with the slots of its caches.
             fixed_cache: whether a cache always has all slots, rather than at most.
         """
         config, slots, batch = self.package.config, attention.slots, self.batch
-        tokens, tuned = min(max_tokens, self.capacity), min(tuned_tokens, self.capacity)
+        tokens, tuned = min(steps.most, self.capacity), min(steps.tuned, self.capacity)
+        longest = min(steps.longest or slots, slots)
         shortest = 1 if attention.form == MASKED else attention.span_multiple
-        span = max(shortest, min(TYPICAL_SPAN, slots))
+        typical = max(TYPICAL_SPAN, -(-longest // MOST_STRETCH))
+        span = min(-(-typical // shortest) * shortest, longest)
 
         def shapes(*least: int, opt: list[int], most: list[int]) -> dict[str, list[int]]:
             return {"min": list(least), "opt": opt, "max": most}
 
         profile = {
-            INPUT_IDS: shapes(1, 1, opt=[1, tuned], most=[batch, tokens]),
-            POSITION_IDS: shapes(1, 1, opt=[1, tuned], most=[batch, tokens]),
+            INPUT_IDS: shapes(1, steps.least, opt=[1, tuned], most=[batch, tokens]),
+            POSITION_IDS: shapes(1, steps.least, opt=[1, tuned], most=[batch, tokens]),
             WRITE_INDICES: shapes(1, opt=[1], most=[batch]),
-            KEY_POSITIONS: shapes(shortest, opt=[span], most=[slots]),
-            LOGITS_INDICES: shapes(1, 1, opt=[1, 1], most=[batch, min(max_logits, tokens)]),
+            KEY_POSITIONS: shapes(shortest, opt=[span], most=[longest]),
+            LOGITS_INDICES: shapes(1, 1, opt=[1, 1], most=[batch, min(steps.logits, tokens)]),
         }
+        if config.scales_by_length:
+            profile[REQUEST_LENGTHS] = shapes(1, opt=[1], most=[batch])
         heads, head_dim = config.num_key_value_heads, config.head_dim
         cache = [heads, slots, head_dim]
         smallest = cache if fixed_cache else [heads, 1, head_dim]

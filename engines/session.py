@@ -152,8 +152,9 @@ class CachedSession(ABC):
     `vocab_size` token ids. `spans` are those of the cache, which may have more slots; by default those of a cache of
     `capacity` slots. With `unscaled_length` the model scales queries and keys of longer requests by their length, which
     each step is given. With `score_bytes`, for each token of a step and slot of its span, steps narrow as the span
-    grows: they need at most MOST_SCORES bytes, or one token's. A step takes at most `max_step_tokens` tokens per row
-    and returns the logits of at most `max_step_logits` of them; longer prompts run in several steps.
+    grows: they need at most MOST_SCORES bytes, or one token's (a subclass may have another limit). A step takes at most
+    `max_step_tokens` tokens per row and returns the logits of at most `max_step_logits` of them; longer prompts run in
+    several steps.
     """
 
     def __init__(
@@ -381,11 +382,13 @@ class CachedSession(ABC):
 
     def _narrowed(self, rows: int, start: int, width: int) -> int:
         """The most tokens per row, up to `width`, of a step from slot `start` on that fits into memory; at least 1."""
-        while width > 1 and (
-            rows * width * self.spans.holding(start + width) * self._score_bytes > MOST_SCORES
-        ):
+        while width > 1 and not self._fits(rows, width, self.spans.holding(start + width)):
             width = (width + 1) // 2
         return width
+
+    def _fits(self, rows: int, width: int, span: int) -> bool:
+        """Whether there is memory for a step of several tokens per row."""
+        return rows * width * span * self._score_bytes <= MOST_SCORES
 
     def _run(
         self,

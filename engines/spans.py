@@ -36,3 +36,7 @@ class Spans:
     def holding(self, count: int) -> int:
         """The smallest span of at least `count` slots, of which the cache has that many."""
         return next((span for span in self if span >= count), self.slots)
+
+    def within(self, limit: int) -> int:
+        """The largest span of at most `limit` slots, or the first."""
+        return max((span for span in self if span <= limit), default=next(iter(self)))

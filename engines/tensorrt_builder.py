@@ -16,7 +16,7 @@ from qwenport.engines.attention import attention_of, choose_attention
 from qwenport.engines.errors import BuildError
 from qwenport.engines.plan import build_plan
 from qwenport.engines.plugin_library import check_library, register_for_build
-from qwenport.engines.request import Attention, Filled, Request
+from qwenport.engines.request import Attention, Filled, Request, Steps
 from qwenport.engines.targets import FLAVOURS, code_types, load_tensorrt, parse_gpus
 from qwenport.exporter import Package, damaged, require_space
 from qwenport.plugins.compiled import LIBRARY
@@ -28,12 +28,18 @@ MAX_STEP_TOKENS = 2048
 """Tokens per row in one session step: longer prompts are prefilled in chunks, so that activations stay bounded."""
 MAX_STEP_LOGITS = 64
 """Positions per row whose logits one step returns; generation needs one."""
-DECODE = (1, 2, 2)
-"""Tokens of a step that the profile for decoding is tuned for, its most, and its most logits: TensorRT has no fused
-attention for exactly one token."""
-PREFILL = (1024, MAX_STEP_TOKENS, MAX_STEP_LOGITS)
-ONLY = (1, MAX_STEP_TOKENS, MAX_STEP_LOGITS)
+DECODE = Steps(1, 2, 2)
+"""TensorRT has no fused attention for exactly one token, so the profile for decoding admits two."""
+PREFILL = Steps(1024, MAX_STEP_TOKENS, MAX_STEP_LOGITS)
+ONLY = Steps(1, MAX_STEP_TOKENS, MAX_STEP_LOGITS)
 """The profile for all steps, of the flavour for which the size of a plan with two is not known."""
+MOST_SCORES = 4 << 30
+"""Bytes that a step of several tokens needs for the scores of dual chunk attention, at most."""
+SCORES = 5
+"""Numbers per query head, token and slot that such a step has in memory at once: the products with three queries, the
+weights, and a copy of them."""
+NARROWER = 8
+"""How many times narrower the steps of such a profile are than those of the one before, for longer spans."""
 
 
 def check_for_tensorrt(request: Request) -> None:
@@ -81,8 +87,8 @@ def fill_for_tensorrt(request: Request, folder: Path, progress: Progress) -> Fil
         request, folder / "lowered", attention.slots, progress, plugins=plugins is not None
     )
     profiles = [
-        request.profile(*tokens, attention=attention, fixed_cache=True)
-        for tokens in ((DECODE, PREFILL) if flavour.builds_anywhere else (ONLY,))
+        request.profile(steps, attention=attention, fixed_cache=True)
+        for steps in _steps(request, attention, several=flavour.builds_anywhere)
     ]
     built = build_plan(
         trt,
@@ -107,6 +113,29 @@ def fill_for_tensorrt(request: Request, folder: Path, progress: Progress) -> Fil
         plugin_layers=layers,
         hashes={PLAN: built["sha256"]},
     )
+
+
+def _steps(request: Request, attention: Attention, *, several: bool) -> list[Steps]:
+    """What an engine's profiles are for; `several` is whether there may be more than one.
+
+    Dual chunk attention of several tokens has their scores in memory. Wide steps are for short spans then, and each
+    narrower profile is for longer ones, up to all slots if a step of two tokens has the memory.
+    """
+    config, slots = request.package.config, attention.slots
+    if config.dual_chunk is None:
+        return [DECODE, PREFILL] if several else [ONLY]
+    per_slot = SCORES * config.num_attention_heads * DTYPES[request.package.dtype].itemsize
+    affordable = MOST_SCORES // (per_slot * request.batch)  # tokens x slots
+    steps, most = [Steps(1, 1, 1)], min(MAX_STEP_TOKENS, request.capacity)
+    while most > 1:
+        longest = affordable // most // attention.span_multiple * attention.span_multiple
+        if longest:
+            longest = min(longest, slots)
+            steps.append(Steps(-(-most // 2), most, MAX_STEP_LOGITS, least=2, longest=longest))
+        if longest >= slots:
+            break
+        most = min(max(most // NARROWER, affordable // slots), most - 1)
+    return steps
 
 
 def _gpus(request: Request) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ shapes and optimization profile. The contexts share one workspace, as large as t
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from qwenport.contract import (
     LOGITS_INDICES,
     PLAN,
     POSITION_IDS,
+    REQUEST_LENGTHS,
     TENSORRT_RTX,
     WRITE_INDICES,
     is_query,
@@ -36,6 +38,7 @@ from qwenport.engines.jit_cache import JitCache
 from qwenport.engines.memory import poison, poison_slots, read_slots, write_slots
 from qwenport.engines.plan import load_plan
 from qwenport.engines.plugin_library import register_for_run
+from qwenport.engines.request import Profile
 from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.session import Bytes, Float32, Int64
 from qwenport.engines.session_arguments import whole
@@ -111,6 +114,7 @@ class TensorRTSession(SavedSession):
         """
         manifest = engine.manifest
         model, attention = manifest["model"], manifest["attention"]
+        chunks = model.get("dual_chunk")
         max_batch = whole(max_batch, "rows")
         capacity = manifest["max_seq_len"] if capacity is None else whole(capacity, "slots")
         if capacity > manifest["max_seq_len"] or max_batch > manifest["max_batch"]:
@@ -131,13 +135,14 @@ class TensorRTSession(SavedSession):
             max_step_logits=engine.max_step_logits,
             max_positions=manifest["max_seq_len"],
             spans=Spans(attention["span_multiple"], attention["slots"]),
+            unscaled_length=None if chunks is None else chunks["original_max_position_embeddings"],
         )
         if tensorrt is None:
             check_gpu(engine)
             tensorrt = load_tensorrt(FLAVOURS[manifest["flavour"]], "run this engine")
         check_version(engine, tensorrt.__version__)
         self._trt, self._gpu = tensorrt, Gpu() if gpu is None else gpu
-        self._profiles: list[Any] = manifest["profiles"]
+        self._profiles = [_limits(profile) for profile in manifest["profiles"]]
         self._plan_sha256 = manifest["files"][PLAN]["sha256"]
         self._row_shape = (model["num_key_value_heads"], attention["slots"], model["head_dim"])
         self._runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
@@ -153,10 +158,9 @@ class TensorRTSession(SavedSession):
             )
         self._allocate(manifest)
         self._kernels = self._kept_kernels(engine)
-        single, widest = self._largest(1), self._largest(self.max_step_tokens)
-        self._single = self._make_context(single, specialization, cuda_graphs)
-        self._wide = self._make_context(widest, specialization, graphs=False)
-        self._reserve_workspace(single, widest)
+        self._specialization, self._cuda_graphs = specialization, cuda_graphs
+        self._contexts: dict[tuple[bool, int], _Context] = {}
+        self._reserve_workspace()
 
     def _allocate(self, manifest: dict[str, Any]) -> None:
         """Everything but the workspace and the logits of more than one token per row."""
@@ -182,6 +186,8 @@ class TensorRTSession(SavedSession):
             KEY_POSITIONS: self.spans.holding(self.capacity),
             LOGITS_INDICES: rows * self.max_step_logits,
         }
+        if self._scale is not None:
+            sizes[REQUEST_LENGTHS] = rows
         self._inputs = {name: self._make_input(count) for name, count in sizes.items()}
         self._uploaded_position: int | None = None  # of slot 0, in key_positions
         self._allocate_logits(1)
@@ -213,8 +219,21 @@ class TensorRTSession(SavedSession):
         weakref.finalize(self, _save, kernels, self._config, self._engine, self._runtime)
         return kernels
 
-    def _make_context(self, largest: _Sizes, specialization: str, graphs: bool) -> _Context:
-        """A context for steps up to `largest`, with the first profile that admits them."""
+    def _context_for(self, sizes: _Sizes) -> _Context:
+        """The context that runs a step.
+
+        Raises:
+            EngineError: no profile of the engine admits it.
+        """
+        profile = self._profile_of(sizes)
+        if profile is None:
+            raise EngineError(f"no profile of the engine admits steps of {sizes.width} tokens")
+        key = (sizes.width == 1, profile)
+        if key not in self._contexts:
+            self._contexts[key] = self._make_context(profile, single=sizes.width == 1)
+        return self._contexts[key]
+
+    def _make_context(self, profile: int, single: bool) -> _Context:
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._kernels is None:
             context = self._engine.create_execution_context(strategy)
@@ -223,17 +242,16 @@ class TensorRTSession(SavedSession):
             config.set_execution_context_allocation_strategy(strategy)
             config.set_runtime_cache(self._kernels.runtime_cache)
             config.dynamic_shapes_kernel_specialization_strategy = getattr(
-                trt.DynamicShapesKernelSpecializationStrategy, specialization.upper()
+                trt.DynamicShapesKernelSpecializationStrategy, self._specialization.upper()
             )
             config.cuda_graph_strategy = (
                 trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-                if graphs
+                if self._cuda_graphs and single
                 else trt.CudaGraphStrategy.DISABLED
             )
             context = self._engine.create_execution_context(config)
         if context is None:
             raise EngineError("TensorRT refused an execution context; its log says why")
-        profile = self._profile_of(largest)
         if profile and not context.set_optimization_profile_async(profile, self._gpu.stream):
             raise EngineError(f"TensorRT refused profile {profile}; its log says why")
         addresses = {past: memory.data_ptr() for past, memory in self._cache.items()}
@@ -244,14 +262,12 @@ class TensorRTSession(SavedSession):
             context.set_tensor_address(name, address)
         return _Context(context, profile)
 
-    def _largest(self, width: int) -> _Sizes:
-        """The largest step of that width, with the last logits."""
-        return _Sizes(self.max_batch, width, self.spans.holding(self.capacity), 1)
-
     def _shapes(self, sizes: _Sizes) -> dict[str, tuple[int, ...]]:
         """Input name -> its shape."""
         rows, width, span, logits = sizes
+        lengths = {} if self._scale is None else {REQUEST_LENGTHS: (rows,)}
         return {
+            **lengths,
             INPUT_IDS: (rows, width),
             POSITION_IDS: (rows, width),
             WRITE_INDICES: (rows,),
@@ -260,35 +276,48 @@ class TensorRTSession(SavedSession):
             **dict.fromkeys(self._cache, (rows, *self._row_shape)),
         }
 
-    def _profile_of(self, sizes: _Sizes) -> int:
-        shapes = self._shapes(sizes)
-        for index, profile in enumerate(self._profiles):
-            if all(
-                low <= size <= high
-                for name, shape in shapes.items()
-                for low, size, high in zip(
-                    profile[name]["min"], shape, profile[name]["max"], strict=True
-                )
-            ):
-                return index
-        raise EngineError(f"no profile of the engine admits steps of {sizes.width} tokens")
+    def _fits(self, rows: int, width: int, span: int) -> bool:
+        """Whether a profile admits the step: they state what there is memory for."""
+        return self._profile_of(_Sizes(rows, width, span, 1)) is not None
 
-    def _reserve_workspace(self, single: _Sizes, widest: _Sizes) -> None:
-        """Allocate what the largest steps need, which is less than the engine's largest."""
-        needed = [
-            self._set_shapes(self._single, single),
-            self._set_shapes(self._wide, widest),
+    def _profile_of(self, sizes: _Sizes) -> int | None:
+        """The first profile that admits a step; that for single tokens, the first of several, has no others."""
+        for index, (least, most) in enumerate(self._profiles):
+            if sizes.width > 1 and index == 0 < len(self._profiles) - 1:
+                continue
+            if all(map(operator.le, least, sizes)) and all(map(operator.le, sizes, most)):
+                return index
+        return None
+
+    def _reserve_workspace(self) -> None:
+        """Make the contexts, and allocate what their largest steps need, which is less than the engine's largest."""
+        span = self.spans.holding(self.capacity)
+        single = _Sizes(self.max_batch, 1, span, 1)
+        widest = [
+            _Sizes(
+                self.max_batch,
+                min(most.width, self.max_step_tokens),
+                self.spans.within(min(most.span, span)),
+                1,
+            )
+            for _, most in self._profiles[1:] or self._profiles
         ]
+        self._running = self._context_for(single)
+        needed = [self._set_shapes(self._context_for(sizes), sizes) for sizes in (single, *widest)]
         self._grow_workspace(max(needed))
 
     def _grow_workspace(self, size: int) -> None:
         """Replace the workspace; contexts have to be prepared again."""
         import torch
 
-        self._single.sizes = self._wide.sizes = None
+        self._prepare_again()
         self._gpu.synchronize()
         self._workspace = self._gpu.zeros((0,), torch.uint8)  # frees the old one first
         self._workspace = self._gpu.zeros((size,), torch.uint8)
+
+    def _prepare_again(self) -> None:
+        for running in self._contexts.values():
+            running.sizes = None
 
     def _set_shapes(self, running: _Context, sizes: _Sizes) -> int:
         """Set the shapes of a step; return the bytes of workspace that it needs."""
@@ -302,7 +331,7 @@ class TensorRTSession(SavedSession):
 
     def _prepare(self, running: _Context, sizes: _Sizes) -> None:
         if sizes.logits > self._logits_per_row:  # all logits, for the first time
-            self._single.sizes = self._wide.sizes = None
+            self._prepare_again()
             self._allocate_logits(self.max_step_logits)
         needed = self._set_shapes(running, sizes)
         if needed > len(self._workspace):
@@ -341,9 +370,11 @@ class TensorRTSession(SavedSession):
     def _step(self, feeds: dict[str, Int64]) -> Float32:
         rows, wanted = feeds[LOGITS_INDICES].shape
         sizes = _Sizes(rows, feeds[INPUT_IDS].shape[1], len(feeds[KEY_POSITIONS]), wanted)
-        running = self._single if sizes.width == sizes.logits == 1 else self._wide
-        if running.sizes != sizes:
-            self._prepare(running, sizes)
+        if self._running.sizes != sizes:
+            self._running = self._context_for(sizes)
+            if self._running.sizes != sizes:
+                self._prepare(self._running, sizes)
+        running = self._running
         self._upload(feeds)
         if not running.context.execute_async_v3(self._gpu.stream):
             raise EngineError("TensorRT refused to run a step; its log says why")
@@ -375,6 +406,20 @@ class TensorRTSession(SavedSession):
         for row in asked:
             result[row] = found[row]
         return result
+
+
+def _limits(profile: Profile) -> tuple[_Sizes, _Sizes]:
+    """The smallest and the largest sizes of steps that a profile admits."""
+    least, most = (
+        _Sizes(
+            profile[INPUT_IDS][end][0],
+            profile[INPUT_IDS][end][1],
+            profile[KEY_POSITIONS][end][0],
+            profile[LOGITS_INDICES][end][1],
+        )
+        for end in ("min", "max")
+    )
+    return least, most
 
 
 def _save(kernels: JitCache, *alive: Any) -> None:

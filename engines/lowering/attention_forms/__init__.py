@@ -7,15 +7,21 @@ misreads causal masks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from qwenport.contract import CHUNKED, DIRECT, MASKED, SPLIT
+from qwenport.engines.errors import LoweringError
 from qwenport.engines.lowering.attention_forms.chunked import Chunked
 from qwenport.engines.lowering.attention_forms.direct import Direct
+from qwenport.engines.lowering.attention_forms.dual_chunks import (
+    DualChunkAttention,
+    DualChunks,
+    dual_chunk_attentions,
+)
 from qwenport.engines.lowering.attention_forms.split import Split
-from qwenport.engines.lowering.attention_forms.surgery import Surgery
+from qwenport.engines.lowering.attention_forms.surgery import CachedAttention, Surgery
 
 __all__ = ["Changed", "change_attention"]
 
@@ -49,8 +55,15 @@ def change_attention(network: Any, trt: Any, form: str) -> Changed:
     if form == MASKED:
         return Changed()
     surgery = Surgery(network, trt)
-    attentions = surgery.attentions()
-    change = _FORMS[form](surgery)
+    attentions: Sequence[CachedAttention | DualChunkAttention] = surgery.attentions()
+    change: Any
+    if attentions:
+        change = _FORMS[form](surgery)
+    else:
+        attentions = dual_chunk_attentions(surgery)
+        if form != CHUNKED or not attentions:
+            raise LoweringError(f"no attention that could have the form {form}")
+        change = DualChunks(surgery, attentions)
     for found in attentions:
-        found.replace_result(change.replace(found))
+        surgery.replace(found.result, change.replace(found))
     return Changed(tuple(surgery.constants), surgery.scaled)

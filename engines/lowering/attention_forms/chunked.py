@@ -7,6 +7,7 @@ step has one number of tokens, so one of the two branches is cut down to a singl
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from qwenport.contract import CHUNK, KEY_POSITIONS, POSITION_IDS
@@ -18,12 +19,18 @@ MASKED_SCORE = -3e38
 
 
 class Chunked:
-    """IAttention(q, k, v, mask) -> chunks for one token, and the same IAttention for several."""
+    """IAttention(q, k, v, mask) -> chunks for one token, and the same IAttention for several.
+
+    Attributes:
+        chunks, prefill_keys: int64 [1], the chunks that the branch for one token reads in this step, and the keys that
+            the branch for several does: one chunk where the step is the other's.
+        prefills: int64 [1], 0 for a step of one token, else 1.
+    """
 
     def __init__(self, surgery: Surgery) -> None:
         self._surgery = surgery
         keys, positions = surgery.inputs[KEY_POSITIONS], surgery.inputs[POSITION_IDS]
-        rows, seq = (surgery.size(positions, axis) for axis in range(2))
+        self._rows, seq = (surgery.size(positions, axis) for axis in range(2))
         span = surgery.size(keys, 0)
         one = surgery.sizes(1)
         # 1 for a step of one token, else 0
@@ -40,13 +47,8 @@ class Chunked:
             )
 
         chunk = surgery.sizes(CHUNK)
-        self._chunks = either(surgery.elementwise(span, "FLOOR_DIV", chunk), one)
-        self._prefill_keys = either(chunk, span)
-        self._decode_mask = self._visible(
-            surgery.first(keys, [surgery.elementwise(self._chunks, "PROD", chunk)]),
-            surgery.first(positions, [rows, 1]),
-        )
-        self._prefill_mask = self._visible(surgery.first(keys, [self._prefill_keys]), positions)
+        self.chunks = either(surgery.elementwise(span, "FLOOR_DIV", chunk), one)
+        self.prefill_keys = either(chunk, span)
         self._decodes = surgery.reshape(surgery.elementwise(seq, "EQUAL", one), 1, 1, 1, 1)
         self.prefills = prefills
 
@@ -68,31 +70,62 @@ class Chunked:
         Raises:
             LoweringError: the cache cannot be cut into chunks.
         """
+        return self.attend(
+            self.first_query(found.queries, found.keys, None if scaled else found.scale),
+            found.keys,
+            found.values,
+            self.by_chunk(self._decode_mask),
+        )
+
+    def first_query(self, queries: Any, keys: Any, scale: float | None) -> Any:
+        """Each row's first query, scaled, [batch, kv_heads, 1, group, 1, head_dim] in fp32.
+
+        Args:
+            queries: [batch, heads, seq, head_dim].
+            keys: the cache.
+            scale: what to multiply by; None for nothing.
+        """
+        surgery, (_, heads, _, head_dim) = self._surgery, queries.shape
+        kv_heads = keys.shape[1]
+        first = surgery.first(queries, [surgery.size(queries, 0), heads, 1, head_dim])
+        if scale is not None:
+            # not together with the other branch's queries: sharing that product stops Myelin (utils.cpp:3613)
+            first = surgery.elementwise(first, "PROD", surgery.number(scale, 4, queries.dtype))
+        rows = surgery.reshape(first, 0, kv_heads, 1, heads // kv_heads, 1, head_dim)
+        return surgery.cast(rows, surgery.trt.float32)
+
+    def by_chunk(self, mask: Any) -> Any:
+        """[batch, 1, 1, chunks * CHUNK] -> [batch, 1, chunks, 1, CHUNK]."""
+        return self._surgery.reshape(mask, 0, 1, -1, 1, CHUNK)
+
+    def attend(self, queries: Any, keys: Any, values: Any, seen: Any) -> Any:
+        """Attention of one token of each row: [batch, heads, 1, head_dim] in the cache's dtype.
+
+        Args:
+            queries: fp32 [batch, kv_heads, 1 or chunks, group, 1 or CHUNK, head_dim].
+            keys, values: the caches.
+            seen: which keys are attended to, bool [batch, 1, chunks, 1, CHUNK].
+
+        Raises:
+            LoweringError: the caches cannot be cut into chunks.
+        """
         surgery, float32 = self._surgery, self._surgery.trt.float32
-        _, kv_heads, slots, head_dim = found.keys.shape
+        _, kv_heads, slots, head_dim = keys.shape
         if slots % CHUNK:
             raise LoweringError(f"a cache of {slots} slots is not a multiple of {CHUNK}")
-        dtype, rows = found.queries.dtype, surgery.size(found.queries, 0)
-        first = surgery.first(found.queries, [rows, found.heads, 1, head_dim])
-        if not scaled:
-            # not together with the other branch's queries: sharing that product stops Myelin (utils.cpp:3613)
-            first = surgery.elementwise(first, "PROD", surgery.number(found.scale, 4, dtype))
-        queries = surgery.reshape(first, 0, kv_heads, 1, found.heads // kv_heads, 1, head_dim)
+        dtype, group = keys.dtype, queries.shape[3]
         keys, values = (
             surgery.unsqueeze(
                 surgery.first(
                     surgery.reshape(cache, 0, kv_heads, slots // CHUNK, CHUNK, head_dim),
-                    [surgery.size(cache, 0), kv_heads, self._chunks, CHUNK, head_dim],
+                    [surgery.size(cache, 0), kv_heads, self.chunks, CHUNK, head_dim],
                 ),
                 3,
             )
-            for cache in (found.keys, found.values)
+            for cache in (keys, values)
         )
         # from here [batch, kv_heads, chunks, group, CHUNK or 1, head_dim], in fp32
-        products = surgery.elementwise(
-            surgery.cast(queries, float32), "PROD", surgery.cast(keys, float32)
-        )
-        seen = surgery.reshape(self._decode_mask, 0, 1, -1, 1, CHUNK)
+        products = surgery.elementwise(queries, "PROD", surgery.cast(keys, float32))
         scores = surgery.select(
             seen,
             surgery.reduce(products, "SUM", 5, keep=False),
@@ -118,7 +151,7 @@ class Chunked:
             for part in (mixed, sums)
         )
         result = surgery.cast(surgery.elementwise(above, "DIV", below), dtype)
-        return surgery.reshape(result, 0, found.heads, 1, head_dim)
+        return surgery.reshape(result, 0, kv_heads * group, 1, head_dim)
 
     def _of_many(self, found: CachedAttention) -> Any:
         """Attention of all tokens: the parser's, over the active span, its scale applied to the queries alone."""
@@ -133,10 +166,27 @@ class Chunked:
         for index, cache in enumerate((found.keys, found.values), start=1):
             rows = surgery.size(cache, 0)
             attention.set_input(
-                index, surgery.first(cache, [rows, kv_heads, self._prefill_keys, head_dim])
+                index, surgery.first(cache, [rows, kv_heads, self.prefill_keys, head_dim])
             )
         attention.mask = self._prefill_mask
         return found.result
+
+    @cached_property
+    def _decode_mask(self) -> Any:
+        surgery = self._surgery
+        return self._visible(
+            surgery.first(
+                surgery.inputs[KEY_POSITIONS],
+                [surgery.elementwise(self.chunks, "PROD", surgery.sizes(CHUNK))],
+            ),
+            surgery.first(surgery.inputs[POSITION_IDS], [self._rows, 1]),
+        )
+
+    @cached_property
+    def _prefill_mask(self) -> Any:
+        surgery = self._surgery
+        keys = surgery.first(surgery.inputs[KEY_POSITIONS], [self.prefill_keys])
+        return self._visible(keys, surgery.inputs[POSITION_IDS])
 
     def _visible(self, keys: Any, positions: Any) -> Any:
         """Whether a token attends to a key, bool [batch, 1, tokens, keys]."""

@@ -29,7 +29,6 @@ class CachedAttention:
         values: the same of the values.
         scale: what a product of a query and a key is multiplied by.
         result: the attention's result, [batch, heads, seq, head_dim].
-        readers: the layers that read the result, and as which of their inputs.
     """
 
     layer: int
@@ -40,20 +39,11 @@ class CachedAttention:
     values: Any
     scale: float
     result: Any
-    readers: tuple[tuple[Any, int], ...]
 
     @property
     def heads(self) -> int:
         """Query heads."""
         return int(self.queries.shape[1])
-
-    def replace_result(self, made: Any) -> None:
-        """Let every reader read `made`, which takes over the result's name."""
-        name = self.result.name
-        self.result.name = f"{name}.masked"
-        made.name = name
-        for reader, index in self.readers:
-            reader.set_input(index, made)
 
 
 class Surgery:
@@ -72,8 +62,39 @@ class Surgery:
         self.constants: list[NDArray[Any]] = []
         self.scaled: dict[str, tuple[str, float]] = {}
         self._makers: dict[str, tuple[Any, str]] = {}
+        self._readers: dict[str, list[tuple[Any, int]]] = {}
         inputs = (network.get_input(index) for index in range(network.num_inputs))
         self.inputs = {tensor.name: tensor for tensor in inputs}
+        for number in range(network.num_layers):
+            layer = network.get_layer(number)
+            for index in range(layer.num_outputs):
+                self._makers[layer.get_output(index).name] = (layer, layer.type.name)
+            for index in range(layer.num_inputs):
+                tensor = layer.get_input(index)
+                if tensor is not None:
+                    self._readers.setdefault(tensor.name, []).append((layer, index))
+
+    def layers(self, kind: str) -> list[Any]:
+        """The parsed network's layers of a kind, by its name in LayerType."""
+        made = dict.fromkeys(layer for layer, found in self._makers.values() if found == kind)
+        return list(made)
+
+    def maker(self, tensor: Any, kind: str) -> Any:
+        """The layer that makes a tensor of the parsed network, if it is of that kind; otherwise None."""
+        layer, found = self._makers.get(tensor.name, (None, ""))
+        return layer if found == kind else None
+
+    def readers(self, tensor: Any) -> tuple[tuple[Any, int], ...]:
+        """The parsed network's layers that read a tensor, and as which of their inputs."""
+        return tuple(self._readers.get(tensor.name, ()))
+
+    def replace(self, result: Any, made: Any) -> None:
+        """Let every reader of a tensor of the parsed network read `made`, which takes over its name."""
+        name, readers = result.name, self.readers(result)
+        result.name = f"{name}.masked"
+        made.name = name
+        for reader, index in readers:
+            reader.set_input(index, made)
 
     def attentions(self) -> tuple[CachedAttention, ...]:
         """Every decoder layer's attention, in order.
@@ -81,18 +102,7 @@ class Surgery:
         Raises:
             LoweringError: one does not read its cache as the exporter writes it.
         """
-        readers: dict[str, list[tuple[Any, int]]] = {}
-        found: list[Any] = []
-        for number in range(self.network.num_layers):
-            layer = self.network.get_layer(number)
-            for index in range(layer.num_outputs):
-                self._makers[layer.get_output(index).name] = (layer, layer.type.name)
-            for index in range(layer.num_inputs):
-                tensor = layer.get_input(index)
-                if tensor is not None:
-                    readers.setdefault(tensor.name, []).append((layer, index))
-            if layer.type == self.trt.LayerType.ATTENTION_INPUT:
-                found.append(layer)
+        found = self.layers("ATTENTION_INPUT")
         numbers = {
             tuple(present(cache) for cache in caches(number)): number
             for number in range(len(found))
@@ -110,7 +120,6 @@ class Surgery:
             if attention.mask is None or not self._is_causal(attention.mask):
                 raise LoweringError(f"{name}: its mask is not {KEY_POSITIONS} <= {POSITION_IDS}")
             result, rotation = attention.get_output(0), self._makers.get(queries.name, (None,))[0]
-            reading = tuple(readers.get(result.name, ()))
             attentions.append(
                 CachedAttention(
                     numbers[held],
@@ -121,7 +130,6 @@ class Surgery:
                     values,
                     q * k,
                     result,
-                    reading,
                 )
             )
         return tuple(sorted(attentions, key=lambda found: found.layer))
