@@ -11,7 +11,7 @@ import torch
 from qwenport.contract import INPUT_IDS, caches, is_past, past, present_of
 from qwenport.engines import MAX_STEP_LOGITS, MAX_STEP_TOKENS, CachedSession, SessionError
 from qwenport.engines.memory import untouched_zeros
-from qwenport.engines.session import Float32, Int64
+from qwenport.engines.session import SCORE_BYTES, Float32, Int64
 from qwenport.engines.spans import Spans
 from qwenport.exporter import ModelConfig
 from qwenport.validate.network.interpreter import Interpreter
@@ -47,6 +47,7 @@ class NetworkSession(CachedSession):
             SessionError: the network has no such tensor to observe.
             NetworkError: see `Interpreter.program`.
         """
+        chunks = config.dual_chunk
         super().__init__(
             max_batch=max_batch,
             capacity=capacity,
@@ -55,6 +56,8 @@ class NetworkSession(CachedSession):
             max_step_logits=MAX_STEP_LOGITS,
             max_positions=max_positions,
             spans=spans,
+            unscaled_length=None if chunks is None else chunks.original_max_position_embeddings,
+            score_bytes=0 if chunks is None else SCORE_BYTES * config.num_attention_heads,
         )
         for name in observe:
             if not interpreter.has(name):
