@@ -4,7 +4,8 @@
 
 The checkpoint has zeros for weights and takes no disk space. With few layers it has all kinds of kernels that the whole
 has, and the workspace of the whole, which layers share. Prints one JSON object; activation_bytes is the workspace at
-the largest shapes that the engine takes.
+the largest shapes that the engine takes. With dual chunk attention there are several profiles for prefill, each with
+narrower steps than the one before, for longer spans.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ def main(shape: str, gpu: str, attention: str, layers: int, max_batch: int) -> N
         checkpoint = Path(scratch) / "checkpoint"
         make_checkpoint(shape, checkpoint, sparse=True, layers=layers)
         package = exporter.export(checkpoint, Path(scratch) / "package")
-        decode, prefill = layer_list(package.path, gpu, attention, max_batch)
+        made = layer_list(package.path, gpu, attention, max_batch)
+    names = ["decode", "prefill", *(f"prefill {number}" for number in range(2, len(made)))]
     report = {
         "shape": shape,
         "gpu": gpu,
         "attention": attention,
         "layers": layers,
         "max_batch": max_batch,
-        "kernels": {"decode": len(decode.layers), "prefill": len(prefill.layers)},
+        "kernels": {name: len(found.layers) for name, found in zip(names, made, strict=True)},
         "activation_bytes": {
-            "decode": decode.activation_bytes,
-            "prefill": prefill.activation_bytes,
+            name: found.activation_bytes for name, found in zip(names, made, strict=True)
         },
         "seconds": round(time.perf_counter() - start, 1),
     }

@@ -22,8 +22,8 @@ from qwenport.exporter import Package
 
 TYPICAL_SPAN = 1024
 """The span that a builder tunes decoding for, if the largest is not far longer."""
-MOST_STRETCH = 16
-"""The largest span over the one tuned for, at most: beyond that, times the query heads per key head, TensorRT-RTX does
+MOST_STRETCH = 8
+"""The largest span over the one tuned for, at most. From 16 times the query heads per key head on, TensorRT-RTX does
 not fuse the reading of K and V with their products, and writes both in fp32 in every step."""
 
 Profile = dict[str, dict[str, list[int]]]

@@ -33,7 +33,7 @@ DECODE = Steps(1, 2, 2)
 PREFILL = Steps(1024, MAX_STEP_TOKENS, MAX_STEP_LOGITS)
 ONLY = Steps(1, MAX_STEP_TOKENS, MAX_STEP_LOGITS)
 """The profile for all steps, of the flavour for which the size of a plan with two is not known."""
-MOST_SCORES = 4 << 30
+MOST_SCORE_BYTES = 4 << 30
 """Bytes that a step of several tokens needs for the scores of dual chunk attention, at most."""
 SCORES = 5
 """Numbers per query head, token and slot that such a step has in memory at once: the products with three queries, the
@@ -88,7 +88,7 @@ def fill_for_tensorrt(request: Request, folder: Path, progress: Progress) -> Fil
     )
     profiles = [
         request.profile(steps, attention=attention, fixed_cache=True)
-        for steps in _steps(request, attention, several=flavour.builds_anywhere)
+        for steps in steps_of(request, attention, several=flavour.builds_anywhere)
     ]
     built = build_plan(
         trt,
@@ -115,7 +115,7 @@ def fill_for_tensorrt(request: Request, folder: Path, progress: Progress) -> Fil
     )
 
 
-def _steps(request: Request, attention: Attention, *, several: bool) -> list[Steps]:
+def steps_of(request: Request, attention: Attention, *, several: bool) -> list[Steps]:
     """What an engine's profiles are for; `several` is whether there may be more than one.
 
     Dual chunk attention of several tokens has their scores in memory. Wide steps are for short spans then, and each
@@ -125,17 +125,22 @@ def _steps(request: Request, attention: Attention, *, several: bool) -> list[Ste
     if config.dual_chunk is None:
         return [DECODE, PREFILL] if several else [ONLY]
     per_slot = SCORES * config.num_attention_heads * DTYPES[request.package.dtype].itemsize
-    affordable = MOST_SCORES // (per_slot * request.batch)  # tokens x slots
+    affordable = MOST_SCORE_BYTES // (per_slot * request.batch)  # tokens x slots
     steps, most = [Steps(1, 1, 1)], min(MAX_STEP_TOKENS, request.capacity)
     while most > 1:
-        longest = affordable // most // attention.span_multiple * attention.span_multiple
-        if longest:
-            longest = min(longest, slots)
-            steps.append(Steps(-(-most // 2), most, MAX_STEP_LOGITS, least=2, longest=longest))
+        longest = affordable // most
         if longest >= slots:
+            steps.append(_several(most, slots))
             break
+        longest -= longest % attention.span_multiple
+        if longest:
+            steps.append(_several(most, longest))
         most = min(max(most // NARROWER, affordable // slots), most - 1)
     return steps
+
+
+def _several(most: int, longest: int) -> Steps:
+    return Steps(-(-most // 2), most, MAX_STEP_LOGITS, least=2, longest=longest)
 
 
 def _gpus(request: Request) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ SETTINGS = {
 }
 
 
-def make_chunked(folder: Path, **settings: Any) -> Path:
+def make_chunked(folder: Path, *, positions: int = POSITIONS, **settings: Any) -> Path:
     """Write the checkpoint; `settings` replace those of dual chunk attention."""
     config = Qwen2Config(
         vocab_size=VOCAB,
@@ -25,7 +25,7 @@ def make_chunked(folder: Path, **settings: Any) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
+        max_position_embeddings=positions,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         bos_token_id=0,
         eos_token_id=1,
