@@ -12,7 +12,19 @@ import click
 
 from qwenport.commands._common import PATH, note, print_json, runtime_of
 from qwenport.commands._gpus import USABLE, fits
-from qwenport.contract import CHUNKED, DIRECT, DTYPES, E4M3, INT8, MASKED, ONNXRUNTIME, PROOF, SPLIT
+from qwenport.contract import (
+    CHUNKED,
+    DIRECT,
+    DTYPES,
+    E4M3,
+    INPUT_IDS,
+    INT8,
+    KEY_POSITIONS,
+    MASKED,
+    ONNXRUNTIME,
+    PROOF,
+    SPLIT,
+)
 from qwenport.wording import counted, size
 
 if TYPE_CHECKING:
@@ -281,6 +293,17 @@ def _attention(attention: dict[str, Any]) -> str:
     return f"{form}: {told[form]}; {attention['slots']} slots"
 
 
+def _steps(profiles: list[dict[str, Any]], slots: int) -> str:
+    """How many tokens a step takes, by the span, in words."""
+    told, reached = [], 0
+    for profile in profiles[1:]:
+        (rows, tokens), (reached,) = (profile[name]["max"] for name in (INPUT_IDS, KEY_POSITIONS))
+        told.append(f"{tokens} tokens of {rows} rows up to {reached} slots")
+    if reached < slots:
+        told.append("one token beyond; fewer rows (build --max-batch) take more")
+    return ", ".join(told)
+
+
 def headline(facts: dict[str, Any]) -> list[str]:
     """The first lines: what it is, and what it needs."""
     model, kv = facts["model"], facts["kv_cache"]
@@ -310,6 +333,8 @@ def headline(facts: dict[str, Any]) -> list[str]:
             f"{facts['runtime']}"
         )
         lines.append(f"attention {_attention(facts['attention'])}")
+        if len(facts["profiles"]) > 2:  # with dual chunk attention
+            lines.append(f"steps     {_steps(facts['profiles'], facts['attention']['slots'])}")
         used = [f"{name} x {count}" for name, count in facts["plugins"]["layers"].items()]
         lines.append(
             f"plugins   {', '.join(used) or 'none; operators by their definitions in ONNX'}"
