@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from chunked import ORIGINAL, POSITIONS, VOCAB, make_chunked
 
-from qwenport.contract import REQUEST_LENGTHS
+from qwenport.contract import REQUEST_LENGTHS, SCORE_BYTES
 from qwenport.engines import (
     GenerateOptions,
     OnnxRuntimeSession,
@@ -162,7 +162,7 @@ def test_perplexity_scores_windows_as_whole_requests(package: Package) -> None:
 def test_steps_narrow_as_the_span_grows(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tokens(200)
     (right,) = opened(package).prefill([text])
-    monkeypatch.setattr(sessions, "MOST_SCORES", 4 * sessions.SCORE_BYTES * 64 * 20)
+    monkeypatch.setattr(sessions, "MOST_SCORES", 4 * SCORE_BYTES * 64 * 20)
     session = opened(package)
     sizes: list[tuple[int, int]] = []
     session.on_step = lambda step: sizes.append(
