@@ -50,6 +50,11 @@ class LengthScale:
                     f"{request}: lengths beyond {self.unscaled} scale keys; reset the row and give it the whole prompt"
                 )
 
+    def reusable(self, row: int, length: int, request: int) -> int:
+        """How many of the first `length` keys of a row have the factor of a request of `request` positions."""
+        other = np.flatnonzero(self.held[row, :length] != max(request, self.unscaled))
+        return int(other[0]) if len(other) else length
+
     def of_step(self, requests: Int64, starts: Int64, taken: Int64) -> Int64:
         """The lengths to feed to a step, int64 [rows], and keep them for the slots it writes.
 

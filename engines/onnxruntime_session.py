@@ -22,6 +22,7 @@ from qwenport.contract import (
     MOST_THREADS,
     OLDEST_ONNXRUNTIME,
     ONNXRUNTIME,
+    SCORE_BYTES,
     caches,
     is_past,
     past,
@@ -32,7 +33,7 @@ from qwenport.engines.errors import EngineError, SessionError
 from qwenport.engines.huge_pages import huge_pages
 from qwenport.engines.memory import poison, untouched_zeros
 from qwenport.engines.saved_session import SavedSession
-from qwenport.engines.session import SCORE_BYTES, Bytes, Float32, Int64
+from qwenport.engines.session import Bytes, Float32, Int64
 from qwenport.engines.session_arguments import whole
 from qwenport.exporter import Package, damaged, sha256
 

@@ -22,6 +22,7 @@ from qwenport.contract import (
     INPUT_IDS,
     KEY_POSITIONS,
     LOGITS_INDICES,
+    MOST_SCORES,
     POSITION_IDS,
     REQUEST_LENGTHS,
     SPAN_MULTIPLE,
@@ -32,12 +33,6 @@ from qwenport.engines.length_scale import LengthScale
 from qwenport.engines.memory import untouched_zeros
 from qwenport.engines.session_arguments import sequence, token_rows, whole
 from qwenport.engines.spans import Spans
-from qwenport.exporter import SCORES
-
-SCORE_BYTES = 4 * SCORES
-"""Memory of a step with dual chunk attention, per head, token and slot of the span."""
-MOST_SCORES = 1 << 30
-"""Bytes; a token of 7B needs as much at 1,010,000 positions."""
 
 Bytes = NDArray[np.uint8]
 Int64 = NDArray[np.int64]
@@ -98,6 +93,16 @@ class Session(Protocol):
 
     def reset(self) -> None:
         """Forget all tokens."""
+        ...
+
+    def reusable(self, prompt_length: int, row: int = 0) -> int:
+        """How many of the tokens that a row holds, from its first on, may be continued to a prompt of so many tokens.
+
+        All of them, unless the model scales by length; see `prefill`.
+
+        Raises:
+            SessionError: there is no such row.
+        """
         ...
 
     def truncate(self, length: int, row: int = 0) -> None:
@@ -214,11 +219,17 @@ class CachedSession(ABC):
         self._first_position = first_position
         self._lengths[:] = 0
 
+    def reusable(self, prompt_length: int, row: int = 0) -> int:
+        """See `Session.reusable`."""
+        prompt_length, row = whole(prompt_length, "prompt length"), self._row(row)
+        held = int(self._lengths[row])
+        if self._scale is None:
+            return held
+        return self._scale.reusable(row, held, self._first_position + prompt_length)
+
     def truncate(self, length: int, row: int = 0) -> None:
         """See `Session.truncate`. The cache keeps the values beyond that length; they are never attended to."""
-        length, row = whole(length, "length"), whole(row, "row")
-        if not 0 <= row < self.max_batch:
-            raise SessionError(f"row {row} of a session of {self.max_batch}")
+        length, row = whole(length, "length"), self._row(row)
         if not 0 <= length <= self._lengths[row]:
             raise SessionError(
                 f"row {row} holds {self._lengths[row]} tokens; it cannot keep {length}"
@@ -339,6 +350,13 @@ class CachedSession(ABC):
     def _slots(self) -> int:
         """Slots that have a position."""
         return min(self.capacity, self.max_positions - self._first_position)
+
+    def _row(self, row: int) -> int:
+        """Raises SessionError: there is no such row."""
+        row = whole(row, "row")
+        if not 0 <= row < self.max_batch:
+            raise SessionError(f"row {row} of a session of {self.max_batch}")
+        return row
 
     def _hold(self, row: int, tokens: Int64) -> None:
         """Count tokens that the cache now holds."""

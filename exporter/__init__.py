@@ -21,7 +21,7 @@ from qwenport.exporter.directory import (
     require_space,
     sha256,
 )
-from qwenport.exporter.dual_chunk import SCORES, DualChunk, as_dual_chunk
+from qwenport.exporter.dual_chunk import DualChunk, as_dual_chunk
 from qwenport.exporter.errors import (
     CheckpointError,
     ConfigError,
@@ -83,7 +83,6 @@ __all__ = [
     "MOST_OF_A_TOKENIZER",
     "PERMUTATION",
     "SCALES",
-    "SCORES",
     "SOURCE",
     "WHOLE",
     "ZEROS",

@@ -9,16 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qwenport.contract import MOST_POSITIONS
 from qwenport.exporter.errors import ConfigError
-from qwenport.exporter.keys import MOST, Keys, short
+from qwenport.exporter.keys import Keys, short
 
 CONFIG = "dual_chunk_attention_config"
 SPARSE = "sparse_attention_config"
-SCORES = 10
-"""Numbers in fp32 that a step needs in memory, at most, per head, query and key."""
 LEAST_ROPE_ROWS = 512
 """onnxruntime rotates no more tokens at once than its tables have rows, and a step takes so many."""
-MOST_CHUNK = MOST["max_position_embeddings"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def _parse(found: dict[str, Any]) -> DualChunk:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 < value <= MOST_CHUNK
+    return type(value) is int and 0 < value <= MOST_POSITIONS
 
 
 def _sparse(what: str) -> str:

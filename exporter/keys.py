@@ -18,6 +18,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from qwenport.contract import MOST_POSITIONS
 from qwenport.exporter.errors import ConfigError
 
 # Accepted, without effect.
@@ -111,8 +112,8 @@ MOST = {
     "head_dim": 1 << 12,
     "num_experts": 1 << 13,
     "num_local_experts": 1 << 13,
-    "max_position_embeddings": 1 << 22,
-    "original_max_position_embeddings": 1 << 22,
+    "max_position_embeddings": MOST_POSITIONS,
+    "original_max_position_embeddings": MOST_POSITIONS,
 }
 
 _MISSING: Any = object()

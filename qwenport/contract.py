@@ -92,6 +92,12 @@ INPUT_IDS, POSITION_IDS = "input_ids", "position_ids"
 WRITE_INDICES, KEY_POSITIONS, LOGITS_INDICES = "write_indices", "key_positions", "logits_indices"
 REQUEST_LENGTHS = "request_lengths"
 """Only with dual chunk attention that scales by length: see docs/architecture.md."""
+SCORE_BYTES = 40
+"""Memory that a step with dual chunk attention needs, at most, per head, token and slot of the span."""
+MOST_SCORES = 1 << 30
+"""Bytes that all of that may take in a step of several tokens; one token of 7B takes as much at 1,010,000 positions."""
+MOST_POSITIONS = 1 << 22
+"""More than any model has."""
 LOGITS = "logits"
 CAPACITY = "capacity"
 """The cache axis whose size engines fix."""
@@ -266,6 +272,10 @@ FOR_CPP = {
     "write_indices": WRITE_INDICES,
     "key_positions": KEY_POSITIONS,
     "logits_indices": LOGITS_INDICES,
+    "request_lengths": REQUEST_LENGTHS,
+    "score_bytes": SCORE_BYTES,
+    "most_scores": MOST_SCORES,
+    "most_positions": MOST_POSITIONS,
     "logits": LOGITS,
     "capacity_axis": CAPACITY,
     "query_prefix": _QUERY,

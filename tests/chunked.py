@@ -1,7 +1,8 @@
-"""A small random model with dual chunk attention: chunks of 16 positions, each query at most 24 from a key."""
+"""Models with dual chunk attention: a small random one, of chunks of 16 positions, each query at most 24 from a key."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,18 @@ SETTINGS = {
     "local_size": CHUNK_SIZE - CHUNK,
     "original_max_position_embeddings": ORIGINAL,
 }
+
+
+def chunk(checkpoint: Path, chunk_size: int, local_size: int, original: int) -> Path:
+    """Give a checkpoint dual chunk attention."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["dual_chunk_attention_config"] = {
+        "chunk_size": chunk_size,
+        "local_size": local_size,
+        "original_max_position_embeddings": original,
+    }
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    return checkpoint
 
 
 def make_chunked(folder: Path, *, positions: int = POSITIONS, **settings: Any) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from chat_templates import LEFT_OUT, TAKEN
+from chunked import chunk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_chat_format import BUNDLED, directory_with
@@ -254,6 +255,39 @@ def test_a_full_cache_is_an_error_or_forgets_the_oldest_turns(package_with: Any)
 
 class StopError(Exception):
     pass
+
+
+def test_a_conversation_that_passes_the_length_from_which_keys_are_scaled_begins_again(
+    tmp_path: Path,
+) -> None:
+    """Each reply is that of a new session, and before that length only new tokens are fed."""
+    original = 70
+    checkpoint = chunk(shutil.copytree(BUNDLED, tmp_path / "checkpoint"), 48, 16, original)
+    package = exporter.export(checkpoint, tmp_path / "package").path
+    recorded = Recorded(open_session(package, capacity=CAPACITY))
+    chat = Chat(package, options(12), session=recorded)
+    stops = exporter.stop_ids(package, 2048)
+    all_fed: list[bool] = []
+
+    def fail(piece: str) -> None:
+        raise StopError
+
+    for said in [*SAID, SAID[0]]:
+        prompt = ids_of(package, [*chat.history, Message("user", said)])
+        held = len(recorded.held)
+        for hear in (fail, None):  # the second finds what the first has left
+            recorded.fed.clear()
+            with contextlib.suppress(StopError):
+                reply = chat.send(said, hear)
+        assert recorded.held[: len(prompt)] == prompt
+        all_fed.append(recorded.fed == prompt)
+        assert reply.prompt_tokens == len(recorded.fed)
+        assert all_fed[-1] or len(prompt) <= original
+        assert held == 0 or all_fed[-1] == (len(prompt) > original)
+        alone = open_session(package, capacity=CAPACITY)
+        (result,) = generate(alone, [prompt], GenerateOptions(12, stop_tokens=stops))
+        assert reply.text == engines.Tokenizer(package).decode(result.tokens)
+    assert all_fed[:2] == [True, False] and all(all_fed[-3:])
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,6 +13,7 @@ from qwenport.contract import (
     ENGINE,
     MASKED,
     NETWORK,
+    SCORE_BYTES,
     SPAN_MULTIPLE,
     Progress,
     no_progress,
@@ -27,7 +28,6 @@ from qwenport.engines import (
 )
 from qwenport.engines.attention import attention_of
 from qwenport.engines.onnxruntime_session import MAX_STEP_TOKENS as PACKAGE_STEP_TOKENS
-from qwenport.engines.session import SCORE_BYTES
 from qwenport.engines.spans import Spans
 from qwenport.validate.errors import NetworkError
 from qwenport.validate.failures import reported

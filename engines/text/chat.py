@@ -2,7 +2,7 @@
 
 Each turn's prompt is the whole conversation as the chat template writes it, in the ids that transformers gives it. The
 cache keeps what it has of them: all to the end of the reply, unless the template writes that otherwise than it was
-drawn.
+drawn, or the model scales keys by the conversation's length: then each turn computes all of it.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Chat:
         self._check_idle()
         history = [*self._history, Message(USER, _text(content))]
         prompt, dropped = self._prompt(history)
-        common = _common(prompt[:-1], self._cached)
+        common = min(_common(prompt[:-1], self._cached), self._session.reusable(len(prompt)))
         self._sending = True
         try:
             self._session.truncate(common)

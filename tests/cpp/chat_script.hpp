@@ -38,7 +38,9 @@ class Script {
 
 /// An engine with a chat format, its tokenizer, and a script for chats with it.
 struct Stage {
-  Directory directory{small_tokenizer(), small_chat()};
+  /// \param unscaled_length longer requests scale keys; 0: none do.
+  explicit Stage(int unscaled_length = 0) : directory(small_tokenizer(), small_chat(), unscaled_length) {}
+  Directory directory;
   qwenport::Engine engine = qwenport::Engine::load(directory.path());
   qwenport::Tokenizer tokenizer = qwenport::Tokenizer::load(directory.path());
   qwenport::ChatFormat format = qwenport::ChatFormat::load(directory.path());

@@ -112,6 +112,18 @@ QWENPORT_EXPORT std::int64_t test_span_holding(std::int64_t count, std::int64_t 
   return qwenport::detail::span_holding(count, multiple, slots);
 }
 
+/// The tokens of a step from slot `start` on, at most `width`, whose scores take at most `most_bytes`.
+QWENPORT_EXPORT std::int64_t test_narrowed(std::int64_t rows, std::int64_t start, std::int64_t width,
+                                           std::int64_t score_bytes, std::int64_t most_bytes,
+                                           std::int64_t multiple, std::int64_t slots) {
+  return qwenport::detail::narrowed(rows, start, width, score_bytes, most_bytes, multiple, slots);
+}
+
+/// The largest span of at most `most` slots.
+QWENPORT_EXPORT std::int64_t test_span_within(std::int64_t most, std::int64_t multiple, std::int64_t slots) {
+  return qwenport::detail::span_within(most, multiple, slots);
+}
+
 /// The text of the toy network's manifest.
 QWENPORT_EXPORT const char* test_toy_manifest(int capacity, int max_batch, int max_step_tokens, int vocab) {
   static thread_local std::string text;

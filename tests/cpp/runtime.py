@@ -421,9 +421,13 @@ class Session:
         self.library.check(call(self.handle, *arguments, c.c_size_t(count), found))
         return [np.ctypeslib.as_array(row, (self.vocab,)).copy() if row else None for row in found]
 
-    def prefill(self, rows: Sequence[Sequence[int]]) -> list[Any]:
+    def prefill(
+        self, rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | None = None
+    ) -> list[Any]:
         """A copy of each row's logits, None for a row that was given nothing."""
-        return self._logits(self.library.c.qwenport_session_prefill, len(rows), *_rows(rows))
+        stated = None if prompt_lengths is None else (c.c_int * len(rows))(*prompt_lengths)
+        call = self.library.c.qwenport_session_prefill
+        return self._logits(call, len(rows), *_rows(rows), stated)
 
     def decode(self, tokens: Sequence[int]) -> list[Any]:
         given = (c.c_int64 * len(tokens))(*tokens)

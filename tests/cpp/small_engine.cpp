@@ -52,11 +52,12 @@ std::string_view small_chat() {
       "assistant": {"rule": "after_thinking_lines", "refused": [["contains", "<call>"]]}}})";
 }
 
-Directory::Directory(const std::string& tokenizer, std::string_view chat) {
+Directory::Directory(const std::string& tokenizer, std::string_view chat, int unscaled_length) {
   path_ = (std::filesystem::temp_directory_path() / "qwenport-XXXXXX").string();
   if (mkdtemp(path_.data()) == nullptr) throw std::runtime_error("no temporary directory");
   const std::string name = "tokenizer.qwenport";
   std::string manifest = toy_manifest_text(64, 2, 16, small_vocab);
+  if (unscaled_length != 0) manifest = with_dual_chunk(manifest, unscaled_length);
   if (!tokenizer.empty()) {
     replace(manifest, R"("files": {)",
             R"("files": {")" + name + R"(": {"bytes": )" + std::to_string(tokenizer.size()) +

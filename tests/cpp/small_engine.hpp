@@ -20,7 +20,8 @@ std::string_view small_chat();
 class Directory {
  public:
   /// \param tokenizer what the tokenizer file holds; "" for none. \param chat JSON; "null" for none.
-  explicit Directory(const std::string& tokenizer, std::string_view chat = "null");
+  /// \param unscaled_length longer requests scale keys; 0: none do.
+  explicit Directory(const std::string& tokenizer, std::string_view chat = "null", int unscaled_length = 0);
   ~Directory();
   Directory(const Directory&) = delete;
   Directory& operator=(const Directory&) = delete;

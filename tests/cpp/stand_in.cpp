@@ -207,6 +207,16 @@ void check_call(const Manifest& manifest, const Call& call) {
   expect(span <= slots, "a span outside the cache");
   expect(span % manifest.attention.span_multiple == 0 || span == slots, "a span of a size of its own");
   for (std::int64_t i = 0; i < span; ++i) expect(call.ints("key_positions")[i] == i, "key_positions");
+  if (manifest.unscaled_length) {
+    expect(call.shapes.at("request_lengths") == std::vector<std::int64_t>{rows}, "shape of request_lengths");
+    for (std::int64_t b = 0; b < rows; ++b) {
+      expect(call.ints("request_lengths")[b] >= *manifest.unscaled_length, "a length below the unscaled one");
+    }
+  }
+  if (width > 1) {
+    expect(rows * width * span <= (1 << 30) / std::max<std::int64_t>(manifest.score_bytes, 1),
+           "too wide a step");
+  }
   for (std::int64_t b = 0; b < rows; ++b) {
     const std::int64_t start = call.ints("write_indices")[b];
     expect(start >= 0 && start + width <= span, "a slot outside the span");

@@ -148,8 +148,16 @@ std::string toy_manifest_text(int capacity = 160, int max_batch = 4, int max_ste
 std::shared_ptr<const StandInModel> toy_model(int capacity = 160, int max_batch = 4, int max_step_tokens = 24,
                                               const std::string& form = "masked", bool two_profiles = false);
 
+std::shared_ptr<const StandInModel> toy_model_of(const std::string& manifest_text);
+
+/// The manifest of toy_manifest_text, with dual chunk attention.
+/// \param unscaled_length longer requests scale keys; 0: none do.
+std::string with_dual_chunk(std::string manifest, int unscaled_length, int heads = 4);
+
 /// The logits [vocab] of toy_network after these tokens, from its definition.
+/// \param requests if lengths scale keys, for each token the length that its key is scaled for.
 std::vector<float> toy_logits(const qwenport::detail::Manifest& manifest,
-                              const std::vector<std::int64_t>& tokens);
+                              const std::vector<std::int64_t>& tokens,
+                              const std::vector<std::int64_t>& requests = {});
 
 }  // namespace stand_in

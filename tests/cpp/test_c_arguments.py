@@ -19,7 +19,7 @@ from .runtime import Error, Library, Session
 from .toy import toy_directory
 
 HEADER = (ROOT / "engines/cpp/include/qwenport/qwenport.h").read_text()
-MAY_BE_NULL = {"options", "on_token", "user", "logprobs"}
+MAY_BE_NULL = {"options", "on_token", "user", "logprobs", "prompt_lengths"}
 VALUES = ["session_max_batch", "session_capacity", "session_cuda_graphs"]
 INVALID = 1
 
@@ -87,7 +87,7 @@ def test_a_row_that_is_null_is_named(library: Library, session: Session) -> None
     rows, sizes = (c.POINTER(c.c_int64) * 2)(), (c.c_size_t * 2)(0, 3)
     room = c.create_string_buffer(4096)
     count = c.c_size_t(2)
-    code = library.c.qwenport_session_prefill(session.handle, rows, sizes, count, room)
+    code = library.c.qwenport_session_prefill(session.handle, rows, sizes, None, count, room)
     assert refused(library, code) == "rows[1] is NULL"
     code = library.c.qwenport_generate(
         session.handle, rows, sizes, count, None, None, None, room, room, None

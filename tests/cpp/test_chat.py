@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from chat_templates import TAKEN
+from chunked import chunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_chat_format import BUNDLED, conversations, directory_with
@@ -151,7 +152,9 @@ def engine_with_template(tmp_path_factory: pytest.TempPathFactory) -> Callable[[
         if name not in made:
             folder = tmp_path_factory.mktemp("chat")
             checkpoint = BUNDLED
-            if name != "bundled":
+            if name == "chunked":  # dual chunk attention, and keys that scale beyond 70 positions
+                checkpoint = chunk(shutil.copytree(BUNDLED, folder / "checkpoint"), 48, 16, 70)
+            elif name != "bundled":
                 checkpoint = directory_with(TAKEN[name], folder / "checkpoint")
                 shutil.copy(BUNDLED / "model.safetensors", checkpoint)
             package = exporter.export(checkpoint, folder / "package", dtype="fp32")
@@ -182,7 +185,7 @@ def both(
 said = st.sampled_from([*TURNS, "Why?", "", "é 你好\n", "Tell me more. " * 4])
 
 
-@pytest.mark.parametrize("name", ["bundled", "qwen3", "thoughtful"])
+@pytest.mark.parametrize("name", ["bundled", "qwen3", "thoughtful", "chunked"])
 @settings(max_examples=12)
 @given(
     turns=st.lists(said, min_size=1, max_size=5),

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from qwenport import engines
 from qwenport.engines import EngineError
 from qwenport.engines.tensorrt_session import check_version
+from qwenport.exporter import ConfigError, as_dual_chunk
 
 from .runtime import ERRORS, Library
 from .toy import toy_manifest
@@ -154,6 +155,10 @@ ANY_TEXT = {
 }
 
 
+ORIGINAL = "original_max_position_embeddings"
+CHUNKS = {"chunk_size": 48, "local_size": 16, ORIGINAL: 40}
+
+
 @pytest.mark.parametrize(
     ("path", "value", "complaint"),
     [
@@ -205,7 +210,19 @@ ANY_TEXT = {
         (("max_batch",), 5, "profiles[0].input_ids.max is not of max_batch rows"),
         (("profiles", 0, "input_ids", "max"), [4, 161], "is not within max_seq_len"),
         (("model", "head_dim"), 2**31 - 1, "model is not of a size that any machine has"),
-        (("model", "dual_chunk"), {"chunk_size": 48}, "model has dual chunk attention, which the"),
+        (("model", "dual_chunk"), CHUNKS, "bindings.inputs is not what this runtime feeds"),
+        (("model", "dual_chunk"), [48, 16], "model.dual_chunk is not an object"),
+        (("model", "dual_chunk"), {"chunk_size": 48}, "no model.dual_chunk.local_size"),
+        (("model", "dual_chunk"), CHUNKS | {"chunk_size": 16}, "chunk_size is not larger than loc"),
+        (("model", "dual_chunk"), CHUNKS | {"local_size": 0}, "local_size is not a positive int"),
+        (("model", "dual_chunk"), CHUNKS | {"chunk_size": 2**22 + 1}, "chunk_size is not a number"),
+        (
+            ("model", "dual_chunk"),
+            CHUNKS | {"critical_size": 3},
+            "has the unknown setting critical",
+        ),
+        (("model", "dual_chunk"), CHUNKS | {ORIGINAL: 0}, f"{ORIGINAL} is not a positive integer"),
+        (("model", "dual_chunk"), CHUNKS | {ORIGINAL: 40.5}, f"{ORIGINAL} is not a positive int"),
         (("model", "num_hidden_layers"), 3, "a key and a value for each of 3 layers"),
         (("aliases", "present.0.key"), "past_key_values.0.value", "is not a binding of its own"),
         (("bindings", "inputs", 0, "dtype"), "int32", "is not what this runtime feeds"),
@@ -259,6 +276,48 @@ def test_what_is_wrong_with_a_chat_format_is_said(
     )
     assert error == "bad engine"
     assert complaint in message
+
+
+def with_chunks(document: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with these settings of dual chunk attention, and an input for the lengths."""
+    document = changed(document, ("model", "dual_chunk"), settings)
+    binding = {"name": "request_lengths", "dtype": "int64", "shape": ["batch"]}
+    document["bindings"]["inputs"].append(binding)
+    return document
+
+
+def test_dual_chunk_attention_is_read(library: Library) -> None:
+    toy = json.loads(toy_manifest(library))
+    plain = CHUNKS | {ORIGINAL: None}
+    for document in (changed(toy, ("model", "dual_chunk"), plain), with_chunks(toy, CHUNKS)):
+        assert read(library, json.dumps(document))[0] == ""
+    error, text, _ = read(library, json.dumps(with_chunks(toy, plain)))
+    assert error == "bad engine"
+    assert "bindings.inputs is not what this runtime feeds" in text
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            name: st.none() | st.integers(-1, 50) | st.just(2**22 + 1) | st.just("5")
+            for name in CHUNKS
+        }
+    )
+)
+def test_settings_of_dual_chunk_attention_are_those_of_python(
+    library: Library, settings: dict[str, Any]
+) -> None:
+    if settings[ORIGINAL] == 0:  # config.json's; in a manifest it is null
+        settings[ORIGINAL] = None
+    toy = json.loads(toy_manifest(library))
+    change = changed if settings[ORIGINAL] is None else lambda d, _, s: with_chunks(d, s)
+    error, _, _ = read(library, json.dumps(change(toy, ("model", "dual_chunk"), settings)))
+    try:
+        as_dual_chunk(settings)
+    except ConfigError:
+        assert error == "bad engine"
+    else:
+        assert error == ""
 
 
 @pytest.fixture(scope="module")

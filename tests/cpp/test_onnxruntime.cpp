@@ -84,6 +84,18 @@ TEST_CASE("a restored session goes on where the saved one was") {
   CHECK_THROWS_AS(longer.restore(damaged), Error);
 }
 
+TEST_CASE("pieces that state their prompt's length make the same logits as a prompt in one call") {
+  Session session(load(), sized(2, 150));
+  const auto prompt = counting(5, 120);
+  const auto whole = copy(session.prefill(prompt));
+  session.reset();
+  session.prefill_batch({Tokens(prompt.begin(), prompt.begin() + 90), counting(9, 3)}, {120, 3});
+  const auto pieces = copy(session.prefill(Tokens(prompt.begin() + 90, prompt.end()), 120));
+  for (std::size_t i = 0; i < whole.size(); ++i) CHECK(pieces[i] == doctest::Approx(whole[i]).epsilon(1e-3));
+  CHECK_THROWS_WITH_AS(session.prefill({7}, 120),
+                       "row 0: a prompt of 120 tokens, where 121 to 150 are possible", Error);
+}
+
 TEST_CASE("logits of rows that end in an earlier step are kept") {
   Session session(load(), sized(3, 100));
   const auto width = static_cast<std::size_t>(load().info().max_step_tokens);

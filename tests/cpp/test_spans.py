@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes as c
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwenport.contract import MOST_SCORES, SCORE_BYTES
+from qwenport.engines.session import CachedSession
 from qwenport.engines.spans import Spans
 
 from .runtime import Library
@@ -31,3 +34,46 @@ def test_every_length_of_usual_caches(library: Library) -> None:
 def test_any_cache(library: Library, multiple: int, slots: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, slots) | st.integers(1, min(slots, 100_000)))
     assert holding(library, count, multiple, slots) == Spans(multiple, slots).holding(count)
+
+
+@given(st.integers(1, 1000), st.data())
+def test_the_largest_span_within_a_number_of_slots(
+    library: Library, multiple: int, data: st.DataObject
+) -> None:
+    slots = data.draw(st.integers(1, 20) | st.integers(multiple, 50 * multiple))
+    spans = Spans(multiple, slots)
+    all_spans = sorted({spans.holding(count) for count in range(1, slots + 1)})
+    most = data.draw(st.integers(0, slots + multiple) | st.sampled_from(all_spans))
+    function = library.c.test_span_within
+    function.argtypes, function.restype = [c.c_int64] * 3, c.c_int64
+    assert function(most, multiple, slots) == max([0, *(s for s in all_spans if s <= most)])
+
+
+class Narrow(CachedSession):
+    """A session that runs nothing."""
+
+    def _step(self, feeds: object) -> np.ndarray:
+        raise AssertionError
+
+
+@given(st.integers(1, 64), st.integers(0, 2**22), st.integers(1, 4096), st.data())
+def test_steps_are_as_narrow_as_python_s(
+    library: Library, rows: int, start: int, width: int, data: st.DataObject
+) -> None:
+    slots = start + width + data.draw(st.integers(0, 1000))
+    multiple = data.draw(st.sampled_from([64, 256, slots]))
+    score_bytes = data.draw(st.integers(0, 64)) * SCORE_BYTES
+    session = Narrow(
+        max_batch=1,
+        capacity=1,
+        vocab_size=9,
+        max_step_tokens=9,
+        max_step_logits=9,
+        max_positions=9,
+        spans=Spans(multiple, slots),
+        score_bytes=score_bytes,
+    )
+    function = library.c.test_narrowed
+    function.argtypes, function.restype = [c.c_int64] * 7, c.c_int64
+    given = (rows, start, width, score_bytes, MOST_SCORES, multiple, slots)
+    assert function(*given) == session._narrowed(rows, start, width)

@@ -1,5 +1,5 @@
-// The toy network. Every cache slot gets numbers that are made of its token, its position and its place in
-// the cache; the logits are a hash of all slots up to the last token, as read back from the caches. A slot
+// The toy network. Every cache slot gets numbers that are made of its token, its position, the length of its request (if the
+// manifest says that lengths scale keys) and its place in the cache; the logits are a hash of all slots up to the last token, as read back from the caches. A slot
 // that was not written, was overwritten, or lies in another row, layer or head gives other logits.
 #include <cstdint>
 #include <sstream>
@@ -18,8 +18,10 @@ std::uint64_t mix(std::uint64_t z) {
 }
 
 /// What lies at one place of a cache: a whole number that a float holds.
-float content(std::int64_t token, std::int64_t position, std::uint64_t place) {
-  const auto key = static_cast<std::uint64_t>(token) * 1000003 + static_cast<std::uint64_t>(position);
+float content(std::int64_t token, std::int64_t position, std::int64_t request, std::uint64_t place) {
+  const auto key =
+      (static_cast<std::uint64_t>(request) * 1000003 + static_cast<std::uint64_t>(token)) * 1000003 +
+      static_cast<std::uint64_t>(position);
   return static_cast<float>(mix(key * 1000003 + place) >> 40U);
 }
 
@@ -58,11 +60,13 @@ Network toy_network(const Manifest& manifest) {
     };
     auto* logits = static_cast<float*>(call.memory.at("logits"));
     for (std::int64_t b = 0; b < call.rows(); ++b) {
+      const std::int64_t request = manifest.unscaled_length ? call.ints("request_lengths")[b] : 0;
       for (std::int64_t i = 0; i < width; ++i) {
         const std::int64_t token = call.ints("input_ids")[b * width + i];
         const std::int64_t position = call.ints("position_ids")[b * width + i];
-        for_each_place(b, call.ints("write_indices")[b] + i,
-                       [&](float& value, std::uint64_t place) { value = content(token, position, place); });
+        for_each_place(b, call.ints("write_indices")[b] + i, [&](float& value, std::uint64_t place) {
+          value = content(token, position, request, place);
+        });
       }
       Hash hash;
       const std::int64_t last = call.ints("position_ids")[b * width + call.ints("logits_indices")[b]];
@@ -74,13 +78,15 @@ Network toy_network(const Manifest& manifest) {
   };
 }
 
-std::vector<float> toy_logits(const Manifest& manifest, const std::vector<std::int64_t>& tokens) {
+std::vector<float> toy_logits(const Manifest& manifest, const std::vector<std::int64_t>& tokens,
+                              const std::vector<std::int64_t>& requests) {
   Hash hash;
   const std::uint64_t places =
       manifest.caches.size() * static_cast<std::size_t>(manifest.kv_heads * manifest.head_dim);
   for (std::size_t slot = 0; slot < tokens.size(); ++slot) {
     for (std::uint64_t place = 0; place < places; ++place) {
-      hash.take(content(tokens[slot], static_cast<std::int64_t>(slot), place));
+      hash.take(content(tokens[slot], static_cast<std::int64_t>(slot), requests.empty() ? 0 : requests[slot],
+                        place));
     }
   }
   std::vector<float> logits(static_cast<std::size_t>(manifest.info.vocab_size));
@@ -150,10 +156,30 @@ std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, 
   return text.str();
 }
 
+std::string with_dual_chunk(std::string manifest, int unscaled_length, int heads) {
+  const auto insert_before = [&manifest](const std::string& place, const std::string& text) {
+    manifest.insert(manifest.find(place), text);
+  };
+  const std::string few = R"("num_attention_heads": 4)";
+  manifest.replace(manifest.find(few), few.size(), R"("num_attention_heads": )" + std::to_string(heads));
+  const std::string original = unscaled_length == 0 ? "null" : std::to_string(unscaled_length);
+  insert_before(R"("vocab_size")", R"("dual_chunk": {"chunk_size": 48, "local_size": 16,
+      "original_max_position_embeddings": )" +
+                                       original + "}, ");
+  if (unscaled_length != 0) {
+    insert_before(R"({"name": "input_ids")",
+                  R"({"name": "request_lengths", "dtype": "int64", "shape": ["batch"]},)");
+  }
+  return manifest;
+}
+
 std::shared_ptr<const StandInModel> toy_model(int capacity, int max_batch, int max_step_tokens,
                                               const std::string& form, bool two_profiles) {
-  Manifest manifest = qwenport::detail::parse_manifest(
-      toy_manifest_text(capacity, max_batch, max_step_tokens, 97, form, two_profiles), "toy");
+  return toy_model_of(toy_manifest_text(capacity, max_batch, max_step_tokens, 97, form, two_profiles));
+}
+
+std::shared_ptr<const StandInModel> toy_model_of(const std::string& text) {
+  Manifest manifest = qwenport::detail::parse_manifest(text, "toy");
   const auto shared = std::make_shared<const Manifest>(manifest);
   return std::make_shared<const StandInModel>(std::move(manifest), [shared] {
     return Network([shared, network = toy_network(*shared)](const Call& call) { network(call); });

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from chunked import ORIGINAL, POSITIONS, VOCAB, make_chunked
 
-from qwenport.contract import REQUEST_LENGTHS
+from qwenport.contract import REQUEST_LENGTHS, SCORE_BYTES
 from qwenport.engines import (
     GenerateOptions,
     OnnxRuntimeSession,
@@ -99,6 +99,24 @@ def test_a_prefix_under_another_factor_is_refused_and_nothing_is_written(package
     session.prefill([tokens(7)])
 
 
+def test_what_is_reusable_is_what_prefill_takes(package: Package) -> None:
+    session = opened(package, 2)
+    text = tokens(LONG)
+    session.prefill([text[: ORIGINAL - 5], text])
+    assert [session.reusable(n) for n in (1, ORIGINAL, ORIGINAL + 1)] == [ORIGINAL - 5] * 2 + [0]
+    assert [session.reusable(n, 1) for n in (ORIGINAL, LONG, LONG + 1)] == [0, LONG, 0]
+    for token in text[ORIGINAL - 5 : ORIGINAL + 3]:
+        session.decode([token])
+    assert [session.reusable(n) for n in (ORIGINAL, ORIGINAL + 1)] == [ORIGINAL, 0]
+    session.truncate(session.reusable(ORIGINAL - 1))
+    with pytest.raises(SessionError, match="reset the row"):
+        session.prefill([[7]])
+    session.truncate(ORIGINAL - 2)
+    session.prefill([[7]])
+    with pytest.raises(SessionError, match="row 2 of a session of 2"):
+        session.reusable(3, 2)
+
+
 def test_up_to_the_original_length_a_prefix_is_reused(package: Package) -> None:
     session = opened(package)
     session.prefill([tokens(12)])
@@ -162,7 +180,7 @@ def test_perplexity_scores_windows_as_whole_requests(package: Package) -> None:
 def test_steps_narrow_as_the_span_grows(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tokens(200)
     (right,) = opened(package).prefill([text])
-    monkeypatch.setattr(sessions, "MOST_SCORES", 4 * sessions.SCORE_BYTES * 64 * 20)
+    monkeypatch.setattr(sessions, "MOST_SCORES", 4 * SCORE_BYTES * 64 * 20)
     session = opened(package)
     sizes: list[tuple[int, int]] = []
     session.on_step = lambda step: sizes.append(

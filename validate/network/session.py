@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwenport.contract import INPUT_IDS, caches, is_past, past, present_of
+from qwenport.contract import INPUT_IDS, SCORE_BYTES, caches, is_past, past, present_of
 from qwenport.engines import MAX_STEP_LOGITS, MAX_STEP_TOKENS, CachedSession, SessionError
 from qwenport.engines.memory import untouched_zeros
-from qwenport.engines.session import SCORE_BYTES, Float32, Int64
+from qwenport.engines.session import Float32, Int64
 from qwenport.engines.spans import Spans
 from qwenport.exporter import ModelConfig
 from qwenport.validate.network.interpreter import Interpreter

@@ -83,14 +83,20 @@ detail::TokenSink forwarding(const OnToken& on_token) {
 
 }  // namespace
 
-Logits Session::prefill(const std::vector<Token>& tokens) {
+Logits Session::prefill(const std::vector<Token>& tokens, int prompt_length) {
   const TokenView row = view(tokens);
-  return idle_core(core_).prefill(&row, 1);
+  return idle_core(core_).prefill(&row, 1, prompt_length != 0 ? &prompt_length : nullptr);
 }
 
-Logits Session::prefill_batch(const std::vector<std::vector<Token>>& rows) {
+Logits Session::prefill_batch(const std::vector<std::vector<Token>>& rows,
+                              const std::vector<int>& prompt_lengths) {
   const std::vector<TokenView> all = views(rows);
-  return idle_core(core_).prefill(all.data(), all.size());
+  SessionCore& core = idle_core(core_);
+  if (!prompt_lengths.empty() && prompt_lengths.size() != rows.size()) {
+    throw Error(ErrorCode::invalid_argument, std::to_string(prompt_lengths.size()) + " prompt lengths for " +
+                                                 std::to_string(rows.size()) + " rows");
+  }
+  return core.prefill(all.data(), all.size(), prompt_lengths.empty() ? nullptr : prompt_lengths.data());
 }
 
 Logits Session::decode(Token token) { return idle_core(core_).decode(&token, 1); }

@@ -177,10 +177,11 @@ int qwenport_session_create(const qwenport_engine* engine, const qwenport_sessio
 void qwenport_session_free(qwenport_session* session) { delete session; }
 
 int qwenport_session_prefill(qwenport_session* session, const int64_t* const* rows, const size_t* sizes,
-                             size_t count, const float** logits) {
+                             const int* prompt_lengths, size_t count, const float** logits) {
   return guarded([&] {
     need({{"session", session}, {"rows", rows}, {"sizes", sizes}, {"logits", logits}});
-    put_rows(session->session.prefill_batch(rows_of(rows, sizes, count, "rows")), logits);
+    const std::vector<int> lengths(prompt_lengths, prompt_lengths + (prompt_lengths != nullptr ? count : 0));
+    put_rows(session->session.prefill_batch(rows_of(rows, sizes, count, "rows"), lengths), logits);
   });
 }
 

@@ -196,11 +196,14 @@ std::vector<Generated> generate(SessionCore& session, const std::vector<TokenVie
   if (!options.append) session.reset();
   std::vector<Row> rows;
   std::vector<int> before;
+  std::vector<int> prompt_lengths;  // with what the rows hold
   std::size_t longest = 0;
   rows.reserve(prompts.size());
   before.reserve(prompts.size());
+  prompt_lengths.reserve(prompts.size());
   for (const TokenView& prompt : prompts) {
     before.push_back(session.length(rows.size()));
+    prompt_lengths.push_back(before.back() + static_cast<int>(prompt.size));
     rows.emplace_back(static_cast<int>(rows.size()), prompt, params, options, session);
     longest = std::max(longest, prompt.size);
   }
@@ -214,7 +217,7 @@ std::vector<Generated> generate(SessionCore& session, const std::vector<TokenVie
       const std::size_t begin = std::min(start, prompt.size);
       fed[b] = {prompt.data + begin, std::min(chunk, prompt.size - begin)};
     }
-    const Logits logits = session.prefill(fed.data(), fed.size());
+    const Logits logits = session.prefill(fed.data(), fed.size(), prompt_lengths.data());
     for (std::size_t b = 0; b < rows.size(); ++b) {
       const std::size_t size = rows[b].prompt.size;
       if (start < size && size <= start + chunk) rows[b].take(logits.row(static_cast<int>(b)), sink);
@@ -224,15 +227,10 @@ std::vector<Generated> generate(SessionCore& session, const std::vector<TokenVie
     return std::any_of(rows.begin(), rows.end(), [](const Row& row) { return !row.ended; });
   };
   while (!stopped && unfinished() && !(stopped = cancelled())) {
+    for (std::size_t b = 0; b < rows.size(); ++b) tokens[b] = rows[b].ended ? idle : rows[b].last();
+    const Logits logits = session.decode(tokens.data(), tokens.size());
     for (std::size_t b = 0; b < rows.size(); ++b) {
-      fed[b] = {};
-      if (rows[b].ended) continue;
-      tokens[b] = rows[b].last();
-      fed[b] = {&tokens[b], 1};
-    }
-    const Logits logits = session.prefill(fed.data(), fed.size());
-    for (std::size_t b = 0; b < rows.size(); ++b) {
-      if (fed[b].size != 0) rows[b].take(logits.row(static_cast<int>(b)), sink);
+      if (tokens[b] != idle) rows[b].take(logits.row(static_cast<int>(b)), sink);
     }
   }
   std::vector<Generated> results;

@@ -157,16 +157,35 @@ void read_attention(const Node& node, Manifest& manifest) {
   }
 }
 
+/// The settings of dual chunk attention: of them a session needs only what follows.
+void read_dual_chunk(const Node& node, Manifest& manifest) {
+  const auto positions = [&node](const char* key) {
+    const int found = node.at(key).positive();
+    if (found > contract::most_positions) node.at(key).wrong("a number of positions that any model has");
+    return found;
+  };
+  if (positions("chunk_size") <= positions("local_size"))
+    node.at("chunk_size").wrong("larger than local_size");
+  const char* const original = "original_max_position_embeddings";
+  if (!node.at(original).is_null()) manifest.unscaled_length = positions(original);
+  for (const std::string& key : node.keys()) {
+    if (key != "chunk_size" && key != "local_size" && key != original) {
+      node.refuse("has the unknown setting " + key);
+    }
+  }
+  manifest.score_bytes = std::int64_t{contract::score_bytes} * manifest.heads;
+}
+
 void read_sizes(const Node& root, Manifest& manifest) {
   EngineInfo& info = manifest.info;
   const Node model = root.at("model");
-  if (model.has("dual_chunk") && !model.at("dual_chunk").is_null()) {
-    model.refuse("has dual chunk attention, which the library does not compute; Python's sessions do");
-  }
   info.vocab_size = model.at("vocab_size").positive();
   manifest.heads = model.at("num_attention_heads").positive();
   manifest.kv_heads = model.at("num_key_value_heads").positive();
   manifest.head_dim = model.at("head_dim").positive();
+  if (model.has("dual_chunk") && !model.at("dual_chunk").is_null()) {
+    read_dual_chunk(model.at("dual_chunk"), manifest);
+  }
   info.capacity = root.at("max_seq_len").positive();
   info.max_batch = root.at("max_batch").positive();
   info.dtype = root.at("dtype").text();
@@ -218,6 +237,7 @@ void read_bindings(const Node& root, Manifest& manifest) {
                                             {contract::write_indices, "int64 [batch]"},
                                             {contract::key_positions, "int64 [span]"},
                                             {contract::logits_indices, "int64 [batch,n]"}};
+  if (manifest.unscaled_length) inputs.emplace(contract::request_lengths, "int64 [batch]");
   std::map<std::string, std::string> outputs{
       {contract::logits, "float [batch,n," + std::to_string(manifest.info.vocab_size) + "]"}};
   const Node aliases = root.at("aliases");

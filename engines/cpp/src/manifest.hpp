@@ -36,6 +36,10 @@ struct Attention {
 
 struct Manifest {
   EngineInfo info;
+  /// Only with dual chunk attention that scales by length: requests of at most so many positions are not scaled.
+  std::optional<int> unscaled_length;
+  std::int64_t score_bytes =
+      0;  ///< that a step needs for each token and slot of its span, at most, if it may be many
   Attention attention;
   std::vector<int> profile_tokens;  ///< tokens per row that each of TensorRT's profiles admits
   int heads = 0;                    ///< of the queries

@@ -61,8 +61,13 @@ SessionCore::SessionCore(std::shared_ptr<const Model> model, const SessionOption
   const auto slots = static_cast<std::size_t>(capacity_);
   const std::size_t logits_bytes =
       rows * static_cast<std::size_t>(manifest().info.vocab_size) * sizeof(float);
+  if (manifest().unscaled_length) {
+    scale_.emplace(*manifest().unscaled_length, rows, slots);
+    request_lengths_ = make_input(contract::request_lengths, rows);
+  }
   held_.resize(rows);
   for (std::vector<Token>& row : held_) row.reserve(slots);
+  requests_.resize(rows);
   present_.resize(rows);
   views_.resize(rows);
   done_.resize(rows);
@@ -96,56 +101,13 @@ SessionCore::SessionCore(std::shared_ptr<const Model> model, const SessionOption
   buckets_.reserve(max_graphs);
 }
 
-/// The first profile that admits steps of that many tokens per row.
-std::size_t SessionCore::profile_of(std::int64_t width) const {
-  const std::vector<int>& tokens = manifest().profile_tokens;
-  const auto found = std::find_if(tokens.begin(), tokens.end(), [width](int most) { return width <= most; });
-  return static_cast<std::size_t>(found - tokens.begin());
-}
-
 std::int64_t SessionCore::span_of(std::int64_t count) const {
   return span_holding(count, manifest().attention.span_multiple, slots_);
 }
 
-/// Allocate the workspace for this session's largest step of each profile, which is less than the engine's.
-void SessionCore::reserve_workspace() {
-  const auto rows = static_cast<std::int64_t>(held_.size());
-  std::size_t most = 0;
-  for (const int tokens : manifest().profile_tokens) {
-    const std::int64_t width = std::min(tokens, max_step_tokens_);
-    Executor& executor = *executors_[profile_of(width)].executor;
-    set_shapes(executor, {rows, width, span_of(capacity_)});
-    most = std::max(most, executor.workspace_bytes());
-  }
-  grow_workspace(most, nullptr);
-}
-
-/// Replace the workspace. Every executor but `keep` has to be prepared again, and graphs are captured again.
-void SessionCore::grow_workspace(std::size_t bytes, const Executor* keep) {
-  for (Steps& steps : executors_) steps.shape = {};
-  for (Bucket& bucket : buckets_) {
-    bucket.graph.reset();
-    if (bucket.executor.get() != keep) bucket.executor.reset();
-  }
-  workspace_bytes_ = 0;
-  workspace_ = {};
-  workspace_ = device_memory(bytes);
-  workspace_bytes_ = bytes;
-}
-
-std::unique_ptr<Executor> SessionCore::make_executor(std::size_t profile) {
-  auto executor = model_->make_executor(*device_, static_cast<int>(profile));
-  for (const Input* input :
-       {&input_ids_, &position_ids_, &write_indices_, &key_positions_, &logits_indices_}) {
-    executor->bind(input->name, input->address());
-  }
-  executor->bind(contract::logits, logits_.get());
-  for (std::size_t i = 0; i < caches_.size(); ++i) {  // past and present are the same memory
-    executor->bind(manifest().caches[i].past, caches_[i].get());
-    executor->bind(manifest().caches[i].present, caches_[i].get());
-  }
-  for (const std::string& query : manifest().queries) executor->bind(query, queries_.get());
-  return executor;
+std::int64_t SessionCore::narrowed_width(std::int64_t rows, std::int64_t start, std::int64_t width) const {
+  return narrowed(rows, start, width, manifest().score_bytes, contract::most_scores,
+                  manifest().attention.span_multiple, slots_);
 }
 
 void SessionCore::check_idle() {
@@ -192,11 +154,35 @@ Logits SessionCore::decode(const Token* tokens, std::size_t count) {
   for (std::size_t b = 0; b < std::min(count, views_.size()); ++b) {
     views_[b] = {tokens + b, tokens[b] == idle ? std::size_t{0} : std::size_t{1}};
   }
-  return prefill(views_.data(), count);
+  check(views_.data(), count);
+  count_requests(views_.data(), count, nullptr);
+  return append(views_.data(), count);
 }
 
-Logits SessionCore::prefill(const TokenView* rows, std::size_t count) {
+Logits SessionCore::prefill(const TokenView* rows, std::size_t count, const int* prompt_lengths) {
   check(rows, count);
+  count_requests(rows, count, prompt_lengths);
+  for (std::size_t b = 0; scale_ && b < count; ++b) {
+    if (rows[b].size != 0) scale_->check(b, requests_[b]);
+  }
+  return append(rows, count);
+}
+
+/// Note the tokens that each row's request has, given those appended now.
+void SessionCore::count_requests(const TokenView* rows, std::size_t count, const int* prompt_lengths) {
+  for (std::size_t b = 0; b < count; ++b) {
+    const std::int64_t after = length(b) + static_cast<std::int64_t>(rows[b].size);
+    requests_[b] = prompt_lengths == nullptr ? after : prompt_lengths[b];
+    if (rows[b].size != 0 && (requests_[b] < after || requests_[b] > capacity_)) {
+      throw Error(ErrorCode::invalid_argument,
+                  "row " + std::to_string(b) + ": a prompt of " + std::to_string(requests_[b]) +
+                      " tokens, where " + std::to_string(after) + " to " + text(capacity_) + " are possible");
+    }
+  }
+}
+
+/// Append rows that were checked, of the requests noted.
+Logits SessionCore::append(const TokenView* rows, std::size_t count) {
   std::fill(done_.begin(), done_.end(), std::size_t{0});
   for (std::size_t b = 0; b < count; ++b) present_[b] = static_cast<char>(rows[b].size != 0);
   bool whole = false;  // every row that has tokens ends in one step, the first
@@ -209,7 +195,8 @@ Logits SessionCore::prefill(const TokenView* rows, std::size_t count) {
     }
     if (longest == 0) break;
     // Padding needs slots too: one step is only as wide as the fullest row has room for.
-    const std::int64_t width = std::min({longest, capacity_ - last_start, std::int64_t{max_step_tokens_}});
+    const std::int64_t room = std::min({longest, capacity_ - last_start, std::int64_t{max_step_tokens_}});
+    const std::int64_t width = narrowed_width(static_cast<std::int64_t>(count), last_start, room);
     whole = first;
     for (std::size_t b = 0; b < count; ++b) {
       const auto left = static_cast<std::int64_t>(rows[b].size - done_[b]);
@@ -226,6 +213,7 @@ Logits SessionCore::prefill(const TokenView* rows, std::size_t count) {
       if (taken_[b] == 0) continue;
       const Token* first_taken = rows[b].data + done_[b];
       held_[b].insert(held_[b].end(), first_taken, first_taken + taken_[b]);
+      if (scale_) scale_->hold(b, requests_[b], static_cast<std::size_t>(taken_[b]));
       done_[b] += static_cast<std::size_t>(taken_[b]);
     }
   }
@@ -244,6 +232,9 @@ void SessionCore::run_step(std::int64_t rows, std::int64_t width, bool whole,
     write_indices_.values()[b] = start;
     logits_indices_.values()[b] = std::max<std::int64_t>(taken_[row] - 1, 0);
     for (std::int64_t i = 0; i < width; ++i) position_ids_.values()[b * width + i] = start + i;
+    if (scale_) {
+      request_lengths_.values()[b] = scale_->of_step(row, requests_[row], length(row) == capacity_);
+    }
     end = std::max(end, start + width);
   }
   span_ = span_of(end);
@@ -260,63 +251,6 @@ void SessionCore::run_step(std::int64_t rows, std::int64_t width, bool whole,
   if (!(whole && device_->is_host())) fetch_logits(rows, wanted);
   device_->synchronize();
   failed_ = false;
-}
-
-/// Issue a single-token step through its bucket. False if the device refuses what that needs (memory for
-/// another execution context, a capture): the session continues without graphs, from this step on, which
-/// writes again to the same places what it may already have written.
-bool SessionCore::issue_by_graph(const StepShape& step) {
-  try {
-    Bucket& decode = bucket(step);
-    if (decode.graph != nullptr) {
-      decode.graph->launch();
-      return true;
-    }
-    if (decode.executor != nullptr) {
-      decode.graph = device_->capture([&] { issue(*decode.executor, step); });
-      decode.graph->launch();
-      return true;
-    }
-    decode.executor = make_executor(profile_of(step.width));
-    prepare(*decode.executor, step);
-    issue(*decode.executor, step);  // TensorRT requires one run before a capture
-    return true;
-  } catch (const Error& error) {
-    if (error.code() != ErrorCode::device) throw;
-    device_->synchronize();  // what was issued still uses them
-    buckets_.clear();
-    cuda_graphs_ = false;
-    return false;
-  }
-}
-
-/// Set an executor's shapes and its workspace.
-void SessionCore::prepare(Executor& executor, const StepShape& step) {
-  set_shapes(executor, step);
-  const std::size_t needed = executor.workspace_bytes();
-  if (needed > workspace_bytes_) grow_workspace(needed, &executor);
-  executor.set_workspace(workspace_.get(), workspace_bytes_);
-}
-
-void SessionCore::set_shapes(Executor& executor, const StepShape& step) const {
-  executor.shape(contract::input_ids, {2, {step.rows, step.width}});
-  executor.shape(contract::position_ids, {2, {step.rows, step.width}});
-  executor.shape(contract::write_indices, {1, {step.rows}});
-  executor.shape(contract::key_positions, {1, {step.span}});
-  executor.shape(contract::logits_indices, {2, {step.rows, 1}});
-  const Shape cache{4, {step.rows, manifest().kv_heads, slots_, manifest().head_dim}};
-  for (const CacheBinding& binding : manifest().caches) executor.shape(binding.past, cache);
-}
-
-/// Enqueue a step: inputs to the device, the network.
-void SessionCore::issue(Executor& executor, const StepShape& step) {
-  const auto count = static_cast<std::size_t>(step.rows);
-  const std::size_t tokens = count * static_cast<std::size_t>(step.width);
-  upload(input_ids_, tokens);
-  upload(position_ids_, tokens);
-  upload(write_indices_, count);
-  upload(logits_indices_, count);
-  executor.enqueue();
 }
 
 /// Enqueue the copies of logits to the host: those of the rows that are wanted.
@@ -336,25 +270,13 @@ void SessionCore::fetch_logits(std::int64_t rows, const std::vector<char>& wante
   }
 }
 
-/// The bucket of a shape; a new one replaces the least recently used if there are too many.
-SessionCore::Bucket& SessionCore::bucket(const StepShape& step) {
-  auto found =
-      std::find_if(buckets_.begin(), buckets_.end(), [&step](const Bucket& b) { return b.shape == step; });
-  if (found == buckets_.end()) {
-    if (buckets_.size() == max_graphs) {
-      buckets_.erase(std::min_element(buckets_.begin(), buckets_.end(), [](const Bucket& a, const Bucket& b) {
-        return a.last_use < b.last_use;
-      }));
-    }
-    found = buckets_.emplace(buckets_.end());
-    found->shape = step;
-  }
-  found->last_use = ++steps_;
-  return *found;
+void SessionCore::reset() {
+  for (int row = 0; row < max_batch(); ++row) truncate(0, row);
 }
 
-void SessionCore::reset() {
-  for (std::vector<Token>& row : held_) row.clear();
+std::size_t SessionCore::reusable(std::size_t row, std::size_t prompt_length) const {
+  if (!scale_) return held_[row].size();
+  return scale_->reusable(row, static_cast<std::int64_t>(prompt_length));
 }
 
 void SessionCore::truncate(int length, int row) {
@@ -367,6 +289,7 @@ void SessionCore::truncate(int length, int row) {
                                                  " tokens; it cannot keep " + text(length));
   }
   held.resize(static_cast<std::size_t>(length));
+  if (scale_) scale_->truncate(static_cast<std::size_t>(row), held.size());
 }
 
 }  // namespace qwenport::detail

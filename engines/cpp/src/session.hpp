@@ -9,9 +9,11 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "backend.hpp"
+#include "length_scale.hpp"
 #include "qwenport/qwenport.hpp"
 
 namespace qwenport::detail {
@@ -49,7 +51,9 @@ class SessionCore {
 
   SessionCore(std::shared_ptr<const Model> model, const SessionOptions& options);
 
-  Logits prefill(const TokenView* rows, std::size_t count);
+  /// \param prompt_lengths [count], for each row the tokens that it will hold when its whole prompt is there; nullptr: after
+  ///   this call.
+  Logits prefill(const TokenView* rows, std::size_t count, const int* prompt_lengths = nullptr);
   /// One token per row; `idle` leaves a row alone.
   Logits decode(const Token* tokens, std::size_t count);
   void reset();
@@ -65,6 +69,8 @@ class SessionCore {
   [[nodiscard]] bool cuda_graphs() const noexcept { return cuda_graphs_; }
   /// Slots that the last step attended to.
   [[nodiscard]] int span() const noexcept { return static_cast<int>(span_); }
+  /// How many of a row's tokens, from its first on, may be continued to a prompt of so many tokens.
+  [[nodiscard]] std::size_t reusable(std::size_t row, std::size_t prompt_length) const;
   /// Fill every slot that holds no token with large finite numbers; see self_test.cpp.
   void poison();
 
@@ -113,10 +119,14 @@ class SessionCore {
   std::unique_ptr<Executor> make_executor(std::size_t profile);
   [[nodiscard]] std::size_t profile_of(std::int64_t width) const;
   [[nodiscard]] std::int64_t span_of(std::int64_t count) const;
+  [[nodiscard]] std::int64_t longest_span(std::int64_t rows, std::int64_t width) const;
   void reserve_workspace();
   void grow_workspace(std::size_t bytes, const Executor* keep);
   void upload(const Input& input, std::size_t count);
   void check(const TokenView* rows, std::size_t count) const;
+  void count_requests(const TokenView* rows, std::size_t count, const int* prompt_lengths);
+  Logits append(const TokenView* rows, std::size_t count);
+  [[nodiscard]] std::int64_t narrowed_width(std::int64_t rows, std::int64_t start, std::int64_t width) const;
   void check_usable() const;
   void set_shapes(Executor& executor, const StepShape& step) const;
   void prepare(Executor& executor, const StepShape& step);
@@ -141,13 +151,15 @@ class SessionCore {
   bool misused_ = false;  // by a callback of that generation
   std::uint64_t steps_ = 0;
   std::int64_t span_ = 0;
-  Rows held_;                        // the tokens whose keys and values are in the cache
-  std::vector<char> present_;        // for the last call's logits
-  std::vector<TokenView> views_;     // scratch of decode
-  std::vector<std::size_t> done_;    // scratch of prefill
-  std::vector<std::int64_t> taken_;  // scratch of prefill
-  std::vector<char> finishing_;      // scratch of prefill
-  std::vector<Memory> caches_;       // one for each pair of cache bindings
+  Rows held_;                           // the tokens whose keys and values are in the cache
+  std::optional<LengthScale> scale_;    // the lengths of their requests, if the model scales by length
+  std::vector<std::int64_t> requests_;  // the tokens of each row's request; scratch of prefill and decode
+  std::vector<char> present_;           // for the last call's logits
+  std::vector<TokenView> views_;        // scratch of decode
+  std::vector<std::size_t> done_;       // scratch of prefill
+  std::vector<std::int64_t> taken_;     // scratch of prefill
+  std::vector<char> finishing_;         // scratch of prefill
+  std::vector<Memory> caches_;          // one for each pair of cache bindings
   std::size_t workspace_bytes_ = 0;
   Memory workspace_;
   Memory queries_;  // all layers' query outputs; their values are not used
@@ -158,6 +170,7 @@ class SessionCore {
   Input position_ids_;
   Input write_indices_;
   Input logits_indices_;
+  Input request_lengths_;         // only with a length scale
   std::vector<Steps> executors_;  // one for each profile
   std::vector<Bucket> buckets_;
 };

@@ -1,5 +1,6 @@
 // SessionCore::save and restore. A snapshot is
-//   "QWENPORT" version:u64 engine's identity:64 bytes rows:u64 (length:i64 tokens:i64[length])[rows]
+//   "QWENPORT" version:u64 engine's identity:64 bytes rows:u64
+//   (length:i64 tokens:i64[length] request lengths:i64[length], if the engine scales by length)[rows]
 //   the slots in use of every cache, row and head     checksum:u64 of all before it
 #include <algorithm>
 #include <cstring>
@@ -77,10 +78,11 @@ std::vector<std::byte> SessionCore::save() {
   header.rows = held_.size();
   std::vector<std::byte> out;
   put(out, &header, 1);
-  for (const std::vector<Token>& row : held_) {
-    const auto length = static_cast<std::int64_t>(row.size());
+  for (std::size_t b = 0; b < held_.size(); ++b) {
+    const auto length = static_cast<std::int64_t>(held_[b].size());
     put(out, &length, 1);
-    put(out, row.data(), row.size());
+    put(out, held_[b].data(), held_[b].size());
+    if (scale_) put(out, scale_->held()[b].data(), held_[b].size());
   }
   const Memory bounce = device_->is_host() ? Memory{} : pinned_memory(longest_slice(held_));
   for_each_used_slice(held_, [&](const std::byte* device, std::size_t bytes) {
@@ -121,6 +123,7 @@ void SessionCore::restore(const std::vector<std::byte>& snapshot) {
     left -= bytes;
   };
   Rows rows(held_.size());
+  Rows requests(rows.size());  // one for each token, if the engine scales by length
   for (std::size_t b = 0; b < rows.size(); ++b) {
     std::int64_t length = 0;
     take(&length, sizeof length);
@@ -135,6 +138,13 @@ void SessionCore::restore(const std::vector<std::byte>& snapshot) {
     take(rows[b].data(), rows[b].size() * sizeof(Token));
     for (const Token token : rows[b]) {
       if (token < 0 || token >= manifest().info.vocab_size) refuse("damaged");
+    }
+    if (!scale_) continue;
+    requests[b].reserve(static_cast<std::size_t>(capacity_));
+    requests[b].resize(rows[b].size());
+    take(requests[b].data(), requests[b].size() * sizeof(std::int64_t));
+    for (const std::int64_t request : requests[b]) {
+      if (!scale_->is_possible(request, manifest().info.capacity)) refuse("damaged");
     }
   }
   std::size_t needed = 0;
@@ -151,6 +161,7 @@ void SessionCore::restore(const std::vector<std::byte>& snapshot) {
   });
   failed_ = false;
   held_ = std::move(rows);
+  if (scale_) scale_->restore(std::move(requests));
 }
 
 }  // namespace qwenport::detail

@@ -198,10 +198,13 @@ QWENPORT_EXPORT int qwenport_session_create(const qwenport_engine* engine,
 QWENPORT_EXPORT void qwenport_session_free(qwenport_session* session);
 
 /** Append sizes[b] tokens rows[b] to row b; if sizes[b] is 0, rows[b] is not read and may be NULL.
+ *  prompt_lengths, which may be NULL, are for prompts that are given in several calls; see Session::prefill in qwenport.hpp:
+ *  prompt_lengths[b] is how many tokens row b will hold when its whole prompt is there, by default after this call.
  *  logits[b] becomes the fp32 [vocab_size] after its last token, or NULL for a row that was given none; valid
  *  until the next call. */
 QWENPORT_EXPORT int qwenport_session_prefill(qwenport_session* session, const int64_t* const* rows,
-                                             const size_t* sizes, size_t count, const float** logits);
+                                             const size_t* sizes, const int* prompt_lengths, size_t count,
+                                             const float** logits);
 /** Append one token per row, or none (QWENPORT_IDLE). logits as for prefill. */
 QWENPORT_EXPORT int qwenport_session_decode(qwenport_session* session, const int64_t* tokens, size_t count,
                                             const float** logits);

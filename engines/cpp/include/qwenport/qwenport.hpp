@@ -317,11 +317,18 @@ class QWENPORT_EXPORT Session {
   ~Session();
 
   /// Append tokens to row 0; call again to continue. Returns the logits after the last one.
-  /// \throws Error invalid_argument, capacity: nothing was written.
-  Logits prefill(const std::vector<Token>& tokens);
+  ///
+  /// A prompt that is given in several calls states its length in each, if the model scales by length (Qwen2.5-1M beyond
+  /// 262,144 positions): other models do not depend on it.
+  /// \param prompt_length the tokens that the row will hold when its whole prompt is there; 0: after this call.
+  /// \throws Error invalid_argument (also: a prompt whose length scales otherwise than the tokens that the row holds),
+  ///   capacity: nothing was written.
+  Logits prefill(const std::vector<Token>& tokens, int prompt_length = 0);
   /// Append rows[b] to row b. Rows may differ in length and may be empty. A step is no wider than the free
   /// space in the fullest row, even if idle: truncate a row that has ended before others get long prompts.
-  Logits prefill_batch(const std::vector<std::vector<Token>>& rows);
+  /// \param prompt_lengths one for each row, as above but not 0; empty: the rows' lengths after this call.
+  Logits prefill_batch(const std::vector<std::vector<Token>>& rows,
+                       const std::vector<int>& prompt_lengths = {});
   /// Append one token to row 0.
   Logits decode(Token token);
   /// Append one token per row; `idle` leaves a row alone.

@@ -106,10 +106,12 @@ ChatCore::Prompt ChatCore::make_prompt(const std::string& content) const {
   return prompt;
 }
 
-/// Keep of the cache what the prompt begins with; the prompt's last token is always fed. Returns how many tokens that are.
+/// Keep of the cache what the prompt begins with, unless the model scales keys by a length that is another one now; the
+/// prompt's last token is always fed. Returns how many tokens that are.
 std::size_t ChatCore::keep_common(const std::vector<Token>& prompt) {
   const std::vector<Token>& held = session_->held(0);
-  const std::size_t most = std::min(held.size(), std::max<std::size_t>(prompt.size(), 1) - 1);
+  const std::size_t most =
+      std::min(session_->reusable(0, prompt.size()), std::max<std::size_t>(prompt.size(), 1) - 1);
   const auto end = held.begin() + static_cast<std::ptrdiff_t>(most);
   const auto common = std::mismatch(held.begin(), end, prompt.begin()).first - held.begin();
   session_->truncate(static_cast<int>(common), 0);

@@ -1,7 +1,8 @@
 // A conversation and its session: what Chat is a handle of.
 //
 // Each prompt is the whole conversation as the chat template writes it, in the tokens that transformers gives it. As many of
-// them as the session holds already, from the first on, are not fed again: normally all to the end of the reply.
+// them as the session holds already, from the first on, are not fed again: normally all to the end of the reply, and none if
+// the model scales keys by the conversation's length.
 #pragma once
 
 #include <memory>

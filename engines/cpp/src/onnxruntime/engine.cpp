@@ -2,7 +2,6 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <array>
 #include <map>
 #include <utility>
 #include <vector>
@@ -66,10 +65,14 @@ class OnnxRuntimeExecutor final : public Executor {
  public:
   OnnxRuntimeExecutor(const OnnxRuntime& runtime, ort::Session* session, const Manifest& manifest)
       : runtime_(runtime), session_(session), vocab_size_(manifest.info.vocab_size) {
+    std::vector<const char*> integers{contract::input_ids, contract::position_ids, contract::write_indices,
+                                      contract::key_positions, contract::logits_indices};
+    if (manifest.unscaled_length) integers.push_back(contract::request_lengths);
     for (const char* name : integers) {
       tensors_.push_back({name, ort::ElementType::int64, /*is_output=*/false});
     }
-    tensors_.push_back({"logits", ort::ElementType::float32, /*is_output=*/true});
+    logits_ = tensors_.size();
+    tensors_.push_back({contract::logits, ort::ElementType::float32, /*is_output=*/true});
     for (const CacheBinding& cache : manifest.caches) {  // a present after its past: shape() relies on it
       tensors_.push_back({cache.past, ort::ElementType::float32, /*is_output=*/false});
       tensors_.push_back({cache.present, ort::ElementType::float32, /*is_output=*/true});
@@ -90,9 +93,9 @@ class OnnxRuntimeExecutor final : public Executor {
   void shape(const std::string& name, const Shape& shape) override {
     const std::size_t index = index_.at(name);
     set_shape(tensors_[index], shape);
-    if (index > logits) set_shape(tensors_[index + 1], shape);  // the present of a past
-    if (name == "logits_indices") {
-      set_shape(tensors_[logits], {3, {shape.sizes[0], shape.sizes[1], vocab_size_}});
+    if (index > logits_) set_shape(tensors_[index + 1], shape);  // the present of a past
+    if (name == contract::logits_indices) {
+      set_shape(tensors_[logits_], {3, {shape.sizes[0], shape.sizes[1], vocab_size_}});
     }
   }
   std::size_t workspace_bytes() override { return 0; }
@@ -108,10 +111,6 @@ class OnnxRuntimeExecutor final : public Executor {
   }
 
  private:
-  static constexpr std::array<const char*, 5> integers{"input_ids", "position_ids", "write_indices",
-                                                       "key_positions", "logits_indices"};
-  static constexpr std::size_t logits = integers.size();  // in tensors_; the caches are behind it
-
   struct Tensor {
     std::string name;
     ort::ElementType type;
@@ -150,6 +149,7 @@ class OnnxRuntimeExecutor final : public Executor {
   std::int64_t vocab_size_;
   Owned<ort::IoBinding> binding_;
   std::vector<Tensor> tensors_;
+  std::size_t logits_ = 0;  // in tensors_; the caches are behind it
   std::map<std::string, std::size_t> index_;
   bool is_bound_ = false;  // all of them
 };
