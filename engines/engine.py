@@ -20,6 +20,7 @@ from qwenport.contract import (
     FP32,
     INPUT_IDS,
     INT8,
+    KEY_POSITIONS,
     LOGITS_INDICES,
     MANIFEST,
     MASKED,
@@ -223,6 +224,12 @@ def _check_attention(manifest: dict[str, Any]) -> None:
             most = profile.get(name, {}).get("max", [])
             if len(most) != 2 or most[0] != manifest["max_batch"] or most[1] < 1:
                 raise ValueError(f"a profile's {name} is not of max_batch rows")
+    if not any(
+        profile[INPUT_IDS].get("min", [])[1:] == [1]
+        and profile.get(KEY_POSITIONS, {}).get("max") == [slots]
+        for profile in manifest["profiles"]
+    ):
+        raise ValueError("no profile is for single tokens over all slots")
 
 
 def _check_onnxruntime(path: Path, manifest: dict[str, Any]) -> None:

@@ -112,11 +112,10 @@ QWENPORT_EXPORT std::int64_t test_span_holding(std::int64_t count, std::int64_t 
   return qwenport::detail::span_holding(count, multiple, slots);
 }
 
-/// The tokens of a step from slot `start` on, at most `width`, whose scores take at most `most_bytes`.
-QWENPORT_EXPORT std::int64_t test_narrowed(std::int64_t rows, std::int64_t start, std::int64_t width,
-                                           std::int64_t score_bytes, std::int64_t most_bytes,
-                                           std::int64_t multiple, std::int64_t slots) {
-  return qwenport::detail::narrowed(rows, start, width, score_bytes, most_bytes, multiple, slots);
+/// Whether the scores of a step take at most `most_bytes`.
+QWENPORT_EXPORT bool test_scores_fit(std::int64_t rows, std::int64_t width, std::int64_t span,
+                                     std::int64_t score_bytes, std::int64_t most_bytes) {
+  return qwenport::detail::scores_fit(rows, width, span, score_bytes, most_bytes);
 }
 
 /// The largest span of at most `most` slots.

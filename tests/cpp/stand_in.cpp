@@ -6,6 +6,7 @@
 namespace stand_in {
 
 using qwenport::detail::Manifest;
+using qwenport::detail::Profile;
 
 thread_local long allocations = 0;
 
@@ -31,7 +32,7 @@ class StandInExecutor final : public qwenport::detail::Executor {
   StandInExecutor(StandInDevice& device, const Manifest& manifest, int profile)
       : device_(device),
         manifest_(manifest),
-        most_tokens_(manifest.profile_tokens.at(static_cast<std::size_t>(profile))) {
+        profile_(manifest.profiles.at(static_cast<std::size_t>(profile))) {
     if (++device.counts().executors > device.counts().most_executors) {
       throw qwenport::Error(qwenport::ErrorCode::device, "no memory for an executor");
     }
@@ -54,7 +55,9 @@ class StandInExecutor final : public qwenport::detail::Executor {
   }
   void enqueue() override {
     const Uncounted uncounted;
-    if (call_.width() > most_tokens_) throw Misuse("a step that its profile does not admit");
+    if (call_.width() < profile_.least || call_.width() > profile_.tokens || call_.span() > profile_.span) {
+      throw Misuse("a step that its profile does not admit");
+    }
     if (workspace_bytes_ < workspace_bytes()) throw Misuse("a workspace that is too small");
     for (const std::string& query : manifest_.queries) {
       const auto heads = static_cast<std::size_t>(call_.rows() * call_.width() * manifest_.heads);
@@ -69,7 +72,7 @@ class StandInExecutor final : public qwenport::detail::Executor {
  private:
   StandInDevice& device_;
   const Manifest& manifest_;
-  std::int64_t most_tokens_;
+  Profile profile_;
   void* workspace_ = nullptr;
   std::size_t workspace_bytes_ = 0;
   Call call_;

@@ -148,11 +148,17 @@ std::string toy_manifest_text(int capacity = 160, int max_batch = 4, int max_ste
 std::shared_ptr<const StandInModel> toy_model(int capacity = 160, int max_batch = 4, int max_step_tokens = 24,
                                               const std::string& form = "masked", bool two_profiles = false);
 
-std::shared_ptr<const StandInModel> toy_model_of(const std::string& manifest_text);
+/// \param score_bytes as of an engine for onnxruntime.
+std::shared_ptr<const StandInModel> toy_model_of(const std::string& manifest_text,
+                                                 std::int64_t score_bytes = 0);
+
+/// The manifest of toy_manifest_text, with other profiles.
+std::string with_profiles(std::string manifest, int max_batch,
+                          const std::vector<qwenport::detail::Profile>& profiles);
 
 /// The manifest of toy_manifest_text, with dual chunk attention.
 /// \param unscaled_length longer requests scale keys; 0: none do.
-std::string with_dual_chunk(std::string manifest, int unscaled_length, int heads = 4);
+std::string with_dual_chunk(std::string manifest, int unscaled_length);
 
 /// The logits [vocab] of toy_network after these tokens, from its definition.
 /// \param requests if lengths scale keys, for each token the length that its key is scaled for.

@@ -74,7 +74,7 @@ void random_operations(unsigned seed, int capacity, bool cuda_graphs) {
   std::mt19937 random(seed);
   const auto below = [&random](std::size_t n) { return random() % n; };
   const auto model = stand_in::toy_model_of(
-      stand_in::with_dual_chunk(stand_in::toy_manifest_text(160, 3, 24, 97), unscaled, 4));
+      stand_in::with_dual_chunk(stand_in::toy_manifest_text(160, 3, 24, 97), unscaled));
   const Engine engine(model);
   const std::size_t rows = 1 + below(3);
   const SessionOptions options{static_cast<int>(rows), capacity, cuda_graphs};
@@ -246,21 +246,31 @@ TEST_CASE("a snapshot with impossible lengths is refused") {
 }
 
 TEST_CASE("steps narrow as the span grows, within memory that the session has from its beginning") {
-  constexpr int heads = 1 << 16;  // so many that a few tokens have scores of 1 GiB
-  constexpr std::int64_t most_bytes = 1 << 30;
+  constexpr std::int64_t score_bytes = 40L * 65536;  // so many that a few tokens have scores of 1 GiB
+  constexpr std::int64_t most_bytes = 1073741824;
+  const std::vector<qwenport::detail::Profile> profiles{{1, 1, 160}, {2, 24, 64}, {2, 7, 128}};
   for (const int rows : {1, 3}) {
-    for (const int original : {0, unscaled}) {
-      const auto text = stand_in::toy_manifest_text(160, rows, 24, 97, "masked", true);
-      const auto model = stand_in::toy_model_of(stand_in::with_dual_chunk(text, original, heads));
+    for (const bool by_profiles : {false, true}) {
+      auto text =
+          stand_in::with_dual_chunk(stand_in::toy_manifest_text(160, rows, 24, 97, "masked", true), unscaled);
+      if (by_profiles) text = stand_in::with_profiles(text, rows, profiles);
+      const auto model = stand_in::toy_model_of(text, by_profiles ? 0 : score_bytes);
       Session session{Engine(model), {rows, 0, true}};
+      const auto fits = [&](std::int64_t width, std::int64_t span) {
+        if (!by_profiles) return rows * width * span * score_bytes <= most_bytes;
+        return span <= 64 ? width <= 24 : span <= 128 && width <= 7;
+      };
       auto& counts = model->counts();
       const long reserved = counts.device_bytes;
       const long allocated = counts.device_allocations;
       session.prefill_batch(Rows(static_cast<std::size_t>(rows), counting(160)));
       long steps = 0;
       for (std::int64_t start = 0; start < 160; ++steps) {
-        const std::int64_t width = std::min<std::int64_t>(24, 160 - start);
-        start += qwenport::detail::narrowed(rows, start, width, 40L * heads, most_bytes, 64, 160);
+        std::int64_t width = std::min<std::int64_t>(24, 160 - start);
+        while (width > 1 && !fits(width, qwenport::detail::span_holding(start + width, 64, 160))) {
+          width = (width + 1) / 2;
+        }
+        start += width;
       }
       CHECK(counts.steps == steps);
       CHECK(steps > 160 / 6);

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chunked import make_chunked
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenport import engines
+from qwenport import engines, exporter
 from qwenport.engines import EngineError
 from qwenport.engines.tensorrt_session import check_version
 from qwenport.exporter import ConfigError, as_dual_chunk
@@ -65,10 +66,16 @@ def test_what_build_writes_is_read(
     ]
 
 
+def test_an_engine_with_dual_chunk_attention_is_read(library: Library, tmp_path: Path) -> None:
+    package = exporter.export(make_chunked(tmp_path / "checkpoint"), tmp_path / "package")
+    engine = engines.build(package.path, tmp_path / "engine", target="tensorrt-rtx", gpus="sm89")
+    assert len(engine.manifest["profiles"]) == 2 and package.config.scales_by_length
+    error, text, numbers = read(library, (engine.path / "qwenport.json").read_text())
+    assert (error, text) == ("", "") and numbers[3] == package.max_seq_len
+
+
 @pytest.fixture(scope="module")
 def package_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], engines.Engine]:
-    from qwenport import exporter
-
     from .builds import ROOT
 
     def make(dtype: str) -> engines.Engine:
@@ -199,7 +206,7 @@ CHUNKS = {"chunk_size": 48, "local_size": 16, ORIGINAL: 40}
         (
             ("attention",),
             {"form": "direct", "span_multiple": 192, "slots": 192},
-            "bindings.inputs is not what this runtime feeds",
+            "profiles is not with one for single tokens over all slots",
         ),
         (
             ("attention",),
@@ -209,6 +216,10 @@ CHUNKS = {"chunk_size": 48, "local_size": 16, ORIGINAL: 40}
         (("profiles",), [], "profiles is not a list of profiles"),
         (("max_batch",), 5, "profiles[0].input_ids.max is not of max_batch rows"),
         (("profiles", 0, "input_ids", "max"), [4, 161], "is not within max_seq_len"),
+        (("profiles", 0, "input_ids", "min"), [1, 2], "profiles is not with one for single tokens"),
+        (("profiles", 0, "input_ids", "min"), [1, 25], "min is not within its maximum"),
+        (("profiles", 0, "key_positions", "max"), [128], "profiles is not with one for single tok"),
+        (("profiles", 0, "key_positions", "max"), [161], "max is not within the cache's slots"),
         (("model", "head_dim"), 2**31 - 1, "model is not of a size that any machine has"),
         (("model", "dual_chunk"), CHUNKS, "bindings.inputs is not what this runtime feeds"),
         (("model", "dual_chunk"), [48, 16], "model.dual_chunk is not an object"),

@@ -56,13 +56,10 @@ class Narrow(CachedSession):
         raise AssertionError
 
 
-@given(st.integers(1, 64), st.integers(0, 2**22), st.integers(1, 4096), st.data())
-def test_steps_are_as_narrow_as_python_s(
-    library: Library, rows: int, start: int, width: int, data: st.DataObject
+@given(st.integers(1, 64), st.integers(1, 4096), st.integers(1, 2**22), st.integers(0, 64))
+def test_the_scores_that_fit_are_python_s(
+    library: Library, rows: int, width: int, span: int, heads: int
 ) -> None:
-    slots = start + width + data.draw(st.integers(0, 1000))
-    multiple = data.draw(st.sampled_from([64, 256, slots]))
-    score_bytes = data.draw(st.integers(0, 64)) * SCORE_BYTES
     session = Narrow(
         max_batch=1,
         capacity=1,
@@ -70,10 +67,9 @@ def test_steps_are_as_narrow_as_python_s(
         max_step_tokens=9,
         max_step_logits=9,
         max_positions=9,
-        spans=Spans(multiple, slots),
-        score_bytes=score_bytes,
+        score_bytes=heads * SCORE_BYTES,
     )
-    function = library.c.test_narrowed
-    function.argtypes, function.restype = [c.c_int64] * 7, c.c_int64
-    given = (rows, start, width, score_bytes, MOST_SCORES, multiple, slots)
-    assert function(*given) == session._narrowed(rows, start, width)
+    function = library.c.test_scores_fit
+    function.argtypes, function.restype = [c.c_int64] * 5, c.c_bool
+    fits = function(rows, width, span, heads * SCORE_BYTES, MOST_SCORES)
+    assert fits == session._fits(rows, width, span)

@@ -1,6 +1,7 @@
 // The toy network. Every cache slot gets numbers that are made of its token, its position, the length of its request (if the
 // manifest says that lengths scale keys) and its place in the cache; the logits are a hash of all slots up to the last token, as read back from the caches. A slot
 // that was not written, was overwritten, or lies in another row, layer or head gives other logits.
+#include <algorithm>
 #include <cstdint>
 #include <sstream>
 
@@ -9,6 +10,7 @@
 namespace stand_in {
 
 using qwenport::detail::Manifest;
+using qwenport::detail::Profile;
 
 namespace {
 
@@ -94,6 +96,23 @@ std::vector<float> toy_logits(const Manifest& manifest, const std::vector<std::i
   return logits;
 }
 
+namespace {
+
+std::string profiles_text(const std::vector<Profile>& profiles, int max_batch) {
+  std::string text;
+  for (const Profile& each : profiles) {
+    const auto tokens = [max_batch](int rows, int count) {
+      return "[" + std::to_string(std::min(rows, max_batch)) + ", " + std::to_string(count) + "]";
+    };
+    text += (text.empty() ? "" : ",") + std::string(R"({"input_ids": {"min": )") + tokens(1, each.least) +
+            R"(, "max": )" + tokens(max_batch, each.tokens) + R"(}, "key_positions": {"max": [)" +
+            std::to_string(each.span) + "]}}";
+  }
+  return text;
+}
+
+}  // namespace
+
 std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, int vocab,
                               const std::string& form, bool two_profiles) {
   constexpr int layers = 2;
@@ -126,12 +145,7 @@ std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, 
               << tail << "\"";
     }
   }
-  std::ostringstream profiles;
-  const auto profile = [max_batch](int tokens) {
-    return R"({"input_ids": {"max": [)" + std::to_string(max_batch) + ", " + std::to_string(tokens) + "]}}";
-  };
-  if (two_profiles) profiles << profile(1) << ",";
-  profiles << profile(max_step_tokens);
+  const std::vector<Profile> profiles{{1, 1, slots}, {1, max_step_tokens, slots}};
   std::ostringstream text;
   text << R"({"format": "qwenport-engine", "format_version": 6, "flavour": "tensorrt",
     "runtime_version": "10.14.1.48", "gpus": ["sm80", "sm90"], "dtype": "fp32",
@@ -146,7 +160,7 @@ std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, 
     "quantization": null,
     "text": {"stop_tokens": [], "chat": null, "no_chat": "a toy has no chat template"},
     "profiles": [)"
-       << profiles.str() << R"(],
+       << profiles_text({profiles.begin() + (two_profiles ? 0 : 1), profiles.end()}, max_batch) << R"(],
     "bindings": {"inputs": [)"
        << inputs.str() << R"(], "outputs": [)" << outputs.str() << R"(]},
     "aliases": {)"
@@ -156,12 +170,17 @@ std::string toy_manifest_text(int capacity, int max_batch, int max_step_tokens, 
   return text.str();
 }
 
-std::string with_dual_chunk(std::string manifest, int unscaled_length, int heads) {
+std::string with_profiles(std::string manifest, int max_batch, const std::vector<Profile>& profiles) {
+  const std::string start = R"("profiles": [)";
+  const std::size_t begin = manifest.find(start) + start.size();
+  const std::size_t end = manifest.find(R"("bindings")", begin);
+  return manifest.replace(begin, end - begin, profiles_text(profiles, max_batch) + "], ");
+}
+
+std::string with_dual_chunk(std::string manifest, int unscaled_length) {
   const auto insert_before = [&manifest](const std::string& place, const std::string& text) {
     manifest.insert(manifest.find(place), text);
   };
-  const std::string few = R"("num_attention_heads": 4)";
-  manifest.replace(manifest.find(few), few.size(), R"("num_attention_heads": )" + std::to_string(heads));
   const std::string original = unscaled_length == 0 ? "null" : std::to_string(unscaled_length);
   insert_before(R"("vocab_size")", R"("dual_chunk": {"chunk_size": 48, "local_size": 16,
       "original_max_position_embeddings": )" +
@@ -178,8 +197,9 @@ std::shared_ptr<const StandInModel> toy_model(int capacity, int max_batch, int m
   return toy_model_of(toy_manifest_text(capacity, max_batch, max_step_tokens, 97, form, two_profiles));
 }
 
-std::shared_ptr<const StandInModel> toy_model_of(const std::string& text) {
+std::shared_ptr<const StandInModel> toy_model_of(const std::string& text, std::int64_t score_bytes) {
   Manifest manifest = qwenport::detail::parse_manifest(text, "toy");
+  manifest.score_bytes = score_bytes;
   const auto shared = std::make_shared<const Manifest>(manifest);
   return std::make_shared<const StandInModel>(std::move(manifest), [shared] {
     return Network([shared, network = toy_network(*shared)](const Call& call) { network(call); });

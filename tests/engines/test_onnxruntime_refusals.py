@@ -137,6 +137,18 @@ def append(name: str) -> Callable[[Path], None]:
     return damage
 
 
+def profiles(least: int, span: int) -> list[dict[str, Any]]:
+    """One, for steps of so many tokens and more, and spans of so many slots and fewer."""
+    tokens = {"min": [1, least], "max": [8, 96]}
+    return [
+        {
+            "input_ids": tokens,
+            "logits_indices": tokens,
+            "key_positions": {"max": [span]},
+        }
+    ]
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "another form of attention": (
         edit(attention={"form": "chunked", "span_multiple": 96, "slots": 96}),
@@ -159,6 +171,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         edit(profiles=[{"input_ids": {"max": [1, 96]}}]),
         "a profile's input_ids is not of max_batch rows",
     ),
+    "no profile for single tokens": (
+        edit(profiles=profiles(2, 96)),
+        "no profile is for single tokens over all slots",
+    ),
+    "no profile over all slots": (
+        edit(profiles=profiles(1, 64)),
+        "no profile is for single tokens over all slots",
+    ),
     "older format": (edit(format_version=2), "format version 2.*build the engine again"),
     "unknown flavour": (edit(flavour="openvino"), "flavour is 'openvino'"),
     "another flavour": (edit(flavour="tensorrt"), "does not list engine.plan"),
@@ -172,7 +192,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "changed graph": (append(MODEL), "model.onnx does not match the manifest"),
     "changed tokenizer": (append("tokenizer.json"), "tokenizer.json does not match the manifest"),
     "longer than its tables": (
-        edit(max_seq_len=97, attention={"form": "masked", "span_multiple": 64, "slots": 97}),
+        edit(
+            max_seq_len=97,
+            attention={"form": "masked", "span_multiple": 64, "slots": 97},
+            profiles=profiles(1, 97),
+        ),
         "max_seq_len is 97, and the rope tables",
     ),
     "another file": (lambda path: (path / "more").touch(), "more is not in the manifest"),

@@ -8,35 +8,33 @@
 
 namespace qwenport::detail {
 
-/// The first profile that admits steps of that many tokens per row.
-std::size_t SessionCore::profile_of(std::int64_t width) const {
-  const std::vector<int>& tokens = manifest().profile_tokens;
-  const auto found = std::find_if(tokens.begin(), tokens.end(), [width](int most) { return width <= most; });
-  return static_cast<std::size_t>(found - tokens.begin());
+/// The first profile that admits a step; their number if none does.
+std::size_t SessionCore::profile_of(const StepShape& step) const {
+  const std::vector<Profile>& profiles = manifest().profiles;
+  const auto found = std::find_if(profiles.begin(), profiles.end(), [&step](const Profile& each) {
+    return each.least <= step.width && step.width <= each.tokens && step.span <= each.span;
+  });
+  return static_cast<std::size_t>(found - profiles.begin());
 }
 
-/// The longest span that steps of that many tokens per row attend to; 0: none.
-std::int64_t SessionCore::longest_span(std::int64_t rows, std::int64_t width) const {
-  const std::int64_t longest = span_of(capacity_);
-  if (width == 1 || manifest().score_bytes == 0) return longest;
-  const std::int64_t most = contract::most_scores / (rows * width * manifest().score_bytes);
-  return span_within(std::min(most, longest), manifest().attention.span_multiple, slots_);
+/// Whether there is memory for a step of several tokens per row.
+bool SessionCore::fits(const StepShape& step) const {
+  return scores_fit(step.rows, step.width, step.span, manifest().score_bytes, contract::most_scores) &&
+         profile_of(step) != manifest().profiles.size();
 }
 
-/// Allocate the workspace for this session's largest steps of each profile, which is less than the engine's.
+/// Allocate the workspace for this session's largest step of each profile, which is less than the engine's.
 void SessionCore::reserve_workspace() {
-  const auto rows = static_cast<std::int64_t>(held_.size());
   std::size_t most = 0;
-  for (const int tokens : manifest().profile_tokens) {
-    std::int64_t span = 0;
-    for (std::int64_t width = std::min(tokens, max_step_tokens_); span != span_of(capacity_);
-         width = (width + 1) / 2) {
-      span = longest_span(rows, width);
-      if (span == 0) continue;
-      Executor& executor = *executors_[profile_of(width)].executor;
-      set_shapes(executor, {rows, width, span});
-      most = std::max(most, executor.workspace_bytes());
-    }
+  for (std::size_t i = 0; i < executors_.size(); ++i) {
+    const Profile& profile = manifest().profiles[i];
+    const std::int64_t longest = std::min<std::int64_t>(profile.span, span_of(capacity_));
+    const std::int64_t span = span_within(longest, manifest().attention.span_multiple, slots_);
+    const std::int64_t width = std::min(profile.tokens, max_step_tokens_);
+    if (width < profile.least || span == 0) continue;
+    Executor& executor = *executors_[i].executor;
+    set_shapes(executor, {static_cast<std::int64_t>(held_.size()), width, span});
+    most = std::max(most, executor.workspace_bytes());
   }
   grow_workspace(most, nullptr);
 }
@@ -84,7 +82,7 @@ bool SessionCore::issue_by_graph(const StepShape& step) {
       decode.graph->launch();
       return true;
     }
-    decode.executor = make_executor(profile_of(step.width));
+    decode.executor = make_executor(profile_of(step));
     prepare(*decode.executor, step);
     issue(*decode.executor, step);  // TensorRT requires one run before a capture
     return true;

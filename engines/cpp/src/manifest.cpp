@@ -207,12 +207,22 @@ void read_sizes(const Node& root, Manifest& manifest) {
   const Node profiles = root.at("profiles");
   if (profiles.size() == 0) profiles.wrong("a list of profiles");
   for (std::size_t i = 0; i < profiles.size(); ++i) {
-    const Node widest = profiles.at(i).at(contract::input_ids).at("max");
-    manifest.profile_tokens.push_back(widest.at(1).positive());
+    const Node tokens = profiles.at(i).at(contract::input_ids);
+    const Node widest = tokens.at("max");
+    const Node longest = profiles.at(i).at(contract::key_positions).at("max");
+    const Profile profile{tokens.at("min").at(1).positive(), widest.at(1).positive(),
+                          longest.at(std::size_t{0}).positive()};
     if (widest.at(std::size_t{0}).positive() != info.max_batch) widest.wrong("of max_batch rows");
-    if (manifest.profile_tokens.back() > info.capacity) widest.wrong("within max_seq_len");
+    if (profile.tokens > info.capacity) widest.wrong("within max_seq_len");
+    if (profile.least > profile.tokens) tokens.at("min").wrong("within its maximum");
+    if (profile.span > manifest.attention.slots) longest.wrong("within the cache's slots");
+    info.max_step_tokens = std::max(info.max_step_tokens, profile.tokens);
+    manifest.profiles.push_back(profile);
   }
-  info.max_step_tokens = *std::max_element(manifest.profile_tokens.begin(), manifest.profile_tokens.end());
+  const bool reads_all = std::any_of(
+      manifest.profiles.begin(), manifest.profiles.end(),
+      [&manifest](const Profile& each) { return each.least == 1 && each.span == manifest.attention.slots; });
+  if (!reads_all) profiles.wrong("with one for single tokens over all slots");
 }
 
 void read_quantization(const Node& root, EngineInfo& info) {
@@ -289,8 +299,9 @@ void read_target(const Node& root, Manifest& manifest) {
     if (!info.gpus.empty()) gpus.wrong("empty: onnxruntime's engines are for the CPU");
     if (info.dtype != "fp32") root.at("dtype").wrong("fp32, which onnxruntime's engines compute in");
     if (!release_number(info.runtime_version)) root.at("runtime_version").wrong("a release such as 1.26");
-  } else if (info.gpus.empty()) {
-    gpus.wrong("a list of GPU architectures");
+  } else {
+    if (info.gpus.empty()) gpus.wrong("a list of GPU architectures");
+    manifest.score_bytes = 0;  // the profiles say what there is memory for
   }
 }
 

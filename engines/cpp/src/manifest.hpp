@@ -34,15 +34,22 @@ struct Attention {
   int slots = 0;          ///< of a cache in the bindings, at least the capacity
 };
 
+/// The steps that one of TensorRT's profiles admits; an engine for onnxruntime states one.
+struct Profile {
+  int least = 1;   ///< tokens per row
+  int tokens = 0;  ///< tokens per row, at most
+  int span = 0;    ///< slots, at most
+};
+
 struct Manifest {
   EngineInfo info;
   /// Only with dual chunk attention that scales by length: requests of at most so many positions are not scaled.
   std::optional<int> unscaled_length;
-  std::int64_t score_bytes =
-      0;  ///< that a step needs for each token and slot of its span, at most, if it may be many
+  /// Bytes that a step needs for each token and slot of its span, at most; 0: few, or what its profiles admit.
+  std::int64_t score_bytes = 0;
   Attention attention;
-  std::vector<int> profile_tokens;  ///< tokens per row that each of TensorRT's profiles admits
-  int heads = 0;                    ///< of the queries
+  std::vector<Profile> profiles;
+  int heads = 0;  ///< of the queries
   int kv_heads = 0;
   int head_dim = 0;
   int element_bytes = 0;  ///< of a cache element

@@ -93,7 +93,7 @@ SessionCore::SessionCore(std::shared_ptr<const Model> model, const SessionOption
   for (std::int64_t i = 0; i < longest; ++i) key_positions_.values()[i] = i;
   upload(key_positions_, static_cast<std::size_t>(longest));
 
-  for (std::size_t profile = 0; profile < manifest().profile_tokens.size(); ++profile) {
+  for (std::size_t profile = 0; profile < manifest().profiles.size(); ++profile) {
     executors_.push_back({make_executor(profile), {}});
   }
   reserve_workspace();
@@ -105,9 +105,10 @@ std::int64_t SessionCore::span_of(std::int64_t count) const {
   return span_holding(count, manifest().attention.span_multiple, slots_);
 }
 
+/// The most tokens per row, up to `width`, of a step from slot `start` on that there is memory for; at least 1.
 std::int64_t SessionCore::narrowed_width(std::int64_t rows, std::int64_t start, std::int64_t width) const {
-  return narrowed(rows, start, width, manifest().score_bytes, contract::most_scores,
-                  manifest().attention.span_multiple, slots_);
+  while (width > 1 && !fits({rows, width, span_of(start + width)})) width = (width + 1) / 2;
+  return width;
 }
 
 void SessionCore::check_idle() {
@@ -242,7 +243,7 @@ void SessionCore::run_step(std::int64_t rows, std::int64_t width, bool whole,
   failed_ = true;  // until the step has finished
   const bool by_graph = width == 1 && cuda_graphs_ && issue_by_graph(step);
   if (!by_graph) {
-    Steps& steps = executors_[profile_of(width)];
+    Steps& steps = executors_[profile_of(step)];
     if (!(step == steps.shape)) prepare(*steps.executor, step);
     steps.shape = step;
     issue(*steps.executor, step);

@@ -117,9 +117,9 @@ class SessionCore {
   Memory pinned_memory(std::size_t bytes);
   Input make_input(const char* name, std::size_t count);
   std::unique_ptr<Executor> make_executor(std::size_t profile);
-  [[nodiscard]] std::size_t profile_of(std::int64_t width) const;
+  [[nodiscard]] std::size_t profile_of(const StepShape& step) const;
+  [[nodiscard]] bool fits(const StepShape& step) const;
   [[nodiscard]] std::int64_t span_of(std::int64_t count) const;
-  [[nodiscard]] std::int64_t longest_span(std::int64_t rows, std::int64_t width) const;
   void reserve_workspace();
   void grow_workspace(std::size_t bytes, const Executor* keep);
   void upload(const Input& input, std::size_t count);

@@ -26,17 +26,10 @@ constexpr std::int64_t span_within(std::int64_t most, std::int64_t multiple, std
   return span;
 }
 
-/// The most tokens per row, up to `width`, of a step from slot `start` on whose scores take at most `most_bytes`; at least 1.
-/// \param score_bytes of a token and a slot of its span; 0: all fit.
-constexpr std::int64_t narrowed(std::int64_t rows, std::int64_t start, std::int64_t width,
-                                std::int64_t score_bytes, std::int64_t most_bytes, std::int64_t multiple,
-                                std::int64_t slots) {
-  if (score_bytes == 0) return width;
-  while (width > 1 &&
-         width > most_bytes / (rows * span_holding(start + width, multiple, slots) * score_bytes)) {
-    width = (width + 1) / 2;
-  }
-  return width;
+/// Whether a step's scores take at most `most_bytes`. \param score_bytes of a token and a slot of its span.
+constexpr bool scores_fit(std::int64_t rows, std::int64_t width, std::int64_t span, std::int64_t score_bytes,
+                          std::int64_t most_bytes) {
+  return score_bytes == 0 || width <= most_bytes / (rows * span * score_bytes);
 }
 
 }  // namespace qwenport::detail
