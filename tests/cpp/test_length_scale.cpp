@@ -6,6 +6,7 @@
 #include <cstring>
 #include <functional>
 #include <random>
+#include <stdexcept>
 
 #include "chat_script.hpp"
 #include "spans.hpp"
@@ -246,8 +247,8 @@ TEST_CASE("a snapshot with impossible lengths is refused") {
 }
 
 TEST_CASE("steps narrow as the span grows, within memory that the session has from its beginning") {
-  constexpr int heads = 1 << 16;  // so many that a few tokens have scores of 1 GiB
-  constexpr std::int64_t most_bytes = 1 << 30;
+  constexpr int heads = 65536;  // so many that a few tokens have scores of 1 GiB
+  constexpr std::int64_t most_bytes = 1073741824;
   for (const int rows : {1, 3}) {
     for (const int original : {0, unscaled}) {
       const auto text = stand_in::toy_manifest_text(160, rows, 24, 97, "masked", true);
@@ -281,9 +282,10 @@ TEST_CASE("a chat begins again when its conversation is longer than the original
     said.insert(said.end(), turn.begin(), turn.end());
     const auto history = chat.history().size();
     try {
-      chat.send("q", [](std::string_view) { throw 7; });
+      chat.send("q", [](std::string_view) { throw std::runtime_error("not that"); });
       FAIL("no exception");
-    } catch (int) {
+    } catch (const std::runtime_error& error) {
+      CHECK(std::string(error.what()) == "not that");
       CHECK(chat.history().size() == history);
     }
     const auto reply = chat.send("q");
