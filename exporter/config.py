@@ -277,8 +277,8 @@ def _limit_by_dual_chunk(
     if asked is not None and asked <= plain:
         return None, context, None
     note = (
-        f"beyond {plain} positions attention is dual chunk attention, which onnxruntime runs from Python; "
-        f"--max-seq-len {plain} exports for TensorRT and C++ too"
+        f"beyond {plain} positions attention is dual chunk attention, which onnxruntime runs; "
+        f"--max-seq-len {plain} exports for TensorRT too"
     )
     return chunks, context, note
 

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <functional>
 #include <random>
+#include <stdexcept>
 
 #include "chat_script.hpp"
 #include "spans.hpp"
@@ -291,9 +292,10 @@ TEST_CASE("a chat begins again when its conversation is longer than the original
     said.insert(said.end(), turn.begin(), turn.end());
     const auto history = chat.history().size();
     try {
-      chat.send("q", [](std::string_view) { throw 7; });
+      chat.send("q", [](std::string_view) { throw std::runtime_error("not that"); });
       FAIL("no exception");
-    } catch (int) {
+    } catch (const std::runtime_error& error) {
+      CHECK(std::string(error.what()) == "not that");
       CHECK(chat.history().size() == history);
     }
     const auto reply = chat.send("q");
