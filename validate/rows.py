@@ -78,6 +78,11 @@ def leave_out(counter: Counter, target: Target, layers: int, streamed: bool) -> 
     """Record what this kind of judgement cannot cover, whatever it runs."""
     if layers < target.config.num_hidden_layers:
         counter.leave_out(f"decoder layers {layers} to {target.config.num_hidden_layers - 1}")
+    if target.config.sparse_attention is not None:
+        counter.leave_out(
+            f"sparse attention, for which config.json asks ({target.config.sparse_attention}) and which the package "
+            "ignores: it is compared with exact attention"
+        )
     if target.judged_as == PACKAGE and target.dtype != "fp32" and target.device == "cpu":
         what = "range and rounding" if target.dtype == "fp16" else "rounding"
         counter.leave_out(
