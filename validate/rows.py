@@ -19,6 +19,7 @@ from qwenport.validate.judge import Judge, result_of, seconds_since, status_of
 from qwenport.validate.localisation import WHOLE_LAYER, Fault
 from qwenport.validate.oracle import Oracle
 from qwenport.validate.prompts import Prompts
+from qwenport.validate.proof_chunks import self_test_stops
 from qwenport.validate.report import Check, ScenarioResult, Status
 from qwenport.validate.rope_check import check_tables
 from qwenport.validate.router_check import compare_routing
@@ -83,6 +84,8 @@ def leave_out(counter: Counter, target: Target, layers: int, streamed: bool) -> 
             f"sparse attention, for which config.json asks ({target.config.sparse_attention}) and which the package "
             "ignores: it is compared with exact attention"
         )
+    if (stops := self_test_stops(target.config.dual_chunk, target.capacity)) is not None:
+        counter.leave_out(stops)
     if target.judged_as == PACKAGE and target.dtype != "fp32" and target.device == "cpu":
         what = "range and rounding" if target.dtype == "fp16" else "rounding"
         counter.leave_out(
