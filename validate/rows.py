@@ -425,10 +425,8 @@ def _rounding_fault(errors: Sequence[RoundingError], note: str | None) -> Fault 
 def replay_of_walk(bench: Bench, judge: Judge, target: Target, streamed: bool) -> str | None:
     """What the random walk found, as a Python program with as few operations as still show it.
 
-    A streamed walk is not shortened: every trial would read all weights. None for dual chunk attention.
+    A streamed walk is not shortened: every trial would read all weights.
     """
-    if target.config.dual_chunk is not None:
-        return None  # the script compares with transformers, which ignores dual chunk attention
     walk = next(s for s in SCENARIOS if s.name == "random walk")
     rows, capacity = bench.max_batch, bench.plan.capacity
     rehearsal = Rehearsal(bench.candidate.geometry(rows, capacity))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -26,8 +29,14 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply
 from qwenport.engines import BuildError, OnnxRuntimeSession, build
 from qwenport.exporter import DualChunk, export, load_package
 from qwenport.validate import open_target, validate
+from qwenport.validate.budget import make_plan
+from qwenport.validate.candidate import Candidate
+from qwenport.validate.investigation import Bench
+from qwenport.validate.prompts import Prompts
 from qwenport.validate.reference import Reference, Text
 from qwenport.validate.reference.dual_chunk import attend
+from qwenport.validate.rows import replay_of_walk
+from qwenport.validate.run import Run
 
 from .bundled import failing, status
 from .bundled import row as result_of
@@ -226,6 +235,50 @@ def test_tensorrt_refuses_it_by_name(package: Path, checkpoint: Path, tmp_path: 
 
 
 # --- mistakes
+
+
+def test_a_failing_walk_becomes_a_script_that_asks_the_oracle(
+    checkpoint: Path, package: Path, tmp_path: Path
+) -> None:
+    """Run on the healthy package it finds nothing, on the faulty one what the walk found."""
+    faulty = seed(package, tmp_path / "faulty", scale_of_queries_alone)
+    report = validate(faulty, checkpoint, budget="quick")
+    assert result_of(report, "random walk").status == "failed" and report.script is not None
+    assert max(_printed(report.script, package, checkpoint)) < 1e-3
+    assert max(_printed(report.script, faulty, checkpoint)) > 1e-3
+
+
+def test_a_whole_walk_is_a_script_that_a_session_takes(checkpoint: Path, package: Path) -> None:
+    """Also where prompts follow keys that are scaled for another length, which no session lets them."""
+    target = open_target(package)
+    candidate = Candidate(target, layers=2, streamed=False)
+    plan = make_plan(
+        target.config,
+        budget="quick",
+        seed=3,
+        rows=3,
+        capacity=target.capacity,
+        max_positions=target.capacity,
+        max_step_tokens=512,
+        streamed=False,
+    )
+    prompts = Prompts(tuple(tokens(1000)), "")
+
+    def make_run(session: Any, **keywords: Any) -> Run:
+        return Run(session, prompts, plan, chunk=CHUNK, **keywords)
+
+    bench, judge = Bench(candidate, make_run, prompts, plan), None  # judges shorter walks alone
+    script = replay_of_walk(bench, judge, target, streamed=True)  # type: ignore[arg-type]
+    assert script is not None and "session.truncate(0, row=" in script
+    found = _printed(script, package, checkpoint)
+    assert len(found) > 20 and max(found) < 1e-3
+
+
+def _printed(script: str, target: Path, checkpoint: Path) -> list[float]:
+    """The differences that a script prints."""
+    with redirect_stdout(StringIO()) as printed:
+        exec(script, {"TARGET": target, "CHECKPOINT": checkpoint})
+    return [float(line.rpartition(": ")[2]) for line in printed.getvalue().splitlines()]
 
 
 FAST = (same_for_previous, scale_of_queries_alone, keys_rotated_by_position)
