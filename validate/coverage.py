@@ -245,13 +245,15 @@ class Counter:
         if self.chunks is None:
             return []
         chunk, most = self.chunks.chunk, (self.plan.max_positions - 1) // self.chunks.chunk
+        alone = max(self.layer_distance.values(), default=0) // chunk  # from position 0 on
+        crossed = self.borders | set(range(1, alone + 1))
         kinds = [("first", {1}), ("second", {2}), ("later", range(3, most + 1))]
         missing = [
             f"the {name} border of chunks"
             for name, borders in kinds
-            if any(border <= most for border in borders) and self.borders.isdisjoint(borders)
+            if any(border <= most for border in borders) and crossed.isdisjoint(borders)
         ]
-        if self.chunks_apart < 2 <= most:
+        if max(self.chunks_apart, alone) < 2 <= most:
             missing.append("keys two chunks or more before their query")
         if not missing:
             return []

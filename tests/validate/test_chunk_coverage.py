@@ -80,3 +80,5 @@ def test_short_texts_at_the_real_borders_see_no_older_chunk() -> None:
     counter.judged(run.observation())
     said: Any = _said(counter)
     assert "border" not in said and "keys two chunks or more" in said and "253952" in said
+    counter.layer_distance["layer 0"] = 2 * chunks.chunk
+    assert not _said(counter)
