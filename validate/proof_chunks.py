@@ -7,10 +7,18 @@ prompt, given whole or in pieces, and the others follow one at a time. All such 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwenport.exporter import DualChunk
-from qwenport.validate.proof_cases import CONTEXTS, MAIN, REQUESTS, ROW_LENGTH, ROWS, Case
+from qwenport.validate.proof_cases import (
+    CONTEXTS,
+    MAIN,
+    REQUESTS,
+    ROW_LENGTH,
+    ROWS,
+    Case,
+    span_edges,
+)
 
 FOLLOWING = 2  # single tokens after a scaled prompt
 MOST_PIECES = 24
@@ -31,7 +39,10 @@ def unscaled_context(chunks: DualChunk | None, context: int) -> int:
 
 
 def scaled_requests(chunks: DualChunk | None, context: int) -> list[Request]:
-    """Requests that are scaled: a decode that crosses the length, a prompt a bit longer, and one of all tokens."""
+    """Requests that are scaled: a decode that crosses the length, a prompt a bit longer, one of all tokens.
+
+    Then those whose single tokens are at the edges of spans.
+    """
     original = None if chunks is None else chunks.original_max_position_embeddings
     if original is None or context < original + FOLLOWING:
         return []
@@ -39,7 +50,8 @@ def scaled_requests(chunks: DualChunk | None, context: int) -> list[Request]:
     for length in sorted({min(context, original + max(8, original // 4)), context}):
         if length - FOLLOWING > original:
             found.append(Request(length - FOLLOWING, length))
-    return found
+    edges = [edge for edge in span_edges(context) if edge.bit_count() == 1 and edge + 1 < context]
+    return [*found, *(Request(edge - 2, edge + 1) for edge in edges if edge - 2 > original)]
 
 
 def chunk_cases(chunks: DualChunk, context: int, slots: int, max_batch: int) -> list[Case]:
@@ -58,15 +70,20 @@ def chunk_cases(chunks: DualChunk, context: int, slots: int, max_batch: int) -> 
         for number, name in ((1, "first"), (2, "second"))
         if number * chunk < plain
     ]
-    found += [_scaled(number, request) for number, request in enumerate(requests)]
-    if requests[1:]:
-        found.append(_scaled_in_pieces(len(requests) - 1, requests[-1], chunk))
+    longest = max(requests, key=lambda request: request.length, default=None)
+    for number, request in enumerate(requests):
+        found.append(_scaled(number, request))
+        if (request.length - 1).bit_count() == 1:  # an engine of so many slots goes to its own end
+            found.append(_scaled(number, replace(request, length=request.length - 1)))
+        if request is longest and number:
+            found.append(_scaled_in_pieces(number, request, chunk))
     if 3 * chunk < plain:
         found.append(_later_borders(chunk, plain))
-    if requests and max_batch > 1 and plain >= ROW_LENGTH:
-        found.append(_two_lengths(len(requests) - 1, requests[-1]))
-        if requests[-1].length == slots:
-            found.append(_full(len(requests) - 1, requests[-1]))
+    if longest is not None and max_batch > 1 and plain >= ROW_LENGTH:
+        number = requests.index(longest)
+        found.append(_two_lengths(number, longest))
+        if longest.length == slots:
+            found.append(_full(number, longest))
     return found
 
 

@@ -30,6 +30,7 @@ from qwenport.validate.proof_cases import (
     make_cases,
     make_sequences,
     operations,
+    span_edges,
 )
 from qwenport.validate.proof_chunks import (
     chunk_cases,
@@ -143,6 +144,11 @@ def test_however_a_session_gets_there_a_mark_has_the_same_logits(
     if original is not None and context > original + 4:
         assert (REQUESTS, original + 1) in marks  # decoded across the length
         assert any(s > REQUESTS and n > original for s, n in marks) or context < original + 10
+        for edge in span_edges(context):
+            if edge.bit_count() == 1 and original < edge - 2 and edge + 1 < context:
+                ends = {case.end for case in proof.operations if case.kind is Kind.BEGIN}
+                assert {edge, edge + 1} <= ends
+                assert {edge, edge + 1} <= {n for s, n in marks if s >= REQUESTS}
 
 
 def test_a_fed_prompt_goes_on_until_a_single_token_or_a_cut() -> None:
