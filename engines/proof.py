@@ -55,7 +55,7 @@ class Operation:
     """A row of `operations`; -1 where a field has no meaning.
 
     Attributes:
-        case, call: its numbers; FEEDs of one call are one call of `prefill`.
+        case, call: its numbers; FEEDs of one call are made at once.
         kind: what it does.
         row, sequence, end: what it is done to; see the table in docs/reference/proof.md.
     """

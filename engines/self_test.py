@@ -192,6 +192,37 @@ def run_proof(
     return replace(result, marks=runner.marks, worst=runner.worst)
 
 
+def prompt_ends(operations: Sequence[Operation]) -> dict[tuple[int, int], int]:
+    """(call, row) -> tokens of the prompt of which a FEED is a piece; not of calls that are a decode.
+
+    A call that gives no row more than one token is a decode. A row's prompt goes on until that, or until it is cut.
+
+    Args:
+        operations: of one case.
+    """
+    held: dict[int, int] = {}
+    last: dict[int, list[tuple[int, int]]] = {}  # row -> its prompt's calls so far
+    found: dict[tuple[int, int], int] = {}
+    for _, several in groupby(operations, lambda o: o.call):
+        call = list(several)
+        if call[0].kind is Kind.FEED:
+            decodes = all(o.end - held.get(o.row, 0) == 1 for o in call)
+            for o in call:
+                held[o.row] = o.end
+                prompt = last.setdefault(o.row, [])
+                if decodes:
+                    prompt.clear()
+                    continue
+                prompt.append((o.call, o.row))
+                found |= dict.fromkeys(prompt, o.end)
+        elif call[0].kind is Kind.TRUNCATE:
+            held[call[0].row] = call[0].end
+            last.pop(call[0].row, None)
+        elif call[0].kind is Kind.RESET:
+            held, last = {}, {}
+    return found
+
+
 class _Runner:
     """Runs cases on a session; `marks` and `worst` as in `SelfTest`."""
 
@@ -200,11 +231,13 @@ class _Runner:
         self._marks = {(s, n): index for index, (s, n) in enumerate(proof.marks.tolist())}
         self.marks, self.worst = 0, 0.0
         self._span = 0
+        self._prompts: dict[tuple[int, int], int] = {}
 
     def failures(self, operations: Sequence[Operation]) -> Iterator[SelfTestFailure]:
         """Run one case, as far as its failures are asked for."""
         session = self._session
         session.reset()
+        self._prompts = prompt_ends(operations)
         for _, several in groupby(operations, lambda o: o.call):
             call = list(several)
             (first, *_) = call
@@ -224,10 +257,16 @@ class _Runner:
     def _feed(self, call: Sequence[Operation]) -> Iterator[SelfTestFailure]:
         tokens: list[list[int]] = [[] for _ in range(call[-1].row + 1)]
         held = self._session.lengths
+        totals: list[int] = held[: len(tokens)].tolist()
         for o in call:
             tokens[o.row] = self._proof.sequence(o.sequence)[held[o.row] : o.end].tolist()
+            totals[o.row] = self._prompts.get((o.call, o.row), o.end)
         try:
-            results = self._session.prefill(tokens)
+            if (call[0].call, call[0].row) in self._prompts:
+                results = self._session.prefill(tokens, prompt_lengths=totals)
+            else:
+                given = [row[0] if row else None for row in tokens]
+                results = list(self._session.decode(given)[:, None])
         except QwenportError:
             raise
         except Exception as failure:  # onnxruntime's have no base class

@@ -11,10 +11,12 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from qwenport.contract import BY_SAFETENSORS, MANIFEST
 from qwenport.exporter.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, read_adapter
 from qwenport.exporter.config import ModelConfig, parse_config, read_config_json
+from qwenport.exporter.dual_chunk import CONFIG, SPARSE_FILE
 from qwenport.exporter.errors import CheckpointError, ConfigError
 from qwenport.exporter.expected import (
     DOWN,
@@ -79,6 +81,11 @@ class Checkpoint:
         return (self.path / ADAPTER_CONFIG).is_file()
 
     @property
+    def has_sparse_attention(self) -> bool:
+        """Whether the directory asks, in config.json or beside it, for an approximation of attention."""
+        return self.config.sparse_attention is not None or (self.path / SPARSE_FILE).is_file()
+
+    @property
     def weight_bytes(self) -> int:
         """Size of all tensors in bytes."""
         return sum(tensor.length for tensor in self.tensors.values())
@@ -113,6 +120,7 @@ def open_checkpoint(
         notes.append(
             f"config.json has keys that neither transformers nor Qwenport reads: {', '.join(config.unread_keys)}"
         )
+    notes += _on_sparse_attention(path, config, raw)
     prefix, tensors = understood(found.tensors)
     if prefix != "model.":
         notes.append(f"tensor names begin with {prefix!r} instead of 'model.'")
@@ -156,6 +164,22 @@ def open_checkpoint(
     return Checkpoint(
         path, config, dtype, tensors, found.files, prefix, tuple(notes), adapter, implied
     )
+
+
+def _on_sparse_attention(path: Path, config: ModelConfig, raw: dict[str, Any]) -> list[str]:
+    """What others approximate where a package's attention is exact."""
+    found = []
+    if config.sparse_attention is not None:
+        found.append(
+            f"config.json asks for sparse attention ({config.sparse_attention}), an approximation, which is ignored "
+            "(--ignore-sparse-attention): attention is exact"
+        )
+    if raw.get(CONFIG) is not None and (path / SPARSE_FILE).is_file():
+        found.append(
+            f"vLLM reads {SPARSE_FILE} and approximates attention in long prompts, which a package does not: its "
+            "logits there are those of exact attention"
+        )
+    return found
 
 
 def _refuse_rounded_inputs(config: ModelConfig) -> None:

@@ -39,6 +39,7 @@ class ModelConfig:
         context_note: a sentence on what limits or changes the context; None if there is nothing to say.
         rope: the rotary settings.
         dual_chunk: the settings of dual chunk attention; None if attention is plain at all positions that are used.
+        sparse_attention: the key that asks to approximate it, which nothing here does; None if none does.
         moe: the sparse layers; None for a dense model.
         quantization: which weights are quantized, and how; None if none are.
         dtype: the checkpoint's ("bf16", "fp16", "fp32"), or None if config.json names none.
@@ -68,6 +69,7 @@ class ModelConfig:
     dtype: str | None
     quantization: Quantization | None = None
     unread_keys: tuple[str, ...] = ()
+    sparse_attention: str | None = None
 
     def moe_of(self, layer: int) -> MoEConfig | None:
         """The experts of a decoder layer; None if its MLP is dense."""
@@ -185,9 +187,8 @@ def parse_config(
     max_position_embeddings = keys.positive("max_position_embeddings")
     rope, max_context, unread = _rope(keys, max_position_embeddings, head_dim, rope_scaling)
     family.check_window(keys, layers, min(max_context, max_seq_len or max_context))
-    dual_chunk, max_context, note = _limit_by_dual_chunk(
-        parse_dual_chunk(keys), rope, max_context, max_seq_len
-    )
+    chunks, sparse = parse_dual_chunk(keys)
+    dual_chunk, max_context, note = _limit_by_dual_chunk(chunks, rope, max_context, max_seq_len)
     moe = family.experts(keys, layers)
     if moe is not None and moe.num_experts * len(moe.layers) > MOST_EXPERTS:
         raise ConfigError(
@@ -217,6 +218,7 @@ def parse_config(
         dtype=_dtype(raw),
         quantization=_quantization(keys),
         unread_keys=(*keys.unread(), *unread),
+        sparse_attention=sparse,
     )
 
 
@@ -277,8 +279,8 @@ def _limit_by_dual_chunk(
     if asked is not None and asked <= plain:
         return None, context, None
     note = (
-        f"beyond {plain} positions attention is dual chunk attention, which onnxruntime runs; "
-        f"--max-seq-len {plain} exports for TensorRT too"
+        f"attention beyond {plain} positions is dual chunk attention, which takes more memory and time; "
+        f"a package of at most so many (--max-seq-len {plain}) has plain attention"
     )
     return chunks, context, note
 

@@ -15,6 +15,10 @@ from qwenport.exporter.keys import Keys, short
 
 CONFIG = "dual_chunk_attention_config"
 SPARSE = "sparse_attention_config"
+SPARSE_SETTINGS = (SPARSE, "sparse_attention_enabled")
+"""Settings that ask for an approximation of it; the first may also stand beside them."""
+SPARSE_FILE = "sparse_attention_config.json"
+"""vLLM reads it beside config.json, if that has dual chunk attention."""
 LEAST_ROPE_ROWS = 512
 """onnxruntime rotates no more tokens at once than its tables have rows, and a step takes so many."""
 
@@ -54,16 +58,22 @@ class DualChunk:
         return min(plain, self.original_max_position_embeddings or plain)
 
 
-def parse_dual_chunk(keys: Keys) -> DualChunk | None:
-    """Read config.json's settings of dual chunk attention; None if it has none.
+def parse_dual_chunk(keys: Keys) -> tuple[DualChunk | None, str | None]:
+    """Read config.json's settings of dual chunk attention.
+
+    Returns:
+        The settings, None if it has none; and the key that asks for sparse attention, None if none does.
 
     Raises:
-        ConfigError: one is not a number that it can be, or is not known, or sparse attention is asked for.
+        ConfigError: a setting is not a number that it can be, or is not known.
     """
-    if keys.take(SPARSE, object, default=None, null=None) is not None:
-        raise ConfigError(_sparse(SPARSE))
+    sparse = keys.take(SPARSE, object, default=None, null=None)
     found = keys.take(CONFIG, dict, default=None, null=None)
-    return None if found is None else _parse(found)
+    asking = [SPARSE] if sparse is not None else []
+    for key in SPARSE_SETTINGS:
+        if found is not None and found.get(key) not in (None, False):
+            asking.append(f"{CONFIG}.{key}")
+    return None if found is None else _parse(found), next(iter(asking), None)
 
 
 def as_dual_chunk(settings: dict[str, Any]) -> DualChunk:
@@ -76,11 +86,8 @@ def as_dual_chunk(settings: dict[str, Any]) -> DualChunk:
 
 
 def _parse(found: dict[str, Any]) -> DualChunk:
-    enabled = found.get("sparse_attention_enabled", False)
-    if found.get(SPARSE) is not None or enabled not in (None, False):
-        raise ConfigError(_sparse(f"{CONFIG}'s sparse attention"))
     known = {"chunk_size", "local_size", "original_max_position_embeddings"}
-    if unknown := sorted(found.keys() - known - {SPARSE, "sparse_attention_enabled"}):
+    if unknown := sorted(found.keys() - known - set(SPARSE_SETTINGS)):
         raise ConfigError(f"{CONFIG} has the unknown setting {short(unknown[0])}")
     size, local = found.get("chunk_size"), found.get("local_size")
     original = found.get("original_max_position_embeddings") or None
@@ -98,10 +105,3 @@ def _parse(found: dict[str, Any]) -> DualChunk:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value <= MOST_POSITIONS
-
-
-def _sparse(what: str) -> str:
-    return (
-        f"config.json: {what} asks for an approximation of attention, which is not supported; "
-        "without that key the attention exported is the dense one that it approximates"
-    )

@@ -61,6 +61,7 @@ def export(
     rope_scaling: str | None = None,
     weights: str = LINK,
     adapter: str | None = None,
+    ignore_sparse_attention: bool = False,
     quantize: Recipe | None = None,
     check_values: bool = False,
     strict: bool = False,
@@ -81,6 +82,7 @@ def export(
         weights: "link" (by reference), "copy" (a package that can be moved) or "pack" (by reference, but with
             each sparse layer's experts stacked in a file of the package's own).
         adapter: what to do with an adapter in the checkpoint's directory: "ignore" or "merge" it.
+        ignore_sparse_attention: export exact attention where the checkpoint asks for its sparse approximation.
         quantize: round the weights to few bits; see `make_recipe`. The quantized checkpoint becomes a part of the
             package.
         check_values: read every weight, and refuse NaN and infinity; converted or stacked weights are always checked.
@@ -115,6 +117,7 @@ def export(
             f"{checkpoint.path}: there is an adapter next to the weights ({ADAPTER_CONFIG}); --adapter merge adds it "
             "to them, --adapter ignore exports them without it"
         )
+    _check_sparse_attention(checkpoint, ignore_sparse_attention)
     request = _Request(
         dtype or checkpoint.dtype,
         dtype is None,
@@ -149,6 +152,20 @@ class _Request:
     rope_scaling: str | None
     weights: str
     check_values: bool
+
+
+def _check_sparse_attention(checkpoint: Checkpoint, ignored: bool) -> None:
+    """Raises ConfigError: config.json asks for sparse attention, which is not ignored; or there is none to ignore."""
+    asks = checkpoint.config.sparse_attention
+    if asks is not None and not ignored:
+        raise ConfigError(
+            f"config.json: {asks} asks for sparse attention, an approximation, which is not supported; "
+            "--ignore-sparse-attention exports the exact attention that it approximates"
+        )
+    if ignored and not checkpoint.has_sparse_attention:
+        raise ConfigError(
+            f"{checkpoint.path} asks for no sparse attention that --ignore-sparse-attention could ignore"
+        )
 
 
 def _check_quantizable(checkpoint: Checkpoint, weights: str) -> None:

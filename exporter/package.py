@@ -245,7 +245,8 @@ def _without_ones(shape: ir.Shape) -> list[int]:
 
 def _graph_of(model: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that the graph depends on; which other keys are known varies by release."""
-    return {key: value for key, value in model.items() if key != "unread_keys"}
+    others = ("unread_keys", "sparse_attention")
+    return {key: value for key, value in model.items() if key not in others}
 
 
 def load_package(path: Path | str) -> Package:

@@ -123,7 +123,7 @@ def cost_of_quantization(
 
 def _shape(config: ModelConfig) -> dict[str, Any]:
     """What two checkpoints of one model agree in."""
-    stored = {"quantization", "dtype", "unread_keys", "context_note"}
+    stored = {"quantization", "dtype", "unread_keys", "context_note", "sparse_attention"}
     return {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)

@@ -9,6 +9,7 @@ import numpy as np
 
 from qwenport.contract import INPUT_IDS, KEY_POSITIONS, LOGITS_INDICES, POSITION_IDS, THOROUGH
 from qwenport.engines import Step
+from qwenport.exporter import DualChunk
 from qwenport.validate.budget import Plan
 from qwenport.validate.run import Observation
 
@@ -110,6 +111,7 @@ class Counter:
 
     plan: Plan
     vocab_size: int
+    chunks: DualChunk | None = None
     widths: set[int] = field(default_factory=set)
     steps: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("last", "all", "single"), 0)
@@ -120,6 +122,8 @@ class Counter:
     capacities: set[int] = field(default_factory=set)
     positions: set[int] = field(default_factory=set)
     single_positions: set[int] = field(default_factory=set)
+    borders: set[int] = field(default_factory=set)
+    chunks_apart: int = 0
     ids: set[int] = field(default_factory=set)
     embedded_ids: int = 0
     distance: int = 0
@@ -151,6 +155,11 @@ class Counter:
         """Record that an observation's logits were compared."""
         for text in observation.texts:
             self.positions.update(text.first_position + index for index in text.positions)
+            if self.chunks is not None:
+                first = text.first_position // self.chunks.chunk
+                last = (text.first_position + max(text.positions)) // self.chunks.chunk
+                self.borders.update(range(first + 1, last + 1))
+                self.chunks_apart = max(self.chunks_apart, last - first)
 
     def routed(self, layer: int, experts: Iterable[int]) -> None:
         """Record the experts of a sparse layer that received a token."""
@@ -199,7 +208,7 @@ class Counter:
         )
 
     def _not_reached(self, every: int, experts: Sequence[Experts]) -> list[str]:
-        plan, found = self.plan, []
+        plan, found = self.plan, self._of_chunks()
         judged, reach = len(self.positions), self.distance + 1
         if judged < plan.max_positions:
             beyond = f", and its attention beyond {reach}" if reach < plan.max_positions else ""
@@ -230,6 +239,28 @@ class Counter:
                     "received no token"
                 )
         return found
+
+    def _of_chunks(self) -> list[str]:
+        """What of dual chunk attention no text reached."""
+        if self.chunks is None:
+            return []
+        chunk, most = self.chunks.chunk, (self.plan.max_positions - 1) // self.chunks.chunk
+        alone = max(self.layer_distance.values(), default=0) // chunk  # from position 0 on
+        crossed = self.borders | set(range(1, alone + 1))
+        kinds = [("first", {1}), ("second", {2}), ("later", range(3, most + 1))]
+        missing = [
+            f"the {name} border of chunks"
+            for name, borders in kinds
+            if any(border <= most for border in borders) and crossed.isdisjoint(borders)
+        ]
+        if max(self.chunks_apart, alone) < 2 <= most:
+            missing.append("keys two chunks or more before their query")
+        if not missing:
+            return []
+        return [
+            f"dual chunk attention, in chunks of {chunk}, of which no text reached {', '.join(missing)}; the oracle "
+            f"computes it as plain attention in texts within {self.chunks.plain_context} positions"
+        ]
 
 
 def _spans_of(values: Sequence[int]) -> Ranges:

@@ -21,6 +21,8 @@ MAIN, BRANCH, ROWS = 0, 1, 2
 """Sequences: a long one; one that leaves it after SHARED tokens; from ROWS on, those of ragged rows."""
 SHARED = 5
 ROW_SEQUENCES, ROW_LENGTH = 8, 16
+REQUESTS = ROWS + ROW_SEQUENCES
+"""The first sequence of those that are scaled by length, if there are any."""
 MOST_ROWS = 64
 EXPERT_TOKENS = 512
 BASIC = 6
@@ -86,13 +88,16 @@ def operations(cases: Sequence[Case]) -> Iterator[Operation]:
                 yield Operation(number, call, o.kind, o.row, o.sequence, o.end)
 
 
-def make_sequences(vocab_size: int, context: int, *, experts: bool) -> list[list[int]]:
+def make_sequences(
+    vocab_size: int, context: int, *, experts: bool, longer: Sequence[int] = ()
+) -> list[list[int]]:
     """The token sequences, drawn from the whole vocabulary; the last one is for experts if there are any.
 
     Args:
         vocab_size: the model's.
         context: tokens that a sequence may have.
         experts: whether the model has experts.
+        longer: lengths of sequences from REQUESTS on, which may be longer than `context`; they begin alike.
     """
     generator = np.random.default_rng(SEED)
 
@@ -103,9 +108,9 @@ def make_sequences(vocab_size: int, context: int, *, experts: bool) -> list[list
     main = draw(context)
     found = [main, (main[:SHARED] + draw(ROW_LENGTH))[:ROW_LENGTH][:context]]
     found += [draw(ROW_LENGTH) for _ in range(ROW_SEQUENCES)]
-    if experts:
-        found.append(draw(EXPERT_TOKENS))
-    return found
+    last = [draw(EXPERT_TOKENS)] if experts else []
+    rest = generator.integers(0, vocab_size, max(0, max(longer, default=0) - context)).tolist()
+    return [*found, *([*main, *rest][:length] for length in longer), *last]
 
 
 def span_edges(limit: int) -> list[int]:

@@ -9,7 +9,7 @@ activations in int8, or, if the model itself rounds them to FP8, with inputs tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,6 +54,12 @@ from qwenport.validate.proof_cases import (
     make_cases,
     make_sequences,
     operations,
+)
+from qwenport.validate.proof_chunks import (
+    chunk_cases,
+    request_prompts,
+    scaled_requests,
+    unscaled_context,
 )
 from qwenport.validate.streaming import Geometry, Use, stream
 from qwenport.validate.thresholds import (
@@ -149,14 +155,11 @@ def make_proof(
         PackageError, SessionError, MissingExtraError: the package cannot be run here.
     """
     context = min(context, package.max_seq_len)
-    if (
-        package.config.dual_chunk is not None
-    ):  # where it is plain attention, which any session may continue
-        context = min(context, package.config.dual_chunk.plain_context)
-    routers = _routers(package)
+    routers, chunks = _routers(package), package.config.dual_chunk
     vocab_size = package.manifest["model"]["vocab_size"]
-    sequences = make_sequences(vocab_size, context, experts=bool(routers))
-    run = _Run(sequences, routers, progress)
+    sequences = _sequences(package, vocab_size, context)
+    prompts = request_prompts(scaled_requests(chunks, context))
+    run = _Run(sequences, prompts, routers, progress)
     exact = _opener(package, streamed, context, None)
     prints = run.exact(exact)
     dtype = BF16 if package.dtype == "fp32" else DTYPES[package.dtype]
@@ -165,8 +168,12 @@ def make_proof(
     if quantization is not None:
         kind = E4M3 if quantization.rounds_inputs else INT8
         activations = run.rounded(kind, _opener(package, streamed, context, kind), prints)
-    whole = context == package.max_seq_len
-    wanted, experts = make_cases(context, package.max_batch, whole=whole), (0, 0)
+    plain = unscaled_context(chunks, context)
+    whole = plain == package.max_seq_len
+    wanted, experts = make_cases(plain, package.max_batch, whole=whole), (0, 0)
+    if chunks is not None:
+        special = chunk_cases(chunks, context, package.max_seq_len, package.max_batch)
+        wanted[BASIC:BASIC] = special
     if routers:
         case, experts = _expert_case(run, half.moved, int(EXPERTS_SHARE * _limit(package)))
         wanted.insert(BASIC, case)
@@ -175,9 +182,9 @@ def make_proof(
     bounds = _bounds(marks, run, package.dtype, half, activations)
     import onnxruntime
 
-    starts = np.cumsum([0, *map(len, sequences)])[:-1]
+    tokens, starts = _lay_out(sequences)
     return Proof(
-        tokens=np.array([t for tokens in sequences for t in tokens], dtype=np.int32),
+        tokens=np.array(tokens, dtype=np.int32),
         sequences=np.array([[s, len(t)] for s, t in zip(starts, sequences, strict=True)], np.int32),
         marks=np.array(marks, dtype=np.int32),
         fingerprints=Fingerprints.join([prints[s].take([n - 1]) for s, n in marks]),
@@ -243,17 +250,35 @@ def _longest(package: Package, seconds: float) -> int | None:
             3,
         )
     for context in CONTEXTS:
-        tokens = sum(
-            map(
-                len,
-                make_sequences(
-                    2, min(context, package.max_seq_len), experts=bool(package.config.moe)
-                ),
-            )
-        )
+        sequences = _sequences(package, 2, min(context, package.max_seq_len))
+        tokens = sum(map(len, sequences))
         if runs * 2 * weights * tokens / FLOPS_A_SECOND <= seconds:
             return context
     return None
+
+
+def _sequences(package: Package, vocab_size: int, context: int) -> list[list[int]]:
+    """The token sequences for a context, `MAIN` as far as it is not scaled by length."""
+    chunks = package.config.dual_chunk
+    longer = [request.length for request in scaled_requests(chunks, context)]
+    return make_sequences(
+        vocab_size,
+        unscaled_context(chunks, context),
+        experts=package.config.moe is not None,
+        longer=longer,
+    )
+
+
+def _lay_out(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """The tokens, and where each sequence starts in them; one that begins another lies in it."""
+    tokens: list[int] = []
+    starts: dict[int, int] = {}
+    for number in sorted(range(len(sequences)), key=lambda n: -len(sequences[n])):
+        own = list(sequences[number])
+        within = [at for at in starts.values() if tokens[at : at + len(own)] == own]
+        starts[number] = within[0] if within else len(tokens)
+        tokens += [] if within else own
+    return tokens, [starts[number] for number in range(len(sequences))]
 
 
 def _routers(package: Package) -> list[Router]:
@@ -285,11 +310,17 @@ def _opener(package: Package, streamed: bool, context: int, rounded: str | None)
         lower = partial(for_onnxruntime_moved, share=FP8_ROUNDING_MARGIN)
     elif rounded is not None:
         lower = partial(for_onnxruntime_rounded, dtype=DTYPES[rounded])
-    vocab_size = package.manifest["model"]["vocab_size"]
+    vocab_size, chunks = package.manifest["model"]["vocab_size"], package.config.dual_chunk
 
     def open_streamed(act: Callable[[CachedSession], Any], observe: Sequence[str]) -> CachedSession:
         geometry = Geometry(
-            1, context, vocab_size, MAX_STEP_TOKENS, MAX_STEP_TOKENS, package.max_seq_len
+            1,
+            context,
+            vocab_size,
+            MAX_STEP_TOKENS,
+            MAX_STEP_TOKENS,
+            package.max_seq_len,
+            unscaled_length=None if chunks is None else chunks.original_max_position_embeddings,
         )
         parts = PackageParts(package, package.config.num_hidden_layers, lower=lower)
         (session,) = stream(parts, [Use(geometry, act)], observe)
@@ -321,9 +352,15 @@ class _Run:
     """
 
     def __init__(
-        self, sequences: Sequence[Sequence[int]], routers: Sequence[Router], progress: Progress
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompts: Mapping[int, int],
+        routers: Sequence[Router],
+        progress: Progress,
     ) -> None:
-        self._sequences, self._routers, self._progress = sequences, routers, progress
+        """`prompts`: sequence -> how many of its tokens are a prompt, if not all are."""
+        self._sequences, self._prompts = sequences, prompts
+        self._routers, self._progress = routers, progress
         self.sequence, self.experts = len(sequences) - 1, 0
         self.chosen = np.zeros((0, 0, 0), dtype=np.int64)
         self._margins: list[Float64] = []
@@ -407,9 +444,13 @@ class _Run:
         """Feed every sequence to a session; yields sequence, position and logits [n, vocab]."""
         for number, tokens in enumerate(self._sequences):
             session.reset()
-            for start in range(0, len(tokens), CHUNK):
-                (logits,) = session.prefill([tokens[start : start + CHUNK]], all_logits=True)
+            prompt = self._prompts.get(number, len(tokens))
+            for start in range(0, prompt, CHUNK):
+                given = tokens[start : min(start + CHUNK, prompt)]
+                (logits,) = session.prefill([given], all_logits=True, prompt_lengths=[prompt])
                 yield number, start, logits
+            for position in range(prompt, len(tokens)):
+                yield number, position, session.decode([tokens[position]])
 
 
 def _bounds(
@@ -477,7 +518,7 @@ def _bytes(cases: Sequence[Case], sequences: Sequence[Sequence[int]]) -> int:
     """The size of a proof, or a bit more."""
     marks = len({mark for case in cases for mark in case.marks})
     names = sum(len(case.name) + 6 for case in cases)
-    lengths = sum(4 * len(tokens) + 8 for tokens in sequences)
+    lengths = 4 * len(_lay_out(sequences)[0]) + 8 * len(sequences)
     return 2048 + names + lengths + MARK_BYTES * marks + 24 * sum(1 for _ in operations(cases))
 
 

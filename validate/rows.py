@@ -19,6 +19,7 @@ from qwenport.validate.judge import Judge, result_of, seconds_since, status_of
 from qwenport.validate.localisation import WHOLE_LAYER, Fault
 from qwenport.validate.oracle import Oracle
 from qwenport.validate.prompts import Prompts
+from qwenport.validate.proof_chunks import self_test_stops
 from qwenport.validate.report import Check, ScenarioResult, Status
 from qwenport.validate.rope_check import check_tables
 from qwenport.validate.router_check import compare_routing
@@ -78,6 +79,13 @@ def leave_out(counter: Counter, target: Target, layers: int, streamed: bool) -> 
     """Record what this kind of judgement cannot cover, whatever it runs."""
     if layers < target.config.num_hidden_layers:
         counter.leave_out(f"decoder layers {layers} to {target.config.num_hidden_layers - 1}")
+    if target.config.sparse_attention is not None:
+        counter.leave_out(
+            f"sparse attention, for which config.json asks ({target.config.sparse_attention}) and which the package "
+            "ignores: it is compared with exact attention"
+        )
+    if (stops := self_test_stops(target.config.dual_chunk, target.capacity)) is not None:
+        counter.leave_out(stops)
     if target.judged_as == PACKAGE and target.dtype != "fp32" and target.device == "cpu":
         what = "range and rounding" if target.dtype == "fp16" else "rounding"
         counter.leave_out(
@@ -417,10 +425,8 @@ def _rounding_fault(errors: Sequence[RoundingError], note: str | None) -> Fault 
 def replay_of_walk(bench: Bench, judge: Judge, target: Target, streamed: bool) -> str | None:
     """What the random walk found, as a Python program with as few operations as still show it.
 
-    A streamed walk is not shortened: every trial would read all weights. None for dual chunk attention.
+    A streamed walk is not shortened: every trial would read all weights.
     """
-    if target.config.dual_chunk is not None:
-        return None  # the script compares with transformers, which ignores dual chunk attention
     walk = next(s for s in SCENARIOS if s.name == "random walk")
     rows, capacity = bench.max_batch, bench.plan.capacity
     rehearsal = Rehearsal(bench.candidate.geometry(rows, capacity))

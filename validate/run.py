@@ -184,12 +184,16 @@ class Run:
 
     def _begin(self, row: int, total: int, given: int) -> int:
         """Tokens of a request of which a row is given some; without what it holds, if that was scaled otherwise."""
-        held = set(self._rows[row].requests) if row in self._rows and given else set()
-        if held <= {self._request(total)}:
+        if not given or not self.scaled_otherwise(row, total):
             return total
         length = self.length(row)
         self.truncate(0, row)
         return self._begin(row, max(total - length, given), given)
+
+    def scaled_otherwise(self, row: int, total: int) -> bool:
+        """Whether a row holds keys that are scaled for another length than a request of `total` tokens."""
+        held = set(self._rows[row].requests) if row in self._rows else set()
+        return not held <= {self._request(total)}
 
     def _request(self, tokens: int) -> int:
         """Positions of a request with so many tokens, at least those that are not scaled; 0 if none are scaled."""

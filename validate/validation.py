@@ -209,7 +209,9 @@ class Validation:
             self._not_run("TensorRT's parser or the interpreter refuses the network")
             return
         plan = self._plan(candidate)
-        self._counter = counter = Counter(plan, self.target.config.vocab_size)
+        self._counter = counter = Counter(
+            plan, self.target.config.vocab_size, self.target.config.dual_chunk
+        )
         moe = self.target.config.moe
         counter.num_experts = 0 if moe is None else moe.num_experts
         rows.leave_out(counter, self.target, self.layers, self.streamed)

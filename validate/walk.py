@@ -141,18 +141,22 @@ class _Walk:
 def perform(run: Run, operations: Sequence[Operation]) -> list[Operation]:
     """Perform a walk from an empty session; return what was performed."""
     run.start()
-    return [done for operation in operations if (done := _perform(run, operation)) is not None]
+    return [done for operation in operations for done in _perform(run, operation)]
 
 
-def _perform(run: Run, operation: Operation) -> Operation | None:
-    """Perform one operation, cut to what fits; return what was performed, None if nothing was left."""
+def _perform(run: Run, operation: Operation) -> list[Operation]:
+    """Perform one operation, cut to what fits; return what was performed.
+
+    A row that a prompt cannot continue, since its keys are scaled for another length, is emptied first.
+    """
     if operation.kind == "reset":
         run.start()
-        return operation
+        return [operation]
     if operation.kind == "truncate":
         length = min(operation.length, run.length(operation.row))
         run.truncate(length, operation.row)
-        return replace(operation, length=length)
+        return [replace(operation, length=length)]
+    emptied: list[Operation] = []
     if operation.kind == "decode":
         rows = tuple(
             row if row and 0 < run.length(index) < run.capacity else ()
@@ -164,9 +168,12 @@ def _perform(run: Run, operation: Operation) -> Operation | None:
         rows = tuple(
             row[: run.capacity - run.length(index)] for index, row in enumerate(operation.rows)
         )
+        for index, row in enumerate(rows):
+            if row and run.scaled_otherwise(index, run.length(index) + len(row)):
+                emptied += _perform(run, Operation("truncate", row=index, length=0))
         if any(rows):
             run.prefill([list(row) for row in rows], all_logits=operation.all_logits)
-    return replace(operation, rows=rows) if any(rows) else None
+    return [*emptied, replace(operation, rows=rows)] if any(rows) else []
 
 
 def shrink(
@@ -218,6 +225,8 @@ def _cut(operation: Operation) -> Operation | None:
 def script(operations: Sequence[Operation], rows: int, capacity: int, target: Target) -> str:
     """Write a walk that fits as a Python program that compares every row's last logits with transformers.
 
+    transformers ignores dual chunk attention; then the program asks the oracle.
+
     Args:
         operations: the result of `perform`.
         rows, capacity: the session's.
@@ -226,7 +235,10 @@ def script(operations: Sequence[Operation], rows: int, capacity: int, target: Ta
     judged = f"judged_as={target.judged_as!r}"
     if target.attention is not None:
         judged += f", gpus={','.join(target.gpus)!r}, attention={target.attention!r}"
-    begin = _REPLAY.format(rows=rows, capacity=capacity, judged=judged)
+    chunked = target.config.dual_chunk is not None
+    begin = (_REPLAY_CHUNKED if chunked else _REPLAY).format(
+        rows=rows, capacity=capacity, judged=judged
+    )
     return "\n".join([begin, *map(str, operations)])
 
 
@@ -248,4 +260,26 @@ def compare(given, logits):
             right = model(torch.tensor([texts[row]])).logits[0, -1].detach().numpy()
             made = np.asarray(logits[row]).reshape(-1, len(right))[-1]
             print(f"row {{row}}, {{len(texts[row])}} tokens: {{np.abs(made - right).max():.3g}}")
+"""
+
+# A token's key is scaled by the length that its request had.
+_REPLAY_CHUNKED = """\
+import numpy as np
+from pathlib import Path
+from qwenport.validate import open_candidate, open_target
+from qwenport.validate.reference import Reference, Text
+
+session = open_candidate(Path(TARGET), {judged}, max_batch={rows}, capacity={capacity})
+reference = Reference(open_target(Path(TARGET), {judged}), Path(CHECKPOINT))
+texts = [[] for _ in range({rows})]
+
+def compare(given, logits):
+    for row, tokens in enumerate(given):
+        request = len(texts[row]) + len(tokens)
+        texts[row] += [(token, request) for token in tokens]
+        if tokens:
+            ids, requests = zip(*texts[row])
+            right = reference.logits([Text(ids, (request - 1,), 0, requests)])[0][0]
+            made = np.asarray(logits[row]).reshape(-1, len(right))[-1]
+            print(f"row {{row}}, {{request}} tokens: {{np.abs(made - right).max():.3g}}")
 """

@@ -65,6 +65,12 @@ if TYPE_CHECKING:
     "Without this option it is refused.",
 )
 @click.option(
+    "--ignore-sparse-attention",
+    is_flag=True,
+    help="Export exact attention where config.json asks for sparse attention, its approximation (Qwen2.5-1M). Without "
+    "this option it is refused.",
+)
+@click.option(
     "--quantize",
     type=click.Choice(QUANTIZE),
     help="Round the weights of attention, MLP and experts to 8 or 4 bits; embedding and head to 8 bits per row. Norms, "
@@ -107,6 +113,7 @@ def command(
     rope_scaling: str | None,
     weights: str,
     adapter: str | None,
+    ignore_sparse_attention: bool,
     quantize: str | None,
     group: str | None,
     symmetric: bool | None,
@@ -143,6 +150,7 @@ def command(
                 rope_scaling=rope_scaling,
                 weights=weights,
                 adapter=adapter,
+                ignore_sparse_attention=ignore_sparse_attention,
                 quantize=recipe,
                 check_values=check_values,
                 strict=strict,

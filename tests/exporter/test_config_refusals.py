@@ -123,9 +123,6 @@ CHUNKS = {"chunk_size": 32, "local_size": 8, "original_max_position_embeddings":
             "original_max_position_embeddings",
         ),
         ({"dual_chunk_attention_config": {**CHUNKS, "critical_size": 3}}, "critical_size"),
-        ({"dual_chunk_attention_config": {**CHUNKS, "sparse_attention_config": {}}}, "sparse"),
-        ({"dual_chunk_attention_config": {**CHUNKS, "sparse_attention_enabled": True}}, "sparse"),
-        ({"sparse_attention_config": {"0": {}}}, "sparse_attention_config"),
         ({"dual_chunk_attention_config": [48, 16]}, "dual_chunk_attention_config"),
     ],
 )

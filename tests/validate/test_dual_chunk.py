@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from chunked import CHUNK, CHUNK_SIZE, VOCAB, make_chunked
-from defects import tools
-from defects.tools import constant, insert, node, nodes, seed
+from chunked import CHUNK, CHUNK_SIZE, ORIGINAL, VOCAB, make_chunked
+from defects.chunks import (
+    CHUNK_DEFECTS,
+    keys_rotated_by_position,
+    same_for_previous,
+    scale_of_queries_alone,
+)
+from defects.tools import seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
 
-from qwenport.contract import REQUEST_LENGTHS
 from qwenport.engines import OnnxRuntimeSession, build
 from qwenport.exporter import DualChunk, export, load_package
 from qwenport.validate import open_target, validate
+from qwenport.validate.budget import make_plan
+from qwenport.validate.candidate import Candidate
+from qwenport.validate.investigation import Bench
+from qwenport.validate.prompts import Prompts
 from qwenport.validate.reference import Reference, Text
 from qwenport.validate.reference.dual_chunk import attend
+from qwenport.validate.rows import replay_of_walk
+from qwenport.validate.run import Run
 
 from .bundled import failing, status
 from .bundled import row as result_of
@@ -165,6 +178,19 @@ def test_ragged_prompts_in_pieces_and_decoding_agree_with_the_oracle(
         assert apart(np.concatenate(found), right) < AGREE
 
 
+def test_the_first_piece_of_a_long_prompt_is_scaled_too(
+    package: Path, reference: Reference
+) -> None:
+    text, whole = tokens(CHUNK - 5), ORIGINAL + 60
+    session = OnnxRuntimeSession(load_package(package), threads=1)
+    (made,) = session.prefill([text], all_logits=True, prompt_lengths=[whole])
+    every = tuple(range(len(text)))
+    (right,) = reference.logits([Text(tuple(text), every, 0, (whole,) * len(text))])
+    (short,) = reference.logits([Text(tuple(text), every)])
+    assert apart(made, right) < AGREE
+    assert apart(made, short) > 1e-3
+
+
 def test_a_text_that_begins_far_into_the_context_agrees_with_the_oracle(
     package: Path, reference: Reference
 ) -> None:
@@ -199,85 +225,57 @@ def test_a_healthy_package_and_engine_pass(checkpoint: Path, package: Path, tmp_
 # --- mistakes
 
 
-def same_for_previous(model: ir.Model) -> None:
-    """Keys of the chunk before are attended to as those of the query's own."""
-    for rotation in nodes(model, "RotaryEmbedding"):
-        if rotation.name.endswith("rope_q_previous"):
-            rotation.replace_input_with(3, node(model, "model.Mod").outputs[0])
+def test_a_failing_walk_becomes_a_script_that_asks_the_oracle(
+    checkpoint: Path, package: Path, tmp_path: Path
+) -> None:
+    """Run on the healthy package it finds nothing, on the faulty one what the walk found."""
+    faulty = seed(package, tmp_path / "faulty", scale_of_queries_alone)
+    report = validate(faulty, checkpoint, budget="quick")
+    assert result_of(report, "random walk").status == "failed" and report.script is not None
+    assert max(_printed(report.script, package, checkpoint)) < 1e-3
+    assert max(_printed(report.script, faulty, checkpoint)) > 1e-3
 
 
-def clamp_missing(model: ir.Model) -> None:
-    clamp = node(model, "model.Min")
-    clamp.replace_input_with(1, constant(model, "no_limit", [1000]))
-
-
-def chunk_off_by_one(model: ir.Model) -> None:
-    for name in ("model.Div", "model.Div_2"):
-        node(model, name).replace_input_with(1, constant(model, "chunk", [CHUNK - 1]))
-
-
-def scale_missing(model: ir.Model) -> None:
-    node(model, "model.Mul").replace_input_with(1, constant(model, "none", [0.0], np.float32))
-
-
-def scale_of_queries_alone(model: ir.Model) -> None:
-    for layer in range(2):
-        path = f"model.layers.{layer}.self_attn"
-        keys = node(model, f"{path}.rope_k")
-        keys.replace_input_with(0, node(model, f"{path}.Mul_2").inputs[0])
-
-
-def older_position_off_by_one(model: ir.Model) -> None:
-    for name in ("model.Max", "model.Min_2"):
-        node(model, name).replace_input_with(1, constant(model, "older", [CHUNK_SIZE - 1]))
-
-
-def keys_rotated_by_position(model: ir.Model) -> None:
-    (positions,) = [value for value in model.graph.inputs if value.name == "position_ids"]
-    for rotation in nodes(model, "RotaryEmbedding"):
-        if rotation.name.endswith("rope_k"):
-            rotation.replace_input_with(3, positions)
-
-
-def previous_taken_for_older(model: ir.Model) -> None:
-    last = node(model, "model.Add_2")
-    last.replace_input_with(1, constant(model, "nothing", [0]))
-
-
-def older_taken_for_previous(model: ir.Model) -> None:
-    last = node(model, "model.Add_2")
-    last.replace_input_with(1, constant(model, "much", [100]))
-
-
-def scale_by_position(model: ir.Model) -> None:
-    """Each token's own position for the length of its request."""
-    (cast,) = [n for n in nodes(model, "Cast") if tools.given(n.inputs[0]).name == REQUEST_LENGTHS]
-    (positions,) = [value for value in model.graph.inputs if value.name == "position_ids"]
-    first = insert(
-        model, cast, "Gather", [positions, constant(model, "at", 0)], "defect.first", axis=1
+def test_a_whole_walk_is_a_script_that_a_session_takes(checkpoint: Path, package: Path) -> None:
+    """Also where prompts follow keys that are scaled for another length, which no session lets them."""
+    target = open_target(package)
+    candidate = Candidate(target, layers=2, streamed=False)
+    plan = make_plan(
+        target.config,
+        budget="quick",
+        seed=3,
+        rows=3,
+        capacity=target.capacity,
+        max_positions=target.capacity,
+        max_step_tokens=512,
+        streamed=False,
     )
-    cast.replace_input_with(0, insert(model, cast, "Add", [first, constant(model, "o", [1])], "d"))
+    prompts = Prompts(tuple(tokens(1000)), "")
+
+    def make_run(session: Any, **keywords: Any) -> Run:
+        return Run(session, prompts, plan, chunk=CHUNK, **keywords)
+
+    bench, judge = Bench(candidate, make_run, prompts, plan), None  # judges shorter walks alone
+    script = replay_of_walk(bench, judge, target, streamed=True)  # type: ignore[arg-type]
+    assert script is not None and "session.truncate(0, row=" in script
+    found = _printed(script, package, checkpoint)
+    assert len(found) > 20 and max(found) < 1e-3
 
 
-SLOW = (
-    clamp_missing,
-    chunk_off_by_one,
-    scale_missing,
-    older_position_off_by_one,
-    previous_taken_for_older,
-    older_taken_for_previous,
-    scale_by_position,
-)
+def _printed(script: str, target: Path, checkpoint: Path) -> list[float]:
+    """The differences that a script prints."""
+    with redirect_stdout(StringIO()) as printed:
+        exec(script, {"TARGET": target, "CHECKPOINT": checkpoint})
+    return [float(line.rpartition(": ")[2]) for line in printed.getvalue().splitlines()]
+
+
+FAST = (same_for_previous, scale_of_queries_alone, keys_rotated_by_position)
 
 
 @pytest.mark.parametrize(
     "change",
-    [
-        same_for_previous,
-        scale_of_queries_alone,
-        keys_rotated_by_position,
-        *(pytest.param(change, marks=pytest.mark.slow) for change in SLOW),
-    ],
+    [pytest.param(d, marks=() if d in FAST else pytest.mark.slow) for d in CHUNK_DEFECTS],
+    ids=lambda change: change.__name__,
 )
 def test_a_mistake_fails_where_it_shows(
     checkpoint: Path, package: Path, tmp_path: Path, change: Callable[[ir.Model], None]

@@ -225,7 +225,9 @@ def test_a_script_performs_the_walk_and_prints_how_far_its_logits_are_off(
     part = [every[index] for index in sorted(kept)]  # as shrinking leaves it
     judged, replayed = session_of(plan), session_of(plan)
     operations = perform(make_run(judged, plan), part)
-    target: Any = SimpleNamespace(judged_as="package", attention=None)
+    target: Any = SimpleNamespace(
+        judged_as="package", attention=None, config=SimpleNamespace(dual_chunk=None)
+    )
     text = script(operations, plan.rows, plan.capacity, target)
 
     def opened(path: Path, **options: Any) -> Diary:

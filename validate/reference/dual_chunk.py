@@ -58,8 +58,12 @@ def use_dual_chunk(layers: Sequence[Any], settings: DualChunk, rotary: Rotary) -
             past_key_values: Any = None,
             **others: Any,
         ) -> Any:
-            if past_key_values is None and int(position_ids[0, -1]) < settings.plain_context:
-                # transformers' own is exact there, and takes a fraction of the time
+            positions = position_ids[0]
+            if (
+                past_key_values is None
+                and int(positions[-1]) < settings.plain_context
+                and bool((_scales(positions, settings) == 1).all())
+            ):  # transformers' own is exact there, and takes a fraction of the time
                 return super().forward(hidden_states, position_ids=position_ids, **others)
             return _forward(self, settings, rotary, hidden_states, position_ids, past_key_values)
 
