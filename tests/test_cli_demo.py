@@ -28,11 +28,11 @@ def test_demo_runs_every_step_and_sums_up(tmp_path: Path, capsys: Capture) -> No
     assert [line.split()[1:4] for line in table[14:20]] == [
         ["int4", name, "done"] for name in few_bits
     ]
-    chunked = ["export", "validate", "build", "generate"]
-    assert [line.split()[:3] for line in table[20:24]] == [
+    chunked = ["export", "validate", "build", "selftest", "generate"]
+    assert [line.split()[:3] for line in table[20:25]] == [
         [demo.IN_CHUNKS, name, "done"] for name in chunked
     ]
-    assert sum(line.startswith("$ qwenport ") for line in out.splitlines()) == 24
+    assert sum(line.startswith("$ qwenport ") for line in out.splitlines()) == 25
     kept = {path.name for path in (tmp_path / "kept").iterdir()}
     kinds = ("engine", "engine.parity", "package", "package.parity")
     assert kept == {f"{model}.{kind}" for model in demo.CHECKPOINTS for kind in kinds} | {
@@ -59,7 +59,7 @@ def test_demo_without_tensorrt_rtx_names_the_extra_and_goes_on(
     assert error.endswith("pip install 'qwenport[rtx]'")
     table = [line.split() for line in out.split("bytes\n")[1].splitlines()]
     results = [words[2] for words in table if words[1] != "int4"]
-    assert results == ["done", "done", "failed", "skipped:", "done", "done", "done", "done"]
+    assert results == ["done", "done", "failed", "skipped:", "done"] + ["done"] * 4
     assert [words[3] for words in table if words[1] == "int4"] == ["done"] * 6
 
 

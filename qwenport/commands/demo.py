@@ -149,9 +149,15 @@ def in_chunks(examples: Path, out: Path, quiet: bool) -> list[Step]:
     parity = ("--reference", source, "--budget", "quick", *silent)
     sampling = ("--temperature", "0.7", "--seed", "1", *silent)
     commands: list[tuple[tuple[str, ...], Path, Path | None, Path | None]] = [
-        (("export", source, made, *weights, *silent), checkpoint, package, None),
+        (
+            ("export", source, made, "--max-batch", "1", *weights, *silent),
+            checkpoint,
+            package,
+            None,
+        ),
         (("validate", made, *parity), package, None, None),
         (("build", made, built, "--target", "onnxruntime", *silent), package, engine, None),
+        (("selftest", built, *silent), engine, None, None),
         (("generate", built, "--prompt", "-", *sampling), engine, None, text),
     ]
     return [

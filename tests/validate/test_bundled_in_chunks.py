@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qwenport.engines import Tokenizer, build, open_session
-from qwenport.exporter import DualChunk, load_package
+from qwenport.exporter import DualChunk, export, load_package
 from qwenport.validate import open_target, validate
 from qwenport.validate.reference import Reference, Text
 
 from .bundled import EXAMPLES, IN_CHUNKS, row, status
 
 AGREE = 1e-5  # rel-L2 of logits
-FAR = 300  # positions before it: nine chunks
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("in_chunks") / "package"
+    return export(IN_CHUNKS, folder, weights="copy", max_batch=2).path
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +44,18 @@ def trained_under(monkeypatch: pytest.MonkeyPatch) -> Callable[[PreTrainedModel]
     return attend_in_chunks
 
 
-def test_its_package_passes(package_of: Callable[[Path], Path]) -> None:
-    report = validate(package_of(IN_CHUNKS), IN_CHUNKS, budget="quick")
+@pytest.fixture
+def long_texts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Texts of 1024 tokens, of the same kind."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from train_chunked import tales
+
+    tokenizer = Tokenizer(IN_CHUNKS)
+    return [tokenizer.encode(tales(random.Random(seed), [8]))[:1024] for seed in range(100, 104)]
+
+
+def test_its_package_passes(package: Path) -> None:
+    report = validate(package, IN_CHUNKS, budget="quick")
     assert report.passed, report.failures
     found = status(report)
     assert {name for name, what in found.items() if what != "passed"} == {"past original context"}
@@ -50,21 +65,21 @@ def test_its_package_passes(package_of: Callable[[Path], Path]) -> None:
 
 
 def test_it_crosses_many_borders_and_is_scaled_within_its_context(
-    package_of: Callable[[Path], Path], ids: list[int]
+    package: Path, ids: list[int]
 ) -> None:
-    package = load_package(package_of(IN_CHUNKS))
-    settings = package.config.dual_chunk
+    opened = load_package(package)
+    settings = opened.config.dual_chunk
     assert settings == DualChunk(48, 16, 256)
     assert len(ids) == 400 and len(ids) // settings.chunk == 12
-    assert package.manifest["max_seq_len"] == 1024
+    assert opened.manifest["max_seq_len"] == 1024
 
 
 def test_it_was_trained_under_the_attention_that_the_oracle_computes(
-    package_of: Callable[[Path], Path],
+    package: Path,
     ids: list[int],
     trained_under: Callable[[PreTrainedModel], None],
 ) -> None:
-    reference = Reference(open_target(package_of(IN_CHUNKS)), IN_CHUNKS)
+    reference = Reference(open_target(package), IN_CHUNKS)
     model = AutoModelForCausalLM.from_pretrained(IN_CHUNKS, dtype=torch.float32)
     trained_under(model)
     for count in (30, 250, len(ids)):
@@ -75,24 +90,24 @@ def test_it_was_trained_under_the_attention_that_the_oracle_computes(
         assert np.linalg.norm(made - right) < AGREE * np.linalg.norm(right), count
 
 
-def test_its_engine_needs_dual_chunk_attention_where_the_context_is_long(
-    package_of: Callable[[Path], Path], ids: list[int], tmp_path: Path
+def test_its_engine_reads_twice_as_far_as_it_was_trained_where_plain_rope_fails(
+    package: Path, tmp_path: Path, long_texts: list[list[int]]
 ) -> None:
-    """Far into a text it predicts as well as from the last 200 tokens, and better than with plain rope."""
-    build(package_of(IN_CHUNKS), tmp_path / "engine", target="onnxruntime")
+    build(package, tmp_path / "engine", target="onnxruntime")
     session = open_session(tmp_path / "engine")
-    (near,) = session.prefill([ids[FAR - 100 :]], all_logits=True)
-    session.reset()
-    (far,) = session.prefill([ids], all_logits=True)
     model = AutoModelForCausalLM.from_pretrained(IN_CHUNKS, dtype=torch.float32)
-    with torch.inference_mode():
-        plain = model(torch.tensor([ids])).logits[0].numpy()
-    loss = {name: nll(logits, ids) for name, logits in {"n": near, "f": far, "p": plain}.items()}
-    print(loss)
+    near, far, plain = [], [], []
+    for ids in long_texts:
+        session.reset()
+        logits = torch.from_numpy(session.prefill([ids], all_logits=True)[0])
+        near.append(loss(logits, ids, slice(100, 300)))
+        far.append(loss(logits, ids, slice(700, 1000)))
+        with torch.inference_mode():
+            plain.append(loss(model(torch.tensor([ids])).logits[0], ids, slice(700, 1000)))
+    assert sum(far) < 1.2 * sum(near)
+    assert sum(far) < 0.5 * sum(plain)
 
 
-def nll(logits: NDArray[np.float32], ids: list[int]) -> float:
-    """Mean loss of the tokens from FAR on, in nats; the last row of logits is after the last token."""
-    count = len(ids) - FAR
-    chosen = torch.from_numpy(logits[-count - 1 : -1].copy())
-    return cross_entropy(chosen, torch.tensor(ids[FAR:])).item()
+def loss(logits: torch.Tensor, ids: list[int], positions: slice) -> float:
+    """Mean loss in nats of the tokens after these positions; logits [len(ids), vocab]."""
+    return cross_entropy(logits[:-1][positions], torch.tensor(ids[1:])[positions]).item()
