@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,17 +24,22 @@ EXIT_NO_PARITY, EXIT_ERROR = 1, 2
 GPUS = "sm86,sm89,sm120"
 PROMPT = "Once upon a time"
 CHECKPOINTS = ("tiny-qwen2.5", "tiny-qwen2-moe")
+IN_CHUNKS, LONG_TEXT = "tiny-qwen2.5-1m", "long_tale.txt"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the demo. `makes` is the directory that it writes, `needs` the one that it reads."""
+    """One command of the demo. `makes` is the directory that it writes, `needs` the one that it reads.
+
+    `stdin` is the text file that it is given.
+    """
 
     model: str
     name: str
     arguments: tuple[str, ...]
     needs: Path
     makes: Path | None = None
+    stdin: Path | None = None
 
 
 @dataclass
@@ -58,7 +64,7 @@ class Outcome:
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars and no notes.")
 def command(out: Path | None, quiet: bool) -> None:
     """Take the small checkpoints of the repository, a dense one and a mixture of experts, from export to text,
-    and the dense one with weights in 4 bits. No GPU is needed.
+    the dense one with weights in 4 bits too, and one with dual chunk attention through a long text. No GPU is needed.
 
     Each step prints the command it stands for, and a table sums them up. Exit codes: 0 all steps
     done, 1 parity does not hold, 2 a step failed, for instance for a missing extra.
@@ -74,6 +80,7 @@ def command(out: Path | None, quiet: bool) -> None:
             step for checkpoint in checkpoints for step in steps(checkpoint, directory, quiet)
         ]
         planned += few_bits(checkpoints[0], directory, quiet)
+        planned += in_chunks(checkpoints[0].parent, directory, quiet)
         outcomes = [_run(step) for step in planned]
     _summarise(outcomes)
     if out is not None:
@@ -132,6 +139,33 @@ def few_bits(checkpoint: Path, out: Path, quiet: bool) -> list[Step]:
     return [Step(model, words[0], words, needs, makes) for words, needs, makes in commands]
 
 
+def in_chunks(examples: Path, out: Path, quiet: bool) -> list[Step]:
+    """The commands for the model with dual chunk attention, which continues a text across many chunks."""
+    checkpoint, text = examples / IN_CHUNKS, examples / LONG_TEXT
+    package, engine = out / f"{IN_CHUNKS}.package", out / f"{IN_CHUNKS}.engine"
+    source, made, built = str(checkpoint), str(package), str(engine)
+    silent = ("--quiet",) if quiet else ()
+    weights = () if _can_link(checkpoint, out) else ("--weights", "copy")
+    parity = ("--reference", source, "--budget", "quick", *silent)
+    sampling = ("--temperature", "0.7", "--seed", "1", *silent)
+    commands: list[tuple[tuple[str, ...], Path, Path | None, Path | None]] = [
+        (
+            ("export", source, made, "--max-batch", "1", *weights, *silent),
+            checkpoint,
+            package,
+            None,
+        ),
+        (("validate", made, *parity), package, None, None),
+        (("build", made, built, "--target", "onnxruntime", *silent), package, engine, None),
+        (("selftest", built, *silent), engine, None, None),
+        (("generate", built, "--prompt", "-", *sampling), engine, None, text),
+    ]
+    return [
+        Step(IN_CHUNKS, words[0], words, needs, makes, stdin)
+        for words, needs, makes, stdin in commands
+    ]
+
+
 def _bundled_checkpoints() -> list[Path]:
     examples = Path(qwenport.__file__).resolve().parent.parent / "examples"
     checkpoints = [examples / name for name in CHECKPOINTS]
@@ -182,7 +216,8 @@ def _run(step: Step) -> Outcome:
         return Outcome(step, f"skipped: there is no {step.needs.name}")
     from qwenport.cli import cli
 
-    click.secho(f"\n$ qwenport {shlex.join(step.arguments)}", bold=True)
+    read = "" if step.stdin is None else f" < {shlex.quote(str(step.stdin))}"
+    click.secho(f"\n$ qwenport {shlex.join(step.arguments)}{read}", bold=True)
     start = time.perf_counter()
     outcome = Outcome(step, "done")
     parent = click.get_current_context().find_root()
@@ -190,7 +225,10 @@ def _run(step: Step) -> Outcome:
     chosen = cli.get_command(parent, name)
     assert chosen is not None
     try:
-        with chosen.make_context(name, arguments, parent=parent) as context:
+        with (
+            chosen.make_context(name, arguments, parent=parent) as context,
+            _reading(step.stdin),
+        ):
             chosen.invoke(context)
     except click.exceptions.Exit as exit_:
         if exit_.exit_code not in (0, EXIT_NO_PARITY):
@@ -204,6 +242,20 @@ def _run(step: Step) -> Outcome:
     if step.makes is not None and step.makes.exists():
         outcome.bytes = bytes_of(step.makes)
     return outcome
+
+
+@contextmanager
+def _reading(path: Path | None) -> Iterator[None]:
+    """Make a file stdin, as a shell's `<` does."""
+    if path is None:
+        yield
+        return
+    before = sys.stdin
+    with path.open(encoding="utf-8") as sys.stdin:
+        try:
+            yield
+        finally:
+            sys.stdin = before
 
 
 def _summarise(outcomes: list[Outcome]) -> None:

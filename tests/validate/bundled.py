@@ -13,6 +13,7 @@ from qwenport.validate import Report, ScenarioResult
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DENSE, MIXTURE = EXAMPLES / "tiny-qwen2.5", EXAMPLES / "tiny-qwen2-moe"
+IN_CHUNKS = EXAMPLES / "tiny-qwen2.5-1m"
 WAYS: dict[str, dict[str, Any]] = {
     "package": {},
     "network": {"judged_as": "tensorrt-network"},
