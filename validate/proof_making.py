@@ -8,8 +8,7 @@ activations in int8, or, if the model itself rounds them to FP8, with inputs tha
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +37,6 @@ from qwenport.engines import (
     Fingerprints,
     OnnxRuntimeSession,
     Proof,
-    ProofError,
     kept_proof,
     start_onnxruntime,
     write_proof,
@@ -61,6 +59,7 @@ from qwenport.validate.proof_chunks import (
     scaled_requests,
     unscaled_context,
 )
+from qwenport.validate.proof_run import Float64, Open, ProofRun, Rounded, Router
 from qwenport.validate.streaming import Geometry, Use, stream
 from qwenport.validate.thresholds import (
     FP8_LEAST,
@@ -71,7 +70,6 @@ from qwenport.validate.thresholds import (
     HALF_TIMES_OWN,
 )
 
-CHUNK = 64  # tokens whose logits are in memory at a time
 LEAST_BYTES = 48 << 10
 SHARE = 0.01  # of the weights
 EXPERTS_SHARE = 0.4  # of the proof
@@ -86,40 +84,11 @@ ESTIMATE_MARGIN = 1.5
 TIMES_FP32 = {BF16.name: 2.0**16, FP16.name: 2.0**13}
 # The error of a mark is one draw of rounding's; other correct programs draw others. So many of all positions have less.
 HALF_QUANTILE = 0.9
-# A router's choice may fall the other way if its margin is less than so many times what rounding moves its logits by.
-ROUTER_SIGMAS = 6.0
 # Of what one program that rounds so measures, this is allowed to others: processors round to int8 in different blocks,
 # and a code in FP8 that falls the other way may move one mark more than any in the measurement.
 TIMES_OWN = dict.fromkeys((BF16.name, FP16.name, INT8, E4M3), HALF_TIMES_OWN)
 # No model's own rounding measured less over many positions; a model of one layer that is exact by chance may.
 LEAST = {BF16.name: 2.0**-9, FP16.name: 2.0**-12, INT8: 2.0**-9, E4M3: FP8_LEAST}
-
-Float64 = NDArray[np.float64]
-Open = Callable[[Callable[[CachedSession], Any], Sequence[str]], CachedSession]
-"""(what will be done, values to observe) -> a session to do it with."""
-
-
-@dataclass(frozen=True)
-class Router:
-    """The values of a sparse layer: its router's logits [B, S, E], and the experts chosen [B, S, k]."""
-
-    logits: str
-    chosen: str
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """What a program that rounds its results was off by.
-
-    Attributes:
-        dtype: what it rounds to: "bf16", "fp16", INT8 or E4M3.
-        errors: for each sequence, the errors at all positions.
-        moved: of each layer, what its router's logits moved by, root mean square, [layers].
-    """
-
-    dtype: str
-    errors: Sequence[Float64]
-    moved: Float64
 
 
 @dataclass(frozen=True)
@@ -159,7 +128,7 @@ def make_proof(
     vocab_size = package.manifest["model"]["vocab_size"]
     sequences = _sequences(package, vocab_size, context)
     prompts = request_prompts(scaled_requests(chunks, context))
-    run = _Run(sequences, prompts, routers, progress)
+    run = ProofRun(sequences, prompts, routers, progress)
     exact = _opener(package, streamed, context, None)
     prints = run.exact(exact)
     dtype = BF16 if package.dtype == "fp32" else DTYPES[package.dtype]
@@ -342,119 +311,8 @@ def _opener(package: Package, streamed: bool, context: int, rounded: str | None)
     return open_streamed if streamed else open_whole
 
 
-class _Run:
-    """Runs the sequences, and keeps what the routers did.
-
-    Attributes:
-        sequence: the last sequence's number, the one for experts.
-        chosen: the experts that its tokens go to, int64 [layers, tokens, k].
-        experts: experts of a layer.
-    """
-
-    def __init__(
-        self,
-        sequences: Sequence[Sequence[int]],
-        prompts: Mapping[int, int],
-        routers: Sequence[Router],
-        progress: Progress,
-    ) -> None:
-        """`prompts`: sequence -> how many of its tokens are a prompt, if not all are."""
-        self._sequences, self._prompts = sequences, prompts
-        self._routers, self._progress = routers, progress
-        self.sequence, self.experts = len(sequences) - 1, 0
-        self.chosen = np.zeros((0, 0, 0), dtype=np.int64)
-        self._margins: list[Float64] = []
-        self._logits: list[list[Float64]] = []
-
-    def exact(self, opened: Open) -> list[Fingerprints]:
-        """Fingerprints of all positions, for each sequence.
-
-        Raises:
-            ProofError: a logit is not finite.
-        """
-        found: list[list[Fingerprints]] = [[] for _ in self._sequences]
-
-        def take(sequence: int, start: int, logits: Any) -> None:
-            if not np.isfinite(logits).all():
-                raise ProofError("the package's logits are not all finite; validate says where")
-            found[sequence].append(Fingerprints.of(logits))
-
-        for values in self._feed(opened, take, "running the package for its proof"):
-            margins = []
-            for router in self._routers:
-                logits, self.experts = values[router.logits], values[router.logits].shape[1]
-                ordered, k = np.sort(logits, axis=1)[:, ::-1], values[router.chosen].shape[1]
-                rest = ordered[:, k] if k < self.experts else -np.inf
-                margins.append(ordered[:, k - 1] - rest)
-            self._logits.append([values[router.logits] for router in self._routers])
-            self._margins.append(np.stack(margins) if margins else np.zeros((0, 0)))
-            if self._routers:
-                self.chosen = np.stack([values[r.chosen] for r in self._routers]).astype(np.int64)
-        return [Fingerprints.join(parts) for parts in found]
-
-    def rounded(self, dtype: str, opened: Open, prints: Sequence[Fingerprints]) -> Rounded:
-        """Run a program that rounds its results, after the exact one."""
-        found = [np.zeros(len(tokens)) for tokens in self._sequences]
-
-        def take(sequence: int, start: int, logits: Any) -> None:
-            at = slice(start, start + len(logits))
-            found[sequence][at] = prints[sequence].errors(range(start, at.stop), logits)
-
-        squares: list[list[Float64]] = [[] for _ in self._routers]
-        runs = self._feed(opened, take, "measuring what rounding does")
-        for sequence, values in enumerate(runs):
-            for layer, router in enumerate(self._routers):
-                moved = values[router.logits] - self._logits[sequence][layer]
-                squares[layer].append((moved**2).mean(axis=1))
-        moved = np.array([math.sqrt(np.concatenate(s).mean()) for s in squares])
-        return Rounded(dtype, found, moved)
-
-    def near_ties(self, sequence: int, moved: Float64) -> NDArray[np.bool_]:
-        """The tokens that rounding may send to other experts, bool [tokens].
-
-        Args:
-            sequence: which one.
-            moved: what it moves each router's logits by, [layers].
-        """
-        if not self._routers:
-            return np.zeros(len(self._sequences[sequence]), dtype=bool)
-        limit = ROUTER_SIGMAS * moved
-        near: NDArray[np.bool_] = np.any(self._margins[sequence] < limit[:, None], axis=0)
-        return near
-
-    def _feed(
-        self, opened: Open, take: Callable[[int, int, Any], None], what: str
-    ) -> list[dict[str, Any]]:
-        """Feed every sequence; returns the observed values of each, [tokens, ...]."""
-        total, done = sum(map(len, self._sequences)), 0
-        observe = [name for router in self._routers for name in (router.logits, router.chosen)]
-        session = opened(lambda session: [*self._steps(session)], observe)
-        found: list[list[dict[str, Any]]] = [[] for _ in self._sequences]
-        for sequence, start, logits in self._steps(session):
-            take(sequence, start, logits)
-            found[sequence].append(session.observed)
-            done += len(logits)
-            self._progress(what, done, total)
-        return [
-            {name: np.concatenate([step[name][0] for step in steps]) for name in observe}
-            for steps in found
-        ]
-
-    def _steps(self, session: CachedSession) -> Iterator[tuple[int, int, Any]]:
-        """Feed every sequence to a session; yields sequence, position and logits [n, vocab]."""
-        for number, tokens in enumerate(self._sequences):
-            session.reset()
-            prompt = self._prompts.get(number, len(tokens))
-            for start in range(0, prompt, CHUNK):
-                given = tokens[start : min(start + CHUNK, prompt)]
-                (logits,) = session.prefill([given], all_logits=True, prompt_lengths=[prompt])
-                yield number, start, logits
-            for position in range(prompt, len(tokens)):
-                yield number, position, session.decode([tokens[position]])
-
-
 def _bounds(
-    marks: Sequence[Mark], run: _Run, dtype: str, half: Rounded, activations: Rounded
+    marks: Sequence[Mark], run: ProofRun, dtype: str, half: Rounded, activations: Rounded
 ) -> NDArray[np.float32]:
     """The errors allowed at each mark, fp32 [M, 3]: in fp32, in the package's dtype, with rounded activations.
 
@@ -483,7 +341,7 @@ def _bounds(
     return np.array(found, dtype=np.float32)
 
 
-def _allowed(marks: Sequence[Mark], run: _Run, rounded: Rounded) -> list[float]:
+def _allowed(marks: Sequence[Mark], run: ProofRun, rounded: Rounded) -> list[float]:
     """The errors allowed at each mark to programs that round so."""
     every = np.concatenate(rounded.errors)
     high, largest = float(np.quantile(every, HALF_QUANTILE)), float(every.max())
@@ -522,7 +380,7 @@ def _bytes(cases: Sequence[Case], sequences: Sequence[Sequence[int]]) -> int:
     return 2048 + names + lengths + MARK_BYTES * marks + 24 * sum(1 for _ in operations(cases))
 
 
-def _expert_case(run: _Run, moved: Float64, limit: int) -> tuple[Case, tuple[int, int]]:
+def _expert_case(run: ProofRun, moved: Float64, limit: int) -> tuple[Case, tuple[int, int]]:
     """Marks whose own tokens together reach every expert, as far as the last sequence does and `limit` bytes allow.
 
     Returns:

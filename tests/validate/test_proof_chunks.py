@@ -39,7 +39,8 @@ from qwenport.validate.proof_chunks import (
     self_test_stops,
     unscaled_context,
 )
-from qwenport.validate.proof_making import _lay_out, _Run
+from qwenport.validate.proof_making import _lay_out
+from qwenport.validate.proof_run import ProofRun
 
 from .sessions import signature
 
@@ -89,7 +90,7 @@ def _proof(chunks: DualChunk, context: int, folder: Path) -> Proof:
         *make_cases(plain, ROWS, whole=plain == context),
         *chunk_cases(chunks, context, context, ROWS),
     ]
-    run = _Run(sequences, request_prompts(requests), [], no_progress)
+    run = ProofRun(sequences, request_prompts(requests), [], no_progress)
     session = Ledger(context, chunks.original_max_position_embeddings)
 
     def opened(act: Any, observe: Any) -> CachedSession:
