@@ -50,6 +50,41 @@ std::string in_words(const SelfTestReport& report) {
          " s";
 }
 
+/// For each step of a case, the lengths of the rows' whole prompts, of which it feeds a piece; none if it is a decode, which
+/// gives no row more than one token. A row's prompt goes on until a decode, or until it is cut: as in
+/// engines/self_test.py.
+std::vector<std::vector<int>> prompt_lengths(const ProofCase& one) {
+  const auto rows = static_cast<std::size_t>(one.rows);
+  std::vector<std::vector<int>> lengths(one.steps.size());
+  std::vector<int> held(rows);
+  std::vector<std::vector<std::size_t>> pieces(rows);  // the steps of each row's prompt so far
+  for (std::size_t i = 0; i < one.steps.size(); ++i) {
+    const ProofStep& step = one.steps[i];
+    if (step.kind == ProofStep::Kind::feed) {
+      const bool decodes = std::all_of(step.feeds.begin(), step.feeds.end(),
+                                       [](const ProofFeed& each) { return each.count == 1; });
+      if (!decodes) lengths[i] = held;
+      for (const ProofFeed& each : step.feeds) {
+        const auto row = static_cast<std::size_t>(each.row);
+        held[row] = each.end;
+        if (decodes) {
+          pieces[row].clear();
+          continue;
+        }
+        pieces[row].push_back(i);
+        for (const std::size_t piece : pieces[row]) lengths[piece][row] = each.end;
+      }
+    } else if (step.kind == ProofStep::Kind::truncate) {
+      held[static_cast<std::size_t>(step.row)] = step.length;
+      pieces[static_cast<std::size_t>(step.row)].clear();
+    } else if (step.kind == ProofStep::Kind::reset) {
+      held.assign(rows, 0);
+      pieces.assign(rows, {});
+    }
+  }
+  return lengths;
+}
+
 /// Runs steps of a proof through one session.
 class Runner {
  public:
@@ -60,10 +95,12 @@ class Runner {
   /// False once logits are wrong; the report then says which.
   bool run(const ProofCase& one, SelfTestReport& report) {
     session_.reset();
-    for (const ProofStep& step : one.steps) {
+    const std::vector<std::vector<int>> lengths = prompt_lengths(one);
+    for (std::size_t i = 0; i < one.steps.size(); ++i) {
+      const ProofStep& step = one.steps[i];
       switch (step.kind) {
         case ProofStep::Kind::feed:
-          if (!feed(one, step, report)) return false;
+          if (!feed(one, step, lengths[i], report)) return false;
           break;
         case ProofStep::Kind::truncate:
           session_.truncate(step.length, step.row);
@@ -81,7 +118,8 @@ class Runner {
   }
 
  private:
-  bool feed(const ProofCase& one, const ProofStep& step, SelfTestReport& report) {
+  bool feed(const ProofCase& one, const ProofStep& step, const std::vector<int>& lengths,
+            SelfTestReport& report) {
     const auto rows = static_cast<std::size_t>(step.feeds.back().row) + 1;
     tokens_.resize(std::max(tokens_.size(), rows));
     std::vector<TokenView> views(rows);
@@ -90,7 +128,10 @@ class Runner {
       tokens_[row].assign(each.tokens, each.tokens + each.count);
       views[row] = {tokens_[row].data(), each.count};
     }
-    const Logits logits = session_.prefill(views.data(), rows);
+    decoded_.assign(rows, idle);
+    for (const ProofFeed& each : step.feeds) decoded_[static_cast<std::size_t>(each.row)] = *each.tokens;
+    const Logits logits = lengths.empty() ? session_.decode(decoded_.data(), rows)
+                                          : session_.prefill(views.data(), rows, lengths.data());
     ++report.steps;
     for (const ProofFeed& each : step.feeds) {
       if (each.mark == nullptr) continue;
@@ -108,6 +149,7 @@ class Runner {
   SessionCore session_;
   std::size_t bound_;
   std::vector<std::vector<Token>> tokens_;  // of a call's rows
+  std::vector<Token> decoded_;              // the first of each
 };
 
 }  // namespace
