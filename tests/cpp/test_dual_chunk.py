@@ -20,11 +20,11 @@ from qwenport import engines, exporter
 from qwenport.contract import INPUT_IDS, MANIFEST, ONNXRUNTIME
 from qwenport.engines import SessionError
 from qwenport.engines.onnxruntime_session import OnnxRuntimeSession
-from qwenport.validate import open_target
+from qwenport.validate import make_proof, open_target
 from qwenport.validate.reference import Reference, Text
 
 from .builds import built
-from .runtime import IDLE, Engine, Error, Library
+from .runtime import Engine, Error, Library
 
 CHUNK, ORIGINAL, ROWS = 32, 70, 3
 SETTINGS = {
@@ -143,23 +143,6 @@ def test_generations_are_python_s(
     assert session.generate(prompts, **options) == expected
 
 
-def test_a_full_row_that_idles_keeps_its_last_key(ours: Engine, directory: Path) -> None:
-    session = ours.session(max_batch=2, capacity=LONG)
-    theirs = python(directory, max_batch=2, capacity=LONG)
-    session.prefill([tokens(LONG), tokens(4)])
-    theirs.prefill([tokens(LONG), tokens(4)])
-    before = session.save()
-    (_, made), (_, right) = session.decode([IDLE, 8]), theirs.decode([None, 8])
-    np.testing.assert_array_equal(made, right)
-    session.truncate(4, 1)
-    after = session.save()
-    assert len(before) == len(after)
-    session.truncate(LONG - 1)  # the last key again, of the request that it belongs to
-    theirs.truncate(LONG - 1)
-    session.prefill([tokens(LONG)[-1:]])
-    assert session.lengths == [LONG, 4]
-
-
 def test_what_python_refuses_is_refused_in_its_words(ours: Engine, directory: Path) -> None:
     text = tokens(LONG)
     session, theirs = ours.session(max_batch=2), python(directory, max_batch=2)
@@ -222,6 +205,16 @@ def test_without_an_original_length_nothing_is_scaled_or_refused(load: Any, tmp_
     theirs = python(engine)
     theirs.prefill([text[:150]])
     np.testing.assert_array_equal(made, theirs.prefill([text[150:]])[0][0])
+
+
+@pytest.mark.usefixtures("passes")
+def test_an_engine_reproduces_its_proof(
+    load: Any, package: exporter.Package, tmp_path: Path
+) -> None:
+    path = tmp_path / "engine"
+    engines.build(package.path, path, target=ONNXRUNTIME, make_proof=make_proof)
+    report = load(path).self_test()
+    assert report.passed and report.marks > 0, report.summary
 
 
 @pytest.mark.parametrize("sanitizer", ["release", "address", "thread"])

@@ -176,6 +176,21 @@ TEST_CASE("a prompt of one call states its length by itself, and lengths that ca
   CHECK(session.lengths() == std::vector<int>{60, 2});
 }
 
+TEST_CASE("a full row that idles writes its last key again as it was") {
+  const auto model = stand_in::toy_model_of(
+      stand_in::with_dual_chunk(stand_in::toy_manifest_text(160, 2, 24, 97), unscaled));
+  const Engine engine(model);
+  Session session(engine, {2, 60, true});
+  Model held{model->manifest(), Rows(2), Rows(2)};
+  session.prefill_batch({counting(60), {5}});
+  held.add(0, counting(60), 60);
+  session.prefill_batch({{}, {6, 7}}, {1, 3});
+  Session longer(engine, {2, 100, true});
+  longer.restore(session.save());
+  held.add(0, {9}, 61);
+  held.check(longer.decode_batch({9}), 0);
+}
+
 TEST_CASE("a generation states the length of its prompts, and one that appends is refused beyond it") {
   for (const int width : {16, 160}) {
     const auto model = stand_in::toy_model_of(
