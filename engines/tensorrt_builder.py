@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenport.contract import CAPACITY, DTYPES, MODEL, PLAN, WITH_QUERIES, Progress, query
+from qwenport.contract import CAPACITY, DTYPES, FP32, MODEL, PLAN, WITH_QUERIES, Progress, query
 from qwenport.engines.attention import attention_of, choose_attention
 from qwenport.engines.errors import BuildError
 from qwenport.engines.plan import build_plan
@@ -35,9 +35,6 @@ ONLY = Steps(1, MAX_STEP_TOKENS, MAX_STEP_LOGITS)
 """The profile for all steps, of the flavour for which the size of a plan with two is not known."""
 MOST_SCORE_BYTES = 4 << 30
 """Bytes that a step of several tokens needs for the scores of dual chunk attention, at most."""
-SCORES = 5
-"""Numbers per query head, token and slot that such a step has in memory at once: the products with three queries, the
-weights, and a copy of them."""
 NARROWER = 8
 """How many times narrower the steps of such a profile are than those of the one before, for longer spans."""
 
@@ -124,7 +121,7 @@ def steps_of(request: Request, attention: Attention, *, several: bool) -> list[S
     config, slots = request.package.config, attention.slots
     if config.dual_chunk is None:
         return [DECODE, PREFILL] if several else [ONLY]
-    per_slot = SCORES * config.num_attention_heads * DTYPES[request.package.dtype].itemsize
+    per_slot = config.num_attention_heads * score_bytes(request.package.dtype)
     affordable = MOST_SCORE_BYTES // (per_slot * request.batch)  # tokens x slots
     steps, most = [Steps(1, 1, 1)], min(MAX_STEP_TOKENS, request.capacity)
     while most > 1:
@@ -137,6 +134,14 @@ def steps_of(request: Request, attention: Attention, *, several: bool) -> list[S
             steps.append(_several(most, longest))
         most = min(max(most // NARROWER, affordable // slots), most - 1)
     return steps
+
+
+def score_bytes(dtype: str) -> int:
+    """Memory that TensorRT needs for the scores of dual chunk attention, per query head, token and slot.
+
+    The products with three queries in fp32, the weights, and a copy of them.
+    """
+    return 3 * FP32.itemsize + 2 * DTYPES[dtype].itemsize
 
 
 def _several(most: int, longest: int) -> Steps:

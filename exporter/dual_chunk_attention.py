@@ -65,7 +65,7 @@ def _attend(
 ) -> torch.Tensor:
     groups = same.shape[1] // k.shape[1]
     keys, values = (part.repeat_interleave(groups, dim=1) for part in (k, v))
-    scores = [(q @ keys.mT).float() * scale for q in (same, previous, older)]
+    scores = [q.float() @ keys.float().mT * scale for q in (same, previous, older)]
     chosen = torch.where(is_same, scores[0], torch.where(is_previous, scores[1], scores[2]))
     weights = torch.softmax(chosen.masked_fill(~mask, _LOWEST), dim=-1)
     return weights.to(v.dtype) @ values
@@ -114,9 +114,10 @@ def emit(
     queries = node("Concat", *each, axis=2)
     rows = node("Reshape", queries, builder.constant([0, kv_heads, -1, head_dim]))
     keys = node("Transpose", e.values[k.index], perm=[0, 1, 3, 2])
-    product = node("Reshape", node("MatMul", rows, keys), sizes(0, heads, 3, seq, -1))
-    if kind != fp32:
-        product = node("Cast", product, dtype=fp32, to=int(fp32))
+    if kind != fp32:  # a product in half precision rounds scores, which fused attention does not
+        rows, keys = (node("Cast", part, dtype=fp32, to=int(fp32)) for part in (rows, keys))
+    product = node("MatMul", rows, keys, dtype=fp32)
+    product = node("Reshape", product, sizes(0, heads, 3, seq, -1), dtype=fp32)
     scores = builder.add_many(
         "Split",
         [product],
