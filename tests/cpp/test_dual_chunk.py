@@ -23,9 +23,10 @@ from qwenport.engines.onnxruntime_session import OnnxRuntimeSession
 from qwenport.validate import make_proof, open_target
 from qwenport.validate.reference import Reference, Text
 
-from .builds import built
+from .builds import ROOT, built
 from .runtime import Engine, Error, Library
 
+BUNDLED = ROOT / "examples" / "tiny-qwen2.5-1m"
 CHUNK, ORIGINAL, ROWS = 32, 70, 3
 SETTINGS = {
     "chunk_size": 48,
@@ -141,6 +142,19 @@ def test_generations_are_python_s(
     options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.9, "seed": 4}
     expected = engines.generate(theirs, prompts, engines.GenerateOptions(**options))
     assert session.generate(prompts, **options) == expected
+
+
+def test_the_bundled_checkpoint_continues_a_long_text_as_in_python(
+    load: Any, tmp_path: Path
+) -> None:
+    package = exporter.export(BUNDLED, tmp_path / "package", max_batch=1)
+    directory = engines.build(package.path, tmp_path / "engine", target=ONNXRUNTIME).path
+    text = (BUNDLED.parent / "long_tale.txt").read_text(encoding="utf-8").removesuffix("\n")
+    prompts = [engines.Tokenizer(BUNDLED).encode(text)]
+    options: dict[str, Any] = {"max_new_tokens": 60}
+    expected = engines.generate(python(directory), prompts, engines.GenerateOptions(**options))
+    assert len(prompts[0]) == 400 and len(expected[0].tokens) == 60
+    assert load(directory).session().generate(prompts, **options) == expected
 
 
 def test_what_python_refuses_is_refused_in_its_words(ours: Engine, directory: Path) -> None:
