@@ -9,11 +9,10 @@ shapes and optimization profile. The contexts share one workspace, as large as t
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,11 +37,11 @@ from qwenport.engines.jit_cache import JitCache
 from qwenport.engines.memory import poison, poison_slots, read_slots, write_slots
 from qwenport.engines.plan import load_plan
 from qwenport.engines.plugin_library import register_for_run
-from qwenport.engines.request import Profile
 from qwenport.engines.saved_session import SavedSession
 from qwenport.engines.session import Bytes, Float32, Int64
 from qwenport.engines.session_arguments import whole
 from qwenport.engines.spans import Spans
+from qwenport.engines.step_profiles import StepProfiles, StepSizes
 from qwenport.engines.targets import FLAVOURS, load_tensorrt
 
 if TYPE_CHECKING:
@@ -50,15 +49,6 @@ if TYPE_CHECKING:
 
 SPECIALIZATIONS = LAZY, EAGER, NONE = ("lazy", "eager", "none")
 """When TensorRT-RTX compiles kernels for a shape: in the background, before its first step, or never."""
-
-
-class _Sizes(NamedTuple):
-    """What distinguishes the shapes of two steps."""
-
-    rows: int
-    width: int
-    span: int
-    logits: int  # per row
 
 
 @dataclass
@@ -76,7 +66,7 @@ class _Context:
 
     context: Any
     profile: int
-    sizes: _Sizes | None = field(default=None)
+    sizes: StepSizes | None = field(default=None)
 
 
 class TensorRTSession(SavedSession):
@@ -142,7 +132,7 @@ class TensorRTSession(SavedSession):
             tensorrt = load_tensorrt(FLAVOURS[manifest["flavour"]], "run this engine")
         check_version(engine, tensorrt.__version__)
         self._trt, self._gpu = tensorrt, Gpu() if gpu is None else gpu
-        self._profiles = [_limits(profile) for profile in manifest["profiles"]]
+        self._profiles = StepProfiles(manifest["profiles"])
         self._plan_sha256 = manifest["files"][PLAN]["sha256"]
         self._row_shape = (model["num_key_value_heads"], attention["slots"], model["head_dim"])
         self._runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
@@ -219,13 +209,13 @@ class TensorRTSession(SavedSession):
         weakref.finalize(self, _save, kernels, self._config, self._engine, self._runtime)
         return kernels
 
-    def _context_for(self, sizes: _Sizes) -> _Context:
+    def _context_for(self, sizes: StepSizes) -> _Context:
         """The context that runs a step.
 
         Raises:
             EngineError: no profile of the engine admits it.
         """
-        profile = self._profile_of(sizes)
+        profile = self._profiles.of(sizes)
         if profile is None:
             raise EngineError(f"no profile of the engine admits steps of {sizes.width} tokens")
         key = (sizes.width == 1, profile)
@@ -262,7 +252,7 @@ class TensorRTSession(SavedSession):
             context.set_tensor_address(name, address)
         return _Context(context, profile)
 
-    def _shapes(self, sizes: _Sizes) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, sizes: StepSizes) -> dict[str, tuple[int, ...]]:
         """Input name -> its shape."""
         rows, width, span, logits = sizes
         lengths = {} if self._scale is None else {REQUEST_LENGTHS: (rows,)}
@@ -278,32 +268,15 @@ class TensorRTSession(SavedSession):
 
     def _fits(self, rows: int, width: int, span: int) -> bool:
         """Whether a profile admits the step: they state what there is memory for."""
-        return self._profile_of(_Sizes(rows, width, span, 1)) is not None
-
-    def _profile_of(self, sizes: _Sizes) -> int | None:
-        """The first profile that admits a step; that for single tokens, the first of several, has no others."""
-        for index, (least, most) in enumerate(self._profiles):
-            if sizes.width > 1 and index == 0 < len(self._profiles) - 1:
-                continue
-            if all(map(operator.le, least, sizes)) and all(map(operator.le, sizes, most)):
-                return index
-        return None
+        return self._profiles.of(StepSizes(rows, width, span, 1)) is not None
 
     def _reserve_workspace(self) -> None:
         """Make the contexts, and allocate what their largest steps need, which is less than the engine's largest."""
-        span = self.spans.holding(self.capacity)
-        single = _Sizes(self.max_batch, 1, span, 1)
-        widest = [
-            _Sizes(
-                self.max_batch,
-                min(most.width, self.max_step_tokens),
-                self.spans.within(min(most.span, span)),
-                1,
-            )
-            for _, most in self._profiles[1:] or self._profiles
-        ]
+        single, *several = self._profiles.largest(
+            self.max_batch, self.max_step_tokens, self.spans.holding(self.capacity), self.spans
+        )
         self._running = self._context_for(single)
-        needed = [self._set_shapes(self._context_for(sizes), sizes) for sizes in (single, *widest)]
+        needed = [self._set_shapes(self._context_for(sizes), sizes) for sizes in (single, *several)]
         self._grow_workspace(max(needed))
 
     def _grow_workspace(self, size: int) -> None:
@@ -319,7 +292,7 @@ class TensorRTSession(SavedSession):
         for running in self._contexts.values():
             running.sizes = None
 
-    def _set_shapes(self, running: _Context, sizes: _Sizes) -> int:
+    def _set_shapes(self, running: _Context, sizes: StepSizes) -> int:
         """Set the shapes of a step; return the bytes of workspace that it needs."""
         for name, shape in self._shapes(sizes).items():
             if not running.context.set_input_shape(name, shape):
@@ -329,7 +302,7 @@ class TensorRTSession(SavedSession):
             needed = int(self._engine.get_device_memory_size_for_profile_v2(running.profile))
         return needed
 
-    def _prepare(self, running: _Context, sizes: _Sizes) -> None:
+    def _prepare(self, running: _Context, sizes: StepSizes) -> None:
         if sizes.logits > self._logits_per_row:  # all logits, for the first time
             self._prepare_again()
             self._allocate_logits(self.max_step_logits)
@@ -369,7 +342,7 @@ class TensorRTSession(SavedSession):
 
     def _step(self, feeds: dict[str, Int64]) -> Float32:
         rows, wanted = feeds[LOGITS_INDICES].shape
-        sizes = _Sizes(rows, feeds[INPUT_IDS].shape[1], len(feeds[KEY_POSITIONS]), wanted)
+        sizes = StepSizes(rows, feeds[INPUT_IDS].shape[1], len(feeds[KEY_POSITIONS]), wanted)
         if self._running.sizes != sizes:
             self._running = self._context_for(sizes)
             if self._running.sizes != sizes:
@@ -406,20 +379,6 @@ class TensorRTSession(SavedSession):
         for row in asked:
             result[row] = found[row]
         return result
-
-
-def _limits(profile: Profile) -> tuple[_Sizes, _Sizes]:
-    """The smallest and the largest sizes of steps that a profile admits."""
-    least, most = (
-        _Sizes(
-            profile[INPUT_IDS][end][0],
-            profile[INPUT_IDS][end][1],
-            profile[KEY_POSITIONS][end][0],
-            profile[LOGITS_INDICES][end][1],
-        )
-        for end in ("min", "max")
-    )
-    return least, most
 
 
 def _save(kernels: JitCache, *alive: Any) -> None:
