@@ -45,10 +45,27 @@ class LengthScale:
             held = self.held[row, : lengths[row]]
             other = held[held != max(request, self.unscaled)]
             if count and len(other):
-                raise SessionError(
-                    f"row {row} holds keys that are scaled for a request of {other[0]} positions, and this one has "
-                    f"{request}: lengths beyond {self.unscaled} scale keys; reset the row and give it the whole prompt"
-                )
+                raise self._refusal(row, int(other[0]), int(request))
+
+    def check_decode(self, requests: Int64, lengths: Int64, given: Sequence[int]) -> None:
+        """Check that single tokens may follow; arguments as for `begin`.
+
+        Raises:
+            SessionError: a row was cut within a prompt, whose keys have the factor of all of it.
+        """
+        for row, (request, count) in enumerate(zip(requests, given, strict=True)):
+            last = self.held[row, lengths[row] - 1] if lengths[row] else 0  # the largest
+            if count and last > max(request, self.unscaled):
+                raise self._refusal(row, int(last), int(request))
+
+    def _refusal(self, row: int, held: int, request: int) -> SessionError:
+        scaled = (
+            f"scaled for a request of {held} positions" if held > self.unscaled else "not scaled"
+        )
+        return SessionError(
+            f"row {row} holds keys that are {scaled}, and this request has {request}: lengths beyond "
+            f"{self.unscaled} scale keys; reset the row and give it the whole prompt"
+        )
 
     def reusable(self, row: int, length: int, request: int) -> int:
         """How many of the first `length` keys of a row have the factor of a request of `request` positions."""

@@ -119,7 +119,9 @@ def lower_for_onnxruntime(
     from qwenport.engines.lowering import for_onnxruntime_engine
 
     with damaged(package.model):
-        return for_onnxruntime_engine(package.read_model(), positions=positions, file=file)
+        return for_onnxruntime_engine(
+            package.read_model(), rope_rows=package.config.rope_rows(positions), file=file
+        )
 
 
 def write_lowered(

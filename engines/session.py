@@ -87,7 +87,8 @@ class Session(Protocol):
     def decode(self, token_ids: Sequence[int | None]) -> Float32:
         """Append one token per row (None: leave the row alone); return fp32 [rows, vocab].
 
-        The logits of a row left alone are zeros. Raises as `prefill` does.
+        The logits of a row left alone are zeros. Raises as `prefill` does; also for a row that was cut within a prompt
+        that scales keys.
         """
         ...
 
@@ -337,7 +338,11 @@ class CachedSession(ABC):
             [[] if token is None else [token] for token in sequence(token_ids, "tokens")]
         )
         self._check(rows)
-        made = self._append(rows, self._totals(rows, None), all_logits=False)
+        totals = self._totals(rows, None)
+        if self._scale is not None:
+            requests = self._first_position + totals
+            self._scale.check_decode(requests, self._lengths, list(map(len, rows)))
+        made = self._append(rows, totals, all_logits=False)
         zeros = np.zeros((1, self.vocab_size), dtype=np.float32)
         return np.concatenate([row if len(row) else zeros for row in made])
 

@@ -204,7 +204,7 @@ def _write_lowered(
             package.read_model(),
             dtype=package.dtype,
             capacity=slots,
-            positions=request.capacity,
+            rope_rows=package.config.rope_rows(request.capacity),
             kv_heads=package.config.num_key_value_heads,
             plugins=plugins,
         )

@@ -105,8 +105,8 @@ class ModelConfig:
         )
 
     def rope_rows(self, length: int) -> int:
-        """Rows of the rope tables for `length` positions."""
-        return length if self.dual_chunk is None else min(length, self.dual_chunk.rope_rows)
+        """Rows of the rope tables for `length` positions; dual chunk attention rotates by others than a text has."""
+        return length if self.dual_chunk is None else self.dual_chunk.rope_rows
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Bytes of KV cache per token, over all layers."""

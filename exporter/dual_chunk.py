@@ -15,8 +15,9 @@ from qwenport.exporter.keys import Keys, short
 
 CONFIG = "dual_chunk_attention_config"
 SPARSE = "sparse_attention_config"
-SPARSE_SETTINGS = (SPARSE, "sparse_attention_enabled")
-"""Settings that ask for an approximation of it; the first may also stand beside them."""
+ENABLED = "sparse_attention_enabled"
+SPARSE_SETTINGS = (SPARSE, ENABLED, "sparse_attention_threshold", "sparse_attention_last_q")
+"""Settings of vLLM's approximation of it; the first may also stand beside them. The last two matter only with it."""
 SPARSE_FILE = "sparse_attention_config.json"
 """vLLM reads it beside config.json, if that has dual chunk attention."""
 LEAST_ROPE_ROWS = 512
@@ -67,12 +68,15 @@ def parse_dual_chunk(keys: Keys) -> tuple[DualChunk | None, str | None]:
     Raises:
         ConfigError: a setting is not a number that it can be, or is not known.
     """
-    sparse = keys.take(SPARSE, object, default=None, null=None)
+    beside = keys.take(SPARSE, object, default=None, null=None)
     found = keys.take(CONFIG, dict, default=None, null=None)
-    asking = [SPARSE] if sparse is not None else []
-    for key in SPARSE_SETTINGS:
-        if found is not None and found.get(key) not in (None, False):
-            asking.append(f"{CONFIG}.{key}")
+    settings = found or {}
+    config, enabled = settings.get(SPARSE), settings.get(ENABLED)
+    asking = []
+    if enabled is not False:  # which switches it off, as in vLLM
+        asking += [SPARSE] if beside is not None else []
+        asking += [f"{CONFIG}.{SPARSE}"] if config is not None else []
+        asking += [f"{CONFIG}.{ENABLED}"] if enabled is not None else []
     return None if found is None else _parse(found), next(iter(asking), None)
 
 
@@ -91,17 +95,16 @@ def _parse(found: dict[str, Any]) -> DualChunk:
         raise ConfigError(f"{CONFIG} has the unknown setting {short(unknown[0])}")
     size, local = found.get("chunk_size"), found.get("local_size")
     original = found.get("original_max_position_embeddings") or None
-    if not (_is_count(size) and _is_count(local)):
-        raise ConfigError(f"{CONFIG} needs positive integers chunk_size and local_size")
-    if original is not None and not _is_count(original):
-        raise ConfigError(
-            f"{CONFIG}: original_max_position_embeddings must be a positive integer, found {short(original)}"
-        )
+    for name, value, least in (
+        ("chunk_size", size, 1),
+        ("local_size", local, 0),
+        ("original_max_position_embeddings", original or 1, 1),
+    ):
+        if type(value) is not int or not least <= value <= MOST_POSITIONS:
+            raise ConfigError(
+                f"{CONFIG}: {name} must be an integer from {least} to {MOST_POSITIONS}, found {short(value)}"
+            )
     assert isinstance(size, int) and isinstance(local, int)
     if size <= local:
         raise ConfigError(f"{CONFIG}: chunk_size must exceed local_size")
     return DualChunk(size, local, original)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 < value <= MOST_POSITIONS

@@ -258,8 +258,8 @@ class Counter:
         if not missing:
             return []
         return [
-            f"dual chunk attention, in chunks of {chunk}, of which no text reached {', '.join(missing)}; the oracle "
-            f"computes it as plain attention in texts within {self.chunks.plain_context} positions"
+            f"dual chunk attention, in chunks of {chunk}, of which no text reached {', '.join(missing)}; in texts "
+            "within the first chunk the oracle is transformers' own attention"
         ]
 
 

@@ -196,7 +196,8 @@ def _engine_graph(target: Target, model: onnx.ModelProto, checkpoint: Checkpoint
             weights=manifest["package"]["weight_mode"],
             max_seq_len=target.rope_length,
         )
-        return for_onnxruntime_engine(package, positions=target.capacity, file=ENGINE_WEIGHTS)[0]
+        rows = target.config.rope_rows(target.capacity)
+        return for_onnxruntime_engine(package, rope_rows=rows, file=ENGINE_WEIGHTS)[0]
 
     return _graph(manifest, model, expected)
 
@@ -270,7 +271,7 @@ def _manifest_errors(package: Package, model: onnx.ModelProto, checkpoint: Check
             errors.append(f"dtype: {dtype} in the manifest, {what}: {', '.join(names) or 'none'}")
     positions: Any = manifest.get("max_seq_len")
     if chunks := manifest.get("model", {}).get("dual_chunk"):
-        positions = min(positions, as_dual_chunk(chunks).rope_rows)
+        positions = as_dual_chunk(chunks).rope_rows
     for name in TABLES:
         rows = list(tables[name].dims)[:1] if name in tables else []
         if rows != [positions]:

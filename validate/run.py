@@ -195,6 +195,11 @@ class Run:
         held = set(self._rows[row].requests) if row in self._rows else set()
         return not held <= {self._request(total)}
 
+    def scaled_beyond(self, row: int, total: int) -> bool:
+        """Whether a row holds keys that are scaled for a longer request than one of `total` tokens."""
+        held = self._rows[row].requests if row in self._rows else []
+        return max(held, default=0) > self._request(total)
+
     def _request(self, tokens: int) -> int:
         """Positions of a request with so many tokens, at least those that are not scaled; 0 if none are scaled."""
         unscaled = self.session.unscaled_length
@@ -211,7 +216,10 @@ class Run:
             self._note(index, row, logits[index], wanted[index], totals[index])
 
     def decode(self, tokens: Sequence[int | None]) -> None:
-        """`Session.decode`."""
+        """`Session.decode`. A row that was cut within a prompt that scales its keys starts anew."""
+        for row, token in enumerate(tokens):
+            if token is not None and self.scaled_beyond(row, self.length(row) + 1):
+                self.truncate(0, row)
         logits = self._guard(self.session.decode, tokens)
         self._check(logits, (len(tokens),))
         for index, token in enumerate(tokens):

@@ -117,13 +117,13 @@ def whole_context(run: Run) -> None:
     for edge in reversed(plan.edges):
         if edge + 2 > end:
             continue
-        run.truncate(edge - 1)
+        _back_to(run, edge - 1)
         for position in range(edge - 1, edge + 2):
             run.decode(run.take(1, start=position))
     middle = end // 2
     if run.length() < middle + 8:  # the edges went back before it
         return
-    run.truncate(middle)
+    _back_to(run, middle)
     for position in range(middle, min(middle + 8, end)):
         run.decode(run.take(1, start=position))
 
@@ -262,6 +262,8 @@ def chunk_borders(run: Run) -> None:
     assert run.chunk is not None
     before = min(CONTEXT_TOKENS // 2, run.chunk)
     last = (run.session.max_positions - 1) // run.chunk
+    if not last:
+        raise NotApplicable("all positions are in one chunk")
     for stream, border in enumerate(sorted({1, min(2, last), last}), 4):
         _at(run, border * run.chunk - before, stream)
 
@@ -285,6 +287,15 @@ def after_reset(run: Run) -> None:
     for position in range(RESET_PROMPT, RESET_PROMPT + 6):
         if follows := run.take(1, start=position):
             run.decode(follows)
+
+
+def _back_to(run: Run, length: int) -> None:
+    """The text's first `length` tokens: those that are there, or read again if they are scaled for a longer prompt."""
+    if run.scaled_beyond(0, length + 1):
+        run.start()
+        run.prefill([run.take(length, start=0)])
+    else:
+        run.truncate(length)
 
 
 def truncation(run: Run) -> None:

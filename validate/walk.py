@@ -147,7 +147,7 @@ def perform(run: Run, operations: Sequence[Operation]) -> list[Operation]:
 def _perform(run: Run, operation: Operation) -> list[Operation]:
     """Perform one operation, cut to what fits; return what was performed.
 
-    A row that a prompt cannot continue, since its keys are scaled for another length, is emptied first.
+    A row that cannot go on, since its keys are scaled for another length, is emptied first.
     """
     if operation.kind == "reset":
         run.start()
@@ -162,6 +162,9 @@ def _perform(run: Run, operation: Operation) -> list[Operation]:
             row if row and 0 < run.length(index) < run.capacity else ()
             for index, row in enumerate(operation.rows)
         )
+        for index, row in enumerate(rows):
+            if row and run.scaled_beyond(index, run.length(index) + 1):
+                emptied += _perform(run, Operation("truncate", row=index, length=0))
         if any(rows):
             run.decode([row[0] if row else None for row in rows])
     else:

@@ -64,7 +64,7 @@ class FoldRopeTables(InPlacePass):
 
 
 class CutRopeTables(InPlacePass):
-    """Keep the first `rows` rows of the stored fp32 tables, or all if they are fewer; nothing is read or written."""
+    """Keep the first `rows` rows of the stored fp32 tables; nothing is read or written."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -76,8 +76,7 @@ class CutRopeTables(InPlacePass):
             value = model.graph.initializers[name]
             table = value.const_value
             assert isinstance(table, ir.ExternalTensor)
-            stored, columns = table.shape.numpy()
-            rows = min(self.rows, stored)  # dual chunk attention has fewer than positions
+            rows, columns = self.rows, table.shape.numpy()[1]
             value.shape = ir.Shape((rows, columns))
             value.const_value = ir.ExternalTensor(
                 table.location,

@@ -94,7 +94,7 @@ def for_onnxruntime_int8(model: ir.Model) -> ir.Model:
 
 
 def for_onnxruntime_engine(
-    model: ir.Model, *, positions: int, file: str | None
+    model: ir.Model, *, rope_rows: int, file: str | None
 ) -> tuple[ir.Model, tuple[StoredWeight, ...]]:
     """Lower a package's graph to one that onnxruntime's CPU provider runs as it is, in fp32. Changes `model`.
 
@@ -102,7 +102,7 @@ def for_onnxruntime_engine(
 
     Args:
         model: the package's graph.
-        positions: rows that the rope tables keep.
+        rope_rows: rows that the rope tables keep.
         file: name of the weight file, which the graph refers to and the caller writes; None leaves the weights where
             the package, which must be in fp32, has them.
 
@@ -116,7 +116,7 @@ def for_onnxruntime_engine(
     passes = (
         SplitExperts(),
         InlinePass(),
-        CutRopeTables(positions),
+        CutRopeTables(rope_rows),
         UseMatMulNBits(exact=False),
         *(() if stored is None else (stored,)),
         ComputeInFloat32(),
@@ -135,7 +135,7 @@ def for_tensorrt(
     *,
     dtype: str,
     capacity: int,
-    positions: int,
+    rope_rows: int,
     kv_heads: int,
     plugins: bool = False,
 ) -> tuple[ir.Model, MadeFile]:
@@ -145,7 +145,7 @@ def for_tensorrt(
         model: the package's graph.
         dtype: the package's; fused attention exists for "bf16" and "fp16".
         capacity: cache slots of the engine.
-        positions: rows of its rope tables.
+        rope_rows: rows of its rope tables.
         kv_heads: the model's num_key_value_heads.
         plugins: whether the custom operators become plugins.
 
@@ -155,7 +155,7 @@ def for_tensorrt(
     made = MadeFile()
     passes: list[PassBase] = [
         StaticCapacity(capacity),
-        FoldRopeTables(positions),
+        FoldRopeTables(rope_rows),
         UseSignedCodes(made),
         MultiplyByFloat8(made),
     ]

@@ -304,6 +304,12 @@ def _steps(profiles: list[dict[str, Any]], slots: int) -> str:
     return ", ".join(told)
 
 
+def _chunks(settings: dict[str, Any] | None) -> str:
+    if settings is None:
+        return ""
+    return f", dual chunk attention in chunks of {settings['chunk_size'] - settings['local_size']}"
+
+
 def headline(facts: dict[str, Any]) -> list[str]:
     """The first lines: what it is, and what it needs."""
     model, kv = facts["model"], facts["kv_cache"]
@@ -313,7 +319,7 @@ def headline(facts: dict[str, Any]) -> list[str]:
         f"{model['num_attention_heads']} heads ({model['num_key_value_heads']} for keys and values) "
         f"of {model['head_dim']}, vocabulary {model['vocab_size']}",
         f"runs      {facts['dtype']}, {facts['max_seq_len']} positions "
-        f"(rope {model['rope']['kind']})"
+        f"(rope {model['rope']['kind']}{_chunks(model['dual_chunk'])})"
         + (f", batch {facts['max_batch']}" if "max_batch" in facts else ""),
     ]
     if model["moe"] is not None:

@@ -190,7 +190,7 @@ def test_a_snapshot_keeps_the_lengths(ours: Engine) -> None:
     session.prefill([tokens(LONG)])
     other.restore(session.save())
     np.testing.assert_array_equal(session.decode([9])[0], other.decode([9])[0])
-    with pytest.raises(Error, match=f"for a request of {LONG} positions, and this one has"):
+    with pytest.raises(Error, match=f"for a request of {LONG} positions, and this request has"):
         other.prefill([[5]])
 
 

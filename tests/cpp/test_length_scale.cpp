@@ -123,6 +123,17 @@ void random_operations(unsigned seed, int capacity, bool cuda_graphs) {
         const bool full = held.tokens[b].size() == most;
         given.push_back(full || below(4) == 0 ? qwenport::idle : static_cast<Token>(below(97)));
       }
+      bool fits = true;  // a row that was cut within a scaled prompt takes no single tokens
+      for (std::size_t b = 0; b < rows; ++b) {
+        const Tokens& requests = held.requests[b];
+        fits =
+            fits && (given[b] == qwenport::idle || requests.empty() ||
+                     requests.back() <= std::max<Token>(unscaled, static_cast<Token>(requests.size()) + 1));
+      }
+      if (!fits) {
+        REQUIRE(refused([&] { session.decode_batch(given); }).find("reset the row") != std::string::npos);
+        continue;
+      }
       const auto logits = session.decode_batch(given);
       for (std::size_t b = 0; b < rows; ++b) {
         if (given[b] == qwenport::idle) continue;
@@ -168,10 +179,10 @@ TEST_CASE("a prompt of one call states its length by itself, and lengths that ca
         "row 1: a prompt of 101 tokens, where 1 to 100 are possible");
   CHECK(session.lengths() == std::vector<int>{0, 0});
   session.prefill_batch({{}, {2}}, {-7, 60});  // a row that is given nothing may say anything
-  CHECK(
-      refused([&] { session.prefill_batch({{}, {2}}); }) ==
-      "row 1 holds keys that are scaled for a request of 60 positions, and this one has 2: lengths beyond 40 "
-      "scale keys; reset the row and give it the whole prompt");
+  CHECK(refused([&] { session.prefill_batch({{}, {2}}); }) ==
+        "row 1 holds keys that are scaled for a request of 60 positions, and this request has 2: lengths "
+        "beyond 40 "
+        "scale keys; reset the row and give it the whole prompt");
   session.prefill_batch({counting(60), {2}}, {60, 60});
   CHECK(session.lengths() == std::vector<int>{60, 2});
 }

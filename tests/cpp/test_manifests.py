@@ -225,7 +225,11 @@ CHUNKS = {"chunk_size": 48, "local_size": 16, ORIGINAL: 40}
         (("model", "dual_chunk"), [48, 16], "model.dual_chunk is not an object"),
         (("model", "dual_chunk"), {"chunk_size": 48}, "no model.dual_chunk.local_size"),
         (("model", "dual_chunk"), CHUNKS | {"chunk_size": 16}, "chunk_size is not larger than loc"),
-        (("model", "dual_chunk"), CHUNKS | {"local_size": 0}, "local_size is not a positive int"),
+        (
+            ("model", "dual_chunk"),
+            CHUNKS | {"local_size": -1},
+            "local_size is not an integer that is n",
+        ),
         (("model", "dual_chunk"), CHUNKS | {"chunk_size": 2**22 + 1}, "chunk_size is not a number"),
         (
             ("model", "dual_chunk"),

@@ -193,7 +193,7 @@ def _loaded(package: exporter.Package, slots: int) -> ort.InferenceSession:
             ir.load(package.model),
             dtype="fp32",
             capacity=slots,
-            positions=slots,
+            rope_rows=package.config.rope_rows(slots),
             kv_heads=package.config.num_key_value_heads,
         )
         options = ort.SessionOptions()

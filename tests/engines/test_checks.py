@@ -153,7 +153,7 @@ def test_a_real_package_passes_every_check(package_of: Callable):
         ir.load(package.model),
         dtype="fp16",
         capacity=128,
-        positions=128,
+        rope_rows=128,
         kv_heads=package.config.num_key_value_heads,
     )
     check_graph(model)

@@ -223,7 +223,11 @@ def test_a_network_that_is_not_as_the_exporter_writes_it_is_refused(
     package: Package, change: Any, words: str
 ) -> None:
     model, _ = for_tensorrt(
-        package.read_model(), dtype="bf16", capacity=768, positions=POSITIONS, kv_heads=2
+        package.read_model(),
+        dtype="bf16",
+        capacity=768,
+        rope_rows=package.config.rope_rows(POSITIONS),
+        kv_heads=2,
     )
     change(model)
     parsed = parse_model(model, package.path, package.dtype)

@@ -90,11 +90,19 @@ def test_a_prefix_under_another_factor_is_refused_and_nothing_is_written(package
         lambda: session.prefill_choosing([[5]], [[0]]),
     ):
         with pytest.raises(
-            SessionError, match=f"a request of {LONG} positions, and this one has 5"
+            SessionError, match=f"a request of {LONG} positions, and this request has 5"
         ):
             rejected()
+    with pytest.raises(
+        SessionError, match=f"a request of {LONG} positions, and this request has 51"
+    ):
+        session.decode([5])
     assert session.lengths.tolist() == [50]
     session.prefill([text[50:]])  # the same request again
+    session.decode([5])
+    session.decode([5])
+    session.truncate(LONG + 1)  # back into what was decoded, not into the prompt
+    session.decode([6])
     session.truncate(0)
     session.prefill([tokens(7)])
 

@@ -192,7 +192,7 @@ def test_tensorrt_lowering_decomposes_attention_in_fp32_only(package_of):
             ir.load(package.model),
             dtype=dtype,
             capacity=128,
-            positions=128,
+            rope_rows=128,
             kv_heads=package.config.num_key_value_heads,
         )
         kinds = [node.op_type for node in model.graph]

@@ -64,7 +64,7 @@ def test_packed_experts_build_in_every_dtype(
 
 def test_tensorrt_is_given_the_operators_with_their_bodies(package: exporter.Package) -> None:
     model, _ = for_tensorrt(
-        ir.load(package.model), dtype="bf16", capacity=64, positions=64, kv_heads=2
+        ir.load(package.model), dtype="bf16", capacity=64, rope_rows=64, kv_heads=2
     )
     called = {node.op_type for node in model.graph if node.domain == "qwenport"}
     assert called == {"RotaryEmbedding", "MoERouter", "MoEExperts"}

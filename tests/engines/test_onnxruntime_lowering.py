@@ -161,7 +161,7 @@ def test_tables_are_cut_without_being_read(package_of) -> None:
 def test_an_engine_s_graph_has_fewer_nodes_and_the_same_operators(package_of, dtype) -> None:
     package = package_of(dtype)
     lowered = for_onnxruntime(package.read_model(), on_cpu=True)
-    engine, weights = for_onnxruntime_engine(package.read_model(), positions=64, file="weights")
+    engine, weights = for_onnxruntime_engine(package.read_model(), rope_rows=64, file="weights")
     assert len(weights) == package.manifest["weights"]["tensors"] + 2  # the tables
     kinds = [
         [node.op_type for node in m.graph if node.op_type != "Cast"] for m in (lowered, engine)
@@ -175,7 +175,7 @@ def test_an_engine_s_graph_has_fewer_nodes_and_the_same_operators(package_of, dt
 
 def test_the_file_that_a_tensor_is_named_in_does_not_matter(package_of) -> None:
     found = [
-        for_onnxruntime_engine(package_of("bf16").read_model(), positions=64, file=file)[1]
+        for_onnxruntime_engine(package_of("bf16").read_model(), rope_rows=64, file=file)[1]
         for file in ("a", "another")
     ]
     places = [[(w.entry.name, w.entry.offset) for w in weights] for weights in found]

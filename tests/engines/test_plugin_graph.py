@@ -37,7 +37,7 @@ def lowered(package: exporter.Package, *, plugins: bool) -> ir.Model:
         ir.load(package.model),
         dtype=package.dtype,
         capacity=CAPACITY,
-        positions=CAPACITY,
+        rope_rows=CAPACITY,
         kv_heads=package.config.num_key_value_heads,
         plugins=plugins,
     )

@@ -137,7 +137,7 @@ def test_a_package_computes_what_its_dequantized_weights_give(made: Made) -> Non
 def test_an_engine_computes_what_its_weights_give_without_a_rounding(
     made: Made, tmp_path: Path
 ) -> None:
-    engine, weights = for_onnxruntime_engine(made.graph(), positions=POSITIONS, file=ENGINE_WEIGHTS)
+    engine, weights = for_onnxruntime_engine(made.graph(), rope_rows=POSITIONS, file=ENGINE_WEIGHTS)
     kinds = [node.op_type for node in engine.graph]
     assert kinds.count("MatMulNBits") == len(made.weights)
     assert "DequantizeLinear" not in kinds
@@ -202,7 +202,7 @@ def test_a_package_is_exact_however_it_is_opened(tmp_path: Path) -> None:
 def test_an_engine_without_a_file_of_its_own_refers_to_the_package(tmp_path: Path) -> None:
     package = export(DENSE, tmp_path / "package", dtype="fp32", weights="copy")
     made = Made(package, linears(package, 4, 64, False))
-    engine, weights = for_onnxruntime_engine(made.graph(), positions=POSITIONS, file=None)
+    engine, weights = for_onnxruntime_engine(made.graph(), rope_rows=POSITIONS, file=None)
     assert not weights
     wide = for_onnxruntime(made.graph(lambda w: w.weight), on_cpu=True)
     found, wanted = (

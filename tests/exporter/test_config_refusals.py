@@ -116,8 +116,12 @@ CHUNKS = {"chunk_size": 32, "local_size": 8, "original_max_position_embeddings":
         ({"dual_chunk_attention_config": {**CHUNKS, "chunk_size": None}}, "chunk_size"),
         ({"dual_chunk_attention_config": {**CHUNKS, "chunk_size": True}}, "chunk_size"),
         ({"dual_chunk_attention_config": {**CHUNKS, "local_size": 8.0}}, "local_size"),
-        ({"dual_chunk_attention_config": {**CHUNKS, "local_size": 0}}, "local_size"),
+        (
+            {"dual_chunk_attention_config": {**CHUNKS, "local_size": -1}},
+            "an integer from 0 to 4194304",
+        ),
         ({"dual_chunk_attention_config": {**CHUNKS, "local_size": 32}}, "must exceed"),
+        ({"dual_chunk_attention_config": {**CHUNKS, "chunk_size": 1 << 40}}, "from 1 to 4194304"),
         (
             {"dual_chunk_attention_config": {**CHUNKS, "original_max_position_embeddings": -1}},
             "original_max_position_embeddings",

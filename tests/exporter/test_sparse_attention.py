@@ -87,6 +87,18 @@ def test_it_is_ignored_from_the_command_line(
     assert "sparse attention" in capsys.readouterr().err
 
 
+def test_settings_that_are_switched_off_ask_for_nothing(plain: Path, tmp_path: Path) -> None:
+    """As vLLM reads them; its other two matter only to the approximation."""
+    more = {"sparse_attention_threshold": 32768, "sparse_attention_last_q": 64}
+    off = {**SETTINGS, **more, "sparse_attention_enabled": False, "sparse_attention_config": {}}
+    for number, settings in enumerate(({**SETTINGS, **more}, off)):
+        checkpoint = _copy(plain, tmp_path / str(number), dual_chunk_attention_config=settings)
+        assert open_checkpoint(checkpoint).config.sparse_attention is None
+    on = {**SETTINGS, **more, "sparse_attention_enabled": True}
+    checkpoint = _copy(plain, tmp_path / "on", dual_chunk_attention_config=on)
+    assert export(checkpoint, tmp_path / "p", ignore_sparse_attention=True).config.dual_chunk
+
+
 def test_the_file_for_vllm_is_noted(plain: Path, tmp_path: Path) -> None:
     assert not any(FILE in note for note in open_checkpoint(plain).notes)
     checkpoint = _copy(plain, tmp_path / "checkpoint")

@@ -20,13 +20,13 @@ from defects.chunks import (
     same_for_previous,
     scale_of_queries_alone,
 )
-from defects.tools import seed
+from defects.tools import constant, seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
 
-from qwenport.engines import OnnxRuntimeSession, build
+from qwenport.engines import OnnxRuntimeSession, build, load_engine
 from qwenport.exporter import DualChunk, export, load_package
 from qwenport.validate import open_target, validate
 from qwenport.validate.budget import make_plan
@@ -212,6 +212,74 @@ def test_without_an_original_length_nothing_is_scaled(tmp_path: Path) -> None:
     reference = Reference(open_target(package.path), checkpoint)
     (right,) = reference.logits([Text(tuple(text), tuple(range(len(text))))])
     assert apart(made, right) < AGREE
+
+
+@pytest.mark.parametrize("slots", [1, CHUNK - 1, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1])
+def test_an_engine_for_fewer_positions_rotates_by_as_many(
+    package: Path, reference: Reference, tmp_path: Path, slots: int
+) -> None:
+    """Queries for keys of other chunks are rotated by positions that no short text has."""
+    build(package, tmp_path / "engine", target="onnxruntime", max_seq_len=slots)
+    session = OnnxRuntimeSession(load_engine(tmp_path / "engine"), threads=1)
+    text = tokens(slots)
+    (made,) = session.prefill([text], all_logits=True)
+    (right,) = reference.logits([Text(tuple(text), tuple(range(slots)))])
+    assert apart(made, right) < AGREE
+    config = load_package(package).config
+    assert config.dual_chunk is not None
+    assert config.rope_rows(slots) == config.dual_chunk.rope_rows >= CHUNK_SIZE + 1
+
+
+def test_a_context_within_a_chunk_that_is_scaled(tmp_path: Path) -> None:
+    checkpoint = make_chunked(
+        tmp_path / "checkpoint",
+        positions=90,
+        chunk_size=1000,
+        local_size=0,
+        original_max_position_embeddings=50,
+    )
+    package = export(checkpoint, tmp_path / "package", max_batch=2)
+    report = validate(package.path, checkpoint, budget="quick")
+    assert report.passed, failing(report)
+
+
+def test_where_half_a_turn_is_lost_in_a_position_s_rounding(tmp_path: Path) -> None:
+    """At position 253,972 fp32 angles are off by 0.01: the oracle rotates by as exact ones as the package."""
+    checkpoint = make_chunked(
+        tmp_path / "checkpoint",
+        positions=600_000,
+        chunk_size=262_144,
+        local_size=8192,
+        original_max_position_embeddings=262_144,
+    )
+    package = export(checkpoint, tmp_path / "package", max_batch=1)
+    report = validate(package.path, checkpoint, budget="quick")
+    assert report.passed, failing(report)
+
+
+def test_a_mistake_in_texts_within_a_chunk_is_located(tmp_path: Path) -> None:
+    """There the oracle is transformers' own attention, whose functions probes replace."""
+    checkpoint = make_chunked(
+        tmp_path / "checkpoint",
+        positions=700,
+        chunk_size=400,
+        local_size=8,
+        original_max_position_embeddings=600,
+    )
+    package = export(checkpoint, tmp_path / "package", max_batch=1)
+
+    def other_scale(model: ir.Model) -> None:
+        scaled = [n for n in model.graph if n.op_type == "Mul" and _is_scaled(n)]
+        scaled[1].replace_input_with(1, constant(model, "scale", [0.2], np.float32))
+
+    seed(package.path, tmp_path / "seeded", other_scale)
+    report = validate(tmp_path / "seeded", checkpoint, budget="quick")
+    assert not report.passed
+    assert report.fault is not None and report.fault.layer == 1
+
+
+def _is_scaled(product: ir.Node) -> bool:
+    return str(product.inputs[1].name) == "const_scale"  # type: ignore[union-attr]
 
 
 def test_a_healthy_package_and_engine_pass(checkpoint: Path, package: Path, tmp_path: Path) -> None:

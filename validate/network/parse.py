@@ -137,7 +137,7 @@ def parse_package(package: Package, capacity: int, form: str = MASKED) -> Parsed
         package.read_model(),
         dtype=package.dtype,
         capacity=attention_of(form, capacity).slots,
-        positions=package.max_seq_len,
+        rope_rows=package.config.rope_rows(package.max_seq_len),
         kv_heads=package.config.num_key_value_heads,
     )
     complaints = _complaints(check_graph, model)

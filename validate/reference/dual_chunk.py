@@ -51,6 +51,8 @@ def use_dual_chunk(layers: Sequence[Any], settings: DualChunk, rotary: Rotary) -
     known = type(layers[0].self_attn)
 
     class DualChunked(known):  # type: ignore[misc, valid-type]
+        __module__ = known.__module__  # where probes look for its functions
+
         def forward(
             self,
             hidden_states: torch.Tensor,
@@ -61,9 +63,9 @@ def use_dual_chunk(layers: Sequence[Any], settings: DualChunk, rotary: Rotary) -
             positions = position_ids[0]
             if (
                 past_key_values is None
-                and int(positions[-1]) < settings.plain_context
+                and int(positions[-1]) < settings.chunk
                 and bool((_scales(positions, settings) == 1).all())
-            ):  # transformers' own is exact there, and takes a fraction of the time
+            ):  # transformers' own rotates alike there, to the last bit, and takes a fraction of the time
                 return super().forward(hidden_states, position_ids=position_ids, **others)
             return _forward(self, settings, rotary, hidden_states, position_ids, past_key_values)
 

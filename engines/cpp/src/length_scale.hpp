@@ -34,12 +34,14 @@ class LengthScale {
   /// \throws Error invalid_argument: a row that is to be given a prompt holds keys with another factor.
   void check(std::size_t row, std::int64_t request) const {
     const auto other = first_other(row, request);
-    if (other == held_[row].end()) return;
-    throw Error(ErrorCode::invalid_argument,
-                "row " + std::to_string(row) + " holds keys that are scaled for a request of " +
-                    std::to_string(*other) + " positions, and this one has " + std::to_string(request) +
-                    ": lengths beyond " + std::to_string(unscaled_) +
-                    " scale keys; reset the row and give it the whole prompt");
+    if (other != held_[row].end()) refuse(row, *other, request);
+  }
+  /// \throws Error invalid_argument: a row that is to be given a token was cut within a prompt, whose keys have the factor
+  ///   of all of it.
+  void check_decode(std::size_t row, std::int64_t request) const {
+    if (held_[row].empty()) return;
+    const std::int64_t last = held_[row].back();  // the largest
+    if (last > std::max(request, unscaled_)) refuse(row, last, request);
   }
 
   /// What a step is fed for a row. \param replays it writes the row's last key again, and no other.
@@ -61,6 +63,16 @@ class LengthScale {
   void restore(Lengths held) { held_ = std::move(held); }
 
  private:
+  [[noreturn]] void refuse(std::size_t row, std::int64_t held, std::int64_t request) const {
+    const std::string scaled = held > unscaled_
+                                   ? "scaled for a request of " + std::to_string(held) + " positions"
+                                   : std::string("not scaled");
+    throw Error(ErrorCode::invalid_argument, "row " + std::to_string(row) + " holds keys that are " + scaled +
+                                                 ", and this request has " + std::to_string(request) +
+                                                 ": lengths beyond " + std::to_string(unscaled_) +
+                                                 " scale keys; reset the row and give it the whole prompt");
+  }
+
   [[nodiscard]] std::vector<std::int64_t>::const_iterator first_other(std::size_t row,
                                                                       std::int64_t request) const {
     const std::int64_t length = std::max(request, unscaled_);

@@ -58,14 +58,8 @@ class Node {
     if (!value_.is_string()) wrong("a text");
     return value_.get<std::string>();
   }
-  [[nodiscard]] int positive() const {
-    const bool fits = value_.is_number_integer() &&
-                      (value_.is_number_unsigned() ? value_.get<std::uint64_t>() <= max_int
-                                                   : value_.get<std::int64_t>() <= max_int) &&
-                      value_.get<std::int64_t>() >= 1;
-    if (!fits) wrong("a positive integer");
-    return value_.get<int>();
-  }
+  [[nodiscard]] int positive() const { return at_least(1, "a positive integer"); }
+  [[nodiscard]] int not_negative() const { return at_least(0, "an integer that is not negative"); }
   [[nodiscard]] Token token(int vocab_size) const {
     if (!value_.is_number_unsigned() ||
         value_.get<std::uint64_t>() >= static_cast<std::uint64_t>(vocab_size)) {
@@ -83,6 +77,15 @@ class Node {
   [[noreturn]] void refuse(const std::string& why) const { fail(where_, path_ + " " + why); }
 
  private:
+  [[nodiscard]] int at_least(std::int64_t least, const char* what) const {
+    const bool fits = value_.is_number_integer() &&
+                      (value_.is_number_unsigned() ? value_.get<std::uint64_t>() <= max_int
+                                                   : value_.get<std::int64_t>() <= max_int) &&
+                      value_.get<std::int64_t>() >= least;
+    if (!fits) wrong(what);
+    return value_.get<int>();
+  }
+
   [[nodiscard]] const json& object() const {
     if (!value_.is_object()) wrong("an object");
     return value_;
@@ -164,8 +167,9 @@ void read_dual_chunk(const Node& node, Manifest& manifest) {
     if (found > contract::most_positions) node.at(key).wrong("a number of positions that any model has");
     return found;
   };
-  if (positions("chunk_size") <= positions("local_size"))
+  if (positions("chunk_size") <= node.at("local_size").not_negative()) {
     node.at("chunk_size").wrong("larger than local_size");
+  }
   const char* const original = "original_max_position_embeddings";
   if (!node.at(original).is_null()) manifest.unscaled_length = positions(original);
   for (const std::string& key : node.keys()) {

@@ -157,6 +157,9 @@ Logits SessionCore::decode(const Token* tokens, std::size_t count) {
   }
   check(views_.data(), count);
   count_requests(views_.data(), count, nullptr);
+  for (std::size_t b = 0; scale_ && b < count; ++b) {
+    if (views_[b].size != 0) scale_->check_decode(b, requests_[b]);
+  }
   return append(views_.data(), count);
 }
 
