@@ -264,7 +264,7 @@ def test_a_present_that_is_a_tensor_of_its_own_is_copied_into_the_cache() -> Non
     parsed = parse(proto(nodes, inputs, outputs, constants=constants, stated=stated))
 
     class Config:
-        vocab_size = 2
+        vocab_size, dual_chunk = 2, None
 
     session = NetworkSession(
         Interpreter(parsed),
