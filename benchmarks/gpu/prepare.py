@@ -25,7 +25,7 @@ from qwenport.contract import GPUS, ONNXRUNTIME, TENSORRT_RTX
 
 NAME = "gpu-run"
 ROOMS = ("exporter", "plugins", "engines", "validate")  # links in qwenport/, folders there
-CHECKPOINTS = ("tiny-qwen2.5", "tiny-qwen2-moe")
+CHECKPOINTS = ("tiny-qwen2.5", "tiny-qwen2-moe", "tiny-qwen2.5-1m")
 # setting of tests/cpp/builds.py -> target and file of what the GPU machine runs
 PLUGINS = {"qwenport_plugins": "libqwenport_plugins.so"}
 FILES = {

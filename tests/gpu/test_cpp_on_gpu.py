@@ -57,7 +57,7 @@ def run(*command: object) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module", params=["tiny-qwen2.5", "tiny-qwen2-moe"])
+@pytest.fixture(scope="module", params=["tiny-qwen2.5", "tiny-qwen2-moe", "tiny-qwen2.5-1m"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     qwenport = [sys.executable, "-m", "qwenport"]

@@ -15,7 +15,9 @@ from able import this_machine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-every_checkpoint = pytest.mark.parametrize("name", ["tiny-qwen2.5", "tiny-qwen2-moe"])
+every_checkpoint = pytest.mark.parametrize(
+    "name", ["tiny-qwen2.5", "tiny-qwen2-moe", "tiny-qwen2.5-1m"]
+)
 
 HERE = this_machine()
 
