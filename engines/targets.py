@@ -23,9 +23,14 @@ FP16_ONLY = ("sm75",)
 """Architectures without fused bf16 attention and without fp32 matmul (TensorRT-RTX on Turing)."""
 
 
-INT4, INT8, FLOAT8 = "INT4", "INT8", "FP8"
-WITHOUT = {INT4: ("sm75",), INT8: (), FLOAT8: ("sm75", "sm80", "sm86", "sm87")}
-"""Type of an engine's quantized codes -> architectures without kernels for its products; one of them fails a build."""
+INT4, INT8, FLOAT8, FLOAT32 = "INT4", "INT8", "FP8", "products in fp32"
+WITHOUT = {
+    INT4: ("sm75",),
+    INT8: (),
+    FLOAT8: ("sm75", "sm80", "sm86", "sm87"),
+    FLOAT32: FP16_ONLY,
+}
+"""Type that an engine multiplies in -> architectures without kernels for it; one of them fails a build."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +99,23 @@ def code_types(config: ModelConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def product_types(config: ModelConfig) -> tuple[str, ...]:
+    """What an engine multiplies in besides its dtype: the types of its codes, and of dual chunk attention's scores."""
+    return (*code_types(config), *[FLOAT32] * (config.dual_chunk is not None))
+
+
 def serves(flavour: Flavour, gpu: str, config: ModelConfig, dtype: str) -> bool:
     """Whether engines of a flavour run a model on an architecture."""
-    return gpu in flavour.gpus and _has_types(gpu, dtype, code_types(config))
+    return gpu in flavour.gpus and _has_types(gpu, dtype, product_types(config))
 
 
-def _has_types(gpu: str, dtype: str, codes: Sequence[str]) -> bool:
+def _has_types(gpu: str, dtype: str, types: Sequence[str]) -> bool:
     has_dtype = dtype == "fp16" or gpu not in FP16_ONLY
-    return has_dtype and not any(gpu in WITHOUT[each] for each in codes)
+    return has_dtype and not any(gpu in WITHOUT[each] for each in types)
 
 
 def parse_gpus(
-    text: str | None, flavour: Flavour, dtype: str, codes: Sequence[str] = ()
+    text: str | None, flavour: Flavour, dtype: str, types: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """Parse "sm86,sm89" and refuse architectures that the flavour or a type does not support.
 
@@ -114,13 +124,13 @@ def parse_gpus(
             that can run the types, for tensorrt the local GPU.
         flavour: the flavour that will build.
         dtype: the package's dtype.
-        codes: the types of its quantized codes, as of `code_types`.
+        types: what else it multiplies in, as of `product_types`.
 
     Raises:
         BuildError: an unknown name, a repeated one, or one that cannot run the model; says which.
     """
     if text is None and flavour.builds_anywhere:
-        return tuple(gpu for gpu in flavour.gpus if _has_types(gpu, dtype, codes))
+        return tuple(gpu for gpu in flavour.gpus if _has_types(gpu, dtype, types))
     asked = [current_gpu()] if text is None else [part.strip() for part in text.split(",")]
     gpus = tuple(map(str.lower, asked))
     for gpu, word in zip(gpus, asked, strict=True):
@@ -136,11 +146,13 @@ def parse_gpus(
             )
         if dtype != "fp16" and gpu in FP16_ONLY:
             raise BuildError(f"{gpu} has no kernels for {dtype}; export with --dtype fp16 for it")
-        lacking = [each for each in codes if gpu in WITHOUT[each]]
+        lacking = [each for each in types if gpu in WITHOUT[each]]
         if lacking:
+            needs = "dual chunk attention needs"
+            if lacking[0] != FLOAT32:
+                needs = "the package's quantized weights need"
             raise BuildError(
-                f"{gpu} has no kernels for {lacking[0]}, which the package's quantized weights need; "
-                "leave it out of --gpu"
+                f"{gpu} has no kernels for {lacking[0]}, which {needs}; leave it out of --gpu"
             )
         if gpus.count(gpu) > 1:
             raise BuildError(f"{gpu} is named twice")

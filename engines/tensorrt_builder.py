@@ -17,7 +17,7 @@ from qwenport.engines.errors import BuildError
 from qwenport.engines.plan import build_plan
 from qwenport.engines.plugin_library import check_library, register_for_build
 from qwenport.engines.request import Attention, Filled, Request, Steps
-from qwenport.engines.targets import FLAVOURS, code_types, load_tensorrt, parse_gpus
+from qwenport.engines.targets import FLAVOURS, code_types, load_tensorrt, parse_gpus, product_types
 from qwenport.exporter import Package, damaged, require_space
 from qwenport.plugins.compiled import LIBRARY
 
@@ -152,11 +152,11 @@ def _gpus(request: Request) -> tuple[str, ...]:
     """The architectures of the engine.
 
     Raises:
-        BuildError: see `code_types` and `parse_gpus`.
+        BuildError: see `parse_gpus`.
     """
     package = request.package
-    codes = code_types(package.config)
-    return parse_gpus(request.gpus, FLAVOURS[request.target], package.dtype, codes)
+    types = product_types(package.config)
+    return parse_gpus(request.gpus, FLAVOURS[request.target], package.dtype, types)
 
 
 def _attention(request: Request, gpus: tuple[str, ...]) -> Attention:

@@ -190,10 +190,10 @@ def _form(package: Package, gpus: str | None, attention: str) -> tuple[str, tupl
         BuildError: there is no such engine.
     """
     from qwenport.engines.attention import choose_attention
-    from qwenport.engines.targets import FLAVOURS, code_types, parse_gpus
+    from qwenport.engines.targets import FLAVOURS, parse_gpus, product_types
 
-    codes = code_types(package.config)
-    architectures = parse_gpus(gpus, FLAVOURS[TENSORRT_RTX], package.dtype, codes)
+    types = product_types(package.config)
+    architectures = parse_gpus(gpus, FLAVOURS[TENSORRT_RTX], package.dtype, types)
     form = choose_attention(
         attention,
         flavour=TENSORRT_RTX,

@@ -33,6 +33,7 @@ from qwenport.engines.attention import attention_of, choose_attention
 from qwenport.engines.lowering import change_attention, for_tensorrt
 from qwenport.engines.request import Request
 from qwenport.engines.spans import Spans
+from qwenport.engines.targets import FLAVOURS, serves
 from qwenport.engines.tensorrt_builder import (
     MAX_STEP_TOKENS,
     MOST_SCORE_BYTES,
@@ -86,7 +87,7 @@ def apart(made: np.ndarray, right: np.ndarray) -> float:
 
 def test_chunks_are_the_form_of_rtx_in_every_dtype_and_on_every_gpu(package: Package) -> None:
     for dtype in ("bf16", "fp16", "fp32"):
-        for gpus in (("sm89",), ("sm75", "sm120")):
+        for gpus in (("sm89",), ("sm80", "sm120")):
             given = {"gpus": gpus, "dtype": dtype, "config": package.config}
             assert choose_attention(AUTO, flavour=TENSORRT_RTX, **given) == CHUNKED
             assert choose_attention(AUTO, flavour=TENSORRT, **given) == MASKED
@@ -95,6 +96,21 @@ def test_chunks_are_the_form_of_rtx_in_every_dtype_and_on_every_gpu(package: Pac
             for form in (DIRECT, SPLIT):
                 with pytest.raises(BuildError, match=f"attention {form} cannot be had: dual chunk"):
                     choose_attention(form, flavour=TENSORRT_RTX, **given)
+
+
+def test_turing_which_multiplies_in_half_precision_alone_is_left_out(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Scores are products in fp32; with plain attention the same checkpoint is for it too."""
+    package = export(checkpoint, tmp_path / "package", dtype="fp16", max_batch=1)
+    with pytest.raises(BuildError, match="sm75 has no kernels for products in fp32, which dual"):
+        build(package.path, tmp_path / "engine", target=TENSORRT_RTX, gpus="sm75,sm86")
+    flavour = FLAVOURS[TENSORRT_RTX]
+    assert not serves(flavour, "sm75", package.config, "fp16")
+    engine = build(package.path, tmp_path / "engine", target=TENSORRT_RTX)
+    assert engine.manifest["gpus"] == [gpu for gpu in flavour.gpus if gpu != "sm75"]
+    plain = export(checkpoint, tmp_path / "plain", dtype="fp16", max_batch=1, max_seq_len=20)
+    assert serves(flavour, "sm75", plain.config, "fp16")
 
 
 # ---- what is computed
@@ -273,7 +289,7 @@ def check_decode(decode: LayerList) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", ["sm86", "sm89", "sm120"])
+@pytest.mark.parametrize("gpu", ["sm80", "sm86", "sm89", "sm120", "sm121"])
 def test_a_decode_step_reads_keys_and_values_once(package: Package, gpu: str) -> None:
     decode, *_ = layer_list(package.path, gpu, AUTO, 1)
     check_decode(decode)

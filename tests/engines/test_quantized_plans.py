@@ -23,7 +23,14 @@ from qwenport.engines.layer_check import check_layers
 from qwenport.engines.lowering import SignedWeight
 from qwenport.engines.lowering.made_tensors import Correction
 from qwenport.engines.plan import build_plan
-from qwenport.engines.targets import INT4, INT8, code_types, load_tensorrt, parse_gpus
+from qwenport.engines.targets import (
+    INT4,
+    INT8,
+    code_types,
+    load_tensorrt,
+    parse_gpus,
+    product_types,
+)
 from qwenport.exporter import Package, export
 
 from .layer_list import Layer, LayerList, layer_list
@@ -287,7 +294,7 @@ def test_inspect_says_which_gpus_build_takes(
     name: str, gpus: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     package = export(EXAMPLES / "quantized" / name, tmp_path / "package")
-    chosen = parse_gpus(None, RTX, package.dtype, code_types(package.config))
+    chosen = parse_gpus(None, RTX, package.dtype, product_types(package.config))
     assert set(chosen) == gpus
     told = {gpu for gpu in RTX.gpus if serves(RTX, gpu, package.config, package.dtype)}
     assert told == gpus
