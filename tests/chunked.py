@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+import numpy as np
+from random_model import make_checkpoint
 
-CHUNK, CHUNK_SIZE, ORIGINAL, POSITIONS, VOCAB = 16, 24, 40, 256, 300
+from qwenport.engines import CachedSession
+
+CHUNK, CHUNK_SIZE, ORIGINAL, POSITIONS = 16, 24, 40, 256
 SETTINGS = {
     "chunk_size": CHUNK_SIZE,
     "local_size": CHUNK_SIZE - CHUNK,
@@ -31,26 +34,40 @@ def chunk(checkpoint: Path, chunk_size: int, local_size: int, original: int) -> 
 
 def make_chunked(folder: Path, *, positions: int = POSITIONS, **settings: Any) -> Path:
     """Write the checkpoint; `settings` replace those of dual chunk attention."""
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=positions,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=0,
-        eos_token_id=1,
-        dual_chunk_attention_config={**SETTINGS, **settings},
+    return make_checkpoint(
+        folder, positions=positions, dual_chunk_attention_config={**SETTINGS, **settings}
     )
-    torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, 0.3)
-            else:
-                parameter.mul_(4)
-    model.save_pretrained(folder)
-    return folder
+
+
+def pieces(
+    texts: Sequence[list[int]], lengths: Sequence[int], piece: int
+) -> Iterator[list[list[int]]]:
+    """What to give `prefill` in each call, for prompts of `lengths` tokens in pieces."""
+    for start in range(0, max(lengths), piece):
+        yield [text[start : min(start + piece, n)] for text, n in zip(texts, lengths, strict=True)]
+
+
+def run_in_pieces(
+    session: CachedSession,
+    texts: Sequence[list[int]],
+    lengths: Sequence[int],
+    piece: int,
+) -> list[tuple[np.ndarray, tuple[int, ...]]]:
+    """Give each row its prompt in pieces, then the rest of its text token by token.
+
+    Returns:
+        For each row all logits, and each token's request length.
+    """
+    made: list[list[np.ndarray]] = [[] for _ in texts]
+    for fed in pieces(texts, lengths, piece):
+        for row, found in enumerate(session.prefill(fed, all_logits=True, prompt_lengths=lengths)):
+            made[row].append(found)
+    decodes = len(texts[0]) - lengths[0]
+    for step in range(decodes):
+        given = [text[n + step] for text, n in zip(texts, lengths, strict=True)]
+        for row, found in enumerate(session.decode(given)):
+            made[row].append(found[None])
+    return [
+        (np.concatenate(found), (n,) * n + tuple(range(n + 1, n + decodes + 1)))
+        for found, n in zip(made, lengths, strict=True)
+    ]

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chunked import POSITIONS, VOCAB, make_chunked
+from chunked import POSITIONS, make_chunked, pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_model import VOCAB
 
 from qwenport import engines, exporter
 from qwenport.contract import INPUT_IDS, MANIFEST, ONNXRUNTIME
@@ -116,8 +117,7 @@ def test_ragged_prompts_in_pieces_and_decoding_are_python_s_and_agree_with_the_o
                 np.testing.assert_array_equal(logits, right[-1] if right.ndim == 2 else right)
                 last[row] = logits
 
-    for start in range(0, max(lengths), piece):
-        fed = [text[start : min(start + piece, n)] for text, n in zip(texts, lengths, strict=True)]
+    for fed in pieces(texts, lengths, piece):
         take(session.prefill(fed, lengths), theirs.prefill(fed, prompt_lengths=lengths))
     for step in range(decodes):
         given = [text[n + step] for text, n in zip(texts, lengths, strict=True)]

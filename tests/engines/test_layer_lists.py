@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from random_model import make_checkpoint
 
 from qwenport.contract import CHUNK, CHUNKED, DIRECT
 from qwenport.exporter import Package, export
@@ -204,20 +204,7 @@ def test_a_decode_step_moves_little_more_than_weights_keys_and_values(
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_chunks_copy_no_cache_however_long_it_is(kv_heads: int, tmp_path: Path) -> None:
     """TensorRT-RTX does, in fp32, where the longest span is far longer than the one that it tunes for."""
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=1 << 17,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-    )
-    model.save_pretrained(tmp_path / "checkpoint")
+    make_checkpoint(tmp_path / "checkpoint", positions=1 << 17, kv_heads=kv_heads)
     package = export(tmp_path / "checkpoint", tmp_path / "package", dtype="bf16")
     decode, _ = layer_list(package.path, "sm86", CHUNKED, 1)
     check_copies(decode, CHUNKED, "decode")

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chunked import ORIGINAL, POSITIONS, VOCAB, make_chunked
+from chunked import ORIGINAL, POSITIONS, make_chunked
+from random_model import VOCAB
 
 from qwenport.contract import REQUEST_LENGTHS, SCORE_BYTES
 from qwenport.engines import (

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chunked import POSITIONS, VOCAB, make_chunked
+from chunked import POSITIONS, make_chunked
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from random_model import VOCAB
 
 from qwenport.engines import OnnxRuntimeSession
 from qwenport.exporter import export

@@ -15,6 +15,7 @@ import pytest
 from command_line import Capture
 from defects import rows
 from defects.tools import seed
+from random_model import make_checkpoint
 
 import qwenport.validate
 from qwenport import cli
@@ -23,7 +24,7 @@ from qwenport.exporter import export, sha256
 from qwenport.validate import Validation
 from qwenport.validate import report as reports
 
-from .bundled import DENSE, make_checkpoint, strict_json
+from .bundled import DENSE, strict_json
 
 NETWORK = ("--as", "tensorrt-network")
 WAYS = ((), NETWORK)

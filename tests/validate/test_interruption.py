@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Capture
+from random_model import make_checkpoint
 
 from qwenport import cli
 from qwenport.commands import validate as command
@@ -15,7 +16,7 @@ from qwenport.exporter import export
 from qwenport.validate import Options, Sources, Validation, open_target
 from qwenport.validate.scenarios import SCENARIOS
 
-from .bundled import make_checkpoint, strict_json
+from .bundled import strict_json
 
 ALWAYS = [scenario.name for scenario in SCENARIOS]
 NAMES = [*ALWAYS, "cache of 64"]  # known when the sizes of the target are

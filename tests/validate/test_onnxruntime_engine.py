@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from command_line import Capture, refused
+from random_model import make_checkpoint
 from safetensors.torch import load_file
 
 from qwenport.contract import ENGINE_WEIGHTS, MANIFEST, MODEL
@@ -21,7 +22,7 @@ from qwenport.validate import validate
 from qwenport.validate.identity import check_identity
 from qwenport.validate.target import open_target
 
-from .bundled import DENSE, MIXTURE, failing, make_checkpoint, row, status
+from .bundled import DENSE, MIXTURE, failing, row, status
 
 HIDDEN = {"embedding"}
 

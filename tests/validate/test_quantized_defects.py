@@ -17,6 +17,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from quantized_words import write_awq, write_gptq
+from random_model import make_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig
 
@@ -40,7 +41,6 @@ from qwenport.validate.target import open_target
 from qwenport.validate.weights_identity import compare_weights
 
 from . import pack_quantized_defects, test_fp8
-from .bundled import make_checkpoint
 
 TEXT = [5, 199, 7, 42, 280, 3, 250, 11]
 LEAST = 1e-4

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_model import make_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2MoeConfig
 
@@ -17,7 +18,7 @@ from qwenport.exporter import ExportError, Recipe, export, make_recipe, open_che
 from qwenport.validate import ValidationError, check_source, open_target, validate
 from qwenport.validate.quantized_origin import QUANTIZATION, compare_with_origin
 
-from .bundled import make_checkpoint, status
+from .bundled import status
 
 RECIPES: dict[str, Recipe] = {
     "int4": make_recipe("int4"),

@@ -10,11 +10,11 @@ import pytest
 import torch
 from float_quantized import write_float_quantized
 from quantized_words import write_awq, write_gptq
+from random_model import make_checkpoint
 
 from qwenport.exporter import export
 from qwenport.validate import validate
 
-from .bundled import make_checkpoint
 from .test_quantized_origin import SPARSE
 
 DENSE: dict[str, Any] = {}

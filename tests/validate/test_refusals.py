@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 from command_line import Capture, refused
+from random_model import make_checkpoint
 from safetensors.torch import load_file, save_file
 
 from qwenport.contract import MANIFEST
 from qwenport.exporter import PackageError, write_json
 from qwenport.validate import ValidationError, open_target, validate
 
-from .bundled import DENSE, WAYS, make_checkpoint
+from .bundled import DENSE, WAYS
 
 
 def test_another_checkpoint_is_refused(dense: Path, tmp_path: Path, capsys: Capture) -> None:

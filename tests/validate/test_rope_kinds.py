@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from defects import tables
 from defects.tools import seed
+from random_model import make_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
@@ -27,7 +28,7 @@ from qwenport.exporter import (
 from qwenport.validate import Report, open_target, validate
 from qwenport.validate.reference import Reference
 
-from .bundled import failing, make_checkpoint, row, status
+from .bundled import failing, row, status
 
 HEAD_DIM = 16
 LONGROPE = {
